@@ -1,0 +1,1 @@
+"""Ways to attach gradients to a solved state, one a file."""

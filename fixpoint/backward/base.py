@@ -1,0 +1,86 @@
+"""What a backward rule is, and what it may use."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fixpoint.convergence import Tolerance
+from fixpoint.iterate import Iterates, Map, Watcher, advance, iterate
+from fixpoint.solvers.base import Solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A forward solve that has not happened yet, with the means to let it happen.
+
+    Attributes:
+        f: The map on rows, ``(rows, dim)`` to ``(rows, dim)``; records gradients when grad mode is on.
+        z0: Where to start, ``(rows, dim)``; keeps its graph if the caller's z0 had one.
+        report_adjoint: Takes the outcome of a backward solve; it becomes ``Solution.adjoint``.
+    """
+
+    f: Map
+    z0: Tensor
+    solver: Solver
+    tolerance: Tolerance
+    max_evals: int
+    check_every: int = 1
+    record: bool = False
+    watch: Watcher | None = None
+    depth: int | None = None
+    report_adjoint: Callable[[Iterates], None] = lambda _: None
+
+    def solve(self) -> Iterates:
+        """Solve without recording gradients: to the tolerance, or to the fixed depth that the caller asked for."""
+        with torch.no_grad():
+            return self.unroll()
+
+    def advance(self, depth: int) -> Iterates:
+        """Apply exactly ``depth`` solver updates to z0 without recording gradients, and hand over the last state."""
+        return replace(self, depth=depth).solve()
+
+    def unroll(self) -> Iterates:
+        """The same as ``solve``, recording gradients through every update when grad mode is on."""
+        if self.depth is not None:
+            return advance(self.f, self.z0, self.solver, self.tolerance, depth=self.depth, record=self.record)
+        return iterate(
+            self.f,
+            self.z0,
+            self.solver,
+            self.tolerance,
+            max_evals=self.max_evals,
+            check_every=self.check_every,
+            record=self.record,
+            watch=self.watch,
+        )
+
+
+class Backward(abc.ABC):
+    """A way to attach gradients to a solved state. Subclasses are frozen dataclasses.
+
+    Example:
+        >>> import dataclasses, torch, fixpoint
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class TwoSteps(fixpoint.Backward):
+        ...     def attach(self, run):
+        ...         iterates = run.solve()
+        ...         return run.f(run.f(iterates.z)), iterates
+        >>> w = torch.tensor(0.5, requires_grad=True)
+        >>> sol = fixpoint.solve(lambda z: w * torch.cos(z), torch.zeros(3), backward=TwoSteps())
+        >>> sol.value.sum().backward()
+        >>> w.grad is not None
+        True
+    """
+
+    @abc.abstractmethod
+    def attach(self, run: Run) -> tuple[Tensor, Iterates]:
+        """Let ``run`` happen and return ``(value, iterates)``.
+
+        ``value`` ``(rows, dim)`` is what the caller gets, with the gradient that this rule gives it; ``iterates`` are
+        the figures of the forward solve. Called with grad mode on.
+        """

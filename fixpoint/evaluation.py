@@ -1,0 +1,84 @@
+"""The caller's f as a map on rows, checked where it is first evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fixpoint.structure import Layout, leaves
+
+
+class RowMap:
+    """``f(z, *args)`` on flat rows ``(rows, dim)``.
+
+    The first evaluation checks what f returns and, when gradients are wanted, whether it depends on anything that
+    requires them. A first evaluation inside ``no_grad`` builds the graph to look at it, with nothing saved in it.
+    """
+
+    def __init__(self, f: Callable[..., Any], args: Sequence[Any], layout: Layout, *, gradients: bool) -> None:
+        self._f = f
+        self._args = tuple(args)
+        self._layout = layout
+        self._gradients = gradients
+        self._checked = False
+        self._probed: tuple[Tensor, Tensor] | None = None
+
+    def must_differentiate(self) -> bool:
+        """Whether an argument or a parameter requires grad, as far as can be seen from outside f."""
+        parameters = list(self._f.parameters()) if isinstance(self._f, nn.Module) else []
+        inputs = [leaf for _, leaf in leaves(self._args) if isinstance(leaf, Tensor)]
+        return self._gradients and any(x.requires_grad for x in (*parameters, *inputs))
+
+    def differentiates(self, z: Tensor) -> bool:
+        """Whether f(z) requires grad; the evaluation is kept for whoever asks for f at this very ``z`` next."""
+        if not self._gradients:
+            return False
+        with torch.enable_grad():
+            if self.must_differentiate():
+                return True
+            fz, requires_grad = self._look(z)
+        self._probed = (z, fz)
+        return requires_grad
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if self._probed is not None:
+            at, fz = self._probed
+            self._probed = None
+            if at is z and not torch.is_grad_enabled():
+                return fz
+        if self._checked:
+            return self._evaluate(z)
+        if self._gradients and not torch.is_grad_enabled():
+            with torch.enable_grad():
+                fz, requires_grad = self._look(z)
+        else:
+            fz = self._evaluate_checked(z)
+            requires_grad = fz.requires_grad
+        if self.must_differentiate() and not requires_grad:
+            raise ValueError(
+                "f's output does not depend on what requires grad: an argument or a parameter of f requires it, the "
+                "output does not. Found a detach(), no_grad() or NumPy call inside f? Pass backward=None if no gradient "
+                "is wanted."
+            )
+        return fz
+
+    def _look(self, z: Tensor) -> tuple[Tensor, bool]:
+        """f(z) without a graph, and whether it would have one; nothing is saved for a backward that never comes."""
+        with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: torch.empty(0)):
+            fz = self._evaluate_checked(z)
+        return fz.detach(), fz.requires_grad
+
+    def _evaluate(self, z: Tensor) -> Tensor:
+        return self._layout.flatten(self._f(self._layout.unflatten(z), *self._args))
+
+    def _evaluate_checked(self, z: Tensor) -> Tensor:
+        before = z.detach().clone()
+        output = self._f(self._layout.unflatten(z), *self._args)
+        self._layout.check_output(output)
+        if not torch.equal(before, z.detach()):
+            raise ValueError("f changed its input in place (z += ..., z.relu_()): return a new tensor instead")
+        self._checked = True
+        return self._layout.flatten(output)

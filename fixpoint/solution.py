@@ -1,0 +1,115 @@
+"""What a solve gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fixpoint.convergence import Status
+from fixpoint.iterate import Iterates
+from fixpoint.structure import Layout
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is shown after an evaluation; returning something true from it stops the solve.
+
+    Attributes:
+        nfev: Evaluations so far.
+        max_evals: Evaluations granted.
+        residual: ``||f(z) - z||`` of the state just evaluated, in the batch shape.
+        active: Number of rows that have not ended.
+        value: The state just evaluated, in the structure of z0.
+    """
+
+    nfev: int
+    max_evals: int
+    residual: Tensor
+    active: int
+    value: Any
+
+
+class Later:
+    """A place for the figures of a backward solve, which exist once backward has run."""
+
+    def __init__(self) -> None:
+        self.solution: Solution | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Solution:
+    """A solved state and how good it is, per row.
+
+    Attributes:
+        value: The best verified state, in the structure of z0. With gradients attached, what the backward rule made of
+            it (IFT: one more application of f); the figures below stay those of the verified state.
+        converged: Which rows met the tolerance; bool, batch shape.
+        status: Why each row ended, as ``fixpoint.Status`` numbers; batch shape.
+        residual: ``||f(z*) - z*||`` per row; NaN after a fixed-depth run, whose last state nobody has evaluated.
+        relative_residual: ``residual / ||f(z*)||`` per row.
+        evals: Evaluations until the row ended.
+        nfev: Batched evaluations of f in the solve; a backward rule's own are not in it.
+        trace: ``(nfev, *batch)`` residuals if recorded, else None. A row that has ended keeps its final residual.
+    """
+
+    value: Any
+    converged: Tensor
+    status: Tensor
+    residual: Tensor
+    relative_residual: Tensor
+    evals: Tensor
+    nfev: int
+    trace: Tensor | None = None
+    _later: Later = field(default_factory=Later)
+
+    @property
+    def adjoint(self) -> Solution | None:
+        """The same figures of the backward solve, once backward has run through a rule that solves one (IFT)."""
+        return self._later.solution
+
+    @classmethod
+    def of(cls, iterates: Iterates, layout: Layout, value: Tensor, later: Later | None = None) -> Solution:
+        """Put the figures of ``iterates`` into the caller's shapes; ``value`` ``(rows, dim)`` is what to return."""
+        real = torch.float64 if layout.dtype in (torch.float64, torch.complex128) else torch.float32
+
+        def batch(x: Tensor) -> Tensor:
+            return x.detach().reshape(layout.batch_shape)
+
+        residual, scale = iterates.residual, iterates.scale
+        relative = torch.where(residual == 0, 0, residual / scale)
+        trace = iterates.trace
+        return cls(
+            value=layout.unflatten(value),
+            converged=batch(iterates.status == Status.CONVERGED),
+            status=batch(iterates.status),
+            residual=batch(residual).to(real),
+            relative_residual=batch(relative).to(real),
+            evals=batch(iterates.evals),
+            nfev=iterates.nfev,
+            trace=None if trace is None else trace.detach().reshape(-1, *layout.batch_shape).to(real),
+            _later=later or Later(),
+        )
+
+    def complaint(self, what: str = "row") -> str:
+        """One line: how many rows did not converge, why, and what to change; empty if all did."""
+        failed = self.status[~self.converged]
+        if failed.numel() == 0:
+            return ""
+        causes = "; ".join(
+            f"{int((failed == status).sum())} {status.name} ({status.advice})"
+            for status in Status
+            if (failed == status).any()
+        )
+        worst = float(self.relative_residual.nan_to_num(nan=torch.inf).max())
+        return (
+            f"{failed.numel()} of {self.status.numel()} {what}s did not converge in {self.nfev} evaluations, "
+            f"worst relative residual {worst:.1e}: {causes}"
+        )
+
+    def __repr__(self) -> str:
+        done, total = int(self.converged.sum()), self.converged.numel()
+        worst = float(self.relative_residual.max()) if total else 0.0
+        return f"Solution({done} of {total} rows converged, nfev={self.nfev}, worst relative residual {worst:.1e})"

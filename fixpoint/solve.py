@@ -1,0 +1,153 @@
+"""solve(): the way through the house."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fixpoint.backward.base import Backward, Run
+from fixpoint.backward.ift import IFT
+from fixpoint.convergence import ConvergenceError, ConvergenceWarning, Tolerance, row_norm
+from fixpoint.evaluation import RowMap
+from fixpoint.iterate import Iterates
+from fixpoint.solution import Later, Progress, Solution
+from fixpoint.solvers.anderson import Anderson
+from fixpoint.solvers.base import Solver
+from fixpoint.structure import Layout
+
+OnFailure = Literal["warn", "raise", "ignore"]
+
+
+def solve(
+    f: Callable[..., Any],
+    z0: Any = None,
+    args: Sequence[Any] = (),
+    *,
+    solver: Solver = Anderson(),  # noqa: B008 - immutable
+    backward: Backward | None = IFT(),  # noqa: B008 - immutable
+    rtol: float = 1e-4,
+    atol: float = 0.0,
+    max_evals: int = 100,
+    batch_dims: int | None = None,
+    on_failure: OnFailure = "warn",
+    check_every: int = 1,
+    record: bool = False,
+    callback: Callable[[Progress], object] | None = None,
+    depth: int | None = None,
+) -> Solution:
+    """Solve ``z = f(z, *args)``, row by row, and attach gradients to the solution.
+
+    Args:
+        f: Maps a state to a state of the same structure, shapes, dtype and device; must not change its input in place.
+            A problem (an object with ``z0``, and optionally ``batch_dims`` and ``norm``) can be passed alone.
+        z0: Where to start: a tensor, or nested tuples, lists and dicts of tensors, floating point or complex.
+        args: Further arguments of f.
+        solver: The update rule.
+        backward: How gradients are attached, when grad mode is on and f's output requires grad; None detaches.
+        rtol, atol: A row is done when ``||f(z) - z|| <= atol + rtol * ||f(z)||``.
+        max_evals: Evaluations of f granted, counted alike for every solver; at least 1.
+        batch_dims: Leading dimensions that index independent problems (rows); 0 makes the whole state one problem.
+            None: the problem's own, else 1, or 0 when a leaf is a scalar.
+        on_failure: What to do when rows do not converge: "warn", "raise" or "ignore".
+        check_every: Look whether all rows are done once in so many evaluations (each look waits for the device).
+        record: Keep the residual of every evaluation in ``Solution.trace``.
+        callback: Called with a ``Progress`` at each look; returning something true stops the solve.
+        depth: If given, apply exactly so many solver updates, in as many evaluations, and hand over the last state
+            unverified; tolerance, ``max_evals`` and ``on_failure`` then play no part.
+
+    Returns:
+        Solution: the state and how good it is, per row.
+
+    Raises:
+        TypeError, ValueError: At once or at the first evaluation, for a state or an output of f that cannot work: other
+            structure, shape, dtype or device, a change in place, non-finite or integer z0, an output without gradient
+            where an argument or a parameter requires one.
+        ConvergenceError: With ``on_failure="raise"``, when rows did not converge; holds the solution.
+
+    Example:
+        >>> import torch, fixpoint
+        >>> A = 0.4 * torch.eye(3)
+        >>> sol = fixpoint.solve(lambda z, b: z @ A + b, torch.zeros(2, 3), (torch.ones(2, 3),), rtol=1e-6)
+        >>> sol.value[0]
+        tensor([1.6667, 1.6667, 1.6667])
+        >>> sol.converged
+        tensor([True, True])
+    """
+    _check_options(solver, backward, max_evals, on_failure, check_every, depth)
+    problem_z0 = getattr(f, "z0", None)
+    if batch_dims is None and problem_z0 is not None:
+        batch_dims = getattr(f, "batch_dims", None)
+    start = problem_z0 if z0 is None else z0
+    if start is None:
+        raise TypeError("z0 is missing: pass a starting state, or a problem that has one as its attribute z0")
+    layout = Layout.of(start, batch_dims)
+    later = Later()
+
+    def watch(nfev: int, residual: Tensor, active: int, z: Tensor) -> object:
+        assert callback is not None
+        shaped = residual.reshape(layout.batch_shape)
+        return callback(Progress(nfev, max_evals, shaped, active, layout.unflatten(z)))
+
+    def report_adjoint(iterates: Iterates) -> None:
+        later.solution = Solution.of(iterates, layout, iterates.z)
+        _report(later.solution, "warn", "adjoint row")
+
+    gradients = backward is not None and torch.is_grad_enabled()
+    rows = RowMap(f, args, layout, gradients=gradients)
+    run = Run(
+        f=rows,
+        z0=layout.flatten(start).clone(memory_format=torch.contiguous_format),
+        solver=solver,
+        tolerance=Tolerance(rtol=rtol, atol=atol, norm=_norm(f, layout)),
+        max_evals=max_evals,
+        check_every=check_every,
+        record=record,
+        watch=watch if callback else None,
+        depth=depth,
+        report_adjoint=report_adjoint,
+    )
+    if backward is not None and rows.differentiates(run.z0):
+        value, iterates = backward.attach(run)
+    else:
+        iterates = run.solve()
+        value = iterates.z
+    solution = Solution.of(iterates, layout, value, later)
+    if not iterates.fixed_depth:
+        _report(solution, on_failure)
+    return solution
+
+
+def _norm(f: object, layout: Layout) -> Callable[[Tensor], Tensor]:
+    """The problem's own norm on rows if it brings one. A module's attribute of that name is a layer, not a norm."""
+    norm = getattr(f, "norm", None) if hasattr(f, "z0") else None
+    if norm is None or not callable(norm) or isinstance(norm, nn.Module):
+        return row_norm
+    return lambda flat: norm(layout.unflatten(flat)).reshape(layout.rows)
+
+
+def _report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None:
+    if on_failure == "ignore":
+        return
+    complaint = solution.complaint(what)
+    if complaint and on_failure == "raise":
+        raise ConvergenceError(complaint, solution)
+    if complaint:
+        warnings.warn(complaint, ConvergenceWarning, stacklevel=3)
+
+
+def _check_options(
+    solver: object, backward: object, max_evals: int, on_failure: str, check_every: int, depth: int | None
+) -> None:
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {solver!r}")
+    if backward is not None and not isinstance(backward, Backward):
+        raise TypeError(f"backward must be a fixpoint.Backward such as IFT(), or None, found {backward!r}")
+    for name, value, least in (("max_evals", max_evals, 1), ("check_every", check_every, 1), ("depth", depth, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, found {value}")
+    if on_failure not in get_args(OnFailure):
+        raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, found {on_failure!r}")

@@ -1,0 +1,55 @@
+"""What a solver is: an update rule on rows."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Solver(abc.ABC):
+    """Given rows ``z`` and ``f(z)``, propose the next rows.
+
+    A solver sees flat ``(rows, dim)`` real tensors, never ``f`` and never a tolerance; the loop evaluates, measures and
+    decides. It must not couple rows, must not change ``z`` or ``fz`` in place, and keeps everything that it remembers
+    in the state it returns. Subclasses are frozen dataclasses, so that unknown options raise.
+
+    Example:
+        >>> import dataclasses, torch, fixpoint
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Halfway(fixpoint.Solver):
+        ...     def init(self, z):
+        ...         return None
+        ...     def step(self, z, fz, state):
+        ...         return (z + fz) / 2, state
+        >>> float(fixpoint.solve(torch.cos, torch.tensor(1.0), solver=Halfway()).value)  # doctest: +ELLIPSIS
+        0.739...
+    """
+
+    @abc.abstractmethod
+    def init(self, z: Tensor) -> Any:
+        """State before the first step from rows ``z`` ``(rows, dim)``."""
+
+    @abc.abstractmethod
+    def step(self, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """``(z_next, state)`` from the rows ``z`` and their images ``fz = f(z)``, both ``(rows, dim)``."""
+
+
+def small_dtype(z: Tensor) -> torch.dtype:
+    """Precision for the small systems: float64, or float32 where the device has none."""
+    return torch.float32 if z.device.type == "mps" else torch.float64
+
+
+def gram_dtype(z: Tensor) -> torch.dtype:
+    """Precision in which rows are multiplied: at least float32."""
+    return torch.promote_types(z.dtype, torch.float32)
+
+
+def write_slot(history: Tensor, slot: int, value: Tensor) -> Tensor:
+    """``history`` ``(rows, memory, dim)`` with ``value`` ``(rows, dim)`` at ``slot``; in place unless autograd records."""
+    if torch.is_grad_enabled() and (value.requires_grad or history.requires_grad):
+        return history.index_copy(1, torch.tensor([slot], device=history.device), value[:, None])
+    history[:, slot] = value
+    return history

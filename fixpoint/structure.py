@@ -1,0 +1,137 @@
+"""Nested states and the flat rows that solvers see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def leaves(state: Any, path: str = "z") -> Iterator[tuple[str, Any]]:
+    """Yield ``(path, leaf)`` for every leaf of nested tuples, lists and dicts, dicts in insertion order."""
+    if isinstance(state, dict):
+        for key, child in state.items():
+            yield from leaves(child, f"{path}[{key!r}]")
+    elif isinstance(state, tuple | list):
+        for index, child in enumerate(state):
+            yield from leaves(child, f"{path}[{index}]")
+    else:
+        yield path, state
+
+
+def map_leaves(function: Callable[[Any], Any], state: Any) -> Any:
+    """Rebuild ``state`` with ``function`` applied to each leaf."""
+    if isinstance(state, dict):
+        return {key: map_leaves(function, child) for key, child in state.items()}
+    if isinstance(state, tuple | list):
+        children = [map_leaves(function, child) for child in state]
+        return type(state)(*children) if hasattr(state, "_fields") else type(state)(children)
+    return function(state)
+
+
+def require_same_nesting(found: Any, expected: Any, path: str = "z") -> None:
+    """Raise ``TypeError`` where ``found`` is not nested like ``expected``."""
+    if isinstance(expected, dict):
+        if not isinstance(found, dict) or found.keys() != expected.keys():
+            keys = list(found) if isinstance(found, dict) else type(found).__name__
+            raise TypeError(f"f must return the structure of z0: at {path} found {keys}, expected {list(expected)}")
+        pairs = [(key, found[key], expected[key]) for key in expected]
+    elif isinstance(expected, tuple | list):
+        if not isinstance(found, tuple | list) or len(found) != len(expected):
+            size = f"{len(found)} entries" if isinstance(found, tuple | list) else type(found).__name__
+            raise TypeError(f"f must return the structure of z0: at {path} found {size}, expected {len(expected)}")
+        pairs = [(index, *pair) for index, pair in enumerate(zip(found, expected, strict=True))]
+    else:
+        if not isinstance(found, Tensor):
+            raise TypeError(f"f must return the structure of z0: at {path} found {type(found).__name__}, not a Tensor")
+        return
+    for key, child, expected_child in pairs:
+        require_same_nesting(child, expected_child, f"{path}[{key!r}]")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a nested state is laid out as real rows ``(rows, dim)``, one row per independent problem.
+
+    Complex leaves become pairs of real numbers, so solvers never see them.
+    """
+
+    example: Any  # the state that it was made from
+    batch_shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, state: Any, batch_dims: int | None) -> Layout:
+        """Check ``state`` and describe it; ``batch_dims=None`` means 1, or 0 when a leaf is a scalar."""
+        tensors = list(leaves(state))
+        if not tensors:
+            raise ValueError("z0 holds no tensor")
+        for path, leaf in tensors:
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"z0 must hold tensors: {path} is a {type(leaf).__name__}")
+            if not (leaf.is_floating_point() or leaf.is_complex()):
+                raise TypeError(f"z0 must be floating point or complex: {path} is {leaf.dtype}")
+        first_path, first = tensors[0]
+        if batch_dims is None:
+            batch_dims = min(1, *(leaf.ndim for _, leaf in tensors), 1)
+        if batch_dims < 0:
+            raise ValueError(f"batch_dims must be at least 0, found {batch_dims}")
+        batch_shape = first.shape[:batch_dims]
+        for path, leaf in tensors:
+            if leaf.ndim < batch_dims:
+                raise ValueError(f"batch_dims={batch_dims}, but {path} has shape {tuple(leaf.shape)}")
+            if leaf.shape[:batch_dims] != batch_shape:
+                raise ValueError(
+                    f"leaves must agree in their {batch_dims} batch dimension(s): "
+                    f"{first_path} has {tuple(batch_shape)}, {path} has {tuple(leaf.shape[:batch_dims])}"
+                )
+            if (leaf.dtype, leaf.device) != (first.dtype, first.device):
+                raise TypeError(
+                    f"leaves must agree in dtype and device: {first_path} is {first.dtype} on {first.device}, "
+                    f"{path} is {leaf.dtype} on {leaf.device}"
+                )
+            if not bool(torch.isfinite(leaf).all()):
+                raise ValueError(f"z0 must be finite: {path} holds NaN or infinity")
+        return cls(example=state, batch_shape=batch_shape, dtype=first.dtype, device=first.device)
+
+    @property
+    def rows(self) -> int:
+        """Number of independent problems."""
+        return math.prod(self.batch_shape)
+
+    def flatten(self, state: Any) -> Tensor:
+        """``(rows, dim)`` real tensor that holds ``state``; differentiable."""
+        rows = []
+        for _, leaf in leaves(state):
+            real = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
+            rows.append(real.reshape(self.rows, math.prod(real.shape[len(self.batch_shape) :])))
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+    def unflatten(self, flat: Tensor) -> Any:
+        """The state, structured like the example, that ``flat`` holds; views where possible."""
+        start = 0
+
+        def take(leaf: Tensor) -> Tensor:
+            nonlocal start
+            shape = (*leaf.shape, 2) if leaf.is_complex() else leaf.shape
+            size = math.prod(shape[len(self.batch_shape) :])
+            part = flat[:, start : start + size].reshape(shape)
+            start += size
+            return torch.view_as_complex(part) if leaf.is_complex() else part
+
+        return map_leaves(take, self.example)
+
+    def check_output(self, output: Any) -> None:
+        """Raise unless ``output`` has the structure, shapes, dtype and device of the example."""
+        require_same_nesting(output, self.example)
+        for (path, found), (_, expected) in zip(leaves(output), leaves(self.example), strict=True):
+            for name in ("shape", "dtype", "device"):
+                here, there = getattr(found, name), getattr(expected, name)
+                if here != there:
+                    here, there = (tuple(here), tuple(there)) if name == "shape" else (here, there)
+                    raise ValueError(f"f must keep the {name} of z0: {path} came back as {here}, expected {there}")
