@@ -66,7 +66,7 @@ class RowMap:
         return fz
 
     def _look(self, z: Tensor) -> tuple[Tensor, bool]:
-        """f(z) without a graph, and whether it would have one; nothing is saved for a backward that never comes."""
+        """f(z) without a graph, and whether it would have one; saves nothing for backward."""
         with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: torch.empty(0)):
             fz = self._evaluate_checked(z)
         return fz.detach(), fz.requires_grad

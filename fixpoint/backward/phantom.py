@@ -12,7 +12,7 @@ from fixpoint.iterate import Iterates
 
 @dataclass(frozen=True, kw_only=True)
 class Phantom(Backward):
-    """Record ``steps`` damped steps ``z <- (1 - damping) z + damping f(z)`` from the solution; differentiate those.
+    """Record ``steps`` damped steps ``z <- (1 - damping) z + damping f(z)`` from the solution and differentiate.
 
     The gradient is the Neumann series of the exact one cut after ``steps`` terms: biased, but it needs no backward solve
     and its memory is ``steps`` applications of f.

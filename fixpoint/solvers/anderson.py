@@ -12,7 +12,7 @@ from fixpoint.solvers.base import Solver, gram_dtype, small_dtype, write_slot
 
 @dataclass(frozen=True)
 class AndersonState:
-    """Differences ``(rows, memory, dim)``, the first ``held`` in use; the Gram matrix of ``dg``; the last g and f(z)."""
+    """Differences ``(rows, memory, dim)``, the first ``held`` in use; the Gram matrix of ``dg``; the last g, f(z)."""
 
     dg: Tensor
     df: Tensor

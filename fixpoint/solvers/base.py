@@ -48,7 +48,7 @@ def gram_dtype(z: Tensor) -> torch.dtype:
 
 
 def write_slot(history: Tensor, slot: int, value: Tensor) -> Tensor:
-    """``history`` ``(rows, memory, dim)`` with ``value`` ``(rows, dim)`` at ``slot``; in place unless autograd records."""
+    """``history`` ``(rows, memory, dim)`` with ``value`` ``(rows, dim)`` at ``slot``; in place, unless recorded."""
     if torch.is_grad_enabled() and (value.requires_grad or history.requires_grad):
         return history.index_copy(1, torch.tensor([slot], device=history.device), value[:, None])
     history[:, slot] = value
