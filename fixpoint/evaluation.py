@@ -60,7 +60,7 @@ class RowMap:
         if self.must_differentiate() and not requires_grad:
             raise ValueError(
                 "f's output does not depend on what requires grad: an argument or a parameter of f requires it, the "
-                "output does not. Found a detach(), no_grad() or NumPy call inside f? Pass backward=None if no gradient "
+                "output does not. Look for detach(), no_grad() or NumPy inside f, or pass backward=None if no gradient "
                 "is wanted."
             )
         return fz

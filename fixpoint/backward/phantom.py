@@ -12,9 +12,9 @@ from fixpoint.iterate import Iterates
 
 @dataclass(frozen=True, kw_only=True)
 class Phantom(Backward):
-    """Record ``steps`` damped steps ``z <- (1 - damping) z + damping f(z)`` from the solution and differentiate.
+    """Record ``steps`` damped steps ``z <- (1 - damping) z + damping f(z)`` and differentiate them.
 
-    The gradient is the Neumann series of the exact one cut after ``steps`` terms: biased, but it needs no backward solve
+    The gradient is the Neumann series of the exact one cut after ``steps`` terms: biased, but it needs no second solve
     and its memory is ``steps`` applications of f.
 
     Args:

@@ -1,0 +1,45 @@
+# Both commands set themselves up: a virtual environment in this clone, pinned installs, nothing global.
+#   make demo            sample digits with every method and write runs/report.html
+#   make test            the test suite
+# PYTHON chooses the interpreter (3.11 or later); DEMO_FLAGS goes to `fixpoint bench`, TEST_FLAGS to pytest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_FLAGS ?=
+TEST_FLAGS ?=
+
+.PHONY: demo test lint types docs doctest clean
+.DEFAULT_GOAL := demo
+
+# Torch goes first and by its exact version: resolved together with the rest, pip may take a newer build for GPUs.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fixpoint needs Python 3.11 or later, found %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,benchmarks]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/fixpoint bench ddim-chain sddim-chain fpdm-layer --out runs $(DEMO_FLAGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 $(TEST_FLAGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+doctest: $(INSTALLED)
+	$(BIN)/python -m pytest --doctest-modules fixpoint fixpoint_diffusion
+	$(BIN)/sphinx-build -W -q -b doctest docs docs/_build/doctest
+
+clean:
+	rm -rf $(VENV) runs docs/_build
