@@ -1,5 +1,6 @@
 """Fixed points in PyTorch: solve ``z = f(z)``, batched and on any device, and differentiate through the solution."""
 
+from fixpoint import bench
 from fixpoint.backward.base import Backward, Run
 from fixpoint.backward.ift import IFT
 from fixpoint.backward.phantom import JFB, Phantom
@@ -7,6 +8,7 @@ from fixpoint.backward.stochastic_jfb import StochasticJFB
 from fixpoint.backward.unroll import Unroll
 from fixpoint.convergence import ConvergenceError, ConvergenceWarning, Status
 from fixpoint.layer import FixedPointLayer
+from fixpoint.problems import Problem, RegisteredProblem, available_problems, load_problem
 from fixpoint.solution import Progress, Solution
 from fixpoint.solve import solve
 from fixpoint.solvers.anderson import Anderson
@@ -14,12 +16,6 @@ from fixpoint.solvers.base import Solver
 from fixpoint.solvers.blockwise import Blockwise
 from fixpoint.solvers.broyden import Broyden
 from fixpoint.solvers.picard import Picard
-
-try:  # TEMPORARY while bench is being written
-    from fixpoint import bench
-    from fixpoint.problems import Problem, RegisteredProblem, available_problems, load_problem
-except ImportError:
-    pass
 
 __version__ = "0.1.0"
 

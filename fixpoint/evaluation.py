@@ -33,22 +33,20 @@ class RowMap:
         return self._gradients and any(x.requires_grad for x in (*parameters, *inputs))
 
     def differentiates(self, z: Tensor) -> bool:
-        """Whether f(z) requires grad; the evaluation is kept for whoever asks for f at this very ``z`` next."""
-        if not self._gradients:
-            return False
+        """Whether f(z) requires grad; the evaluation, graph and all, is kept for who asks for f at this ``z`` next."""
+        if not self._gradients or self.must_differentiate():
+            return self._gradients
         with torch.enable_grad():
-            if self.must_differentiate():
-                return True
-            fz, requires_grad = self._look(z)
+            fz = self._evaluate_checked(z)
         self._probed = (z, fz)
-        return requires_grad
+        return fz.requires_grad
 
     def __call__(self, z: Tensor) -> Tensor:
         if self._probed is not None:
             at, fz = self._probed
             self._probed = None
-            if at is z and not torch.is_grad_enabled():
-                return fz
+            if at is z:
+                return fz if torch.is_grad_enabled() else fz.detach()
         if self._checked:
             return self._evaluate(z)
         if self._gradients and not torch.is_grad_enabled():
@@ -75,10 +73,16 @@ class RowMap:
         return self._layout.flatten(self._f(self._layout.unflatten(z), *self._args))
 
     def _evaluate_checked(self, z: Tensor) -> Tensor:
-        before = z.detach().clone()
+        before, version = z.detach().clone(), _version(z)
         output = self._f(self._layout.unflatten(z), *self._args)
         self._layout.check_output(output)
-        if not torch.equal(before, z.detach()):
+        # The version tells of a change that altered no value, such as relu_() on zeros; .data escapes the version.
+        if _version(z) != version or not torch.equal(before, z.detach()):
             raise ValueError("f changed its input in place (z += ..., z.relu_()): return a new tensor instead")
         self._checked = True
         return self._layout.flatten(output)
+
+
+def _version(z: Tensor) -> int:
+    """How often z was written to; inference tensors do not count."""
+    return 0 if z.is_inference() else z._version

@@ -131,7 +131,7 @@ def advance(f: Map, z: Tensor, solver: Solver, tolerance: Tolerance, *, depth: i
     Nothing is verified: the residual of that state is not known (NaN) until somebody evaluates ``f`` there.
     """
     state = solver.init(z)
-    trace = []
+    trace: list[Tensor] = []
     for _ in range(depth):
         fz = f(z)
         if record:
@@ -141,4 +141,5 @@ def advance(f: Map, z: Tensor, solver: Solver, tolerance: Tolerance, *, depth: i
     unknown = torch.full_like(size, torch.nan)
     count = torch.full_like(size, depth, dtype=torch.int64)
     status = _flag_non_finite(torch.full_like(count, int(Status.MAX_EVALS)), size)
-    return Iterates(z, unknown, unknown, status, count, depth, torch.stack(trace) if trace else None, True)
+    recorded = torch.stack([unknown, *trace])[1:] if record else None
+    return Iterates(z, unknown, unknown, status, count, depth, recorded, True)

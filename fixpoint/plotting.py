@@ -33,6 +33,7 @@ def plot_residuals(
         ModuleNotFoundError: If matplotlib is missing.
 
     Example:
+        >>> import torch, fixpoint
         >>> sol = fixpoint.solve(torch.cos, torch.ones(3), record=True)
         >>> plot_residuals({"Anderson": sol}).get_yscale()
         'log'

@@ -89,7 +89,7 @@ class Solution:
             relative_residual=batch(relative).to(real),
             evals=batch(iterates.evals),
             nfev=iterates.nfev,
-            trace=None if trace is None else trace.detach().reshape(-1, *layout.batch_shape).to(real),
+            trace=None if trace is None else trace.detach().reshape(len(trace), *layout.batch_shape).to(real),
             _later=later or Later(),
         )
 

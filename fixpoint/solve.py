@@ -147,7 +147,11 @@ def _check_options(
     if backward is not None and not isinstance(backward, Backward):
         raise TypeError(f"backward must be a fixpoint.Backward such as IFT(), or None, found {backward!r}")
     for name, value, least in (("max_evals", max_evals, 1), ("check_every", check_every, 1), ("depth", depth, 0)):
-        if value is not None and value < least:
+        if name == "depth" and value is None:
+            continue
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, found {value!r}")
+        if value < least:
             raise ValueError(f"{name} must be at least {least}, found {value}")
     if on_failure not in get_args(OnFailure):
         raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, found {on_failure!r}")

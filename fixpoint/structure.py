@@ -13,14 +13,23 @@ from torch import Tensor
 
 def leaves(state: Any, path: str = "z") -> Iterator[tuple[str, Any]]:
     """Yield ``(path, leaf)`` for every leaf of nested tuples, lists and dicts, dicts in insertion order."""
-    if isinstance(state, dict):
-        for key, child in state.items():
-            yield from leaves(child, f"{path}[{key!r}]")
-    elif isinstance(state, tuple | list):
-        for index, child in enumerate(state):
-            yield from leaves(child, f"{path}[{index}]")
+    for leaf_path, leaf, _ in paired_leaves(state, state, path):
+        yield leaf_path, leaf
+
+
+def paired_leaves(state: Any, like: Any, path: str = "z") -> Iterator[tuple[str, Any, Any]]:
+    """Yield ``(path, leaf, leaf of like)`` for two states nested alike, in the order of ``like``.
+
+    The order matters: f may well return a dict whose keys were inserted in another order than those of z0.
+    """
+    if isinstance(like, dict):
+        for key, child in like.items():
+            yield from paired_leaves(state[key], child, f"{path}[{key!r}]")
+    elif isinstance(like, tuple | list):
+        for index, child in enumerate(like):
+            yield from paired_leaves(state[index], child, f"{path}[{index}]")
     else:
-        yield path, state
+        yield path, state, like
 
 
 def map_leaves(function: Callable[[Any], Any], state: Any) -> Any:
@@ -107,7 +116,7 @@ class Layout:
     def flatten(self, state: Any) -> Tensor:
         """``(rows, dim)`` real tensor that holds ``state``; differentiable."""
         rows = []
-        for _, leaf in leaves(state):
+        for _, leaf, _ in paired_leaves(state, self.example):
             real = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
             rows.append(real.reshape(self.rows, math.prod(real.shape[len(self.batch_shape) :])))
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
@@ -129,7 +138,7 @@ class Layout:
     def check_output(self, output: Any) -> None:
         """Raise unless ``output`` has the structure, shapes, dtype and device of the example."""
         require_same_nesting(output, self.example)
-        for (path, found), (_, expected) in zip(leaves(output), leaves(self.example), strict=True):
+        for path, found, expected in paired_leaves(output, self.example):
             for name in ("shape", "dtype", "device"):
                 here, there = getattr(found, name), getattr(expected, name)
                 if here != there:

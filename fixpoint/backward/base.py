@@ -38,7 +38,9 @@ class Run:
     def solve(self) -> Iterates:
         """Solve without recording gradients: to the tolerance, or to the fixed depth that the caller asked for."""
         with torch.no_grad():
-            return self.unroll()
+            iterates = self.unroll()
+        # At depth 0 the state is z0, graph and all.
+        return replace(iterates, z=iterates.z.detach()) if iterates.z.requires_grad else iterates
 
     def advance(self, depth: int) -> Iterates:
         """Apply exactly ``depth`` solver updates to z0 without recording gradients, and hand over the last state."""

@@ -27,10 +27,11 @@ class IFT(Backward):
 
     Args:
         solver: Solver of the adjoint equation. Anderson on a linear map is GMRES with restarts by forgetting.
-        rtol: Relative tolerance of the adjoint.
+        rtol: Relative tolerance of the adjoint; the rounding of the state's dtype where that is larger.
         max_evals: Vector-Jacobian products granted.
 
     Raises:
+        TypeError, ValueError: If an option is of the wrong type or out of range.
         RuntimeError: In backward, if it is asked to record its own graph (``create_graph=True``).
 
     Source: S. Bai, J. Z. Kolter, V. Koltun, Deep Equilibrium Models, NeurIPS 2019, Theorem 1.
@@ -48,6 +49,14 @@ class IFT(Backward):
     rtol: float = 1e-6
     max_evals: int = 100
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.solver, Solver):
+            raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {self.solver!r}")
+        if not self.rtol >= 0:
+            raise ValueError(f"rtol must be at least 0, found {self.rtol}")
+        if not isinstance(self.max_evals, int) or self.max_evals < 1:
+            raise ValueError(f"max_evals must be an integer of at least 1, found {self.max_evals!r}")
+
     def attach(self, run: Run) -> tuple[Tensor, Iterates]:
         iterates = run.solve()
         z = iterates.z.detach().requires_grad_()
@@ -60,7 +69,7 @@ class IFT(Backward):
                 (product,) = torch.autograd.grad(fz, z, u, retain_graph=True, allow_unused=True)
                 return v if product is None else v + product
 
-            tolerance = Tolerance(rtol=self.rtol, atol=0.0)
+            tolerance = Tolerance(rtol=max(self.rtol, torch.finfo(v.dtype).eps), atol=0.0)
             outcome = iterate(image, v, self.solver, tolerance, max_evals=self.max_evals)
             run.report_adjoint(outcome)
             return outcome.z
@@ -74,7 +83,7 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fz: Tensor, adjoint: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.adjoint = adjoint
-        return fz.view_as(fz)
+        return fz.clone()  # a view would forbid in-place use of the solution, by nn.ReLU(inplace=True) say
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -22,6 +22,7 @@ class Blockwise(Solver):
         blocks: Number of parts; must divide the row's length.
 
     Raises:
+        TypeError: If ``solver`` is no solver.
         ValueError: If ``blocks`` is below 1, or does not divide the row's length.
 
     Example:
@@ -35,6 +36,8 @@ class Blockwise(Solver):
     blocks: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.solver, Solver):
+            raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {self.solver!r}")
         if self.blocks < 1:
             raise ValueError(f"blocks must be at least 1, found {self.blocks}")
 

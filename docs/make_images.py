@@ -1,0 +1,128 @@
+"""Draw the pictures of these pages: ``python docs/make_images.py [NAME ...]``; without a name, all of them.
+
+Everything is seeded and computed here; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+import fixpoint
+from fixpoint.plotting import plot_residuals
+from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise
+from fixpoint_diffusion.denoisers import embedded
+from fixpoint_diffusion.drawing import DrawOptions, draw
+from fixpoint_diffusion.grids import save_grid
+
+FOLDER = Path(__file__).parent / "images"
+SIZE = (6.4, 3.6)
+
+
+def residuals(path: Path) -> None:
+    """Residual against evaluations, for three solvers on a slowly contracting linear problem."""
+    problem = fixpoint.load_problem("linear:rho=0.99,rows=16")
+    solvers = {"Picard": fixpoint.Picard(), "Anderson": fixpoint.Anderson(), "Broyden": fixpoint.Broyden()}
+    options = {"rtol": 1e-5, "max_evals": 150, "on_failure": "ignore", "record": True}
+    solutions = {name: fixpoint.solve(problem, solver=solver, **options) for name, solver in solvers.items()}
+    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+    plot_residuals(solutions, axes)
+    axes.set_title("f(z) = A z + b, spectral radius 0.99, 200-d, 16 rows")
+    figure.savefig(path, dpi=150)
+
+
+def gradient_bias(path: Path) -> None:
+    """Relative error of the gradient by the offset of a linear problem, against the number of phantom steps."""
+    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+    counts = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+    for rho in (0.5, 0.9, 0.99):
+        problem = fixpoint.load_problem(f"linear:rho={rho},rows=1,dtype=float64")
+        target = torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        exact = torch.linalg.solve(torch.eye(200, dtype=torch.float64) - problem.matrix.T, target)
+        errors = [float((_gradient(problem, target, steps) - exact).norm() / exact.norm()) for steps in counts]
+        axes.plot(counts, errors, marker="o", markersize=3, label=f"spectral radius {rho}")
+    axes.set(xscale="log", yscale="log", xlabel="recorded steps k of Phantom(steps=k); 1 is JFB", ylim=(1e-7, 2))
+    axes.set_ylabel("relative error of the gradient")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _gradient(problem: fixpoint.Problem, target: Tensor, steps: int) -> Tensor:
+    offset = problem.offset.clone().requires_grad_()
+
+    def f(z: Tensor) -> Tensor:
+        return z @ problem.matrix.T + offset
+
+    rule = fixpoint.Phantom(steps=steps)
+    value = fixpoint.solve(f, problem.z0, backward=rule, rtol=1e-10, max_evals=1000).value
+    (gradient,) = torch.autograd.grad((value * target).sum(), offset)
+    return gradient[0]
+
+
+def causal_chain(path: Path) -> None:
+    """Error of every latent after every Picard round: the wedge that is exact grows by a row a round, or faster."""
+    schedule = NoiseSchedule.linear()
+    chain = DDIMChain(_empirical_denoiser(schedule), initial_noise(3, range(1), (64,)).double(), schedule, steps=40)
+    exact = chain.sequential()
+    z, errors = chain.z0, []
+    for _ in range(chain.steps):
+        z = chain(z)
+        errors.append(torch.linalg.vector_norm(z - exact, dim=2)[0] / torch.linalg.vector_norm(exact, dim=2)[0])
+    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+    shown = torch.stack(errors).clamp(min=1e-16).log10().T
+    image = axes.imshow(shown, aspect="auto", cmap="magma", extent=(0.5, 40.5, 40.5, 0.5), vmin=-16, vmax=0)
+    axes.set(xlabel="Picard round", ylabel="step of the chain")
+    figure.colorbar(image, label="log10 of the relative error")
+    figure.savefig(path, dpi=150)
+
+
+def _empirical_denoiser(schedule: NoiseSchedule) -> object:
+    """The exact denoiser where the data are scikit-learn's digits themselves: a posterior mean over all of them."""
+    data = torch.tensor(load_digits().data / 8 - 1)
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        signal = schedule.alphas_cumprod[t][:, None]
+        distance = (x[:, None] - signal.sqrt()[:, None] * data).square().sum(dim=2)
+        mean = torch.softmax(-distance / (2 * (1 - signal)), dim=1) @ data
+        return (x - signal.sqrt() * mean) / (1 - signal).sqrt()
+
+    return denoiser
+
+
+def ddim_samples(path: Path) -> None:
+    """64 digits by DDIM in 50 steps from the embedded U-Net, all steps solved at once."""
+    drawn = draw(embedded("ddpm-digits"), DrawOptions(num_images=64, steps=50, solver="anderson"))
+    save_grid(drawn.images, path, columns=16, smallest_side=200)
+
+
+def fpdm_samples(path: Path) -> None:
+    """64 digits by DDIM in 50 steps from the embedded fixed point diffusion model."""
+    drawn = draw(embedded("fpdm-digits"), DrawOptions(num_images=64, steps=50))
+    save_grid(drawn.images, path, columns=16, smallest_side=200)
+
+
+PICTURES = {
+    "residuals": residuals,
+    "gradient-bias": gradient_bias,
+    "causal-chain": causal_chain,
+    "ddim-samples": ddim_samples,
+    "fpdm-samples": fpdm_samples,
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    FOLDER.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or PICTURES:
+        if name not in PICTURES:
+            raise SystemExit(f"no picture {name!r}; there are {', '.join(PICTURES)}")
+        PICTURES[name](FOLDER / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Experiments: the default comparison of solvers on any problem, and the run of many with their results kept as data.
+
+Only torch and the standard library are needed here; ``fixpoint.report`` draws what comes out.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fixpoint import provenance
+from fixpoint.blocks import Block, Cell, Images, Lines, Study, Table
+from fixpoint.convergence import row_norm
+from fixpoint.problems import CLASSICAL, Problem, find_problem, problem_names
+from fixpoint.solution import Solution
+from fixpoint.solve import solve
+from fixpoint.solvers.anderson import Anderson
+from fixpoint.solvers.base import Solver
+from fixpoint.solvers.blockwise import Blockwise
+from fixpoint.solvers.broyden import Broyden
+from fixpoint.solvers.picard import Picard
+from fixpoint.specs import check_options, parse_spec, unknown
+from fixpoint.structure import Layout
+
+__all__ = [
+    "DEFAULT_SOLVERS",
+    "Block",
+    "Images",
+    "Lines",
+    "Study",
+    "Table",
+    "check",
+    "compare",
+    "make_solver",
+    "run",
+    "write",
+]
+
+DEFAULT_SOLVERS = ("picard", "anderson", "anderson:memory=10", "broyden")
+_COLUMNS = ("solver", "rtol", "evaluations", "seconds", "worst relative residual", "worst error", "converged", "rows")
+_SOLVERS: Mapping[str, type[Solver]] = {"picard": Picard, "anderson": Anderson, "broyden": Broyden}
+
+
+def make_solver(spec: str) -> Solver:
+    """The solver that ``"name:key=value,..."`` names; ``blocks=T`` gives each of T parts of a row its own coefficients.
+
+    Raises:
+        LookupError: If there is no such solver.
+        TypeError, ValueError: If an option is unknown or illegal.
+
+    Example:
+        >>> make_solver("anderson:memory=10")
+        Anderson(memory=10, damping=1.0, ridge=None)
+    """
+    name, options = parse_spec(spec)
+    if name not in _SOLVERS:
+        raise unknown("solver", name, _SOLVERS)
+    blocks = options.pop("blocks", None)
+    check_options(f"solver {name!r}", _SOLVERS[name], options, also=("blocks",))
+    solver = _SOLVERS[name](**options)
+    return solver if blocks is None else Blockwise(solver, blocks=int(blocks))
+
+
+def compare(
+    problem: Problem,
+    solvers: Mapping[str, Solver] | None = None,
+    *,
+    rtols: Sequence[float] = (1e-5,),
+    max_evals: int = 300,
+    name: str = "comparison",
+    title: str = "",
+) -> Study:
+    """Solve one problem with each solver, side by side.
+
+    The residual in the table is measured afresh at the returned state, apart from the solver's own figures; when the
+    problem has a ``solution``, its distance is given too.
+
+    Args:
+        problem: An object with ``z0`` and ``__call__``.
+        solvers: ``{label: solver}``; None takes those that ``DEFAULT_SOLVERS`` names.
+        rtols: Relative tolerances; each is a solve of its own.
+        max_evals: Evaluations granted to each solve.
+        name, title: Of the study.
+
+    Returns:
+        Study: a table, and the worst row's residual against evaluations.
+
+    Example:
+        >>> import fixpoint
+        >>> study = compare(fixpoint.load_problem("linear:dim=20"), {"Picard": fixpoint.Picard()}, rtols=[0.1])
+        >>> study.main_table.columns[0], study.main_table.rows[0][0], study.main_table.rows[0][-2:]
+        ('solver', 'Picard', (4, 4))
+    """
+    solvers = {spec: make_solver(spec) for spec in DEFAULT_SOLVERS} if solvers is None else solvers
+    rows = []
+    series = {}
+    for label, solver in solvers.items():
+        for rtol in rtols:
+            start = time.perf_counter()
+            solution = solve(
+                problem, solver=solver, backward=None, rtol=rtol, max_evals=max_evals, on_failure="ignore", record=True
+            )
+            seconds = time.perf_counter() - start
+            share = (int(solution.converged.sum()), solution.converged.numel())
+            rows.append((label, rtol, solution.nfev, seconds, *_verify(problem, solution.value), *share))
+            curve = label if len(rtols) == 1 else f"{label}, rtol {rtol:g}"
+            series[curve] = _worst(solution)
+    table = Table(
+        "Solvers side by side",
+        _COLUMNS,
+        rows,
+        "Evaluations of f until the last row ended. The residual ||f(z) - z|| / ||f(z)|| is measured afresh at the "
+        "returned state; the error is the relative distance to the closed-form solution, where one is known.",
+    )
+    lines = Lines(
+        "Residual of the worst row",
+        series,
+        "evaluations of f",
+        "residual ||f(z) - z||",
+        caption="Lower and further left is better. A curve ends where the last row met its tolerance, or at the limit.",
+    )
+    return Study(name, title or name, (table, lines))
+
+
+@torch.no_grad()
+def _verify(problem: Problem, value: Any) -> tuple[float, float | None]:
+    """Worst relative residual at ``value`` by a fresh evaluation, and worst relative error if the solution is known."""
+    layout = Layout.of(problem.z0, getattr(problem, "batch_dims", None))
+    own = getattr(problem, "norm", None)
+
+    def size(flat: torch.Tensor) -> torch.Tensor:
+        return row_norm(flat) if own is None else own(layout.unflatten(flat)).reshape(-1)
+
+    z, fz = layout.flatten(value), layout.flatten(problem(value))
+    residual = float((size(fz - z) / size(fz)).max())
+    exact = getattr(problem, "solution", None)
+    if exact is None:
+        return residual, None
+    expected = layout.flatten(exact).double()
+    return residual, float((row_norm(z.double() - expected) / row_norm(expected)).max())
+
+
+def _worst(solution: Solution) -> tuple[list[float], list[float | None]]:
+    """Evaluations 1, 2, ... and the largest residual of any row after each."""
+    assert solution.trace is not None
+    worst = solution.trace.reshape(solution.nfev, -1).amax(dim=1).tolist()
+    return [float(count) for count in range(1, solution.nfev + 1)], worst
+
+
+def check(names: Sequence[str] = (), solvers: Sequence[str] = ()) -> None:
+    """Raise for an unknown name or option of a problem or a solver, before anything has run.
+
+    A registered problem that cannot be imported passes here and fails as a study, so that it does not stop the others.
+
+    Raises:
+        LookupError, TypeError, ValueError: As ``run``.
+
+    Example:
+        >>> check(["linear:roh=0.5"])
+        Traceback (most recent call last):
+        TypeError: problem 'linear' has no option 'roh'. Did you mean 'rho'? Legal: dim, dtype, rho, rows, scale, seed.
+    """
+    for spec in solvers:
+        make_solver(spec)
+    for spec in names:
+        name, options = parse_spec(spec)
+        if name not in problem_names():
+            raise unknown("problem", name, problem_names())
+        try:
+            entry = find_problem(name)
+        except Exception:
+            continue
+        entry.check(options, name)
+
+
+def run(
+    names: Sequence[str] = (),
+    solvers: Sequence[str] = (),
+    *,
+    rtols: Sequence[float] = (1e-5,),
+    max_evals: int = 300,
+    quick: bool = False,
+    progress: Callable[[Sequence[str]], Iterable[str]] = iter,
+) -> dict[str, Any]:
+    """Run problems by name and collect their studies, with the machine and versions that they ran on.
+
+    Args:
+        names: ``"name:key=value,..."`` each; none runs the classical problems.
+        solvers: Solver specs to compare. None given: a problem with a study of its own, named without options, runs
+            that study, and any other is compared with the default solvers.
+        rtols, max_evals: As in ``compare``.
+        quick: Ask studies for their small version.
+        progress: Wraps the names, as ``tqdm`` does.
+
+    Returns:
+        JSON-able results. A study that raises is listed under ``failures`` and does not touch the others; Ctrl-C ends
+        the run with what has finished.
+
+    Raises:
+        LookupError, TypeError, ValueError: At once, if a name or option of a problem or solver is unknown.
+
+    Example:
+        >>> results = run(["linear:dim=20"], ["anderson"])
+        >>> [study["name"] for study in results["studies"]], results["failures"]
+        (['linear:dim=20'], [])
+    """
+    specs = list(dict.fromkeys(names or CLASSICAL))
+    check(specs, solvers)
+    chosen = {spec: make_solver(spec) for spec in solvers}
+    start = time.perf_counter()
+    studies: list[Study] = []
+    failures = []
+    for spec in progress(specs):
+        try:
+            studies.append(_study(spec, chosen, rtols, max_evals, quick))
+        except Exception as error:
+            logging.getLogger("fixpoint").exception("study %r failed", spec)
+            failures.append({"name": spec, "error": f"{type(error).__name__}: {error}"})
+        except KeyboardInterrupt:  # what has finished is worth keeping
+            failures.append({"name": spec, "error": "interrupted"})
+            break
+    return {
+        "format": 1,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - start, 2),
+        "quick": quick,
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        "studies": [study.to_json() for study in _with_overview(studies)],
+        "failures": failures,
+    }
+
+
+def write(results: Mapping[str, Any], out_dir: str | Path) -> Path:
+    """Write ``results.json`` into ``out_dir``, which is made if need be, and return its path."""
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    path.write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
+    return path
+
+
+def _study(spec: str, solvers: Mapping[str, Solver], rtols: Sequence[float], max_evals: int, quick: bool) -> Study:
+    name, options = parse_spec(spec)
+    entry = find_problem(name)
+    if entry.study is not None and not options and not solvers:
+        return entry.study(quick)
+    title = f"{spec}: {entry.summary}"
+    return compare(entry(**options), solvers or None, rtols=rtols, max_evals=max_evals, name=spec, title=title)
+
+
+def _with_overview(studies: Sequence[Study]) -> list[Study]:
+    """``studies``, led by one table that sums the comparisons up when there are several."""
+    compared = {s.name: s.main_table for s in studies if s.main_table and tuple(s.main_table.columns) == _COLUMNS}
+    if len(compared) < 2:
+        return list(studies)
+    columns = list(dict.fromkeys((row[0], row[1]) for table in compared.values() for row in table.rows))
+    rows = []
+    for name, table in compared.items():
+        cells = {(row[0], row[1]): _verdict(dict(zip(_COLUMNS, row, strict=True))) for row in table.rows}
+        rows.append((name, *(cells.get(key) for key in columns)))
+    one_rtol = len({rtol for _, rtol in columns}) == 1
+    labels = [str(solver) if one_rtol else f"{solver} to {rtol:g}" for solver, rtol in columns]
+    caption = "Evaluations of f until every row met its tolerance, or 'fails' with the worst relative residual reached."
+    title = f"Evaluations to relative residual {columns[0][1]:g}" if one_rtol else "Evaluations"
+    overview = Study("overview", "Overview", (Table(title, ("problem", *labels), rows, caption),))
+    return [overview, *(replace(study, detail=study.name in compared) for study in studies)]
+
+
+def _verdict(row: Mapping[str, Cell]) -> Cell:
+    if row["converged"] == row["rows"]:
+        return row["evaluations"]
+    return f"fails ({row['worst relative residual']:.0e})"

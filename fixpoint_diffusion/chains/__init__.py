@@ -1,0 +1,7 @@
+"""Sampling chains as fixed point problems."""
+
+from fixpoint_diffusion.chains.ddim import DDIMChain
+from fixpoint_diffusion.chains.stochastic import StochasticDDIMChain
+from fixpoint_diffusion.chains.transitions import Transitions
+
+__all__ = ["DDIMChain", "StochasticDDIMChain", "Transitions"]

@@ -1,0 +1,60 @@
+"""The small models that are part of this package, trained by it on 8x8 digits."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fixpoint_diffusion.checksums import verify_checksums
+from fixpoint_diffusion.denoisers.diffusers import DiffusersDenoiser, load_denoiser
+
+if TYPE_CHECKING:
+    from fixpoint_diffusion.fpdm import FPDMDenoiser
+
+EMBEDDED_MODELS = ("ddpm-digits", "fpdm-digits")
+
+
+def embedded_folder(name: str) -> Path:
+    """The folder of an embedded model, its files checked against their checksums.
+
+    Args:
+        name: ``"ddpm-digits"`` (a ``UNet2DModel`` that predicts the noise) or ``"fpdm-digits"`` (a fixed point
+            diffusion model that predicts v).
+
+    Raises:
+        ValueError: if there is no such model, or a file is not as it was shipped.
+        FileNotFoundError: if this installation lacks the folder.
+    """
+    if name not in EMBEDDED_MODELS:
+        raise ValueError(f"no embedded model {name!r}; there are {', '.join(EMBEDDED_MODELS)}")
+    folder = Path(str(files("fixpoint_diffusion"))) / "assets" / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"this installation lacks the embedded model {name}: no folder {folder}; reinstall it")
+    verify_checksums(folder)
+    return folder
+
+
+def embedded(
+    name: str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> DiffusersDenoiser | FPDMDenoiser:
+    """Load an embedded model; nothing is downloaded.
+
+    Args:
+        name: see ``embedded_folder``.
+        dtype: of the weights, which are shipped in half precision; None: float32.
+        device: where to put them; None: the CPU.
+
+    Returns:
+        What ``load_denoiser`` returns for the model's folder: a denoiser of images ``(1, 8, 8)`` in [-1, 1].
+
+    Raises:
+        As ``embedded_folder``; ImportError if diffusers is not installed.
+
+    >>> denoiser = embedded("ddpm-digits")
+    >>> denoiser(torch.randn(3, 1, 8, 8), torch.tensor([0, 500, 999])).shape, denoiser.prediction_type
+    (torch.Size([3, 1, 8, 8]), 'epsilon')
+    """
+    return load_denoiser(embedded_folder(name), dtype=dtype, device=device)

@@ -1,0 +1,161 @@
+"""Transformer parts of FPDM: embeddings, the DiT block with adaLN-Zero, the implicit block and the head.
+
+Tokens are ``(N, L, D)``: N images, L patches, width D. A modulation is ``(N, k*D)``, or ``(1, k*D)`` when nothing
+conditions it.
+
+Sources: Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023 (block, head, initialisation);
+Bai and Melas-Kyriazi, "Fixed Point Diffusion Models", CVPR 2024, Sec. 3.2 (implicit block).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention, silu
+
+
+def sincos_positions(side: int, width: int) -> Tensor:
+    """Fixed 2-D positions ``(side*side, width)``: sines and cosines of the row, then of the column."""
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows = axis[:, None].expand(side, side, -1)
+    columns = axis[None, :].expand(side, side, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(side * side, width).float()
+
+
+def timestep_features(t: Tensor, features: int = 256, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal features ``(N, features)`` of the timesteps ``t`` ``(N,)``: cosines, then sines."""
+    half = features // 2
+    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Timesteps ``(N,)`` to conditioning vectors ``(N, D)``: 256 sinusoidal features through a small MLP."""
+
+    def __init__(self, width: int, features: int = 256) -> None:
+        super().__init__()
+        self.features = features
+        self.linear1 = nn.Linear(features, width)
+        self.linear2 = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        features = timestep_features(t, self.features).to(self.linear1.weight.dtype)
+        return self.linear2(silu(self.linear1(features)))
+
+
+class Modulation(nn.Module):
+    """adaLN: the ``parts`` shift, scale and gate vectors of a block, zero at first (adaLN-Zero).
+
+    Without conditioning a linear map of nothing is its bias, so a bias is all there is.
+    """
+
+    def __init__(self, width: int, parts: int, *, conditional: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, parts * width) if conditional else None
+        self.bias = None if conditional else nn.Parameter(torch.zeros(parts * width))
+        self.zero()
+
+    def zero(self) -> None:
+        """Make the modulation zero for every conditioning, and so the block the identity."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, condition: Tensor | None) -> Tensor:
+        if self.linear is None:
+            assert self.bias is not None
+            return self.bias[None]
+        if condition is None:
+            raise ValueError("this block is conditional, but no conditioning was given")
+        return self.linear(silu(condition))
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    normalised = layer_norm(x, x.shape[-1:], eps=1e-6)
+    return normalised * (1 + scale[:, None]) + shift[:, None]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of one image."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        q, k, v = self.qkv(x).reshape(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = scaled_dot_product_attention(q, k, v)
+        return self.out(attended.transpose(1, 2).reshape(n, tokens, width))
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each after a modulated layer norm, each added through a gate.
+
+    The modulation can be computed apart (:attr:`modulation`, :meth:`transform`), once for many calls.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, conditional: bool) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.attention = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.modulation = Modulation(width, 6, conditional=conditional)
+
+    def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """Tokens ``(N, L, D)`` and conditioning ``(N, D)``, None without any, to new tokens ``(N, L, D)``."""
+        return self.transform(x, self.modulation(condition))
+
+    def transform(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """``x`` ``(N, L, D)`` and its modulation ``(N or 1, 6D)`` to new tokens ``(N, L, D)``."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
+        x = x + gate_a[:, None] * self.attention(_modulate(x, shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(_modulate(x, shift_m, scale_m))
+
+
+class ImplicitBlock(nn.Module):
+    """The fixed point map ``f(z) = DiTBlock(W2 gelu(W1 [z; u]), c)`` with ``W1: 2D -> 2D`` and ``W2: 2D -> D``.
+
+    ``W1 [z; u] = Wz z + Wu u``, and neither ``Wu u`` nor the modulation depends on z. :meth:`prepare` computes both
+    once; :meth:`forward` takes them as inputs and costs what depends on z alone.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(2 * width, 2 * width)
+        self.w2 = nn.Linear(2 * width, width)
+        self.block = DiTBlock(width, heads, mlp_ratio, conditional=True)
+
+    def prepare(self, u: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Injection ``u`` ``(N, L, D)`` and conditioning ``(N, D)`` to ``Wu u + b`` and the modulation."""
+        width = u.shape[-1]
+        return linear(u, self.w1.weight[:, width:], self.w1.bias), self.block.modulation(condition)
+
+    def forward(self, z: Tensor, projected: Tensor, modulation: Tensor) -> Tensor:
+        """One application of f to ``z`` ``(N, L, D)``, given what :meth:`prepare` returned."""
+        hidden = linear(z, self.w1.weight[:, : z.shape[-1]]) + projected
+        return self.block.transform(self.w2(gelu(hidden)), modulation)
+
+
+class Head(nn.Module):
+    """Modulated layer norm and a linear map of each token to its patch: ``(N, L, D)`` to ``(N, C, H, W)``."""
+
+    def __init__(self, width: int, patch_size: int, out_channels: int, *, conditional: bool) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.modulation = Modulation(width, 2, conditional=conditional)
+        self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
+
+    def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        shift, scale = self.modulation(condition).chunk(2, dim=1)
+        patches = self.linear(_modulate(x, shift, scale))
+        n, tokens, _ = patches.shape
+        side, p = math.isqrt(tokens), self.patch_size
+        grid = patches.reshape(n, side, side, p, p, -1)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, side * p, side * p)

@@ -1,0 +1,204 @@
+"""DDIM sampling from an FPDM with a chosen number of iterations per step, and reuse of solutions between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fixpoint import Picard, Solution, Solver
+from fixpoint_diffusion.chains import Transitions
+from fixpoint_diffusion.fpdm.allocation import iterations_per_step
+from fixpoint_diffusion.fpdm.model import FPDM
+from fixpoint_diffusion.noise import step_noise
+from fixpoint_diffusion.schedules import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class FPDMStep:
+    """One step of sampling from an FPDM.
+
+    Attributes:
+        timestep: What the network is told.
+        latent: The noisy images that the step starts from, ``(N, C, H, W)``.
+        z0: Where the fixed point layer started, ``(N, L, D)``; None: at the pre blocks' output.
+        solution: What the layer returned; its ``trace`` is None unless recorded.
+        after: The less noisy images that the step leads to, ``(N, C, H, W)``.
+    """
+
+    timestep: int
+    latent: Tensor
+    z0: Tensor | None
+    solution: Solution
+    after: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FPDMSamples:
+    """Images sampled from an FPDM and what they cost.
+
+    Attributes:
+        images: ``(N, C, H, W)``.
+        timesteps: Sampling timesteps ``(S,)``, the noisiest first.
+        iterations: Iterations of the fixed point layer at each step.
+        block_passes: Forward passes of transformer blocks for one image, ``n_pre + k + n_post`` summed over the steps:
+            the paper's measure of cost. Beside its block, an iteration costs the two projections of the injection.
+        residuals: For each step ``(k, N)`` norms ``||f(z) - z||`` at every evaluation; None unless recorded.
+    """
+
+    images: Tensor
+    timesteps: Tensor
+    iterations: tuple[int, ...]
+    block_passes: int
+    residuals: tuple[Tensor, ...] | None = None
+
+    @property
+    def deltas(self) -> Tensor | None:
+        """``(S, N)``: the residual of each step's last evaluation, None unless recorded.
+
+        With plain Picard iteration it is the norm of the difference of the last two iterates, the ``delta_t`` of
+        Fig. 6.
+        """
+        return None if self.residuals is None else torch.stack([trace[-1] for trace in self.residuals])
+
+
+def sample_fpdm(
+    model: FPDM,
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    steps: int = 50,
+    iterations: int | Sequence[int] | Tensor = 4,
+    reuse: bool = True,
+    solver: Solver = Picard(),  # noqa: B008  (immutable)
+    eta: float = 0.0,
+    seed: int = 0,
+    y: Tensor | None = None,
+    spacing: str = "linspace",
+    record: bool = False,
+    progress: bool = False,
+) -> FPDMSamples:
+    """Sample by DDIM, with a fixed number of iterations of the fixed point layer in every step.
+
+    Args:
+        model: The model.
+        x_T: Initial noise ``(N, C, H, W)``.
+        schedule: The noise schedule that the model was trained on.
+        steps: Sampling steps S.
+        iterations: Iterations of the layer: one number for all steps, or one for each, the noisiest step first; see
+            :func:`allocate`.
+        reuse: Start each step's layer from the previous step's solution (Sec. 3.3); else from the pre blocks' output.
+        solver: Solver of the layer.
+        eta: Share of DDPM's noise: 0 is deterministic DDIM, 1 is DDPM.
+        seed: Of that noise, which is a function of (seed, image, step).
+        y: Classes ``(N,)`` of a conditional model.
+        spacing: Which timesteps are visited. The default includes both ends, as in the paper.
+        record: Keep the residual of every iteration.
+        progress: Show a bar.
+
+    Returns:
+        The images, the iterations, their cost in block passes and, if recorded, the residuals.
+
+    Raises:
+        ValueError: If the iterations do not fit the steps, or a shape, ``eta`` or ``spacing`` is out of range.
+
+    Source: Bai and Melas-Kyriazi, CVPR 2024, Sec. 3.3; footnote 4 for the cost.
+
+    >>> from fixpoint_diffusion.fpdm import FPDM, FPDMConfig
+    >>> model = FPDM(FPDMConfig(width=16, heads=2))
+    >>> schedule = NoiseSchedule.linear().zero_terminal_snr()
+    >>> samples = sample_fpdm(model, torch.randn(2, 1, 8, 8), schedule, steps=10, iterations=3)
+    >>> samples.images.shape, samples.block_passes
+    (torch.Size([2, 1, 8, 8]), 50)
+    """
+    run = fpdm_steps(
+        model,
+        x_T,
+        schedule,
+        steps=steps,
+        iterations=iterations,
+        reuse=reuse,
+        solver=solver,
+        eta=eta,
+        seed=seed,
+        y=y,
+        spacing=spacing,
+        record=record,
+    )
+    counts = iterations_per_step(iterations, steps)
+    images, timesteps, residuals = x_T, [], []
+    for step in tqdm(run, total=steps, desc="sampling", unit="step", disable=not progress):
+        images = step.after
+        timesteps.append(step.timestep)
+        if step.solution.trace is not None:
+            residuals.append(step.solution.trace)
+    explicit = model.config.n_pre + model.config.n_post
+    return FPDMSamples(
+        images=images,
+        timesteps=torch.tensor(timesteps),
+        iterations=counts,
+        block_passes=steps * explicit + sum(counts),
+        residuals=tuple(residuals) if record else None,
+    )
+
+
+@torch.no_grad()
+def fpdm_steps(
+    model: FPDM,
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    steps: int = 50,
+    iterations: int | Sequence[int] | Tensor = 4,
+    reuse: bool = True,
+    solver: Solver = Picard(),  # noqa: B008  (immutable)
+    eta: float = 0.0,
+    seed: int = 0,
+    y: Tensor | None = None,
+    spacing: str = "linspace",
+    record: bool = False,
+) -> Iterator[FPDMStep]:
+    """The steps of :func:`sample_fpdm` one by one, for whoever wants to look at latents and layer solutions.
+
+    Arguments and errors are those of :func:`sample_fpdm`.
+
+    >>> from fixpoint_diffusion.fpdm import FPDM, FPDMConfig
+    >>> model = FPDM(FPDMConfig(width=16, heads=2))
+    >>> schedule = NoiseSchedule.linear().zero_terminal_snr()
+    >>> [step.timestep for step in fpdm_steps(model, torch.randn(2, 1, 8, 8), schedule, steps=4)]
+    [999, 666, 333, 0]
+    """
+    counts = iterations_per_step(iterations, steps)
+    timesteps = schedule.timesteps(steps, spacing)
+    transitions = Transitions.of(schedule, timesteps, eta=eta, prediction_type=model.config.prediction_type)
+    parameter = next(model.parameters())
+    latent, z0 = x_T, None
+    for k, count in enumerate(counts):
+        timestep = int(timesteps[k])
+        output, solution = model(
+            latent.to(parameter.dtype),
+            torch.tensor(timestep, device=latent.device),
+            y,
+            z0,
+            depth=count,
+            solver=solver,
+            record=record,
+            return_solution=True,
+        )
+        noise = None
+        if eta > 0:
+            samples = range(len(x_T))
+            noise = step_noise(seed, samples, [k], x_T.shape[1:], dtype=_wide(latent).dtype, device=latent.device)[:, 0]
+        output = output[:, : model.config.in_channels]
+        after = transitions.step(_wide(latent), _wide(output), k, noise).to(latent.dtype)
+        yield FPDMStep(timestep, latent, z0, solution, after)
+        latent = after
+        z0 = solution.value if reuse else None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float64, so that what the step cancels does not cost digits; float32 where the device has no more."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)

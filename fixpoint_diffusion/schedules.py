@@ -1,0 +1,260 @@
+"""Noise schedules in float64 and the selection of timesteps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "quadratic")
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    r"""How much signal is left at each of the N training timesteps, and how to choose timesteps for sampling.
+
+    The forward process is ``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise``, where ``abar_t`` is the cumulative
+    product of ``1 - beta``. Everything is kept in float64: in float32 ``1 - abar`` loses four digits near ``t = 0``.
+
+    Args:
+        alphas_cumprod: ``abar``, shape ``(N,)``, strictly decreasing within (0, 1); only the last entry may be 0
+            (zero terminal signal-to-noise ratio). Converted to float64 on the CPU.
+        final_alpha: the ``abar`` that the last sampling step arrives at, from ``alphas_cumprod[0]`` to 1.
+            diffusers calls 1 ``set_alpha_to_one``.
+        prediction_type: what a denoiser trained on this schedule predicts: ``"epsilon"``, ``"v_prediction"`` or
+            ``"sample"``. Chains use it where neither they nor the denoiser say otherwise.
+        timestep_spacing: the spacing that :meth:`timesteps` uses by default.
+        steps_offset: added to timesteps of the ``"leading"`` spacing (diffusers' option of this name).
+
+    Raises:
+        ValueError: a value outside the ranges above.
+
+    Example:
+        >>> schedule = NoiseSchedule.linear(steps=1000)
+        >>> schedule.timesteps(4)
+        tensor([750, 500, 250,   0])
+        >>> schedule.timesteps(4, spacing="trailing")
+        tensor([999, 749, 499, 249])
+    """
+
+    alphas_cumprod: torch.Tensor
+    final_alpha: float = 1.0
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+
+    def __post_init__(self) -> None:
+        alphas = torch.as_tensor(self.alphas_cumprod).detach().to("cpu", torch.float64).clone()
+        if alphas.ndim != 1 or len(alphas) == 0:
+            raise ValueError(f"alphas_cumprod must have shape (N,) with N >= 1, got {tuple(alphas.shape)}")
+        in_range = bool((alphas < 1).all() and (alphas[:-1] > 0).all() and alphas[-1] >= 0)
+        if not in_range or not bool((alphas.diff() < 0).all()):
+            raise ValueError("alphas_cumprod must decrease strictly within (0, 1); only its last entry may be 0")
+        if not float(alphas[0]) <= self.final_alpha <= 1:
+            raise ValueError(
+                f"final_alpha must lie between alphas_cumprod[0] = {float(alphas[0]):g} and 1, got {self.final_alpha}"
+            )
+        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        if self.steps_offset < 0:
+            raise ValueError(f"steps_offset must not be negative, got {self.steps_offset}")
+        object.__setattr__(self, "alphas_cumprod", alphas)
+
+    def __len__(self) -> int:
+        """N, the number of training timesteps."""
+        return len(self.alphas_cumprod)
+
+    @classmethod
+    def from_betas(cls, betas: torch.Tensor) -> NoiseSchedule:
+        """The schedule of the given per-step noise variances.
+
+        Args:
+            betas: shape ``(N,)``, each within (0, 1); the last may be 1.
+
+        Example:
+            >>> NoiseSchedule.from_betas(torch.tensor([0.25, 0.5])).alphas_cumprod
+            tensor([0.7500, 0.3750], dtype=torch.float64)
+        """
+        return cls((1 - torch.as_tensor(betas).to("cpu", torch.float64)).cumprod(0))
+
+    @classmethod
+    def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+        """Betas in equal steps, as in DDPM (Ho et al., 2020).
+
+        Example:
+            >>> float(NoiseSchedule.linear().alphas_cumprod[0])
+            0.9999
+        """
+        return cls.from_betas(torch.linspace(beta_start, beta_end, _positive("steps", steps), dtype=torch.float64))
+
+    @classmethod
+    def scaled_linear(cls, steps: int = 1000, beta_start: float = 8.5e-4, beta_end: float = 0.012) -> NoiseSchedule:
+        """Square roots of betas in equal steps, as in latent diffusion (Rombach et al., 2022; its ends by default).
+
+        Example:
+            >>> len(NoiseSchedule.scaled_linear())
+            1000
+        """
+        roots = torch.linspace(beta_start**0.5, beta_end**0.5, _positive("steps", steps), dtype=torch.float64)
+        return cls.from_betas(roots.square())
+
+    @classmethod
+    def cosine(cls, steps: int = 1000, max_beta: float = 0.999) -> NoiseSchedule:
+        """The squared-cosine schedule of Nichol and Dhariwal (2021); diffusers' ``squaredcos_cap_v2``.
+
+        Example:
+            >>> bool(NoiseSchedule.cosine().alphas_cumprod[-1] < 1e-8)
+            True
+        """
+        ticks = torch.arange(_positive("steps", steps) + 1, dtype=torch.float64) / steps
+        signal = torch.cos((ticks + 0.008) / 1.008 * math.pi / 2).square()
+        return cls.from_betas((1 - signal[1:] / signal[:-1]).clamp(max=max_beta))
+
+    @classmethod
+    def from_diffusers(cls, scheduler: Any) -> NoiseSchedule:
+        """The schedule of a diffusers scheduler, computed anew in float64 from its configuration.
+
+        Args:
+            scheduler: a diffusers scheduler, its ``config``, the path of a ``scheduler_config.json``, or a folder that
+                holds one, itself or in a subfolder ``scheduler``. Options that the configuration leaves out get the
+                defaults of ``DDIMScheduler``.
+
+        Returns:
+            The schedule, with the configuration's prediction type, timestep spacing and offset.
+
+        Raises:
+            ValueError: a beta schedule, prediction type or spacing that this package does not know.
+            FileNotFoundError: no configuration at the given path.
+            TypeError: something that is none of the above.
+
+        Example:
+            >>> config = {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
+            >>> schedule = NoiseSchedule.from_diffusers(config)
+            >>> schedule.timesteps(4)
+            tensor([751, 501, 251,   1])
+        """
+        config = _read_config(scheduler)
+        steps = config.get("num_train_timesteps", 1000)
+        ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
+        name = config.get("beta_schedule", "linear")
+        if config.get("trained_betas") is not None:
+            schedule = cls.from_betas(torch.as_tensor(config["trained_betas"], dtype=torch.float64))
+        elif name == "linear":
+            schedule = cls.linear(steps, *ends)
+        elif name == "scaled_linear":
+            schedule = cls.scaled_linear(steps, *ends)
+        elif name == "squaredcos_cap_v2":
+            schedule = cls.cosine(steps)
+        else:
+            known = "'linear', 'scaled_linear', 'squaredcos_cap_v2', or trained_betas"
+            raise ValueError(f"unknown beta_schedule {name!r} in the scheduler's configuration; expected {known}")
+        if config.get("rescale_betas_zero_snr", False):
+            schedule = schedule.zero_terminal_snr()
+        set_alpha_to_one = config.get("set_alpha_to_one", True)
+        return replace(
+            schedule,
+            final_alpha=1.0 if set_alpha_to_one else float(schedule.alphas_cumprod[0]),
+            prediction_type=config.get("prediction_type", "epsilon"),
+            timestep_spacing=config.get("timestep_spacing", "leading"),
+            steps_offset=config.get("steps_offset", 0),
+        )
+
+    def zero_terminal_snr(self) -> NoiseSchedule:
+        """The same schedule rescaled so that the last timestep is pure noise (Lin et al., 2023, Algorithm 1).
+
+        ``sqrt(abar)`` is shifted to reach exactly 0 at the last timestep and scaled to keep its first value.
+
+        Example:
+            >>> float(NoiseSchedule.linear().zero_terminal_snr().alphas_cumprod[-1])
+            0.0
+        """
+        if len(self) < 2:
+            raise ValueError("zero_terminal_snr needs a schedule of at least 2 timesteps")
+        roots = self.alphas_cumprod.sqrt()
+        first, last = roots[0], roots[-1]
+        alphas = ((roots - last) * first / (first - last)).square()
+        alphas[0] = self.alphas_cumprod[0]  # exactly, so that a final_alpha equal to it stays valid
+        return replace(self, alphas_cumprod=alphas)
+
+    def timesteps(self, steps: int, spacing: str | None = None) -> torch.Tensor:
+        """Timesteps for a sampling chain of the given length, from the noise end.
+
+        ``"leading"``, ``"linspace"`` and ``"trailing"`` are the rules of diffusers' schedulers (Lin et al., 2023,
+        Table 2), with this schedule's ``steps_offset`` added to ``"leading"``.
+
+        ``"quadratic"`` is DEQ-DDIM's choice for CIFAR10 (Appendix A): ``floor(c i^2)`` with the constant that makes the
+        last one exactly ``N - 1``. Where ``c`` is small the squares repeat indices, which would give steps that do
+        nothing; here index i gets at least ``i``, so the smallest timesteps are consecutive and all are distinct. The
+        rule in the authors' code stops at ``0.8 N`` and keeps the repetitions (688 distinct ones of 1000).
+
+        Args:
+            steps: T, from 1 to N.
+            spacing: one of the four names; by default this schedule's ``timestep_spacing``.
+
+        Returns:
+            T distinct timesteps within ``0 .. N - 1``, int64, descending, shape ``(T,)``.
+
+        Raises:
+            ValueError: more steps than there are timesteps, an unknown spacing, an offset that leads beyond N - 1.
+
+        Example:
+            >>> NoiseSchedule.linear().timesteps(6, spacing="quadratic")
+            tensor([999, 639, 359, 159,  39,   0])
+        """
+        n = len(self)
+        if _positive("steps", steps) > n:
+            raise ValueError(f"{steps} sampling steps were asked of a schedule that has {n} timesteps")
+        spacing = self.timestep_spacing if spacing is None else spacing
+        check_choice("spacing", spacing, TIMESTEP_SPACINGS)
+        ascending: np.ndarray
+        if spacing == "leading":
+            ascending = np.arange(steps) * (n // steps) + self.steps_offset
+            if ascending[-1] >= n:
+                raise ValueError(
+                    f"steps_offset={self.steps_offset} moves the first of {steps} timesteps to {ascending[-1]}, beyond "
+                    f"the last of the schedule, {n - 1}; take fewer steps, or another spacing"
+                )
+        elif spacing == "linspace":
+            ascending = np.linspace(0, n - 1, steps).round()
+        elif spacing == "trailing":
+            # arange rounds its way to one entry too many (a timestep -1) for some lengths; diffusers keeps it
+            ascending = (np.round(np.arange(n, 0, -n / steps))[:steps] - 1)[::-1]
+        elif steps == 1:
+            ascending = np.array([n - 1])
+        else:
+            index = np.arange(steps)
+            ascending = np.maximum((n - 1) * index**2 // (steps - 1) ** 2, index)
+        return torch.from_numpy(ascending[::-1].astype(np.int64))
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a ``ValueError`` that lists the choices unless the value is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return value
+
+
+def _read_config(scheduler: Any) -> Mapping[str, Any]:
+    if isinstance(scheduler, str | Path):
+        path = Path(scheduler)
+        candidates = [path, path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json"]
+        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"no scheduler_config.json at {path}, nor in its subfolder 'scheduler'")
+        return json.loads(file.read_text())
+    config = getattr(scheduler, "config", scheduler)
+    if not isinstance(config, Mapping):
+        raise TypeError(f"expected a diffusers scheduler, its config or a path, got {type(scheduler).__name__}")
+    return config

@@ -1,0 +1,1 @@
+"""Experiments on the registered problems, as ``fixpoint bench`` runs them."""

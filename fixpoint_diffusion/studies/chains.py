@@ -1,0 +1,197 @@
+"""DDIM chains by every method against the sequential sampler (DEQ-DDIM, Table 1 and Figures 1, 2 and 9 in small)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fixpoint import Picard, Progress, bench
+from fixpoint_diffusion.chains import DDIMChain, StochasticDDIMChain
+from fixpoint_diffusion.denoisers import embedded
+from fixpoint_diffusion.noise import initial_noise
+from fixpoint_diffusion.sampling import deq_ddim_settings, sample
+from fixpoint_diffusion.schedules import NoiseSchedule
+
+MAX_ROUNDS = 50  # of whatever the paper sets no limit for
+COLUMNS = ("chain", "method", "rounds", "denoiser rows", "seconds", "error of x_0", "converged")
+HOW_TO_READ = (
+    "A round is one batched call of the denoiser; rows are the latents in all calls, without those that had not "
+    "changed. The error is ||x_0 - sequential|| / ||sequential|| of the worst sample. Converged: samples whose "
+    "residual met ||h(z) - z|| <= 1e-3 ||h(z)|| within the rounds allowed."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One method on one chain: its costs, its images ``(B, *shape)``, and what it left behind on the way."""
+
+    rounds: int
+    rows: int
+    seconds: float
+    error: float
+    converged: str
+    images: Tensor
+    residuals: Sequence[float] = ()  # of the worst sample, after each round
+    latents: Mapping[int, Tensor] = field(default_factory=dict)  # {round: trajectory of the first sample}
+
+
+def embedded_chain(*, steps: int, samples: int, seed: int = 0, eta: float = 0.0) -> DDIMChain:
+    """A chain of the embedded U-Net, deterministic for ``eta=0``."""
+    denoiser = embedded("ddpm-digits")
+    schedule = NoiseSchedule.from_diffusers(denoiser.schedule_config)
+    x_T = initial_noise(seed, range(samples), denoiser.sample_shape)
+    if eta == 0:
+        return DDIMChain(denoiser, x_T, schedule, steps=steps)
+    return StochasticDDIMChain(denoiser, x_T, schedule, steps=steps, eta=eta, seed=seed)
+
+
+def ddim_study(quick: bool) -> bench.Study:
+    """The deterministic chain, short and long, and the choice of where the solver starts."""
+    sizes = ((20, 4), (100, 1)) if quick else ((100, 16), (1000, 4))
+    chains = [embedded_chain(steps=steps, samples=samples) for steps, samples in sizes]
+    results = {_name(chain): run_methods(chain) for chain in chains}
+    pictures = [block for chain in chains for block in method_pictures(chain, results[_name(chain)])]
+    return bench.Study(
+        "ddim-chain",
+        "DDIM chain: all latents as one fixed point",
+        [method_table("DDIM chain", results), *pictures, *start_blocks(chains[0])],
+        "Every method gets the same x_T. Anderson is given the settings of DEQ-DDIM: memory 5, tolerance 1e-3, at most "
+        "15 rounds; its coefficients are found for a sample's whole chain, or for each timestep by itself.",
+    )
+
+
+def sddim_study(quick: bool) -> bench.Study:
+    """The stochastic chain with as much noise as DDPM."""
+    steps, samples = (20, 4) if quick else (100, 16)
+    chain = embedded_chain(steps=steps, samples=samples, eta=1.0)
+    outcomes = run_methods(chain)
+    return bench.Study(
+        "sddim-chain",
+        "Stochastic DDIM chain (eta = 1)",
+        [method_table("Stochastic DDIM chain", {_name(chain): outcomes}), *method_pictures(chain, outcomes)],
+        "The noises are drawn once and are the same for every method, the sequential sampler included. Anderson is "
+        "given the settings of DEQ-sDDIM: memory 5, tolerance 1e-3, at most 50 rounds.",
+    )
+
+
+def run_methods(chain: DDIMChain) -> dict[str, Outcome]:
+    """The sequential sampler, plain iteration, and the two readings of DEQ-DDIM."""
+    start = time.perf_counter()
+    reference = _sequential(chain)
+    seconds = time.perf_counter() - start
+    rows = chain.steps * len(reference)
+    sequential = Outcome(rounds=chain.steps, rows=rows, seconds=seconds, error=0.0, converged="exact", images=reference)
+    methods = {
+        "Picard": {"solver": Picard(), "max_evals": MAX_ROUNDS},
+        "Anderson, per sample": deq_ddim_settings(chain, "paper"),
+        "Anderson, per timestep": deq_ddim_settings(chain, "released-code"),
+    }
+    return {
+        "sequential": sequential,
+        **{label: run_method(chain, reference, **options) for label, options in methods.items()},
+    }
+
+
+def run_method(chain: DDIMChain, reference: Tensor, **options: Any) -> Outcome:
+    """``sample(chain, **options)``, compared with ``reference`` ``(B, *shape)``."""
+    latents: dict[int, Tensor] = {}
+
+    def look(progress: Progress) -> None:
+        if progress.nfev in (1, 2, 3, 5, 8, 15):
+            latents[progress.nfev] = progress.value[0].clone()
+
+    start = time.perf_counter()
+    result = sample(chain, record=True, on_failure="ignore", callback=look, progress=True, **options)
+    seconds = time.perf_counter() - start
+    difference = (result.images - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
+    assert result.solution.trace is not None
+    return Outcome(
+        rounds=result.rounds,
+        rows=result.evals,
+        seconds=seconds,
+        error=float(difference.max()),
+        converged=f"{int(result.solution.converged.sum())} of {len(reference)}",
+        images=result.images,
+        residuals=result.solution.trace.amax(dim=1).tolist(),
+        latents=latents,
+    )
+
+
+def _sequential(chain: DDIMChain) -> Tensor:
+    with torch.no_grad():
+        return chain.sequential(progress=True)[:, -1]
+
+
+def _name(chain: DDIMChain) -> str:
+    noise = f", eta={chain.eta:g}" if isinstance(chain, StochasticDDIMChain) else ""
+    return f"T={chain.steps}{noise}, {len(chain.x_T)} samples"
+
+
+def method_table(title: str, results: Mapping[str, Mapping[str, Outcome]]) -> bench.Table:
+    """The costs of each method on each chain, and how far its images are from the sequential ones."""
+    rows = [
+        (name, label, o.rounds, o.rows, o.seconds, o.error, o.converged)
+        for name, outcomes in results.items()
+        for label, o in outcomes.items()
+    ]
+    return bench.Table(title, COLUMNS, rows, HOW_TO_READ)
+
+
+def method_pictures(chain: DDIMChain, outcomes: Mapping[str, Outcome]) -> list[bench.Block]:
+    """Images side by side, residuals, and the latents of one sample as Anderson works on them."""
+    name = _name(chain)
+    grid = bench.Images.of(
+        f"{name}: images by method",
+        torch.stack([o.images for o in outcomes.values()]),
+        row_labels=list(outcomes),
+        caption="One column a sample. Rows that look alike show methods that agree.",
+    )
+    curves = {label: (range(1, len(o.residuals) + 1), o.residuals) for label, o in outcomes.items() if o.residuals}
+    residuals = bench.Lines(
+        f"{name}: residual against rounds",
+        curves,
+        "rounds",
+        "||h(z) - z||, worst sample",
+        caption="As Figure 1 of the DEQ-DDIM paper. A curve ends where every sample had converged, or at the limit.",
+    )
+    latents = outcomes["Anderson, per sample"].latents
+    # Ten latents evenly along the chain, then the last four, as in Figure 2 of the paper.
+    chosen = [*(k * chain.steps // 10 for k in range(10)), *range(chain.steps - 4, chain.steps)]
+    strip = bench.Images.of(
+        f"{name}: latents over solver steps",
+        torch.stack([trajectory[chosen] for trajectory in latents.values()]),
+        row_labels=[f"round {nfev}" for nfev in latents],
+        column_labels=[f"x_{chain.steps - 1 - k}" for k in chosen],
+        low=-2,
+        high=2,
+        caption="As Figure 2 of the DEQ-DDIM paper: one sample under Anderson, per sample; from noise (left) to image "
+        "(right), solver steps downwards. Round 1 is the start, every latent x_T.",
+    )
+    return [grid, residuals, strip]
+
+
+def start_blocks(chain: DDIMChain) -> list[bench.Block]:
+    """Every latent starting at x_T, against zeros (Figure 9 of the paper)."""
+    reference = _sequential(chain)
+    anderson = deq_ddim_settings(chain, "paper")["solver"]
+    outcomes = {
+        f"{label} from {init}": run_method(chain, reference, solver=solver, max_evals=MAX_ROUNDS, init=init)
+        for label, solver in (("Anderson", anderson), ("Picard", Picard()))
+        for init in ("x_T", "zeros")
+    }
+    curves = {label: (range(1, len(o.residuals) + 1), o.residuals) for label, o in outcomes.items()}
+    return [
+        method_table("Where the solver starts", {_name(chain): outcomes}),
+        bench.Lines(
+            "Start: residual against rounds",
+            curves,
+            "rounds",
+            "||h(z) - z||, worst sample",
+            caption="As Figure 9 of the DEQ-DDIM paper: all latents start at x_T, or at zero. At most 50 rounds.",
+        ),
+    ]

@@ -1,0 +1,194 @@
+"""The implicit layer of the embedded FPDM: cost by solver and timestep, with and without reuse (FPDM, Figure 6)."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fixpoint import Anderson, Broyden, Picard, Solution, Solver, bench, solve
+from fixpoint_diffusion.chains import Transitions
+from fixpoint_diffusion.denoisers import embedded
+from fixpoint_diffusion.fpdm import FPDM, FPDMDenoiser, FPDMLayerProblem, fpdm_layer_problem, sample_fpdm
+from fixpoint_diffusion.metrics import digit_quality
+from fixpoint_diffusion.noise import initial_noise
+from fixpoint_diffusion.schedules import NoiseSchedule
+
+SOLVERS: dict[str, Solver] = {"Picard": Picard(), "Anderson": Anderson(), "Broyden": Broyden()}
+RTOLS = (1e-2, 1e-3, 1e-4)
+STARTS = ("without reuse", "with reuse")
+MAX_EVALS = 100
+Solved = dict[tuple[int, str, str, float], Solution]  # by timestep, start, solver and tolerance
+
+
+def embedded_fpdm() -> tuple[FPDM, NoiseSchedule]:
+    """The embedded model, in evaluation mode, and the schedule that it was trained on."""
+    denoiser = embedded("fpdm-digits")
+    assert isinstance(denoiser, FPDMDenoiser)
+    return denoiser.model.eval(), NoiseSchedule.from_diffusers(denoiser.schedule_config)
+
+
+def embedded_layer(*, timestep: int, samples: int, seed: int) -> FPDMLayerProblem:
+    """The layer's problem at the sampler's own latents at ``timestep``, which it reaches in 20 steps."""
+    model, schedule = embedded_fpdm()
+    last = len(schedule.alphas_cumprod) - 1
+    if not 0 <= timestep <= last:
+        raise ValueError(f"timestep must be from 0 to {last}, got {timestep}")
+    timesteps = torch.linspace(last, timestep, 20 if timestep < last else 1).round().long().unique().flip(0)
+    *_, (_, cold, _) = _trajectory(model, schedule, timesteps, samples, seed)
+    return cold
+
+
+def fpdm_study(quick: bool) -> bench.Study:
+    """Evaluations of each solver at nine timesteps of a sampling run, and images at few iterations per step."""
+    model, schedule = embedded_fpdm()
+    steps, samples = (10, 4) if quick else (50, 16)
+    timesteps = schedule.timesteps(steps, "linspace")
+    chosen = {int(timesteps[k]) for k in torch.linspace(1, steps - 1, 9).round().long()}
+    solved: Solved = {}
+    for t, cold, reused in _trajectory(model, schedule, timesteps, samples, seed=0):
+        for start, problem in zip(STARTS, (cold, reused), strict=True) if t in chosen else ():
+            for (label, solver), rtol in itertools.product(SOLVERS.items(), RTOLS):
+                solved[t, start, label, rtol] = solve(
+                    problem,
+                    solver=solver,
+                    backward=None,
+                    rtol=rtol,
+                    max_evals=MAX_EVALS,
+                    on_failure="ignore",
+                    record=True,
+                )
+    order = sorted(chosen, reverse=True)
+    return bench.Study(
+        "fpdm-layer",
+        "FPDM: the implicit layer along a sampling run",
+        [
+            _summary(solved, order),
+            *_by_timestep(solved, order),
+            *_curves(solved, order),
+            *_samples(model, schedule, steps=steps, samples=samples),
+        ],
+        f"DDIM with {steps} steps and {samples} images; the layer's problem is taken at nine of its timesteps, started "
+        "from the output of the explicit blocks, or from the solution at the step before (reuse).",
+    )
+
+
+def _trajectory(
+    model: FPDM, schedule: NoiseSchedule, timesteps: Tensor, samples: int, seed: int
+) -> Iterator[tuple[int, FPDMLayerProblem, FPDMLayerProblem]]:
+    """At each step of DDIM sampling: the timestep, its problem from a cold start, and with the last solution reused."""
+    transitions = Transitions.of(schedule, timesteps, prediction_type=model.config.prediction_type)
+    x = initial_noise(seed, range(samples), model.config.sample_shape)
+    previous: Tensor | None = None
+    for k, t in enumerate(timesteps):
+        yield int(t), fpdm_layer_problem(model, x, t), fpdm_layer_problem(model, x, t, previous)
+        with torch.no_grad():
+            out, solution = model(
+                x, t, z0=previous, solver=Anderson(), rtol=min(RTOLS), max_evals=MAX_EVALS, return_solution=True
+            )
+        previous = solution.value
+        x = transitions.step(x.double(), out.double(), k).to(x.dtype)
+
+
+def _evaluations(solution: Solution) -> float:
+    """Mean over images of the evaluations until the tolerance was met; NaN if one never did."""
+    return float(solution.evals.double().mean()) if bool(solution.converged.all()) else float("nan")
+
+
+def _summary(solved: Solved, order: Sequence[int]) -> bench.Table:
+    rows = []
+    for label in SOLVERS:
+        for start in STARTS:
+            figures = [[_evaluations(solved[t, start, label, rtol]) for t in order] for rtol in RTOLS]
+            done = [solved[t, start, label, min(RTOLS)].converged for t in order]
+            share = f"{int(torch.cat(done).sum())} of {sum(len(d) for d in done)}"
+            rows.append((label, start, *(sum(row) / len(row) for row in figures), share))
+    return bench.Table(
+        "Evaluations of the implicit layer, mean over nine timesteps",
+        ("solver", "start", *(f"to {rtol:g}" for rtol in RTOLS), f"converged to {min(RTOLS):g}"),
+        rows,
+        "Evaluations until ||f(z) - z|| <= rtol ||f(z)||, mean over images and timesteps; a dash where some image "
+        f"never got there in {MAX_EVALS}. Converged: images times timesteps.",
+    )
+
+
+def _by_timestep(solved: Solved, order: Sequence[int]) -> list[bench.Block]:
+    columns = [f"{label} {rtol:g}" for label in SOLVERS for rtol in RTOLS]
+    return [
+        bench.Table(
+            f"Evaluations at each timestep, {start}",
+            ("timestep", *columns),
+            [(t, *(_evaluations(solved[t, start, label, rtol]) for label in SOLVERS for rtol in RTOLS)) for t in order],
+            "Mean over images. Timestep 999 is pure noise.",
+        )
+        for start in STARTS
+    ]
+
+
+def _curves(solved: Solved, order: Sequence[int]) -> list[bench.Block]:
+    """Figure 6 (b): residual against iterations, a line a timestep; (c): against the timestep, at a few iterations."""
+
+    def picard(t: int, start: str) -> list[float]:
+        trace = solved[t, start, "Picard", min(RTOLS)].trace
+        assert trace is not None
+        return trace.median(dim=1).values.tolist()
+
+    def at(residuals: list[float], iteration: int) -> float:
+        return residuals[min(iteration, len(residuals)) - 1]
+
+    by_iteration = [
+        bench.Lines(
+            f"Picard at nine timesteps, {start}",
+            {f"t = {t}": (range(1, len(picard(t, start)) + 1), picard(t, start)) for t in order},
+            "iterations",
+            "||f(z) - z||, median image",
+            caption="As Figure 6 (b) of the FPDM paper.",
+        )
+        for start in STARTS
+    ]
+    by_timestep = bench.Lines(
+        "Residual along the sampling run",
+        {
+            f"{start}, iteration {n}": (order, [at(picard(t, start), n) for t in order])
+            for n in (1, 4, 8)
+            for start in STARTS
+        },
+        "timestep (sampling runs from right to left)",
+        "||f(z) - z||, median image",
+        caption="As Figure 6 (c) of the FPDM paper: what reuse gains at each timestep, after 1, 4 and 8 iterations.",
+    )
+    return [*by_iteration, by_timestep]
+
+
+def _samples(model: FPDM, schedule: NoiseSchedule, *, steps: int, samples: int) -> list[bench.Block]:
+    """Images at 1, 2, 4 and 8 iterations per step, with reuse on and off."""
+    x_T = initial_noise(0, range(samples), model.config.sample_shape)
+    rows, grid, labels = [], [], []
+    for iterations in (1, 2, 4, 8):
+        for reuse in (False, True):
+            start = time.perf_counter()
+            result = sample_fpdm(model, x_T, schedule, steps=steps, iterations=iterations, reuse=reuse)
+            seconds = time.perf_counter() - start
+            quality = digit_quality(result.images)
+            label = f"{iterations} iterations, {STARTS[reuse]}"
+            rows.append((label, result.block_passes, seconds, quality.confidence, quality.relative_confidence))
+            labels.append(label)
+            grid.append(result.images)
+    return [
+        bench.Table(
+            f"FPDM samples, DDIM with {steps} steps",
+            ("iterations per step", "block passes", "seconds", "classifier's confidence", "of that on real digits"),
+            rows,
+            "Block passes: (pre + iterations + post) blocks at every step. Confidence: mean probability of the "
+            f"likeliest digit over {samples} images, by a classifier trained on the real digits.",
+        ),
+        bench.Images.of(
+            "FPDM samples by iterations per step",
+            torch.stack(grid),
+            row_labels=labels,
+            caption="One column a starting noise.",
+        ),
+    ]

@@ -1,0 +1,159 @@
+"""Fixtures shared by the tests of the core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+import fixpoint
+
+# The same examples in every run: a failure in CI is a failure here.
+settings.register_profile("fixpoint", derandomize=True, deadline=None, max_examples=40)
+settings.load_profile("fixpoint")
+
+
+@dataclass(frozen=True)
+class RowProblems:
+    """``z_r -> squash(W_r z_r + b_r)``: every row has a map of its own, so coupled rows cannot go unseen."""
+
+    W: Tensor  # (rows, dim, dim)
+    b: Tensor  # (rows, dim)
+    squash: Callable[[Tensor], Tensor]
+
+    @property
+    def z0(self) -> Tensor:
+        return torch.zeros_like(self.b)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.squash((self.W @ z[..., None]).squeeze(-1) + self.b)
+
+    def rows(self, index: Any) -> RowProblems:
+        return RowProblems(self.W[index], self.b[index], self.squash)
+
+    @property
+    def solution(self) -> Tensor:
+        """Closed form of the linear problem."""
+        return torch.linalg.solve(torch.eye(self.W.shape[1], dtype=self.W.dtype) - self.W, self.b)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def make_contraction(
+    rows: int = 4,
+    dim: int = 6,
+    rho: float = 0.7,
+    seed: int = 0,
+    *,
+    squash: Callable[[Tensor], Tensor] = _identity,
+    dtype: torch.dtype = torch.float64,
+) -> RowProblems:
+    """Contractions of modulus ``rho`` in the Euclidean norm."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(rows, dim, dim, generator=generator, dtype=torch.float64)
+    if W.numel():
+        W = W * rho / torch.linalg.matrix_norm(W, ord=2)[:, None, None]
+    b = torch.randn(rows, dim, generator=generator, dtype=torch.float64)
+    return RowProblems(W.to(dtype), b.to(dtype), squash)
+
+
+class Counted:
+    """Counts the calls of a map and keeps what it was shown."""
+
+    def __init__(self, f: Callable[..., Any]) -> None:
+        self.f = f
+        self.seen: list[Any] = []
+
+    @property
+    def calls(self) -> int:
+        return len(self.seen)
+
+    def __call__(self, z: Any, *args: Any) -> Any:
+        self.seen.append(z.detach().clone() if isinstance(z, Tensor) else z)
+        return self.f(z, *args)
+
+
+@pytest.fixture(scope="session")
+def contraction() -> Callable[..., RowProblems]:
+    return make_contraction
+
+
+@pytest.fixture(scope="session")
+def counted() -> type[Counted]:
+    return Counted
+
+
+def make_normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_linear_problem(dim: int = 4, rows: int = 3, rho: float = 0.7, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """``A (dim, dim)`` of spectral norm rho and ``b (rows, dim)``, both leaves that require grad."""
+    A = make_normal(dim, dim, seed=seed)
+    A = A * rho / torch.linalg.matrix_norm(A, ord=2)
+    return A.requires_grad_(), make_normal(rows, dim, seed=seed + 1).requires_grad_()
+
+
+class TanhCell(torch.nn.Module):
+    """``tanh(W z + x)`` with a parameter of spectral norm ``gain``; counts its calls."""
+
+    def __init__(self, dim: int = 4, gain: float = 0.7) -> None:
+        super().__init__()
+        W = make_normal(dim, dim, seed=5)
+        self.W = torch.nn.Parameter(W * gain / torch.linalg.matrix_norm(W, ord=2))
+        self.calls = 0
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(z @ self.W.T + x)
+
+
+@pytest.fixture(scope="session")
+def normal() -> Callable[..., Tensor]:
+    return make_normal
+
+
+@pytest.fixture(scope="session")
+def linear_problem() -> Callable[..., tuple[Tensor, Tensor]]:
+    return make_linear_problem
+
+
+@pytest.fixture(scope="session")
+def cell_class() -> type[TanhCell]:
+    return TanhCell
+
+
+SOLVERS = (
+    fixpoint.Picard(),
+    fixpoint.Picard(damping=0.75),
+    fixpoint.Anderson(),
+    fixpoint.Anderson(memory=2, damping=0.75),
+    fixpoint.Anderson(memory=20, ridge=0.0),
+    fixpoint.Broyden(),
+    fixpoint.Broyden(memory=3),
+    fixpoint.Blockwise(fixpoint.Picard(), blocks=3),
+    fixpoint.Blockwise(fixpoint.Anderson(memory=2), blocks=2),
+)
+
+
+@pytest.fixture(scope="session", params=SOLVERS, ids=repr)
+def solver(request: pytest.FixtureRequest) -> fixpoint.Solver:
+    """Every solver; states must have a row length that 6 divides."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def all_solvers() -> tuple[fixpoint.Solver, ...]:
+    return SOLVERS
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fixpoint
+from fixpoint import bench
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Register problems for one test: ``register(name=RegisteredProblem)``; None stands for a missing plugin."""
+
+    def add(**problems):
+        module = types.ModuleType("fake_plugin")
+        vars(module).update(problems)
+        monkeypatch.setitem(sys.modules, "fake_plugin", module)
+        entries = [
+            metadata.EntryPoint(name, f"{'fake' if problem else 'missing'}_plugin:{name}", "fixpoint.problems")
+            for name, problem in problems.items()
+        ]
+        monkeypatch.setattr("fixpoint.problems.metadata.entry_points", lambda group: entries)
+
+    return add
+
+
+class Halving:
+    """Two rows of f(z) = z / 2 + 1, whose solution is 2; counts its calls."""
+
+    def __init__(self):
+        self.z0, self.solution, self.calls = torch.zeros(2, 3), torch.full((2, 3), 2.0), 0
+
+    def __call__(self, z):
+        self.calls += 1
+        return z / 2 + 1
+
+
+def entry(study=None, make=Halving):
+    return fixpoint.RegisteredProblem(make, "halving", study)
+
+
+def a_study(quick):
+    return bench.Study("own", f"quick={quick}", (bench.Table("T", ("a",), ((1,),)),))
+
+
+# Blocks
+
+
+def test_a_study_survives_strict_json_and_keeps_gaps_as_none():
+    study = bench.Study(
+        "s",
+        "Title",
+        (
+            bench.Table("T", ("a", "b"), ((1, 0.5), ("x", None), (True, float("inf"))), "caption"),
+            bench.Lines("L", {"one": (range(2), torch.tensor([1.0, float("nan")]))}, "x", "y", log_y=False),
+            bench.Images.of("I", torch.zeros(1, 2, 3, 3), column_labels=["l", "r"]),
+        ),
+        summary="why",
+    )
+    written = json.loads(json.dumps(study.to_json(), allow_nan=False))
+    again = bench.Study.from_json(written)
+    assert again.to_json() == written
+    assert again.main_table.rows[2] == [True, None]
+    assert again.blocks[1].series["one"] == [[0, 1], [1.0, None]]
+    assert torch.equal(again.blocks[2].array(), study.blocks[2].array())
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([(), (1,), (3,)]), st.integers(0, 99))
+def test_images_are_quantised_to_within_half_a_level(rows, columns, channels, seed):
+    images = torch.rand(rows, columns, *channels, 4, 5, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    block = bench.Images.of("I", images)
+    expected = (images.movedim(2, -1).squeeze(-1) if channels else images).numpy()
+    assert tuple(block.shape) == expected.shape
+    np.testing.assert_allclose(block.array().numpy() / 255 * 2 - 1, expected, atol=1.01 / 255)
+
+
+def test_images_clip_what_lies_outside_the_range_and_show_nan_as_black():
+    block = bench.Images.of("I", torch.tensor([-9.0, 0.0, 9.0, float("nan")]).reshape(1, 1, 2, 2), low=0, high=1)
+    assert block.array().flatten().tolist() == [0, 0, 255, 0]
+
+
+def test_blocks_refuse_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match="a row has 1 cells for 2 columns"):
+        bench.Table("T", ("a", "b"), ((1,),))
+    with pytest.raises(ValueError, match="'one' has 2 x for 1 y"):
+        bench.Lines("L", {"one": ([1, 2], [1])}, "x", "y")
+    with pytest.raises(ValueError, match=r"expected \(rows, columns"):
+        bench.Images.of("I", torch.zeros(2, 8, 8))
+    with pytest.raises(ValueError, match="2 row labels for 1 rows"):
+        bench.Images.of("I", torch.zeros(1, 1, 8, 8), row_labels=["a", "b"])
+
+
+# Solvers by name
+
+
+def test_solver_specs_make_solvers_and_refuse_typos():
+    assert bench.make_solver("broyden") == fixpoint.Broyden()
+    assert bench.make_solver("picard:damping=0.5") == fixpoint.Picard(damping=0.5)
+    assert bench.make_solver("anderson:memory=2,blocks=3") == fixpoint.Blockwise(fixpoint.Anderson(memory=2), 3)
+    with pytest.raises(LookupError, match="Did you mean 'anderson'"):
+        bench.make_solver("andersen")
+    with pytest.raises(TypeError, match=r"solver 'anderson' has no option 'mem'. Did you mean 'memory'"):
+        bench.make_solver("anderson:mem=3")
+
+
+# Comparison
+
+
+def test_the_comparison_reports_what_an_independent_count_and_numpy_find():
+    problem = Halving()
+    study = bench.compare(problem, {"plain": fixpoint.Picard()}, rtols=[1e-3])
+    row = dict(zip(study.main_table.columns, study.main_table.rows[0], strict=True))
+    # By hand: after k applications z = 2 - 2^(1-k), so the relative residual is 2^-k / (2 - 2^-k).
+    applications = next(k for k in range(99) if 2.0**-k / (2 - 2.0**-k) <= 1e-3)
+    assert row["evaluations"] == applications + 1 == problem.calls - 1  # one more call to verify
+    assert row["worst relative residual"] == pytest.approx(2.0**-applications / (2 - 2.0**-applications))
+    assert row["worst error"] == pytest.approx(2.0**-applications)
+    assert (row["converged"], row["rows"]) == (2, 2)
+    x, y = study.blocks[1].series["plain"]
+    assert x == list(range(1, applications + 2))
+    np.testing.assert_allclose(y, [3**0.5 * 2.0**-k for k in range(applications + 1)], rtol=1e-4)
+
+
+def test_the_comparison_uses_the_norm_and_batch_dims_of_the_problem():
+    problem = Halving()
+    problem.batch_dims = 0
+    problem.norm = lambda z: z.abs().max()
+    study = bench.compare(problem, {"plain": fixpoint.Picard()}, rtols=[1e-3])
+    assert study.main_table.rows[0][-2:] == (1, 1)
+    assert study.blocks[1].series["plain"][1][0] == 1.0  # the largest entry, not the Euclidean length
+
+
+def test_a_solver_that_fails_is_shown_as_not_converged():
+    study = bench.compare(Halving(), {"plain": fixpoint.Picard()}, rtols=[1e-6], max_evals=2)
+    assert study.main_table.rows[0][-2:] == (0, 2)
+
+
+def test_each_tolerance_is_a_row_and_a_curve_of_its_own():
+    study = bench.compare(Halving(), {"plain": fixpoint.Picard()}, rtols=[1e-1, 1e-3])
+    assert [row[1] for row in study.main_table.rows] == [1e-1, 1e-3]
+    assert list(study.blocks[1].series) == ["plain, rtol 0.1", "plain, rtol 0.001"]
+
+
+# Runs
+
+
+def test_a_failing_study_is_named_and_the_others_are_kept(register, caplog):
+    def explode(quick):
+        raise RuntimeError("boom")
+
+    register(bad=entry(explode), missing=None, good=entry(a_study))
+    results = bench.run(["bad", "missing", "good"])
+    assert [study["name"] for study in results["studies"]] == ["own"]
+    assert [failure["name"] for failure in results["failures"]] == ["bad", "missing"]
+    assert results["failures"][0]["error"] == "RuntimeError: boom"
+    assert "study 'bad' failed" in caplog.text
+
+
+def test_an_interrupt_keeps_what_has_finished(register):
+    def interrupted(quick):
+        raise KeyboardInterrupt
+
+    register(first=entry(a_study), second=entry(interrupted), third=entry(a_study))
+    results = bench.run(["first", "second", "third"])
+    assert len(results["studies"]) == 1
+    assert results["failures"] == [{"name": "second", "error": "interrupted"}]
+
+
+def test_a_problem_runs_its_own_study_unless_solvers_or_options_are_given(register):
+    register(problem=entry(a_study, make=lambda *, flag=False: Halving()))
+    assert bench.run(["problem"], quick=True)["studies"][0]["title"] == "quick=True"
+    assert bench.run(["problem"], ["picard"])["studies"][0]["name"] == "problem"
+    assert bench.run(["problem:flag=true"])["studies"][0]["name"] == "problem:flag=true"
+
+
+def test_unknown_names_and_options_raise_before_anything_runs(register):
+    def never(quick):
+        raise AssertionError("ran")
+
+    register(problem=entry(never))
+    for names, solvers, error in (
+        (["problem", "nonsense"], [], LookupError),
+        (["problem", "problem:x=1"], [], TypeError),
+        (["problem"], ["nonsense"], LookupError),
+        (["problem"], ["picard:damping=7"], ValueError),
+        (["problem:"], [], ValueError),
+    ):
+        with pytest.raises(error):
+            bench.run(names, solvers)
+
+
+def test_several_comparisons_are_led_by_an_overview_of_their_evaluations():
+    results = bench.run(["linear:dim=20", "expansive:dim=20"], ["picard", "broyden"], max_evals=100)
+    studies = [bench.Study.from_json(study) for study in results["studies"]]
+    assert [(study.name, study.detail) for study in studies] == [
+        ("overview", False),
+        ("linear:dim=20", True),
+        ("expansive:dim=20", True),
+    ]
+    overview = studies[0].main_table
+    assert list(overview.columns) == ["problem", "picard", "broyden"]
+    assert overview.rows[0][1] == studies[1].main_table.rows[0][2]
+    assert str(overview.rows[1][1]).startswith("fails (")
+
+
+def test_results_carry_machine_and_versions_but_no_path(tmp_path):
+    results = bench.run(["linear:dim=5"], ["picard"])
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["machine"]["cpus"] >= 1
+    assert {"date", "seconds", "commit"} <= results.keys()
+    path = bench.write(results, tmp_path / "new" / "folder")
+    text = path.read_text()
+    assert json.loads(text) == results
+    for folder in (Path.cwd(), Path.home(), Path(fixpoint.__file__).parents[1], tmp_path):
+        assert str(folder) not in text or str(folder) == "/"
+
+
+def test_importing_the_package_loads_neither_plots_nor_command_line():
+    code = "import sys, fixpoint; print([m for m in ('matplotlib', 'typer', 'diffusers') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import fixpoint
+from fixpoint.cli import app
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def words(result):
+    """The whole output without the boxes and line breaks of the terminal."""
+    return re.sub(r"[\s│]+", " ", result.output)
+
+
+def test_bench_writes_results_pictures_and_page_and_prints_the_main_table(tmp_path):
+    result = invoke("bench", "linear:dim=20", "--solver", "picard", "--solver", "anderson:memory=3", "--out", tmp_path)
+    assert result.exit_code == 0
+    data = json.loads((tmp_path / "results.json").read_text())
+    rows = data["studies"][0]["blocks"][0]["rows"]
+    assert [row[0] for row in rows] == ["picard", "anderson:memory=3"]
+    assert re.search(rf"picard +1e-05 +{rows[0][2]}\b", result.output)
+    assert str(tmp_path / "report.html") in result.output
+    assert (tmp_path / "report.html").exists()
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_bench_without_a_problem_runs_the_classical_ones(tmp_path):
+    assert invoke("bench", "--solver", "broyden", "--max-evals", 3, "--out", tmp_path).exit_code == 0
+    overview = json.loads((tmp_path / "results.json").read_text())["studies"][0]["blocks"][0]
+    assert [row[0] for row in overview["rows"]] == list(fixpoint.problems.CLASSICAL)
+
+
+def test_rtol_and_max_evals_reach_the_solves(tmp_path):
+    invoke(
+        "bench", "linear", "--solver", "picard", "--rtol", "0.5", "--rtol", "1e-9", "--max-evals", 7, "--out", tmp_path
+    )
+    rows = json.loads((tmp_path / "results.json").read_text())["studies"][0]["blocks"][0]["rows"]
+    assert [row[1] for row in rows] == [0.5, 1e-9]
+    assert rows[0][2] < 7 == rows[1][2]
+
+
+def test_a_failed_study_gives_exit_code_1_and_the_others_are_written(tmp_path):
+    result = invoke("bench", "linear:rho=2", "linear:dim=5", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "failed: linear:rho=2: ValueError: rho must lie in (0, 1)" in words(result)
+    page = (tmp_path / "report.html").read_text()
+    assert "Studies that failed" in page
+    assert 'id="linear-dim-5"' in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        (["bnech"], "Did you mean 'bench'?"),
+        (["bench", "--quikc"], "--quick"),
+        (["bench", "linaer"], "Did you mean 'linear'?"),
+        (["bench", "linear:dmi=3"], "Did you mean 'dim'?"),
+        (["bench", "--solver", "andersen"], "Did you mean 'anderson'?"),
+        (["bench", "--solver", "anderson:memroy=3"], "Did you mean 'memory'?"),
+        (["bench", "linear", "--solver", "picard:damping=7"], "damping must lie in (0, 2), found 7"),
+    ],
+)
+def test_a_typo_is_a_usage_error_with_a_suggestion(arguments, suggestion):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert suggestion in words(result)
+
+
+def test_problems_lists_every_registered_problem_with_its_summary():
+    result = invoke("problems")
+    assert re.search(r"^linear +symmetric linear map", result.output, re.MULTILINE)
+    assert re.search(r"^expansive +", result.output, re.MULTILINE)
+
+
+def test_report_draws_the_same_page_from_results_alone(tmp_path):
+    invoke("bench", "linear:dim=5", "--solver", "picard", "--out", tmp_path / "first")
+    (tmp_path / "results.json").write_bytes((tmp_path / "first" / "results.json").read_bytes())
+    assert invoke("report", tmp_path / "results.json", "--out", tmp_path / "second").exit_code == 0
+    pages = [(tmp_path / folder / "report.html").read_text() for folder in ("first", "second")]
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "nonsense", '{"format": 1}'])
+def test_report_refuses_a_file_that_holds_no_results(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    result = invoke("report", tmp_path / "x.json")
+    assert result.exit_code == 1
+    assert "does not hold results of fixpoint bench" in words(result)
+
+
+def test_version_and_help():
+    assert invoke("--version").output.strip() == fixpoint.__version__
+    assert "bench" in invoke("--help").output
+
+
+@pytest.mark.parametrize("missing", ["typer", "tqdm", "matplotlib"])
+def test_a_missing_extra_is_named_in_one_line(missing, tmp_path):
+    # torch itself imports tqdm where it can, so it comes first.
+    code = (
+        f"import sys, torch; sys.modules[{missing!r}] = None; sys.argv = ['fixpoint', 'bench', 'linear', '--out', '.'];"
+        "from fixpoint.cli import main; main()"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 1
+    assert found.stderr.strip().splitlines()[-1].endswith(f'needs {missing}: pip install "fixpoint[bench]"')
+    assert "Traceback" not in found.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,86 @@
+"""When a row is done, and what it is called."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fixpoint
+from fixpoint import Picard, Status
+from fixpoint.convergence import Tolerance, row_norm
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_each_status_has_one_cause(status):
+    eps = torch.finfo(torch.float64).eps
+    maps = {
+        Status.CONVERGED: lambda z: torch.full_like(z, 3.0),
+        Status.MAX_EVALS: lambda z: z + 1,
+        Status.STAGNATED: lambda z: 1 + eps * (z == 1).to(z),  # two neighbours that map to each other
+        Status.NON_FINITE: lambda z: z * 1e200,
+    }
+    sol = fixpoint.solve(
+        maps[status], torch.ones(1, 1, dtype=torch.float64), rtol=0.0, solver=Picard(), on_failure="ignore"
+    )
+    assert sol.status.tolist() == [status]
+    assert sol.converged.tolist() == [status == Status.CONVERGED]
+    assert (sol.nfev == 100) == (status == Status.MAX_EVALS)
+    assert torch.isfinite(sol.value).all()
+
+
+def test_statuses_of_one_batch_are_independent():
+    eps = torch.finfo(torch.float64).eps
+    sol = fixpoint.solve(
+        lambda z: torch.stack([z[0] * 0 + 3, z[1] + 1, 1 + eps * (z[2] == 1).to(z), z[3] * 1e200]),
+        torch.ones(4, 1, dtype=torch.float64),
+        rtol=0.0,
+        solver=Picard(),
+        on_failure="ignore",
+    )
+    assert sol.status.tolist() == [Status.CONVERGED, Status.MAX_EVALS, Status.STAGNATED, Status.NON_FINITE]
+
+
+def test_a_tolerance_below_rounding_stagnates_long_before_the_limit(solver, contraction):
+    f = contraction(rho=0.8, squash=lambda x: 1 + torch.tanh(x), dtype=torch.float32)
+    sol = fixpoint.solve(f, solver=solver, rtol=0.0, max_evals=2000, on_failure="ignore")
+    ended = (sol.status == Status.STAGNATED) | (sol.residual == 0)  # the fixed point may be hit exactly
+    assert ended.all()
+    assert sol.nfev < 500
+    assert (sol.relative_residual < 50 * torch.finfo(torch.float32).eps).all()
+
+
+def test_a_slow_row_above_rounding_is_not_called_stagnated():
+    # The best residual does not fall at all, but lies far above rounding: only the limit may end this row.
+    sol = fixpoint.solve(lambda z: -z + 2.5, torch.zeros(1, 1), solver=Picard(), max_evals=60, on_failure="ignore")
+    assert sol.status.tolist() == [Status.MAX_EVALS]
+
+
+@pytest.mark.parametrize(("rtol", "atol"), [(1e-3, 0.0), (0.0, 1e-3), (1e-3, 1e-1), (1.0, 0.0)])
+def test_a_row_is_done_at_the_first_evaluation_that_meets_the_stated_criterion(rtol, atol):
+    sol = fixpoint.solve(
+        lambda z: 0.7 * z + 5, torch.zeros(1, 1, dtype=torch.float64), solver=Picard(), rtol=rtol, atol=atol
+    )
+    z, evaluations = 0.0, 1
+    while abs((fz := 0.7 * z + 5) - z) > atol + rtol * abs(fz):
+        z, evaluations = fz, evaluations + 1
+    assert sol.evals.tolist() == [evaluations]
+
+
+def test_tolerance_is_met_with_equality_and_never_by_nan():
+    tolerance = Tolerance(rtol=0.5, atol=0.0)
+    residual = torch.tensor([1.0, 1.0001, math.nan, math.inf])
+    scale = torch.tensor([2.0, 2.0, 1.0, math.inf])
+    assert tolerance.satisfied(residual, scale).tolist() == [True, False, False, False]
+
+
+def test_row_norm_sums_half_precision_in_float32():
+    x = torch.full((1, 10_000), 30.0, dtype=torch.float16)  # the sum of squares overflows half precision
+    assert row_norm(x).dtype == torch.float32
+    assert float(row_norm(x)) == pytest.approx(3000.0, rel=1e-4)
+
+
+def test_every_status_advises():
+    for status in Status:
+        assert status.advice

@@ -1,0 +1,201 @@
+"""What every solver owes to the loop and to the caller."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+
+import fixpoint
+from fixpoint import Status
+
+
+def recomputed(f, z, dim=-1):
+    return torch.linalg.vector_norm(f(z) - z, dim=dim)
+
+
+@pytest.mark.parametrize("max_evals", [1, 2, 3, 7, 200])
+def test_residual_is_that_of_the_returned_value_converged_or_not(solver, contraction, max_evals):
+    f = contraction(rho=0.9, squash=torch.tanh)
+    sol = fixpoint.solve(f, solver=solver, rtol=1e-9, max_evals=max_evals, on_failure="ignore")
+    assert bool(sol.converged.all()) == (max_evals == 200)
+    torch.testing.assert_close(sol.residual, recomputed(f, sol.value), rtol=1e-9, atol=0)
+    scale = torch.linalg.vector_norm(f(sol.value), dim=1)
+    torch.testing.assert_close(sol.relative_residual, sol.residual / scale, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("max_evals", [1, 2, 3, 7])
+def test_every_solver_evaluates_f_exactly_as_often_as_it_says(solver, contraction, counted, max_evals):
+    f = counted(contraction(rho=0.95, squash=torch.tanh))
+    z0 = torch.zeros(4, 6, dtype=torch.float64)
+    sol = fixpoint.solve(f, z0, solver=solver, rtol=1e-12, max_evals=max_evals, on_failure="ignore")
+    assert f.calls == sol.nfev == max_evals
+    assert sol.evals.tolist() == [max_evals] * 4
+    assert sol.status.tolist() == [Status.MAX_EVALS] * 4
+
+
+def test_linear_problems_reach_their_closed_form(solver, contraction):
+    f = contraction(rho=0.8)
+    sol = fixpoint.solve(f, solver=solver, rtol=1e-12, max_evals=400)
+    torch.testing.assert_close(sol.value, f.solution, rtol=1e-10, atol=1e-11)
+
+
+def test_nonlinear_systems_agree_with_scipy(solver, contraction):
+    f = contraction(rows=3, rho=0.9, squash=lambda x: torch.sin(x) + 0.05 * torch.cos(3 * x))
+    sol = fixpoint.solve(f, solver=solver, rtol=1e-12, max_evals=400)
+    for row in range(3):
+        alone = f.rows([row])
+
+        def g(z, alone=alone):
+            return (alone(torch.from_numpy(z)[None]) - torch.from_numpy(z))[0].numpy()
+
+        start = np.zeros(6)
+        hybrid = scipy.optimize.root(g, start, tol=1e-13)
+        assert hybrid.success
+        np.testing.assert_allclose(sol.value[row], hybrid.x, rtol=1e-9, atol=1e-10)
+        krylov = scipy.optimize.newton_krylov(g, start, f_tol=1e-11)
+        np.testing.assert_allclose(sol.value[row], krylov, rtol=1e-8, atol=1e-9)
+
+
+def test_scalar_equation_agrees_with_scipys_fixed_point(solver):
+    expected = scipy.optimize.fixed_point(np.cos, np.full(6, 0.5), xtol=1e-14)
+    sol = fixpoint.solve(torch.cos, torch.full((1, 6), 0.5, dtype=torch.float64), solver=solver, rtol=1e-13)
+    np.testing.assert_allclose(sol.value[0], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("squash", [torch.tanh, torch.sin], ids=["tanh", "sin"])
+def test_permuting_adding_and_removing_rows_changes_no_other_row(solver, contraction, squash):
+    f = contraction(rows=6, rho=0.9, squash=squash)
+    options = {"solver": solver, "rtol": 1e-8, "max_evals": 300}
+    whole = fixpoint.solve(f, **options)
+    for index in ([5, 3, 1, 0, 2, 4], [2], [0, 4], [1, 1, 3]):
+        part = fixpoint.solve(f.rows(index), **options)
+        torch.testing.assert_close(part.value, whole.value[index], rtol=1e-12, atol=1e-12)
+        assert part.evals.tolist() == whole.evals[index].tolist()
+        assert part.status.tolist() == whole.status[index].tolist()
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e200])
+def test_a_broken_row_ends_alone_and_spoils_no_other(solver, contraction, garbage):
+    good = contraction(rows=3, rho=0.9, squash=torch.tanh)
+    f = contraction(rows=4, rho=0.9, seed=1)
+    f.W[[0, 1, 3]], f.b[[0, 1, 3]] = good.W, good.b
+    f.W[2] = garbage
+    both = dataclasses.replace(f, squash=lambda x: torch.where(torch.arange(4)[:, None] == 2, x, torch.tanh(x)))
+    sol = fixpoint.solve(both, solver=solver, rtol=1e-9, max_evals=300, on_failure="ignore")
+    clean = fixpoint.solve(good, solver=solver, rtol=1e-9, max_evals=300)
+    torch.testing.assert_close(sol.value[[0, 1, 3]], clean.value, rtol=1e-12, atol=1e-12)
+    assert sol.evals[[0, 1, 3]].tolist() == clean.evals.tolist()
+    assert sol.status.tolist() == [Status.CONVERGED, Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
+    assert sol.evals[2] < 10, "a broken row must not run to the limit"
+    assert torch.isfinite(sol.value).all()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_scaling_a_problem_scales_its_solution_and_costs_the_same(solver, contraction, scale):
+    f = contraction(rho=0.9)
+    scaled = dataclasses.replace(f, b=f.b * scale)
+    options = {"solver": solver, "rtol": 1e-7, "max_evals": 300}
+    plain, large = fixpoint.solve(f, **options), fixpoint.solve(scaled, **options)
+    assert plain.evals.tolist() == large.evals.tolist()
+    torch.testing.assert_close(large.value / scale, plain.value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 5])
+def test_fixed_depth_applies_so_many_updates_in_so_many_evaluations(solver, contraction, counted, depth):
+    f = contraction(rho=0.9, squash=torch.tanh)
+    counting = counted(f)
+    sol = fixpoint.solve(counting, f.z0, solver=solver, depth=depth, backward=None)
+    z, state = f.z0, solver.init(f.z0)
+    for _ in range(depth):
+        z, state = solver.step(z, f(z), state)
+    assert counting.calls == sol.nfev == depth
+    assert sol.evals.tolist() == [depth] * 4
+    assert torch.equal(sol.value, z)
+    assert sol.residual.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_every_precision_keeps_its_dtype_and_meets_what_it_can(solver, contraction, dtype):
+    f = contraction(rho=0.6, squash=torch.tanh, dtype=dtype)
+    rtol = 16 * torch.finfo(dtype).eps
+    sol = fixpoint.solve(f, solver=solver, rtol=rtol, max_evals=300)
+    assert sol.value.dtype == dtype
+    assert sol.residual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    difference = (f(sol.value) - sol.value).to(sol.residual.dtype)
+    torch.testing.assert_close(sol.residual, torch.linalg.vector_norm(difference, dim=1), rtol=1e-5, atol=0)
+    assert (sol.relative_residual <= rtol).all()
+
+
+def test_a_step_changes_neither_its_inputs_nor_rows_to_another_shape(solver, contraction):
+    f = contraction(rho=0.9, squash=torch.tanh)
+    z, state = f.z0, solver.init(f.z0)
+    for _ in range(6):
+        fz = f(z)
+        before = z.clone(), fz.clone()
+        z_next, state = solver.step(z, fz, state)
+        assert torch.equal(z, before[0])
+        assert torch.equal(fz, before[1])
+        assert (z_next.shape, z_next.dtype) == (z.shape, z.dtype)
+        z = z_next
+
+
+def test_a_solver_remembers_nothing_between_solves(solver, contraction):
+    f = contraction(squash=torch.tanh)
+    first = fixpoint.solve(f, solver=solver, rtol=1e-9)
+    fixpoint.solve(contraction(seed=7), solver=solver, rtol=1e-9)
+    again = fixpoint.solve(f, solver=solver, rtol=1e-9)
+    assert torch.equal(first.value, again.value)
+
+
+def test_a_solver_is_immutable_comparable_and_hashable(solver):
+    name = dataclasses.fields(solver)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(solver, name, 1)
+    assert solver == dataclasses.replace(solver)
+    assert hash(solver) == hash(dataclasses.replace(solver))
+
+
+def test_solver_steps_are_differentiable(solver, contraction):
+    # Below the evaluation at which nearly parallel columns make finite differences meaningless.
+    f = contraction(rows=2, rho=0.9, squash=torch.tanh)
+    b = f.b.clone().requires_grad_()
+
+    def state_after_three(b):
+        g = dataclasses.replace(f, b=b)
+        return fixpoint.solve(g, f.z0, solver=solver, depth=3, backward=fixpoint.Unroll()).value
+
+    assert torch.autograd.gradcheck(state_after_three, (b,))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 8])
+def test_rows_without_motion_or_curvature_take_finite_plain_steps(solver, depth):
+    # f(z) = z + 1: residuals never differ, so every secant condition is 0 = 0.
+    f = fixpoint.solve(lambda z: z + 1, torch.zeros(2, 6), solver=solver, depth=depth)
+    share = getattr(solver, "damping", 1.0)
+    torch.testing.assert_close(f.value, torch.full((2, 6), share * depth), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "found"),
+    [
+        (lambda: fixpoint.Picard(dampign=0.5), TypeError, "dampign"),
+        (lambda: fixpoint.Anderson(mem=3), TypeError, "mem"),
+        (lambda: fixpoint.Broyden(m=3), TypeError, "'m'"),
+        (lambda: fixpoint.Picard(damping=0.0), ValueError, "found 0.0"),
+        (lambda: fixpoint.Picard(damping=2.0), ValueError, "found 2.0"),
+        (lambda: fixpoint.Picard(damping=float("nan")), ValueError, "found nan"),
+        (lambda: fixpoint.Anderson(memory=0), ValueError, "found 0"),
+        (lambda: fixpoint.Anderson(damping=1.5), ValueError, "found 1.5"),
+        (lambda: fixpoint.Anderson(ridge=-1.0), ValueError, "found -1.0"),
+        (lambda: fixpoint.Broyden(memory=0), ValueError, "found 0"),
+        (lambda: fixpoint.Blockwise(fixpoint.Picard(), blocks=0), ValueError, "found 0"),
+        (lambda: fixpoint.Blockwise("picard", blocks=2), TypeError, "found 'picard'"),
+    ],
+)
+def test_unknown_and_illegal_options_raise_and_name_what_was_found(make, error, found):
+    with pytest.raises(error, match=found):
+        make()

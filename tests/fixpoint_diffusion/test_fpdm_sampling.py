@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fixpoint
+from fixpoint_diffusion.fpdm import FPDM, FPDMConfig, allocate, fpdm_layer_problem, fpdm_steps, sample_fpdm
+from fixpoint_diffusion.noise import step_noise
+from fixpoint_diffusion.schedules import NoiseSchedule
+
+CONFIG = FPDMConfig(sample_size=4, patch_size=2, width=16, heads=2)
+SCHEDULE = NoiseSchedule.linear().zero_terminal_snr()
+
+
+@pytest.fixture
+def model() -> FPDM:
+    return lively(CONFIG)
+
+
+@pytest.fixture(name="x_T")
+def initial_latents() -> Tensor:
+    return torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def lively(config: FPDMConfig) -> FPDM:
+    """A model in float64 whose zero-initialised parts are random, so that every path of it matters."""
+    generator = torch.Generator().manual_seed(0)
+    model = FPDM(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model.eval()
+
+
+@torch.no_grad()
+def sampled_by_hand(model: FPDM, x: Tensor, timesteps: list[int], iterations: list[int], *, reuse: bool) -> Tensor:
+    """DDIM (Song et al. 2021, Eq. 12) from a model of v, with explicit applications of the implicit block."""
+    z = None
+    for k, t in enumerate(timesteps):
+        a = float(SCHEDULE.alphas_cumprod[t])
+        a_next = float(SCHEDULE.alphas_cumprod[timesteps[k + 1]]) if k + 1 < len(timesteps) else 1.0
+        problem = fpdm_layer_problem(model, x, torch.tensor(t), z)
+        tokens = problem.z0
+        for _ in range(iterations[k]):
+            tokens = problem(tokens)
+        z = tokens if reuse else None
+        for block in model.post:
+            tokens = block(tokens, None)
+        v = model.head(tokens, None)
+        image = math.sqrt(a) * x - math.sqrt(1 - a) * v
+        noise = math.sqrt(1 - a) * x + math.sqrt(a) * v
+        x = math.sqrt(a_next) * image + math.sqrt(1 - a_next) * noise
+    return x
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("iterations", [1, 3, [4, 1, 2, 3, 1]])
+def test_samples_equal_ddim_written_by_hand(model: FPDM, x_T: Tensor, iterations: int | list[int], reuse: bool) -> None:
+    samples = sample_fpdm(model, x_T, SCHEDULE, steps=5, iterations=iterations, reuse=reuse)
+    counts = [iterations] * 5 if isinstance(iterations, int) else iterations
+    timesteps = [999, 749, 500, 250, 0]
+    assert samples.timesteps.tolist() == timesteps
+    expected = sampled_by_hand(model, x_T, timesteps, counts, reuse=reuse)
+    torch.testing.assert_close(samples.images, expected, rtol=1e-10, atol=1e-10)
+    assert samples.iterations == tuple(counts)
+    assert samples.block_passes == sum(1 + k + 1 for k in counts)
+
+
+def test_cost_counts_every_block(x_T: Tensor) -> None:
+    model = lively(dataclasses.replace(CONFIG, n_pre=2, n_post=3))
+    passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    for block in (*model.pre, *model.post, model.implicit_block):
+        block.register_forward_hook(count)
+    samples = sample_fpdm(model, x_T, SCHEDULE, steps=4, iterations=[1, 2, 3, 4])
+    assert passes == samples.block_passes == 4 * 5 + 10
+
+
+def test_reuse_starts_each_step_where_the_last_one_ended(model: FPDM, x_T: Tensor) -> None:
+    steps = list(fpdm_steps(model, x_T, SCHEDULE, steps=4, iterations=2))
+    assert steps[0].z0 is None
+    for before, step in pairwise(steps):
+        assert step.z0 is before.solution.value
+        assert step.latent is before.after
+        with torch.no_grad():
+            _, again = model(step.latent, torch.tensor(step.timestep), z0=step.z0, depth=2, return_solution=True)
+        assert torch.equal(again.value, step.solution.value)
+    assert all(step.z0 is None for step in fpdm_steps(model, x_T, SCHEDULE, steps=4, reuse=False))
+
+
+def test_recorded_deltas_are_the_differences_of_the_last_two_iterates(model: FPDM, x_T: Tensor) -> None:
+    samples = sample_fpdm(model, x_T, SCHEDULE, steps=3, iterations=[2, 3, 1], record=True)
+    for k, step in enumerate(fpdm_steps(model, x_T, SCHEDULE, steps=3, iterations=[2, 3, 1])):
+        z = [fpdm_layer_problem(model, step.latent, torch.tensor(step.timestep), step.z0).z0]
+        problem = fpdm_layer_problem(model, step.latent, torch.tensor(step.timestep))
+        for _ in range(samples.iterations[k]):
+            z.append(problem(z[-1]))
+        differences = [(b - a).flatten(1).norm(dim=1) for a, b in pairwise(z)]
+        torch.testing.assert_close(samples.residuals[k], torch.stack(differences))
+        torch.testing.assert_close(samples.deltas[k], differences[-1])
+    plain = sample_fpdm(model, x_T, SCHEDULE, steps=3)
+    assert plain.residuals is None
+    assert plain.deltas is None
+
+
+def test_many_iterations_give_what_the_solved_layer_gives(model: FPDM, x_T: Tensor) -> None:
+    """At the fixed point neither the solver nor the start matters."""
+    results = [
+        sample_fpdm(model, x_T, SCHEDULE, steps=4, iterations=60, reuse=reuse, solver=solver).images
+        for solver in (fixpoint.Picard(), fixpoint.Anderson())
+        for reuse in (True, False)
+    ]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_an_image_does_not_depend_on_its_batch(model: FPDM, x_T: Tensor, eta: float) -> None:
+    together = sample_fpdm(model, x_T, SCHEDULE, steps=4, eta=eta, seed=5).images
+    fewer = sample_fpdm(model, x_T[:2], SCHEDULE, steps=4, eta=eta, seed=5).images
+    torch.testing.assert_close(together[:2], fewer, rtol=1e-10, atol=1e-10)
+
+
+def test_stochastic_step_adds_the_seeded_noise_with_ddim_variance(model: FPDM, x_T: Tensor) -> None:
+    """Song et al. 2021, Eq. 16, for the second of four steps."""
+    eta, seed = 0.7, 11
+    step = list(fpdm_steps(model, x_T, SCHEDULE, steps=4, eta=eta, seed=seed))[1]
+    a, a_next = (float(SCHEDULE.alphas_cumprod[t]) for t in (666, 333))
+    with torch.no_grad():
+        v = model(step.latent, torch.tensor(666), z0=step.z0, depth=4)
+    image = math.sqrt(a) * step.latent - math.sqrt(1 - a) * v
+    noise = math.sqrt(1 - a) * step.latent + math.sqrt(a) * v
+    sigma = eta * math.sqrt((1 - a_next) / (1 - a)) * math.sqrt(1 - a / a_next)
+    fresh = step_noise(seed, range(3), [1], (1, 4, 4), dtype=torch.float64)[:, 0]
+    expected = math.sqrt(a_next) * image + math.sqrt(1 - a_next - sigma**2) * noise + sigma * fresh
+    torch.testing.assert_close(step.after, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_sampling_builds_no_graph_and_keeps_precision(x_T: Tensor) -> None:
+    model = lively(CONFIG).float().train()
+    samples = sample_fpdm(model, x_T.requires_grad_(), SCHEDULE, steps=2)
+    assert not samples.images.requires_grad
+    assert samples.images.dtype == torch.float64  # x_T's; the network runs in its own
+
+
+def test_conditional_models_take_classes(x_T: Tensor) -> None:
+    model = lively(dataclasses.replace(CONFIG, num_classes=3, learn_sigma=True))
+    y = torch.tensor([0, 1, 1])
+    samples = sample_fpdm(model, x_T, SCHEDULE, steps=2, y=y).images
+    assert samples.shape == x_T.shape
+    assert not torch.allclose(samples, sample_fpdm(model, x_T, SCHEDULE, steps=2, y=y.flip(0)).images)
+
+
+@given(data=st.data(), steps=st.integers(1, 60), heuristic=st.sampled_from(["constant", "increasing", "decreasing"]))
+def test_allocation_spends_exactly_the_budget_in_the_named_order(data, steps: int, heuristic: str) -> None:
+    total = data.draw(st.integers(steps, 20 * steps))
+    counts = allocate(total, steps, heuristic)
+    assert len(counts) == steps
+    assert sum(counts) == total
+    assert min(counts) >= 1
+    if heuristic == "constant":
+        assert max(counts) - min(counts) <= 1
+    elif heuristic == "increasing":
+        assert list(counts) == sorted(counts)
+    else:
+        assert list(counts) == sorted(counts, reverse=True)
+
+
+def test_allocation_is_linear_up_to_rounding() -> None:
+    line = np.linspace(1, 15, 50)
+    assert np.abs(np.array(allocate(8 * 50, 50, "increasing")) - line).max() <= 1
+    assert allocate(8 * 50, 50, "decreasing") == allocate(8 * 50, 50, "increasing")[::-1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: allocate(3, 4), "got 3 iterations for 4 steps"),
+        (lambda: allocate(3, 0), "got 3 iterations for 0 steps"),
+        (lambda: allocate(9, 3, "linear"), "heuristic must be one of"),
+    ],
+)
+def test_impossible_allocations_are_refused(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"iterations": [1, 2]}, "one for each of 4 steps, got 2"),
+        ({"iterations": 0}, "positive whole numbers, got 0"),
+        ({"iterations": [1, 2, 2.5, 1]}, "positive whole numbers, got 2.5"),
+        ({"iterations": torch.tensor([1, 2, 0, 1])}, "positive whole numbers, got 0"),
+        ({"eta": -0.1}, "eta must be"),
+        ({"spacing": "even"}, "spacing must be one of"),
+    ],
+)
+def test_impossible_options_are_refused(model: FPDM, x_T: Tensor, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample_fpdm(model, x_T, SCHEDULE, **{"steps": 4, **options})
+
+
+def test_iterations_may_be_a_tensor_or_numpy_integers(model: FPDM, x_T: Tensor) -> None:
+    expected = sample_fpdm(model, x_T, SCHEDULE, steps=2, iterations=(1, 3)).images
+    for iterations in (torch.tensor([1, 3]), list(np.array([1, 3]))):
+        assert torch.equal(sample_fpdm(model, x_T, SCHEDULE, steps=2, iterations=iterations).images, expected)

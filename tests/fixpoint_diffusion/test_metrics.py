@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fixpoint_diffusion.data import load_digits, split_held_out
+from fixpoint_diffusion.metrics import digit_confidence, digit_probabilities, digit_quality
+
+
+def test_classifier_is_accurate_and_calibrated_on_digits_it_never_saw() -> None:
+    _, held_out = split_held_out(load_digits())
+    probabilities = digit_probabilities(held_out.images)
+    accuracy = float((probabilities.argmax(1) == held_out.labels).double().mean())
+    assert accuracy > 0.95
+    assert float(probabilities.amax(1).mean()) == pytest.approx(accuracy, abs=0.03)
+
+
+def test_probabilities_sum_to_one_and_do_not_depend_on_the_batch() -> None:
+    images = load_digits().images[:7]
+    probabilities = digit_probabilities(images)
+    assert probabilities.shape == (7, 10)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(7, dtype=torch.float64))
+    one_by_one = torch.cat([digit_probabilities(image[None]) for image in images])
+    torch.testing.assert_close(probabilities, one_by_one, rtol=1e-5, atol=1e-6)
+
+
+def test_confidence_tells_digits_from_noise() -> None:
+    _, held_out = split_held_out(load_digits())
+    noise = torch.randn(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    shuffled = held_out.images.flatten(1)[:, torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    real = digit_confidence(held_out.images)
+    assert digit_confidence(noise) < 0.8 * real
+    assert digit_confidence(shuffled.view_as(held_out.images)) < 0.8 * real
+
+
+def test_quality_of_one_repeated_digit_shows_in_the_class_shares() -> None:
+    digits = load_digits()
+    threes = digits.images[digits.labels == 3][:1].expand(5, -1, -1, -1)
+    quality = digit_quality(threes)
+    assert quality.class_shares == (0, 0, 0, 1, 0, 0, 0, 0, 0, 0)
+    assert quality.confidence == pytest.approx(digit_confidence(threes))
+
+
+def test_overshooting_values_are_clipped() -> None:
+    images = load_digits().images[:5]
+    loud = torch.where(images == 1, 1.5, images)
+    torch.testing.assert_close(digit_probabilities(loud), digit_probabilities(images))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 8, 8), r"\(N, 1, 8, 8\)"),
+        (torch.zeros(0, 1, 8, 8), "at least 1"),
+        (torch.full((1, 1, 8, 8), torch.nan), "finite"),
+    ],
+)
+def test_unusable_images_are_refused(images: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        digit_quality(images)
