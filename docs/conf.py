@@ -17,7 +17,16 @@ myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
-doctest_global_setup = "import torch, fixpoint; torch.manual_seed(0)"
+napoleon_custom_sections = [("Source", "notes_style")]
+doctest_global_setup = """
+import torch, fixpoint
+torch.manual_seed(0)
+torch.set_num_threads(1)
+"""
+doctest_test_doctest_blocks = ""  # docstrings are run by pytest --doctest-modules
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 html_theme = "furo"
 html_title = "fixpoint"
+html_static_path = []
 exclude_patterns = ["_build"]

@@ -178,13 +178,17 @@ def sample(
     """Draw images from a model, and write them with the figures of the run.
 
     Example: fixpoint-diffusion sample --model ddpm-digits --num-images 16 --steps 50 --solver anderson
+
+    For the embedded models, that includes the confidence of a small classifier of real digits in the images.
     """
     denoiser, _ = _open_model(model, device=device)
 
     import numpy as np
 
+    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS
     from fixpoint_diffusion.drawing import DrawOptions, draw
     from fixpoint_diffusion.grids import save_grid
+    from fixpoint_diffusion.metrics import digit_quality
 
     options = DrawOptions(
         num_images=num_images,
@@ -202,6 +206,9 @@ def sample(
     save_grid(drawn.images, out / "grid.png")
     np.save(out / "images.npy", drawn.images.cpu().numpy())
     figures = {"model": model, **drawn.figures}
+    if model in EMBEDDED_MODELS:
+        quality = digit_quality(drawn.images)
+        figures |= {"digit_confidence": quality.confidence, "relative_to_real_digits": quality.relative_confidence}
     (out / "sample.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     width = max(map(len, figures))
     typer.echo("\n".join(f"{name:{width}}  {value}" for name, value in figures.items()))

@@ -43,9 +43,8 @@ def digit_probabilities(images: Tensor) -> Tensor:
     Raises:
         ValueError: if the images have another shape, or are not finite.
 
-    >>> digits = load_digits()
-    >>> digit_probabilities(digits.images[:10]).argmax(1).tolist() == digits.labels[:10].tolist()
-    True
+    >>> digit_probabilities(load_digits().images[:4]).argmax(1)
+    tensor([0, 1, 2, 3])
     """
     if images.ndim != 4 or tuple(images.shape[1:]) != (1, 8, 8) or len(images) == 0:
         raise ValueError(f"images must be (N, 1, 8, 8) with N at least 1, got {tuple(images.shape)}")

@@ -98,7 +98,7 @@ RECIPES: Mapping[str, Recipe] = {
     "fpdm": Recipe(
         build=build_fpdm,
         schedule_config=ZERO_SNR_SCHEDULE,
-        training=TrainingConfig(steps=9000, learning_rate=1e-3, prediction_type="v_prediction"),
+        training=TrainingConfig(steps=8000, learning_rate=2e-3, prediction_type="v_prediction"),
     ),
 }
 

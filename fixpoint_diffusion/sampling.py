@@ -155,12 +155,13 @@ class _ChangedRows:
     def __call__(self, z: Tensor) -> Tensor:
         x = self._chain.inputs(z)
         if self._x is None or self._out is None:
-            self._out = self._chain.denoise_all(x)
+            # A copy, to write later rounds into: the denoiser may use the memory of its output again.
+            self._out = self._chain.denoise_all(x).clone()
         else:
             changed = (x != self._x).reshape(*x.shape[:2], -1).any(dim=2)
             if bool(changed.any()):
                 t = self._chain.timesteps.to(x.device).expand(*x.shape[:2])[changed]
-                self._out = self._out.index_put((changed,), self._chain.denoise(x[changed], t))
+                self._out[changed] = self._chain.denoise(x[changed], t)
         self._x = x
         return self._chain.accumulate(x, self._out)
 

@@ -132,7 +132,7 @@ class Transitions:
         before = ((1 - self.alphas) / self.alphas).sqrt()
         change = self._like(self._direction() / self.alphas_prev.sqrt() - before, x, rest) * eps
         if noise is not None:
-            change = change + self._like(self.sigma, x, rest) * noise[:, rest]
+            change = change + self._like(self.sigma / self.alphas_prev.sqrt(), x, rest) * noise[:, rest]
         sums = torch.cat([start, change], dim=1).cumsum(dim=1)
         return self._like(self.alphas_prev.sqrt(), x, slice(None)) * sums
 

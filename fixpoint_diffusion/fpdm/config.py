@@ -50,8 +50,8 @@ class FPDMConfig:
     num_classes: int | None = None
     learn_sigma: bool = False
     prediction_type: str = "v_prediction"
-    max_no_grad: int = 6
-    max_grad: int = 6
+    max_no_grad: int = 8
+    max_grad: int = 4
 
     def __post_init__(self) -> None:
         lowest = {"sample_size": 1, "patch_size": 1, "in_channels": 1, "width": 4, "heads": 1, "max_grad": 1}

@@ -97,6 +97,12 @@ def test_a_singular_system_gives_zero_coefficients_to_its_row_alone():
     torch.testing.assert_close(gamma, torch.tensor([[0.0, 0.0], [1.0, 1.0]]).double())
 
 
+def test_an_empty_column_gets_zero_and_leaves_the_others_their_share():
+    gram = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]]).double()
+    gamma = Anderson(ridge=0.0)._solve(gram, torch.tensor([[4.0, 0.0]]).double(), torch.float64)
+    torch.testing.assert_close(gamma, torch.tensor([[2.0, 0.0]]).double())
+
+
 def test_history_costs_two_states_for_each_difference():
     state = Anderson(memory=3).init(torch.zeros(2, 7))
     assert (state.dg.shape, state.df.shape) == ((2, 3, 7), (2, 3, 7))

@@ -184,33 +184,69 @@ def test_backward_twice_through_a_retained_graph_adds_the_same_again(linear_prob
     torch.testing.assert_close(A.grad, 2 * once)
 
 
-@pytest.mark.parametrize("rule", [IFT(), Phantom(steps=2), StochasticJFB(max_no_grad=2, max_grad=2)], ids=repr)
+class Saved:
+    """A tensor that autograd keeps for backward; the graph alone holds on to it."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+class watch_saved(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801 - reads as a context
+    """Knows which tensors are kept for backward, and their bytes in all."""
+
+    def __init__(self):
+        self.alive, self.bytes = weakref.WeakSet(), 0
+        super().__init__(self._pack, lambda saved: saved.x)
+
+    def __enter__(self):
+        super().__enter__()
+        return self
+
+    def _pack(self, x):
+        self.bytes += x.numel() * x.element_size()
+        saved = Saved(x.detach())
+        self.alive.add(saved)
+        return saved
+
+
+RULES = [IFT(), Phantom(steps=2), StochasticJFB(max_no_grad=2, max_grad=2), Unroll()]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("run_backward", [False, True])
 def test_nothing_outlives_the_solution_with_the_garbage_collector_off(normal, rule, run_backward):
-    W = (0.3 * normal(4, 4)).requires_grad_()
+    W, x = (0.3 * normal(4, 4)).requires_grad_(), normal(3, 4)
     gc.disable()
     try:
-        x = normal(3, 4)
-        sol = fixpoint.solve(lambda z: torch.tanh(z @ W + x), torch.zeros(3, 4, dtype=D), backward=rule)
-        if run_backward:
-            sol.value.sum().backward()
+        with watch_saved() as saved:
+            sol = fixpoint.solve(lambda z: torch.tanh(z @ W + x), torch.zeros(3, 4, dtype=D), backward=rule)
+            if run_backward:
+                sol.value.sum().backward(retain_graph=True)
         watched = weakref.ref(sol.value), weakref.ref(sol)
+        assert len(saved.alive) > 0
         del sol
         assert [ref() for ref in watched] == [None] * 2
+        assert len(saved.alive) == 0
     finally:
         gc.enable()
 
 
+def test_a_solved_state_keeps_one_application_of_f_alive(normal, cell_class):
+    cell, x = cell_class(), normal(3, 4)
+    z0 = torch.zeros(3, 4, dtype=D)
+    with watch_saved() as one:
+        image = cell(z0.clone().requires_grad_(), x)
+    for f, args in ((cell, (x,)), (lambda z: cell(z, x), ())):
+        with watch_saved() as saved:
+            sol = fixpoint.solve(f, z0, args)
+        assert len(saved.alive) == len(one.alive) > 0
+    assert sol.value.shape == image.shape
+
+
 def saved_bytes(solve):
-    saved = []
-
-    def pack(x):
-        saved.append(x.numel() * x.element_size())
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with watch_saved() as saved:
         solve()
-    return sum(saved)
+    return saved.bytes
 
 
 @pytest.mark.parametrize("closure", [True, False])
@@ -232,12 +268,18 @@ def test_memory_for_backward_does_not_grow_with_evaluations_unless_unrolled(norm
 
 def test_sjfb_saves_its_m_steps_alone(normal, cell_class):
     cell, x = cell_class(), normal(3, 4)
-    one = saved_bytes(lambda: cell(torch.zeros(3, 4, dtype=D), x))
+    z0 = torch.zeros(3, 4, dtype=D)
+
+    def recorded(m):
+        z = z0
+        for _ in range(m):
+            z = cell(z, x)
+
     for seed in range(10):
         n, m = draws(20, 3, seed)
         rule = StochasticJFB(max_no_grad=20, max_grad=3, generator=torch.Generator().manual_seed(seed))
-        total = saved_bytes(lambda rule=rule: fixpoint.solve(cell, torch.zeros(3, 4, dtype=D), (x,), backward=rule))
-        assert m * one <= total <= m * 2 * one, (n, m)  # from the second step on, z requires grad too
+        total = saved_bytes(lambda rule=rule: fixpoint.solve(cell, z0, (x,), backward=rule))
+        assert total == saved_bytes(lambda m=m: recorded(m)), (n, m)
 
 
 def test_a_graph_is_attached_only_where_something_requires_grad(normal, cell_class):

@@ -91,6 +91,23 @@ def test_a_solver_is_never_shown_nan_or_infinity(check_every):
     assert sol.status.tolist() == [Status.NON_FINITE, Status.NON_FINITE, Status.CONVERGED]
 
 
+class Overflowing(Picard):
+    """Proposes what no f could evaluate, in the first row alone."""
+
+    def step(self, z, fz, state):
+        return torch.where(torch.arange(len(z))[:, None] == 0, torch.inf, fz), state
+
+
+@pytest.mark.parametrize("check_every", [1, 3])
+def test_a_proposal_that_is_not_finite_ends_its_row_at_the_best_state_before(check_every):
+    sol = fixpoint.solve(
+        lambda z: 0.5 * z + 1, torch.zeros(2, 1), solver=Overflowing(), check_every=check_every, on_failure="ignore"
+    )
+    assert sol.status.tolist() == [Status.NON_FINITE, Status.CONVERGED]
+    assert float(sol.value[0]) == 0
+    assert float(sol.residual[0]) == 1
+
+
 def test_a_row_that_met_the_tolerance_ends_there_even_if_an_earlier_residual_was_smaller():
     # The scale grows faster than the residual, so a larger residual can meet a relative tolerance.
     images = iter([1.0, 1001.5])

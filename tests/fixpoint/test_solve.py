@@ -21,10 +21,10 @@ def test_arguments_are_passed_after_the_state():
     torch.testing.assert_close(sol.value, torch.tensor([2.0, 4.0]), rtol=1e-5, atol=0)
 
 
-def test_the_callers_z0_is_left_alone():
+@pytest.mark.parametrize("options", [{}, {"max_evals": 1}, {"depth": 0}, {"depth": 1}], ids=str)
+def test_the_value_shares_no_memory_with_the_callers_z0(options):
     z0 = torch.ones(2, 3)
-    value = fixpoint.solve(lambda z: z, z0).value
-    value.add_(1)
+    fixpoint.solve(lambda z: z, z0, **options).value.add_(1)
     assert torch.equal(z0, torch.ones(2, 3))
 
 

@@ -214,6 +214,15 @@ def test_eta_above_one_is_legal_up_to_the_largest_that_the_error_names(mixture) 
         make_chain(mixture(LINEAR), eta=largest * (1 + 1e-5), steps=50)
 
 
+def test_exactly_the_largest_eta_gives_finite_latents_in_chains_of_every_length(mixture) -> None:
+    """All of the old noise is gone after one of the steps: rounding must not make the rest a root of -1e-17."""
+    for steps in range(2, 60):
+        transitions = make_chain(mixture(LINEAR), steps=steps).transitions
+        a, b = transitions.alphas[:-1], transitions.alphas_prev[:-1]
+        largest = float(((1 - a) / (1 - a / b)).sqrt().min())
+        assert bool(make_chain(mixture(LINEAR), eta=largest, steps=steps).sequential().isfinite().all())
+
+
 def test_pure_noise_start_needs_a_prediction_of_v_or_the_sample(mixture) -> None:
     schedule = LINEAR.zero_terminal_snr()
     with pytest.raises(ValueError, match="timestep 999 holds no signal"):

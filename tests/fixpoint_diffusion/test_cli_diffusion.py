@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from fixpoint_diffusion.checkpoints import load_record
 from fixpoint_diffusion.checksums import verify_checksums
 from fixpoint_diffusion.cli import app, main
 from fixpoint_diffusion.denoisers import load_denoiser
@@ -171,8 +172,12 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_weights(settings: P
     assert process.returncode == 130
     assert f"fixpoint-diffusion train --resume --out {tmp_path / 'cut'}" in output
     assert not (tmp_path / "cut" / WEIGHTS).exists()
+    record = load_record(tmp_path / "cut" / "checkpoint" / "state.safetensors")
+    assert 0 < record["step"] < 60
     result = invoke("train", "--resume", "--out", tmp_path / "cut")
     assert result.exit_code == 0, result.output
+    assert f"from step {record['step']}" in result.output
+    assert f"{record['step']}/60" in result.output  # where the bar begins
     assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 

@@ -34,11 +34,14 @@ def private_uses(source: str) -> list[str]:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
             if node.attr not in fixpoint.__all__:
                 found.append(f"fixpoint.{node.attr}")
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("fixpoint."):
-            # Named for importlib, say; the registry's group is a name for others to use.
-            if node.value != "fixpoint.problems":
-                found.append(repr(node.value))
+        elif isinstance(node, ast.Constant) and names_a_module(node.value):
+            found.append(repr(node.value))
     return found
+
+
+def names_a_module(value: object) -> bool:
+    """As importlib would be told; the registry's group is a name for others to use."""
+    return isinstance(value, str) and value.startswith("fixpoint.") and value != "fixpoint.problems"
 
 
 @pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(FILES[0].parent)) for file in FILES])

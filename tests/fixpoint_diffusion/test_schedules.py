@@ -73,7 +73,7 @@ def test_from_diffusers_reads_schedulers_configs_files_and_folders_alike(tmp_pat
 def test_from_diffusers_says_what_it_cannot_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown beta_schedule 'sigmoid'"):
         NoiseSchedule.from_diffusers({"beta_schedule": "sigmoid"})
-    with pytest.raises(FileNotFoundError, match="no scheduler_config.json"):
+    with pytest.raises(FileNotFoundError, match="no scheduler_config"):
         NoiseSchedule.from_diffusers(tmp_path)
     with pytest.raises(TypeError, match="got int"):
         NoiseSchedule.from_diffusers(3)
@@ -112,7 +112,7 @@ def test_timesteps_are_distinct_descending_and_within_the_schedule(data: st.Data
     assert timesteps.shape == (steps,)
     assert timesteps.dtype == torch.int64
     assert bool((timesteps.diff() < 0).all())
-    assert 0 <= int(timesteps[-1])
+    assert int(timesteps[-1]) >= 0
     assert int(timesteps[0]) < n
 
 

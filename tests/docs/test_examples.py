@@ -1,0 +1,81 @@
+"""The example scripts of the documentation do what their pages say."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import fixpoint
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def digits_deq() -> ModuleType:
+    return load("digits_deq")
+
+
+@pytest.fixture(scope="module")
+def h_equation() -> ModuleType:
+    return load("h_equation")
+
+
+@pytest.mark.parametrize("rule", ["IFT", "Phantom(steps=4)", "StochasticJFB(6, 6)"])
+def test_digits_network_reaches_its_accuracy(digits_deq: ModuleType, rule: str) -> None:
+    outcome = digits_deq.train(digits_deq.RULES[rule], seed=0)
+    assert outcome.accuracy >= 0.95
+    assert (outcome.adjoint_products > 0) == (rule == "IFT")
+
+
+@pytest.mark.parametrize("rule", ["JFB", "Unroll"])
+def test_digits_network_learns_within_two_epochs_by_the_other_rules(digits_deq: ModuleType, rule: str) -> None:
+    assert digits_deq.train(digits_deq.RULES[rule], seed=0, epochs=2).accuracy > 0.8
+
+
+def test_digits_table_on_the_page_has_every_rule(digits_deq: ModuleType) -> None:
+    page = (EXAMPLES / "digits_deq.txt").read_text()
+    assert all(rule in page for rule in digits_deq.RULES)
+
+
+@pytest.mark.parametrize("solver", [fixpoint.Picard(), fixpoint.Anderson(damping=0.5), fixpoint.Broyden()])
+def test_h_equation_meets_the_closed_form_of_its_integral(h_equation: ModuleType, solver: fixpoint.Solver) -> None:
+    albedo = torch.tensor(h_equation.ALBEDOS, dtype=torch.float64)
+    problem = h_equation.HEquation(albedo)
+    solution = fixpoint.solve(problem, solver=solver, rtol=1e-10, max_evals=1000, on_failure="raise")
+    torch.testing.assert_close(problem.mean(solution.value), h_equation.exact_mean(albedo), rtol=1e-6, atol=0)
+
+
+def test_h_equation_has_the_second_solution_that_the_page_speaks_of(h_equation: ModuleType) -> None:
+    albedo = torch.tensor([0.999], dtype=torch.float64)
+    problem = h_equation.HEquation(albedo)
+    solution = fixpoint.solve(problem, solver=fixpoint.Anderson(), rtol=1e-10)
+    torch.testing.assert_close(problem.mean(solution.value), h_equation.exact_mean(albedo, sign=1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", ["anderson", "broyden1", "krylov"])
+def test_h_equation_agrees_with_scipy(h_equation: ModuleType, method: str) -> None:
+    problem = h_equation.HEquation(torch.tensor([0.9], dtype=torch.float64))
+    ours = fixpoint.solve(problem, rtol=1e-10).value[0]
+    theirs, calls = h_equation.scipy_solution(problem, 0, method, rtol=1e-10)
+    assert calls > 1
+    torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=1e-7, atol=0)
+
+
+def test_h_equation_slopes_match_the_closed_form(h_equation: ModuleType) -> None:
+    slope, exact = h_equation.slopes(torch.tensor(h_equation.ALBEDOS, dtype=torch.float64))
+    torch.testing.assert_close(slope, exact, rtol=1e-5, atol=0)

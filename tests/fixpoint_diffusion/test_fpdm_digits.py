@@ -1,0 +1,62 @@
+"""The shipped model keeps what the documentation says of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fixpoint
+from fixpoint_diffusion import NoiseSchedule, initial_noise
+from fixpoint_diffusion.denoisers import embedded, embedded_folder
+from fixpoint_diffusion.fpdm import FPDM, fpdm_layer_problem, fpdm_steps, sample_fpdm
+from fixpoint_diffusion.metrics import digit_confidence
+
+
+@pytest.fixture(scope="module")
+def model() -> FPDM:
+    return embedded("fpdm-digits").model
+
+
+@pytest.fixture(scope="module")
+def schedule() -> NoiseSchedule:
+    return NoiseSchedule.from_diffusers(embedded("fpdm-digits").schedule_config)
+
+
+def test_shipped_model_is_small(model: FPDM) -> None:
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 1_500_000
+    assert sum(file.stat().st_size for file in embedded_folder("fpdm-digits").glob("*.safetensors")) <= 3_000_000
+
+
+def test_shipped_schedule_has_zero_terminal_snr_and_visits_both_ends(schedule: NoiseSchedule) -> None:
+    assert schedule.prediction_type == "v_prediction"
+    assert float(schedule.alphas_cumprod[-1]) == 0
+    assert schedule.timesteps(9)[[0, -1]].tolist() == [999, 0]
+
+
+def test_samples_look_like_digits(model: FPDM, schedule: NoiseSchedule) -> None:
+    x_T = initial_noise(0, range(64), (1, 8, 8))
+    assert digit_confidence(sample_fpdm(model, x_T, schedule, iterations=4).images) > 0.85
+
+
+def test_layer_contracts_at_every_noise_level(model: FPDM, schedule: NoiseSchedule) -> None:
+    x_T = initial_noise(0, range(16), (1, 8, 8))
+    for step in fpdm_steps(model, x_T, schedule, steps=9, iterations=8):
+        problem = fpdm_layer_problem(model, step.latent, torch.tensor(step.timestep))
+        picard, anderson, broyden = (
+            fixpoint.solve(problem, solver=solver, rtol=1e-3)
+            for solver in (fixpoint.Picard(), fixpoint.Anderson(), fixpoint.Broyden())
+        )
+        assert float(picard.evals.double().mean()) <= 30
+        for faster in (anderson, broyden):
+            assert bool(faster.converged.all())
+            assert float(faster.evals.double().mean()) < float(picard.evals.double().mean())
+
+
+def test_reuse_brings_the_start_nearer_at_low_noise(model: FPDM, schedule: NoiseSchedule) -> None:
+    """Fig. 6 of the paper: in the later half of sampling the last solution is the better start."""
+    x_T = initial_noise(0, range(16), (1, 8, 8))
+    for step in list(fpdm_steps(model, x_T, schedule, steps=50, iterations=8))[25:]:
+        problem = fpdm_layer_problem(model, step.latent, torch.tensor(step.timestep))
+        anew = (problem(problem.z0) - problem.z0).norm()
+        reused = (problem(step.z0) - step.z0).norm()
+        assert float(reused) < float(anew)
