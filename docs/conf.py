@@ -1,6 +1,11 @@
 """Sphinx configuration."""
 
+import sys
+from pathlib import Path
+
 import fixpoint
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "fixpoint"
 author = "The fixpoint developers"
@@ -10,7 +15,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
+    "mathml",
     "sphinx_copybutton",
 ]
 myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence"]
@@ -27,6 +32,7 @@ doctest_test_doctest_blocks = ""  # docstrings are run by pytest --doctest-modul
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = "fixpoint"
 html_static_path = []
 exclude_patterns = ["_build"]

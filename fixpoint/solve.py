@@ -55,7 +55,8 @@ def solve(
         on_failure: What to do when rows do not converge: "warn", "raise" or "ignore".
         check_every: Look whether all rows are done once in so many evaluations (each look waits for the device).
         record: Keep the residual of every evaluation in ``Solution.trace``.
-        callback: Called with a ``Progress`` at each look; returning something true stops the solve.
+        callback: Called with a ``Progress`` at each look; returning something true stops the solve. Not called in runs
+            of fixed depth.
         depth: If given, apply exactly so many solver updates, in as many evaluations, and hand over the last state
             unverified; tolerance, ``max_evals`` and ``on_failure`` then play no part.
 

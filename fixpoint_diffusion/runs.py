@@ -34,7 +34,7 @@ class TrainingRun:
         config: settings of training.
         images: what is trained on, ``(N, C, H, W)``.
         model: the model, on its device.
-        resumed: whether to continue from the folder's checkpoint.
+        steps_done: steps already taken, which the folder's checkpoint holds; 0 for a new run.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ class TrainingRun:
     config: TrainingConfig
     images: Tensor
     model: nn.Module
-    resumed: bool = False
+    steps_done: int = 0
 
     @classmethod
     def start(
@@ -76,7 +76,7 @@ class TrainingRun:
             raise FileExistsError(f"{folder} already holds a training run: resume it, or choose another folder")
         if kind not in RECIPES:
             raise ValueError(f"no recipe {kind!r}; there are {', '.join(RECIPES)}")
-        return cls._prepare(folder, kind, data, settings or {}, config or RECIPES[kind].training, device, resumed=False)
+        return cls._prepare(folder, kind, data, settings or {}, config or RECIPES[kind].training, device, steps_done=0)
 
     @classmethod
     def resume(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> TrainingRun:
@@ -92,7 +92,9 @@ class TrainingRun:
         if origin.get("kind") not in RECIPES:
             raise ValueError(f"{folder / CHECKPOINT} is not from a training run of a recipe: {sorted(origin)}")
         config = TrainingConfig(**record["config"])
-        return cls._prepare(folder, origin["kind"], origin["data"], origin["settings"], config, device, resumed=True)
+        return cls._prepare(
+            folder, origin["kind"], origin["data"], origin["settings"], config, device, steps_done=record["step"]
+        )
 
     @classmethod
     def _prepare(
@@ -104,7 +106,7 @@ class TrainingRun:
         config: TrainingConfig,
         device: torch.device | str,
         *,
-        resumed: bool,
+        steps_done: int,
     ) -> TrainingRun:
         loaded = load_images(data)
         if loaded.labels is not None:
@@ -123,16 +125,17 @@ class TrainingRun:
             config=config,
             images=images,
             model=model,
-            resumed=resumed,
+            steps_done=steps_done,
         )
 
     def describe(self) -> str:
         """One line on what is trained on what."""
         parameters = sum(p.numel() for p in self.model.parameters())
         shape = "x".join(map(str, self.images.shape[1:]))
+        begin = f", from step {self.steps_done}" if self.steps_done else ""
         return (
             f"{type(self.model).__name__} with {parameters:,} parameters on {len(self.images)} images {shape} "
-            f"({self.data}), {self.config.steps} steps of {self.config.batch_size}"
+            f"({self.data}), {self.config.steps} steps of {self.config.batch_size}{begin}"
         )
 
     def run(self, *, progress: bool = True) -> TrainingLog:
@@ -150,7 +153,7 @@ class TrainingRun:
             NoiseSchedule.from_diffusers(schedule_config).alphas_cumprod,
             self.config,
             checkpoint=self.folder / CHECKPOINT,
-            resume=self.resumed,
+            resume=self.steps_done > 0,
             origin=origin,
             progress=progress,
         )

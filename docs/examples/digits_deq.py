@@ -39,7 +39,7 @@ class Cell(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Pixels to an injection ``x``, to ``z* = f(z*, x, W)``, to ten logits. ``|W| <= 0.9``, so z* exists and is unique."""
+    """Pixels to ``x``, to ``z* = f(z*, x, W)``, to ten logits; ``|W| <= 0.9``, so that z* exists and is unique."""
 
     def __init__(self, backward: fixpoint.Backward) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one training run gave; calls and adjoint products are means per training step, seconds are the processor's."""
+    """What one training run gave: calls and adjoint products per training step, processor seconds in all."""
 
     accuracy: float
     calls: float
@@ -94,7 +94,9 @@ def train(backward: fixpoint.Backward, *, seed: int, epochs: int = 10) -> Outcom
 def main() -> None:
     """Print a table: every rule, three seeds."""
     torch.set_num_threads(1)
-    print(f"{'backward rule':20}  {'test accuracy, seeds 0 1 2':>26}  {'calls of f':>10}  {'adjoint':>7}  {'seconds':>7}")
+    print(
+        f"{'backward rule':20}  {'test accuracy, seeds 0 1 2':>26}  {'calls of f':>10}  {'adjoint':>7}  {'seconds':>7}"
+    )
     for name, rule in RULES.items():
         runs = [train(rule, seed=seed) for seed in range(3)]
         accuracies = "  ".join(f"{run.accuracy:.3f}" for run in runs)

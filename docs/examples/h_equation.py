@@ -27,7 +27,7 @@ SOLVERS = {
 class HEquation:
     """``H(mu) = 1 / (1 - c/2 * integral_0^1 mu H(nu) / (mu + nu) dnu)`` at Gauss-Legendre nodes.
 
-    One row for each albedo ``c`` in ``albedo`` ``(rows,)``, each below 1: a problem that ``fixpoint.solve`` takes alone.
+    One row for each ``c`` in ``albedo`` ``(rows,)``, each below 1. ``fixpoint.solve`` takes it as it is.
     """
 
     albedo: Tensor

@@ -89,7 +89,7 @@ class _Implicit(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "IFT gives first derivatives only, found create_graph=True. Use backward=Unroll() or Phantom(steps=k) "
-                "for second derivatives."
+                "IFT gives first derivatives only, found create_graph=True. Use backward=Unroll() for "
+                "second derivatives."
             )
         return ctx.adjoint(grads[0]), None

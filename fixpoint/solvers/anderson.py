@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fixpoint.solvers.base import Solver, gram_dtype, small_dtype, write_slot
+from fixpoint.solvers.base import Solver, gram_dtype, require_count, small_dtype, write_slot
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class Anderson(Solver):
     ridge: float | None = None
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"memory must be at least 1, found {self.memory}")
+        require_count("memory", self.memory)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], found {self.damping}")
         if self.ridge is not None and not self.ridge >= 0:

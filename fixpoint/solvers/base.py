@@ -37,6 +37,14 @@ class Solver(abc.ABC):
         """``(z_next, state)`` from the rows ``z`` and their images ``fz = f(z)``, both ``(rows, dim)``."""
 
 
+def require_count(name: str, value: object) -> None:
+    """Raise unless ``value`` is a whole number of at least 1."""
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, found {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, found {value}")
+
+
 def small_dtype(z: Tensor) -> torch.dtype:
     """Precision for the small systems: float64, or float32 where the device has none."""
     return torch.float32 if z.device.type == "mps" else torch.float64

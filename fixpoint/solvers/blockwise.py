@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fixpoint.solvers.base import Solver
+from fixpoint.solvers.base import Solver, require_count
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Blockwise(Solver):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {self.solver!r}")
-        if self.blocks < 1:
-            raise ValueError(f"blocks must be at least 1, found {self.blocks}")
+        require_count("blocks", self.blocks)
 
     def init(self, z: Tensor) -> Any:
         if z.shape[1] % self.blocks:

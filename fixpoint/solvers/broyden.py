@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fixpoint.solvers.base import Solver, gram_dtype, write_slot
+from fixpoint.solvers.base import Solver, gram_dtype, require_count, write_slot
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Broyden(Solver):
     memory: int = 10
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"memory must be at least 1, found {self.memory}")
+        require_count("memory", self.memory)
 
     def init(self, z: Tensor) -> BroydenState:
         rows, dim = z.shape

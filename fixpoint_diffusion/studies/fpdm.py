@@ -99,7 +99,7 @@ def _evaluations(solution: Solution) -> float:
 
 
 def _summary(solved: Solved, order: Sequence[int]) -> bench.Table:
-    rows = []
+    rows: list[tuple[str | float, ...]] = []
     for label in SOLVERS:
         for start in STARTS:
             figures = [[_evaluations(solved[t, start, label, rtol]) for t in order] for rtol in RTOLS]

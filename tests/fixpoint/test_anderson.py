@@ -16,7 +16,7 @@ TABLE = [
     ("linear 0.9", linear, {"rho": 0.9}, 34, 26),
     ("linear 0.99", linear, {"rho": 0.99}, 150, 72),
     ("linear 0.999", linear, {"rho": 0.999}, None, 158),
-    ("tanh", tanh, {}, 24, 24),
+    ("tanh", tanh, {"gain": 0.95}, 24, 24),  # this gain takes plain iteration the table's 27
     ("expansive", expansive, {}, 26, 20),
     ("linear 0.99 large", linear, {"rho": 0.99, "scale": 1e4}, 149, 72),
     ("linear 0.99 small", linear, {"rho": 0.99, "scale": 1e-4}, 148, 72),
@@ -73,7 +73,7 @@ def test_an_expansive_map_is_solved_where_plain_iteration_diverges():
     assert (picard.status == Status.NON_FINITE).all()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("name", "problem", "options", "five", "ten"), TABLE, ids=[row[0] for row in TABLE])
 def test_evaluations_stay_within_the_promised_counts(name, problem, options, five, ten, seed):
     for memory, promised in ((5, five), (10, ten)):
