@@ -1,11 +1,6 @@
 """Sphinx configuration."""
 
-import sys
-from pathlib import Path
-
 import fixpoint
-
-sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "fixpoint"
 author = "The fixpoint developers"
@@ -15,7 +10,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.doctest",
-    "mathml",
+    "sphinx-mathjax-offline",  # formulas need no network to be drawn
     "sphinx_copybutton",
 ]
 myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence"]
@@ -32,7 +27,6 @@ doctest_test_doctest_blocks = ""  # docstrings are run by pytest --doctest-modul
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 html_theme = "furo"
-html_math_renderer = "mathml"
 html_title = "fixpoint"
 html_static_path = []
 exclude_patterns = ["_build"]

@@ -219,7 +219,7 @@ def _expansive(
     return LinearProblem(matrix.to(_dtype(dtype)), offset.to(_dtype(dtype)))
 
 
-def _tanh(*, gain: float = 0.95, dim: int = 256, rows: int = 4, seed: int = 0, dtype: str = "float32") -> TanhProblem:
+def _tanh(*, gain: float = 0.96, dim: int = 256, rows: int = 4, seed: int = 0, dtype: str = "float32") -> TanhProblem:
     generator = _generator(dim, rows, seed)
     weight = torch.randn(dim, dim, generator=generator, dtype=torch.float64) * (gain / dim**0.5)
     injection = torch.randn(rows, dim, generator=generator, dtype=torch.float64)

@@ -79,8 +79,9 @@ def test_plain_iteration_diverges_on_expansive_and_follows_the_survey_where_it_c
     )
     assert not diverged.converged.any()
     for name, surveyed in (("linear", 85), ("tanh", 27)):
-        sol = fixpoint.solve(fixpoint.load_problem(name), solver=fixpoint.Picard(), rtol=1e-5, max_evals=300)
-        assert sol.nfev == pytest.approx(surveyed, rel=0.1)
+        problems = [fixpoint.load_problem(f"{name}:seed={seed}") for seed in range(8)]
+        counts = [fixpoint.solve(p, solver=fixpoint.Picard(), rtol=1e-5, max_evals=300).nfev for p in problems]
+        assert np.median(counts) == pytest.approx(surveyed, rel=0.1)
 
 
 def test_the_survey_covers_the_classical_problems():
