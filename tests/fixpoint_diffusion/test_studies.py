@@ -1,0 +1,102 @@
+"""The experiments behind ``make demo``: what they compare, and that their figures are the runs' own."""
+
+import itertools
+
+import pytest
+import torch
+
+import fixpoint
+from fixpoint_diffusion.problems import ddim_chain, fpdm_layer, sddim_chain
+from fixpoint_diffusion.studies import chains, fpdm
+
+
+@pytest.fixture(scope="module")
+def short_chain():
+    return chains.embedded_chain(steps=6, samples=2)
+
+
+@pytest.fixture(scope="module")
+def outcomes(short_chain):
+    return chains.run_methods(short_chain)
+
+
+def test_every_method_of_the_issue_is_compared_with_the_sequential_sampler(outcomes):
+    assert list(outcomes) == ["sequential", "Picard", "Anderson, per sample", "Anderson, per timestep"]
+    assert outcomes["sequential"].rounds == 6
+    assert outcomes["sequential"].rows == 12
+
+
+def test_errors_in_the_table_are_those_of_the_images(short_chain, outcomes):
+    with torch.no_grad():
+        reference = short_chain.sequential()[:, -1]
+    for label, outcome in outcomes.items():
+        expected = max(float((a - b).norm() / b.norm()) for a, b in zip(outcome.images, reference, strict=True))
+        assert outcome.error == pytest.approx(expected, abs=1e-6), label
+        assert outcome.error < 1e-2
+
+
+def test_picard_is_exact_after_as_many_rounds_as_steps_and_pays_for_changed_rows_alone(outcomes):
+    picard = outcomes["Picard"]
+    assert picard.rounds <= 6
+    # Round r evaluates at most the rows after the r - 1 exact ones.
+    assert picard.rows <= 2 * sum(6 - r for r in range(6))
+
+
+def test_method_table_holds_each_outcome_once(short_chain, outcomes):
+    table = chains.method_table("chains", {"short": outcomes})
+    assert [row[1] for row in table.rows] == list(outcomes)
+    for row, outcome in zip(table.rows, outcomes.values(), strict=True):
+        assert row[2:6] == (outcome.rounds, outcome.rows, outcome.seconds, outcome.error)
+
+
+def test_pictures_show_images_residuals_and_latents(short_chain, outcomes):
+    grid, residuals, strip = chains.method_pictures(short_chain, outcomes)
+    assert tuple(grid.shape[:2]) == (4, 2)
+    assert set(residuals.series) == set(outcomes) - {"sequential"}
+    assert strip.column_labels[-1] == "x_0"
+    assert strip.row_labels[0] == "round 1"
+    # Before anything is solved every latent is x_T.
+    first = strip.array()[0]
+    assert (first == first[:1]).all()
+
+
+def test_starts_are_compared_for_both_solvers(short_chain):
+    table, lines = chains.start_blocks(short_chain)
+    labels = [f"{solver} from {init}" for solver in ("Anderson", "Picard") for init in ("x_T", "zeros")]
+    assert [row[1] for row in table.rows] == labels
+    assert set(lines.series) == set(labels)
+
+
+def test_layer_evaluations_are_those_of_separate_solves_and_reuse_starts_nearer():
+    study = fpdm.fpdm_study(quick=True)
+    summary = study.main_table
+    assert summary is not None
+    assert [tuple(row[:2]) for row in summary.rows] == list(itertools.product(fpdm.SOLVERS, fpdm.STARTS))
+    figures = {tuple(row[:2]): row[2:5] for row in summary.rows}
+    for solver in fpdm.SOLVERS:
+        cold, reused = figures[solver, "without reuse"], figures[solver, "with reuse"]
+        assert list(cold) == sorted(cold)
+        assert reused[0] < cold[0]
+    assert figures["Anderson", "without reuse"][2] < figures["Picard", "without reuse"][2]
+    assert len(next(block for block in study.blocks if "each timestep" in block.title).rows) == 9
+    images = study.blocks[-1]
+    assert len(images.row_labels) == 8
+
+
+@pytest.mark.parametrize(
+    ("entry", "options"),
+    [
+        (ddim_chain, {"steps": 5, "samples": 2}),
+        (sddim_chain, {"steps": 5, "samples": 2, "eta": 0.5}),
+        (fpdm_layer, {"timestep": 300, "samples": 2}),
+    ],
+)
+def test_registered_problems_are_solved_by_any_solver(entry, options):
+    for solver in (fixpoint.Picard(), fixpoint.Anderson(), fixpoint.Broyden()):
+        solution = fixpoint.solve(entry(**options), solver=solver, backward=None, rtol=1e-3)
+        assert solution.converged.all()
+
+
+def test_registered_layer_refuses_a_timestep_outside_the_schedule():
+    with pytest.raises(ValueError, match="timestep must be from 0 to 999, got 1000"):
+        fpdm_layer(timestep=1000)
