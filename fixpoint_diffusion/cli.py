@@ -165,12 +165,12 @@ def sample(
     rtol: Annotated[float, typer.Option(help="Parallel solvers: relative tolerance.")] = 1e-3,
     max_rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="Parallel solvers: most rounds (batched model calls) [default: steps + 1]."),
+        typer.Option(min=1, help="Parallel solvers: most rounds (batched model calls) (default: steps + 1)."),
     ] = None,
-    iterations: Annotated[int | None, typer.Option(min=1, help="FPDM: iterations per step [default: 4].")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="FPDM: iterations per step (default: 4).")] = None,
     reuse: Annotated[
         bool | None,
-        typer.Option("--reuse/--no-reuse", help="FPDM: start at the last step's solution [default: reuse]."),
+        typer.Option("--reuse/--no-reuse", help="FPDM: start at the last step's solution (default: reuse)."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to sample: cpu, cuda, ...")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for grid.png, images.npy and sample.json.")] = Path("runs/sample"),
@@ -239,7 +239,9 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        missing = isinstance(error, ModuleNotFoundError)
+        hint = ": pip install 'fixpoint[diffusion]'" if missing and "pip install" not in str(error) else ""
+        typer.echo(f"Error: {' '.join(str(error).split())}{hint}", err=True)
         sys.exit(1)
 
 
