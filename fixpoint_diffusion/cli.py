@@ -88,8 +88,8 @@ def train(
 
     import dataclasses
 
-    from fixpoint_diffusion.recipes import RECIPES
-    from fixpoint_diffusion.runs import TrainingRun
+    from fixpoint_diffusion.training.recipes import RECIPES
+    from fixpoint_diffusion.training.runs import TrainingRun
 
     if resume:
         run = TrainingRun.resume(out, device=device)

@@ -2,6 +2,6 @@
 
 from fixpoint_diffusion.chains.ddim import DDIMChain
 from fixpoint_diffusion.chains.stochastic import StochasticDDIMChain
-from fixpoint_diffusion.chains.transitions import Transitions
+from fixpoint_diffusion.chains.transitions import Transitions, wide
 
-__all__ = ["DDIMChain", "StochasticDDIMChain", "Transitions"]
+__all__ = ["DDIMChain", "StochasticDDIMChain", "Transitions", "wide"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fixpoint_diffusion.chains.transitions import Transitions
+from fixpoint_diffusion.chains.transitions import Transitions, wide
 from fixpoint_diffusion.schedules import NoiseSchedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -125,8 +125,8 @@ class DDIMChain:
         """
         x = self.inputs(z)
         out = self.denoise_all(x)
-        noise = None if self.noise is None else self._wide(self.noise)
-        return self.transitions.step(self._wide(x), self._wide(out), slice(None), noise).to(x.dtype)
+        noise = None if self.noise is None else wide(self.noise)
+        return self.transitions.step(wide(x), wide(out), slice(None), noise).to(x.dtype)
 
     def sequential(self, *, progress: bool = False) -> Tensor:
         """The trajectory of the ordinary sampler, one step after another, with the same noise.
@@ -140,8 +140,8 @@ class DDIMChain:
         latent, trajectory = self.x_T, []
         for k in tqdm(range(self.steps), desc="sequential", disable=not progress):
             out = self.denoise(latent, self.timesteps[k].expand(len(latent)))
-            noise = None if self.noise is None else self._wide(self.noise[:, k])
-            after = self.transitions.step(self._wide(latent), self._wide(out), k, noise)
+            noise = None if self.noise is None else wide(self.noise[:, k])
+            after = self.transitions.step(wide(latent), wide(out), k, noise)
             latent = after.to(latent.dtype)
             trajectory.append(latent)
         return torch.stack(trajectory, dim=1)
@@ -169,8 +169,8 @@ class DDIMChain:
 
     def accumulate(self, x: Tensor, out: Tensor) -> Tensor:
         """The right-hand side of Eq. 10 from each step's input and denoiser output, both ``(B, T, *shape)``."""
-        noise = None if self.noise is None else self._wide(self.noise)
-        return self.transitions.cumulative(self._wide(x), self._wide(out), noise).to(x.dtype)
+        noise = None if self.noise is None else wide(self.noise)
+        return self.transitions.cumulative(wide(x), wide(out), noise).to(x.dtype)
 
     def reset_counters(self) -> None:
         """Start counting rounds and evaluations from zero."""
@@ -186,8 +186,3 @@ class DDIMChain:
             if found != expected:
                 raise ValueError(f"the denoiser must return the {name} of its input, {expected}; it returned {found}")
         return out
-
-    @staticmethod
-    def _wide(x: Tensor) -> Tensor:
-        """In float64: sums over a chain cancel, 1 / sqrt(alpha_T) being about 157 for the linear schedule."""
-        return x.to(torch.float32 if x.device.type == "mps" else torch.float64)

@@ -10,6 +10,11 @@ from torch import Tensor
 from fixpoint_diffusion.schedules import PREDICTION_TYPES, NoiseSchedule, check_choice
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float64 (float32 on devices without it): sums over a chain cancel, 1 / sqrt(alpha_T) is about 157."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
 @dataclass(frozen=True, eq=False)
 class Transitions:
     r"""The coefficients of a chain of T sampling steps (DDIM, Eq. 12 and 16; DEQ-DDIM, Eq. 20).

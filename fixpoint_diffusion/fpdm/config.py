@@ -50,7 +50,7 @@ class FPDMConfig:
     num_classes: int | None = None
     learn_sigma: bool = False
     prediction_type: str = "v_prediction"
-    max_no_grad: int = 8
+    max_no_grad: int = 12
     max_grad: int = 4
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fixpoint import Picard, Solution, Solver
-from fixpoint_diffusion.chains import Transitions
+from fixpoint_diffusion.chains import Transitions, wide
 from fixpoint_diffusion.fpdm.allocation import iterations_per_step
 from fixpoint_diffusion.fpdm.model import FPDM
 from fixpoint_diffusion.noise import step_noise
@@ -191,14 +191,9 @@ def fpdm_steps(
         noise = None
         if eta > 0:
             samples = range(len(x_T))
-            noise = step_noise(seed, samples, [k], x_T.shape[1:], dtype=_wide(latent).dtype, device=latent.device)[:, 0]
+            noise = step_noise(seed, samples, [k], x_T.shape[1:], dtype=wide(latent).dtype, device=latent.device)[:, 0]
         output = output[:, : model.config.in_channels]
-        after = transitions.step(_wide(latent), _wide(output), k, noise).to(latent.dtype)
+        after = transitions.step(wide(latent), wide(output), k, noise).to(latent.dtype)
         yield FPDMStep(timestep, latent, z0, solution, after)
         latent = after
         z0 = solution.value if reuse else None
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float64, so that what the step cancels does not cost digits; float32 where the device has no more."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)

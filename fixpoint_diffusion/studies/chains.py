@@ -43,7 +43,8 @@ class Outcome:
 def embedded_chain(*, steps: int, samples: int, seed: int = 0, eta: float = 0.0) -> DDIMChain:
     """A chain of the embedded U-Net, deterministic for ``eta=0``."""
     denoiser = embedded("ddpm-digits")
-    assert denoiser.sample_shape is not None and denoiser.schedule_config is not None
+    assert denoiser.sample_shape is not None
+    assert denoiser.schedule_config is not None
     schedule = NoiseSchedule.from_diffusers(denoiser.schedule_config)
     x_T = initial_noise(seed, range(samples), denoiser.sample_shape)
     if eta == 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fixpoint import Anderson, Broyden, Picard, Solution, Solver, bench, solve
-from fixpoint_diffusion.chains import Transitions
+from fixpoint_diffusion.chains import Transitions, wide
 from fixpoint_diffusion.denoisers import embedded
 from fixpoint_diffusion.fpdm import FPDM, FPDMDenoiser, FPDMLayerProblem, fpdm_layer_problem, sample_fpdm
 from fixpoint_diffusion.metrics import digit_quality
@@ -90,7 +90,7 @@ def _trajectory(
                 x, t, z0=previous, solver=Anderson(), rtol=min(RTOLS), max_evals=MAX_EVALS, return_solution=True
             )
         previous = solution.value
-        x = transitions.step(x.double(), out.double(), k).to(x.dtype)
+        x = transitions.step(wide(x), wide(out), k).to(x.dtype)
 
 
 def _evaluations(solution: Solution) -> float:

@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from fixpoint_diffusion.checkpoints import load_record
 from fixpoint_diffusion.checksums import verify_checksums
 from fixpoint_diffusion.cli import app, main
 from fixpoint_diffusion.denoisers import load_denoiser
+from fixpoint_diffusion.training.checkpoints import load_record
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL_UNET = {"block_out_channels": [8, 8], "norm_num_groups": 4, "attention_head_dim": 4}
@@ -177,7 +177,9 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_weights(settings: P
     assert train(settings, tmp_path / "whole", "--steps", 60).exit_code == 0
     command = [sys.executable, "-m", "fixpoint_diffusion.cli", "train", "unet", "--settings", settings / "unet.json"]
     command += ["--batch-size", "4", "--steps", "60", "--out", tmp_path / "cut", "--checkpoint-every", "5"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
+    # Sums depend on the number of threads in their last bit: the process gets as many as the tests run with.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL, env=environment)
     while not (tmp_path / "cut" / "checkpoint" / "state.safetensors").exists():
         assert process.poll() is None
         time.sleep(0.002)

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from fixpoint_diffusion.checkpoints import TrainingState, load_state, optimizer_tensors, restore_optimizer, save_state
+from fixpoint_diffusion.training.checkpoints import (
+    TrainingState,
+    load_state,
+    optimizer_tensors,
+    restore_optimizer,
+    save_state,
+)
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Weighting = Literal["plain", "min-snr"]
