@@ -18,14 +18,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,benchmarks]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,benchmarks]'
 	@touch $@
 
 demo: $(INSTALLED)
 	$(BIN)/fixpoint bench ddim-chain sddim-chain fpdm-layer --out runs $(DEMO_FLAGS)
 
+# One thread for each of the two processes: more of them than cores wait for one another at every small operation.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 $(TEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TEST_FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

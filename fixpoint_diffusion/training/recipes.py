@@ -99,7 +99,7 @@ RECIPES: Mapping[str, Recipe] = {
         build=build_fpdm,
         schedule_config=ZERO_SNR_SCHEDULE,
         # Weight decay keeps the layer a contraction: with 0.01 plain iteration does not converge for some images.
-        training=TrainingConfig(steps=5000, learning_rate=2e-3, weight_decay=0.1, prediction_type="v_prediction"),
+        training=TrainingConfig(steps=8000, learning_rate=2e-3, weight_decay=0.2, prediction_type="v_prediction"),
     ),
 }
 
