@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fixpoint.backward.base import Backward
 from fixpoint.backward.ift import IFT
-from fixpoint.solve import solve
+from fixpoint.solve import check_options, solve
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 
@@ -28,7 +28,7 @@ class FixedPointLayer(nn.Module):
         **solve_options: Further options of ``fixpoint.solve``, kept for every call; unknown ones raise at once.
 
     Raises:
-        TypeError: For an option that ``fixpoint.solve`` does not have.
+        TypeError, ValueError: For an option that ``fixpoint.solve`` does not have, or a value that cannot work.
 
     Example:
         >>> import torch, fixpoint
@@ -55,9 +55,11 @@ class FixedPointLayer(nn.Module):
         **solve_options: Any,
     ) -> None:
         super().__init__()
-        _check(solve_options)
+        _check_names(solve_options)
         self.f = f
         self.options = {"solver": solver, "backward": backward, **solve_options}
+        checked = inspect.signature(check_options).parameters
+        check_options(**{name: value for name, value in self.options.items() if name in checked})
 
     def forward(self, *inputs: Any, z0: Any = None, return_solution: bool = False, **solve_options: Any) -> Any:
         """Solve for ``z*``.
@@ -68,7 +70,7 @@ class FixedPointLayer(nn.Module):
             return_solution: Return the ``Solution`` in place of its value.
             **solve_options: Options of ``fixpoint.solve`` for this call alone, such as ``depth=4`` or ``rtol=1e-6``.
         """
-        _check(solve_options)
+        _check_names(solve_options)
         if z0 is None:
             if not inputs or not isinstance(inputs[0], Tensor):
                 raise TypeError("z0 is missing, and there is no first input tensor to take its shape from: pass z0=")
@@ -80,7 +82,7 @@ class FixedPointLayer(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
-def _check(options: dict[str, Any]) -> None:
+def _check_names(options: dict[str, Any]) -> None:
     for name in options:
         if name not in _OPTIONS:
             raise TypeError(f"FixedPointLayer: unknown option {name!r}, expected one of {_OPTIONS}")

@@ -78,7 +78,14 @@ def solve(
         >>> sol.converged
         tensor([True, True])
     """
-    _check_options(solver, backward, max_evals, on_failure, check_every, depth)
+    check_options(
+        solver=solver,
+        backward=backward,
+        max_evals=max_evals,
+        on_failure=on_failure,
+        check_every=check_every,
+        depth=depth,
+    )
     problem_z0 = getattr(f, "z0", None)
     if batch_dims is None and problem_z0 is not None:
         batch_dims = getattr(f, "batch_dims", None)
@@ -140,9 +147,16 @@ def _report(solution: Solution, on_failure: OnFailure, what: str = "row") -> Non
         warnings.warn(complaint, ConvergenceWarning, stacklevel=3)
 
 
-def _check_options(
-    solver: object, backward: object, max_evals: int, on_failure: str, check_every: int, depth: int | None
+def check_options(
+    *,
+    solver: object = None,
+    backward: object = None,
+    max_evals: int = 1,
+    on_failure: str = "warn",
+    check_every: int = 1,
+    depth: int | None = None,
 ) -> None:
+    """Raise for an option of ``solve`` that cannot work, whatever the problem; others are looked at where they act."""
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {solver!r}")
     if backward is not None and not isinstance(backward, Backward):

@@ -28,8 +28,8 @@ class Anderson(Solver):
 
     With ``g = f(z) - z`` and differences of successive iterates as columns of ``dG`` and ``dF``, one step is
     ``gamma = argmin |g - dG gamma|``, ``z_next = f(z) - dF gamma - (1 - damping) (g - dG gamma)``.
-    When ``memory`` differences are held, the next step starts a new set: a sliding window of the same length took up to
-    four times the evaluations on slowly contracting problems. Columns are normalised and the ridge is relative to them,
+    When ``memory`` differences are held, the next step starts a new set: a sliding window of the same length takes far
+    more evaluations on slowly contracting problems. Columns are normalised and the ridge is relative to them,
     so scaling a problem changes nothing; the small system is solved in float64. A row whose system cannot be solved
     takes a plain step.
 

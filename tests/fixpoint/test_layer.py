@@ -150,3 +150,17 @@ def test_it_trains_inside_a_network(x):
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"solver": "anderson"}, TypeError, "solver must be a fixpoint.Solver"),
+        ({"backward": "ift"}, TypeError, "backward must be a fixpoint.Backward"),
+        ({"max_evals": 0}, ValueError, "max_evals must be at least 1, found 0"),
+        ({"on_failure": "shout"}, ValueError, "on_failure must be one of"),
+    ],
+)
+def test_options_that_cannot_work_raise_when_the_layer_is_made(options, error, text):
+    with pytest.raises(error, match=text):
+        fixpoint.FixedPointLayer(torch.cos, **options)
