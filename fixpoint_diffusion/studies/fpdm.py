@@ -173,7 +173,7 @@ def _samples(model: FPDM, schedule: NoiseSchedule, *, steps: int, samples: int) 
             result = sample_fpdm(model, x_T, schedule, steps=steps, iterations=iterations, reuse=reuse)
             seconds = time.perf_counter() - start
             quality = digit_quality(result.images)
-            label = f"{iterations} iterations, {STARTS[reuse]}"
+            label = f"{iterations} per step, {STARTS[reuse]}"
             rows.append((label, result.block_passes, seconds, quality.confidence, quality.relative_confidence))
             labels.append(label)
             grid.append(result.images)
