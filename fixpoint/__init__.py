@@ -8,7 +8,10 @@ from fixpoint.backward.stochastic_jfb import StochasticJFB
 from fixpoint.backward.unroll import Unroll
 from fixpoint.convergence import ConvergenceError, ConvergenceWarning, Status
 from fixpoint.layer import FixedPointLayer
+from fixpoint.memory import MemoryEstimate, estimate_memory
 from fixpoint.problems import Problem, RegisteredProblem, available_problems, load_problem
+from fixpoint.progress import ProgressBar
+from fixpoint.root import root
 from fixpoint.solution import Progress, Solution
 from fixpoint.solve import solve
 from fixpoint.solvers.anderson import Anderson
@@ -29,10 +32,12 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "FixedPointLayer",
+    "MemoryEstimate",
     "Phantom",
     "Picard",
     "Problem",
     "Progress",
+    "ProgressBar",
     "RegisteredProblem",
     "Run",
     "Solution",
@@ -42,6 +47,8 @@ __all__ = [
     "Unroll",
     "available_problems",
     "bench",
+    "estimate_memory",
     "load_problem",
+    "root",
     "solve",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fixpoint.structure import Layout, leaves
+from fixpoint.structure import Layout, leaves, map_leaves
 
 
 class RowMap:
@@ -16,15 +16,34 @@ class RowMap:
 
     The first evaluation checks what f returns and, when gradients are wanted, whether it depends on anything that
     requires them. A first evaluation inside ``no_grad`` builds the graph to look at it, with nothing saved in it.
+    ``calls`` counts the evaluations that f completed.
     """
 
     def __init__(self, f: Callable[..., Any], args: Sequence[Any], layout: Layout, *, gradients: bool) -> None:
         self._f = f
         self._args = tuple(args)
-        self._layout = layout
+        self.layout = layout
+        self.calls = 0
         self._gradients = gradients
         self._checked = False
         self._probed: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def can_take(self) -> bool:
+        """Whether a part of the rows makes sense: one batch dimension, and an argument that has it too."""
+        return len(self.layout.batch_shape) == 1 and any(self._is_aligned(leaf) for _, leaf in leaves(self._args))
+
+    def take(self, index: Tensor) -> RowMap:
+        """f on the rows ``index`` alone, with those rows of the arguments that have the batch dimension."""
+
+        def pick(leaf: Any) -> Any:
+            return leaf.index_select(0, index.to(leaf.device)) if self._is_aligned(leaf) else leaf
+
+        args = map_leaves(pick, self._args)
+        return RowMap(self._f, args, self.layout.with_rows(len(index)), gradients=False)
+
+    def _is_aligned(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.layout.rows
 
     def must_differentiate(self) -> bool:
         """Whether an argument or a parameter requires grad, as far as can be seen from outside f."""
@@ -69,18 +88,23 @@ class RowMap:
             fz = self._evaluate_checked(z)
         return fz.detach(), fz.requires_grad
 
+    def _output(self, z: Tensor) -> Any:
+        output = self._f(self.layout.unflatten(z), *self._args)
+        self.calls += 1
+        return output
+
     def _evaluate(self, z: Tensor) -> Tensor:
-        return self._layout.flatten(self._f(self._layout.unflatten(z), *self._args))
+        return self.layout.flatten(self._output(z))
 
     def _evaluate_checked(self, z: Tensor) -> Tensor:
         before, version = z.detach().clone(), _version(z)
-        output = self._f(self._layout.unflatten(z), *self._args)
-        self._layout.check_output(output)
+        output = self._output(z)
+        self.layout.check_output(output)
         # The version tells of a change that altered no value, such as relu_() on zeros; .data escapes the version.
         if _version(z) != version or not torch.equal(before, z.detach()):
             raise ValueError("f changed its input in place (z += ..., z.relu_()): return a new tensor instead")
         self._checked = True
-        return self._layout.flatten(output)
+        return self.layout.flatten(output)
 
 
 def _version(z: Tensor) -> int:

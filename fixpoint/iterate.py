@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.convergence import Status, Tolerance
+from fixpoint.compaction import Compaction
+from fixpoint.convergence import Array, Status, Tolerance
 from fixpoint.solvers.base import Solver
 
 Map = Callable[[Tensor], Tensor]
@@ -35,53 +37,82 @@ class Iterates:
 
     def measured(self, fz: Tensor, tolerance: Tolerance) -> Iterates:
         """The same run with the figures that ``fz = f(self.z)`` gives; for states handed over unverified."""
-        residual, scale = tolerance.measure(self.z, fz)
-        status = torch.where(tolerance.satisfied(residual, scale), int(Status.CONVERGED), self.status)
-        return replace(self, residual=residual, scale=scale, status=_flag_non_finite(status, residual))
+        residual, scale = figures = tolerance.measure(self.z, fz)
+        status = np.where(tolerance.satisfied(residual, scale), Status.CONVERGED, self.status.cpu().numpy())
+        status = np.where(np.isfinite(residual), status, Status.NON_FINITE)
+        on_device = _figures_like(self.z, figures)
+        return replace(self, residual=on_device[0], scale=on_device[1], status=_like(self.z, status))
 
 
-def _flag_non_finite(status: Tensor, values: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(values), status, int(Status.NON_FINITE))
+class Record:
+    """Figures of every row so far, on the host: the best state that was evaluated, and whether the row has ended."""
 
+    def __init__(self, z: Tensor) -> None:
+        rows = len(z)
+        self.z = z  # the best state of each row; tensors of the loop are never written to, so a reference will do
+        self._own = False  # unless it was put together here
+        self.residual = np.full(rows, np.inf)
+        self.scale = np.full(rows, np.inf)
+        self.status = np.full(rows, _ACTIVE)
+        self.evals = np.zeros(rows, dtype=np.int64)
+        self.improved_at = np.zeros(rows, dtype=np.int64)
+        self.active = np.ones(rows, dtype=bool)
+        self.remaining = rows
+        self.nfev = 0
+        self.trace: list[Array] = []
+        self._floor = _ROUNDING_FLOOR * torch.finfo(z.dtype).eps
 
-@dataclass
-class _Record:
-    """Figures of every row so far: the best state that was evaluated, and whether the row has ended."""
+    def current(self, residual: Array) -> Array:
+        """``residual`` of the rows that have not ended, and the final one of those that have."""
+        return residual if self.remaining == len(residual) else np.where(self.active, residual, self.residual)
 
-    z: Tensor
-    residual: Tensor
-    scale: Tensor
-    status: Tensor
-    evals: Tensor
-    improved_at: Tensor
-    trace: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def start(cls, z: Tensor, figures: Tensor) -> _Record:
-        unknown = torch.full_like(figures, torch.inf)
-        count = torch.zeros_like(figures, dtype=torch.int64)
-        return cls(z=z, residual=unknown, scale=unknown, status=count + _ACTIVE, evals=count, improved_at=count)
-
-    def update(self, z: Tensor, residual: Tensor, scale: Tensor, tolerance: Tolerance, nfev: int) -> None:
-        active = self.status == _ACTIVE
-        done = active & tolerance.satisfied(residual, scale)
+    def update(self, z: Tensor, figures: Array, tolerance: Tolerance) -> bool:
+        """Take in the figures of ``z``, and say whether that ended rows."""
+        (residual, scale), (active, nfev) = figures, (self.active, self.nfev)
+        done, better, finite = tolerance.satisfied(residual, scale), residual < self.residual, np.isfinite(figures)
+        rows = len(residual)
+        if self.remaining == np.count_nonzero(better) == rows and not np.count_nonzero(done | ~finite[1]):
+            # Nearly every look is one of these.
+            self._keep(z, better)
+            self.residual[:], self.scale[:], self.improved_at[:] = residual, scale, nfev
+            return False
+        sound = finite[0] & finite[1]
+        done &= active & sound
         # A row that meets the tolerance ends there, even when an earlier absolute residual was smaller.
-        best = done | (active & (residual < self.residual))
-        self.z = torch.where(best[:, None], z, self.z)
-        self.residual = torch.where(best, residual, self.residual)
-        self.scale = torch.where(best, scale, self.scale)
-        self.improved_at = torch.where(best, nfev, self.improved_at)
-        self.evals = torch.where(active, nfev, self.evals)
-        floor = _ROUNDING_FLOOR * torch.finfo(z.dtype).eps * self.scale
-        stuck = active & (nfev - self.improved_at >= _PATIENCE) & (self.residual <= floor)
-        broken = active & ~(torch.isfinite(residual) & torch.isfinite(scale))
-        for ended, status in ((stuck, Status.STAGNATED), (broken, Status.NON_FINITE), (done, Status.CONVERGED)):
-            self.status = torch.where(ended, int(status), self.status)
+        best = done | (active & better)
+        self._keep(z, best)
+        for ours, new in ((self.residual, residual), (self.scale, scale), (self.improved_at, nfev)):
+            np.copyto(ours, new, where=best)
+        stuck = active & (nfev - self.improved_at >= _PATIENCE) & (self.residual <= self._floor * self.scale)
+        ended = done | stuck | (active & ~sound)
+        if not np.count_nonzero(ended):
+            return False
+        self.status[ended] = np.where(sound, Status.STAGNATED, Status.NON_FINITE)[ended]
+        self.status[done] = Status.CONVERGED
+        self.evals[ended] = nfev
+        self.active = active & ~ended
+        self.remaining = int(np.count_nonzero(self.active))
+        return True
 
-    def outcome(self, nfev: int) -> Iterates:
-        status = torch.where(self.status == _ACTIVE, int(Status.MAX_EVALS), self.status)
-        trace = torch.stack(self.trace) if self.trace else None
-        return Iterates(self.z, self.residual, self.scale, status, self.evals, nfev, trace)
+    def _keep(self, z: Tensor, best: Array) -> None:
+        """``z`` is the best state of the rows ``best``; those that have ended stand in ``z`` as they were left."""
+        count = np.count_nonzero(best)
+        if count == self.remaining:
+            self.z, self._own = z, False
+        elif count:
+            index = _like(z, np.flatnonzero(best))
+            if self._own:
+                self.z.index_copy_(0, index, z.index_select(0, index))
+            else:
+                self.z, self._own = self.z.index_copy(0, index, z.index_select(0, index)), True
+
+    def outcome(self) -> Iterates:
+        """What is known by now; rows that have not ended are called ``MAX_EVALS``."""
+        residual, scale = _figures_like(self.z, np.stack((self.residual, self.scale)))
+        status = _like(self.z, np.where(self.active, Status.MAX_EVALS, self.status))
+        evals = _like(self.z, np.where(self.active, self.nfev, self.evals))
+        trace = _figures_like(self.z, np.stack(self.trace)) if self.trace else None
+        return Iterates(self.z, residual, scale, status, evals, self.nfev, trace)
 
 
 def iterate(
@@ -94,35 +125,49 @@ def iterate(
     check_every: int = 1,
     record: bool = False,
     watch: Watcher | None = None,
+    compaction: Compaction | None = None,
+    announce: Callable[[Record], object] = lambda _: None,
 ) -> Iterates:
     """Evaluate ``f`` and step the solver until every row of ``z`` ``(rows, dim)`` has ended.
 
-    Rows that ended stay where they are and are shown to the solver as solved, so it never sees NaN or infinity from
-    ``f``. The host waits for the device once every ``check_every`` evaluations.
+    The loop *looks* after the first evaluation, every ``check_every`` ones and the last: only then does it measure, do
+    rows end, and does the host wait for the device, once. Rows that ended stay where they are and are shown to the
+    solver as solved, so it meets NaN or infinity from ``f`` between two looks at most. With a ``compaction``, rows that
+    ended are left out of what ``f`` sees. ``announce`` is given the record before it is filled.
     """
     state = solver.init(z)
-    best: _Record | None = None
-    nfev = 0
+    best = Record(z)
+    announce(best)
+    frozen: tuple[Tensor, Tensor] | None = None  # the rows that have ended, and their states
+    due = 1
     while True:
-        fz = f(z)
-        nfev += 1
-        residual, scale = tolerance.measure(z, fz)
-        best = best or _Record.start(z, residual)
-        best.update(z, residual, scale, tolerance, nfev)
-        active = best.status == _ACTIVE
-        if record:
-            best.trace.append(torch.where(best.evals == nfev, residual, best.residual))
-        look = nfev % check_every == 0 or nfev == max_evals
-        still = int(active.sum()) if look else z.shape[0]
-        stop = watch is not None and look and watch(nfev, residual, still, z.detach())
-        if nfev == max_evals or still == 0 or stop:
-            return best.outcome(nfev)
-        if still < z.shape[0] or check_every > 1:
-            fz, z = torch.where(active[:, None], fz, best.z), torch.where(active[:, None], z, best.z)
-            proposal, state = solver.step(z, fz, state)
-            z = torch.where(active[:, None], proposal, best.z)
+        if compaction is None or frozen is None:
+            fz, spent = f(z), 1
         else:
-            z, state = solver.step(z, fz, state)
+            fz, spent = compaction(z, spare=max_evals - best.nfev - 1)
+        best.nfev += spent
+        look = best.nfev >= due or best.nfev == max_evals
+        if look or record:
+            figures = tolerance.measure(z, fz, best.active)
+            residual = best.current(figures[0])
+            best.trace += [residual] * spent if record else []
+        if look:
+            due = (best.nfev // check_every + 1) * check_every
+            ended = best.update(z, figures, tolerance)
+            stop = watch and watch(best.nfev, _figures_like(z, residual), best.remaining, z.detach())
+            if stop or best.nfev == max_evals or best.remaining == 0:
+                return best.outcome()
+            if ended:
+                if compaction is not None:
+                    compaction.select(best.active, z, fz)
+                index = _like(z, np.flatnonzero(~best.active))
+                frozen = index, best.z.index_select(0, index)
+                z = z.index_copy(0, *frozen)
+        if frozen is not None:
+            fz = fz.index_copy(0, *frozen)
+        z, state = solver.step(z, fz, state)
+        if frozen is not None:
+            z = z.index_copy(0, *frozen)
 
 
 def advance(f: Map, z: Tensor, solver: Solver, tolerance: Tolerance, *, depth: int, record: bool = False) -> Iterates:
@@ -131,15 +176,23 @@ def advance(f: Map, z: Tensor, solver: Solver, tolerance: Tolerance, *, depth: i
     Nothing is verified: the residual of that state is not known (NaN) until somebody evaluates ``f`` there.
     """
     state = solver.init(z)
-    trace: list[Tensor] = []
+    trace: list[Array] = []
     for _ in range(depth):
         fz = f(z)
         if record:
             trace.append(tolerance.measure(z, fz)[0])
         z, state = solver.step(z, fz, state)
-    size = tolerance.norm(z.detach())
-    unknown = torch.full_like(size, torch.nan)
-    count = torch.full_like(size, depth, dtype=torch.int64)
-    status = _flag_non_finite(torch.full_like(count, int(Status.MAX_EVALS)), size)
-    recorded = torch.stack([unknown, *trace])[1:] if record else None
-    return Iterates(z, unknown, unknown, status, count, depth, recorded, True)
+    status = torch.where(torch.isfinite(z.detach()).all(dim=1), int(Status.MAX_EVALS), int(Status.NON_FINITE))
+    unknown = _figures_like(z, np.full(len(z), np.nan))
+    recorded = _figures_like(z, np.stack([*trace, np.empty(len(z))])[:-1]) if record else None
+    return Iterates(z, unknown, unknown, status, torch.full_like(status, depth), depth, recorded, True)
+
+
+def _like(z: Tensor, array: Array) -> Tensor:
+    """``array`` where ``z`` is, without waiting for the device."""
+    return torch.from_numpy(array).to(z.device, non_blocking=True)
+
+
+def _figures_like(z: Tensor, figures: Array) -> Tensor:
+    """The same, in at least float32: float64 only where ``z`` has it."""
+    return torch.from_numpy(figures).to(torch.promote_types(z.dtype, torch.float32)).to(z.device, non_blocking=True)

@@ -41,7 +41,7 @@ class Later:
 
 @dataclass(frozen=True, repr=False)
 class Solution:
-    """A solved state and how good it is, per row.
+    """A solved state and how good it is, per row. Where z0 held NumPy arrays, what is a tensor here is an array.
 
     Attributes:
         value: The best verified state, in the structure of z0. With gradients attached, what the backward rule made of
@@ -95,7 +95,8 @@ class Solution:
 
     def complaint(self, what: str = "row") -> str:
         """One line: how many rows did not converge, why, and what to change; empty if all did."""
-        failed = self.status[~self.converged]
+        status, relative = torch.as_tensor(self.status), torch.as_tensor(self.relative_residual)
+        failed = status[~torch.as_tensor(self.converged)]
         if failed.numel() == 0:
             return ""
         causes = "; ".join(
@@ -103,13 +104,13 @@ class Solution:
             for status in Status
             if (failed == status).any()
         )
-        worst = float(self.relative_residual.nan_to_num(nan=torch.inf).max())
+        worst = float(relative.nan_to_num(nan=torch.inf).max())
         return (
-            f"{failed.numel()} of {self.status.numel()} {what}s did not converge in {self.nfev} evaluations, "
+            f"{failed.numel()} of {status.numel()} {what}s did not converge in {self.nfev} evaluations, "
             f"worst relative residual {worst:.1e}: {causes}"
         )
 
     def __repr__(self) -> str:
-        done, total = int(self.converged.sum()), self.converged.numel()
+        done, total = int(self.converged.sum()), torch.as_tensor(self.converged).numel()
         worst = float(self.relative_residual.max()) if total else 0.0
         return f"Solution({done} of {total} rows converged, nfev={self.nfev}, worst relative residual {worst:.1e})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from fixpoint.backward.base import Backward, Run
 from fixpoint.backward.ift import IFT
+from fixpoint.compaction import Compaction
 from fixpoint.convergence import ConvergenceError, ConvergenceWarning, Tolerance, row_norm
 from fixpoint.evaluation import RowMap
-from fixpoint.iterate import Iterates
+from fixpoint.interop.numpy import accepts_arrays
+from fixpoint.iterate import Iterates, Record
 from fixpoint.solution import Later, Progress, Solution
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
@@ -22,6 +25,7 @@ from fixpoint.structure import Layout
 OnFailure = Literal["warn", "raise", "ignore"]
 
 
+@accepts_arrays
 def solve(
     f: Callable[..., Any],
     z0: Any = None,
@@ -38,13 +42,15 @@ def solve(
     record: bool = False,
     callback: Callable[[Progress], object] | None = None,
     depth: int | None = None,
+    compact: bool = True,
 ) -> Solution:
     """Solve ``z = f(z, *args)``, row by row, and attach gradients to the solution.
 
     Args:
         f: Maps a state to a state of the same structure, shapes, dtype and device; must not change its input in place.
             A problem (an object with ``z0``, and optionally ``batch_dims`` and ``norm``) can be passed alone.
-        z0: Where to start: a tensor, or nested tuples, lists and dicts of tensors, floating point or complex.
+        z0: Where to start: a tensor, or nested tuples, lists and dicts of tensors, floating point or complex. Where it
+            holds NumPy arrays, f is a NumPy function, the solution holds arrays, and gradients are off.
         args: Further arguments of f.
         solver: The update rule.
         backward: How gradients are attached, when grad mode is on and f's output requires grad; None detaches.
@@ -53,12 +59,16 @@ def solve(
         batch_dims: Leading dimensions that index independent problems (rows); 0 makes the whole state one problem.
             None: the problem's own, else 1, or 0 when a leaf is a scalar.
         on_failure: What to do when rows do not converge: "warn", "raise" or "ignore".
-        check_every: Look whether all rows are done once in so many evaluations (each look waits for the device).
-        record: Keep the residual of every evaluation in ``Solution.trace``.
+        check_every: Look at the residuals after the first evaluation, then once in so many: the host waits for the
+            device at a look, and rows end at a look only.
+        record: Keep the residual of every evaluation in ``Solution.trace``; the host then waits at each.
         callback: Called with a ``Progress`` at each look; returning something true stops the solve. Not called in runs
             of fixed depth.
         depth: If given, apply exactly so many solver updates, in as many evaluations, and hand over the last state
             unverified; tolerance, ``max_evals`` and ``on_failure`` then play no part.
+        compact: Leave rows that are done out of what f sees, once more than a sixteenth of them are, where an argument
+            has the batch's one dimension. f is tried before it is relied on, and sees all rows when it couples them.
+            Set it to False for an f that must always see the same batch size.
 
     Returns:
         Solution: the state and how good it is, per row.
@@ -68,6 +78,8 @@ def solve(
             structure, shape, dtype or device, a change in place, non-finite or integer z0, an output without gradient
             where an argument or a parameter requires one.
         ConvergenceError: With ``on_failure="raise"``, when rows did not converge; holds the solution.
+        BaseException: Whatever f or the callback raises, Ctrl-C too, comes through as it is. When f has been evaluated
+            by then, the error carries the state so far as ``error.solution``, with ``MAX_EVALS`` for rows not done.
 
     Example:
         >>> import torch, fixpoint
@@ -94,6 +106,7 @@ def solve(
         raise TypeError("z0 is missing: pass a starting state, or a problem that has one as its attribute z0")
     layout = Layout.of(start, batch_dims)
     later = Later()
+    records: list[Record] = []
 
     def watch(nfev: int, residual: Tensor, active: int, z: Tensor) -> object:
         assert callback is not None
@@ -102,7 +115,7 @@ def solve(
 
     def report_adjoint(iterates: Iterates) -> None:
         later.solution = Solution.of(iterates, layout, iterates.z)
-        _report(later.solution, "warn", "adjoint row")
+        report(later.solution, "warn", "adjoint row")
 
     gradients = backward is not None and torch.is_grad_enabled()
     rows = RowMap(f, args, layout, gradients=gradients)
@@ -117,16 +130,32 @@ def solve(
         watch=watch if callback else None,
         depth=depth,
         report_adjoint=report_adjoint,
+        compaction=Compaction(rows) if compact and rows.can_take else None,
+        announce=records.append,
     )
-    if backward is not None and rows.differentiates(run.z0):
-        value, iterates = backward.attach(run)
-    else:
-        iterates = run.solve()
-        value = iterates.z
+    try:
+        if backward is not None and rows.differentiates(run.z0):
+            value, iterates = backward.attach(run)
+        else:
+            iterates = run.solve()
+            value = iterates.z
+    except BaseException as error:
+        if records and records[-1].nfev:
+            _hand_over(records[-1].outcome, layout, error)
+        raise
     solution = Solution.of(iterates, layout, value, later)
     if not iterates.fixed_depth:
-        _report(solution, on_failure)
+        report(solution, on_failure)
     return solution
+
+
+def _hand_over(outcome: Callable[[], Iterates], layout: Layout, error: BaseException) -> None:
+    """Give ``error`` the state so far as its attribute ``solution``."""
+    with contextlib.suppress(Exception):  # the device may be lost: nothing must hide the error itself
+        iterates = outcome()
+        solution = Solution.of(iterates, layout, iterates.z.detach())
+        error.solution = solution  # type: ignore[attr-defined]
+        error.add_note(f"fixpoint.solve had made {iterates.nfev} evaluations: see this error's attribute 'solution'")
 
 
 def _norm(f: object, layout: Layout) -> Callable[[Tensor], Tensor]:
@@ -137,14 +166,15 @@ def _norm(f: object, layout: Layout) -> Callable[[Tensor], Tensor]:
     return lambda flat: norm(layout.unflatten(flat)).reshape(layout.rows)
 
 
-def _report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None:
+def report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None:
+    """Warn or raise if rows did not converge; for the caller of the public function that calls this."""
     if on_failure == "ignore":
         return
     complaint = solution.complaint(what)
     if complaint and on_failure == "raise":
         raise ConvergenceError(complaint, solution)
     if complaint:
-        warnings.warn(complaint, ConvergenceWarning, stacklevel=3)
+        warnings.warn(complaint, ConvergenceWarning, stacklevel=4)
 
 
 def check_options(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,6 +63,11 @@ def require_same_nesting(found: Any, expected: Any, path: str = "z") -> None:
         require_same_nesting(child, expected_child, f"{path}[{key!r}]")
 
 
+def _all_finite(leaf: Tensor) -> bool:
+    """A finite sum has finite terms, and costs a tenth of looking at each; only an overflow needs the closer look."""
+    return bool(torch.isfinite(leaf.sum())) or bool(torch.isfinite(leaf).all())
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a nested state is laid out as real rows ``(rows, dim)``, one row per independent problem.
@@ -104,17 +110,29 @@ class Layout:
                     f"leaves must agree in dtype and device: {first_path} is {first.dtype} on {first.device}, "
                     f"{path} is {leaf.dtype} on {leaf.device}"
                 )
-            if not bool(torch.isfinite(leaf).all()):
+            if not (leaf.is_meta or _all_finite(leaf)):
                 raise ValueError(f"z0 must be finite: {path} holds NaN or infinity")
         return cls(example=state, batch_shape=batch_shape, dtype=first.dtype, device=first.device)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Number of independent problems."""
         return math.prod(self.batch_shape)
 
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether the state is one real tensor: the common case, which is spared the walk through a tree."""
+        return isinstance(self.example, Tensor) and not self.example.is_complex()
+
+    @cached_property
+    def _size(self) -> int:
+        """Length of a plain state's row."""
+        return math.prod(self.example.shape[len(self.batch_shape) :])
+
     def flatten(self, state: Any) -> Tensor:
         """``(rows, dim)`` real tensor that holds ``state``; differentiable."""
+        if self._plain:
+            return state.reshape(self.rows, self._size)
         rows = []
         for _, leaf, _ in paired_leaves(state, self.example):
             real = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
@@ -123,6 +141,8 @@ class Layout:
 
     def unflatten(self, flat: Tensor) -> Any:
         """The state, structured like the example, that ``flat`` holds; views where possible."""
+        if self._plain:
+            return flat.reshape(self.example.shape)
         start = 0
 
         def take(leaf: Tensor) -> Tensor:
@@ -134,6 +154,11 @@ class Layout:
             return torch.view_as_complex(part) if leaf.is_complex() else part
 
         return map_leaves(take, self.example)
+
+    def with_rows(self, rows: int) -> Layout:
+        """The same layout for another number of rows, of at least one; for one batch dimension."""
+        example = map_leaves(lambda leaf: leaf[:1].expand(rows, *leaf.shape[1:]), self.example)
+        return replace(self, example=example, batch_shape=torch.Size([rows]))
 
     def check_output(self, output: Any) -> None:
         """Raise unless ``output`` has the structure, shapes, dtype and device of the example."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fixpoint.compaction import Compaction
 from fixpoint.convergence import Tolerance
-from fixpoint.iterate import Iterates, Map, Watcher, advance, iterate
+from fixpoint.iterate import Iterates, Map, Record, Watcher, advance, iterate
 from fixpoint.solvers.base import Solver
 
 
@@ -34,6 +35,8 @@ class Run:
     watch: Watcher | None = None
     depth: int | None = None
     report_adjoint: Callable[[Iterates], None] = lambda _: None
+    compaction: Compaction | None = None
+    announce: Callable[[Record], object] = lambda _: None
 
     def solve(self) -> Iterates:
         """Solve without recording gradients: to the tolerance, or to the fixed depth that the caller asked for."""
@@ -59,6 +62,9 @@ class Run:
             check_every=self.check_every,
             record=self.record,
             watch=self.watch,
+            # What is recorded is recorded for all rows: a row left out would be missing from the graph.
+            compaction=None if torch.is_grad_enabled() else self.compaction,
+            announce=self.announce,
         )
 
 

@@ -51,13 +51,5 @@ def small_dtype(z: Tensor) -> torch.dtype:
 
 
 def gram_dtype(z: Tensor) -> torch.dtype:
-    """Precision in which rows are multiplied: at least float32."""
+    """Precision in which rows are subtracted and multiplied: at least float32."""
     return torch.promote_types(z.dtype, torch.float32)
-
-
-def write_slot(history: Tensor, slot: int, value: Tensor) -> Tensor:
-    """``history`` ``(rows, memory, dim)`` with ``value`` ``(rows, dim)`` at ``slot``; in place, unless recorded."""
-    if torch.is_grad_enabled() and (value.requires_grad or history.requires_grad):
-        return history.index_copy(1, torch.tensor([slot], device=history.device), value[:, None])
-    history[:, slot] = value
-    return history

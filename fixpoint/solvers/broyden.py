@@ -3,39 +3,59 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fixpoint.solvers.base import Solver, gram_dtype, require_count, write_slot
+from fixpoint.solvers.base import Solver, gram_dtype, require_count, small_dtype
+from fixpoint.solvers.history import (
+    History,
+    Small,
+    alike,
+    large,
+    namespace,
+    require_history_dtype,
+    silent,
+    small,
+    solve_lower,
+    writable,
+)
 
 
-@dataclass(frozen=True)
-class BroydenState:
-    """The inverse Jacobian ``-I + sum_j u_j v_j^T`` of ``g = f(z) - z``, and the last point and residual."""
+class BroydenState(NamedTuple):
+    """The ``memory`` steps taken last, the first ``held`` of them in use.
 
-    u: Tensor
-    v: Tensor
-    z: Tensor | None = None
-    g: Tensor | None = None
+    ``system`` ``(rows, memory, memory)`` is lower triangular, from the products of steps: row j holds ``|s_j|^2`` on
+    the diagonal and ``-s_j . s_{i+1}`` before it. ``use`` ``(rows, memory)`` is zero for what a row has given up.
+    """
+
+    steps: History
+    system: Small
+    use: Small
     held: int = 0
+    g: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Broyden(Solver):
     """Broyden's good method on ``g(z) = f(z) - z``: a rank-one secant update of the inverse Jacobian each step.
 
-    It starts from minus the identity, so the first step is Picard's. When ``memory`` updates are held it starts over:
-    overwriting the oldest instead leaves updates that were built on one no longer there, and stalls. An update whose
-    denominator vanishes beside its terms is left out for that row.
+    It starts from minus the identity, so the first step is Picard's. The inverse Jacobian is a product of factors
+    ``I + s_{j+1} s_j^T / |s_j|^2`` of the steps alone, so one state per row is held for each, and applying it takes one
+    small triangular system. When ``memory`` steps are held, it starts over from the last one: overwriting the oldest
+    leaves factors that were built on one no longer there. A row whose next factor would be singular starts over too.
 
     Args:
-        memory: Number of rank-one updates between restarts; two states per row are held for each.
+        memory: Number of steps between restarts; one state per row is held for each.
+        history_dtype: Precision of the held steps, such as ``torch.bfloat16`` to halve their memory; None takes the
+            state's own.
 
     Raises:
-        ValueError: If ``memory`` is below 1.
+        TypeError, ValueError: If an option is out of range.
 
-    Source: C. G. Broyden, Math. Comp. 19 (1965); restarts as in Kelley, Iterative Methods (1995), 7.3.
+    Source: C. G. Broyden, Math. Comp. 19 (1965); the form in steps alone from Kelley, Iterative Methods for Linear and
+    Nonlinear Equations (1995), 7.3.
 
     Example:
         >>> import torch, fixpoint
@@ -44,39 +64,63 @@ class Broyden(Solver):
         (True, True)
     """
 
-    memory: int = 10
+    memory: int = 20
+    history_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         require_count("memory", self.memory)
+        require_history_dtype(self.history_dtype)
 
     def init(self, z: Tensor) -> BroydenState:
-        rows, dim = z.shape
-        history = torch.zeros(rows, self.memory, dim, dtype=gram_dtype(z), device=z.device)
-        return BroydenState(u=history, v=history.clone())
+        rows = len(z)
+        steps = History.empty(self.memory, z, self.history_dtype or z.dtype)
+        system = torch.eye(self.memory, dtype=small_dtype(z), device=z.device).repeat(rows, 1, 1)
+        use = torch.ones(rows, self.memory, dtype=small_dtype(z), device=z.device)
+        return BroydenState(steps, small(system), small(use))
 
     def step(self, z: Tensor, fz: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
-        zw = z.to(gram_dtype(z))
-        g = fz.to(zw.dtype) - zw
-        u, v, held = state.u, state.v, state.held
-        if state.z is not None and state.g is not None:
-            if held == self.memory:
-                u, v, held = torch.zeros_like(u), torch.zeros_like(v), 0
-            dz, dg = zw - state.z, g - state.g
-            image = _apply(u, v, dg)  # inverse Jacobian times dg
-            covector = _apply(v, u, dz)  # its transpose times dz
-            denominator = (dz * image).sum(dim=1, keepdim=True)
-            size = torch.linalg.vector_norm(dz, dim=1, keepdim=True) * torch.linalg.vector_norm(
-                image, dim=1, keepdim=True
-            )
-            sound = denominator.abs() > torch.finfo(zw.dtype).eps ** 0.5 * size
-            u = write_slot(u, held, torch.where(sound, (dz - image) / torch.where(sound, denominator, 1), 0))
-            v = write_slot(v, held, torch.where(sound, covector, 0))
-            held += 1
-        move = -_apply(u, v, g)
-        move = torch.where(torch.isfinite(move).all(dim=1, keepdim=True), move, g)
-        return (zw + move).to(z.dtype), BroydenState(u=u, v=v, z=zw, g=g, held=held)
+        wide = gram_dtype(z)
+        start = z.to(wide)
+        g = fz.to(wide) - start
+        if state.held == self.memory:
+            state = self._restart(g, state)
+        steps, system, use, held, _ = state
+        direction, scale = g, torch.ones_like(g[:, :1])
+        if held > 0:
+            products = small(steps.first(held).dots(History(g[None])))[:, 0]
+            xp, system, use = namespace(products), alike(system, products), alike(use, products)
+            with silent(products):
+                factors = solve_lower(system[:, :held, :held], products * use[:, :held])
+                pivot = 1 - factors[:, -1:]
+                sound = abs(pivot) > torch.finfo(wide).eps ** 0.5
+                use = use * sound
+                factors = xp.where(sound, -factors[:, :-1], 0)
+                scale = large(1 / xp.where(sound, pivot, 1)).to(wide)
+            if held > 1:
+                direction = steps.first(held, start=1).subtract(g, large(factors).to(wide))
+        steps = steps.put(held, torch.mul, direction, scale)
+        newest = small(steps.first(held + 1).dots(History(direction[None]))[:, 0] * scale)
+        xp, system, use = namespace(newest), writable(alike(system, newest)), writable(alike(use, newest))
+        use[:, held] = 1
+        system[:, held, :held] = -newest[:, 1:]
+        system[:, held, held] = xp.where(newest[:, -1] > 0, newest[:, -1], 1)
+        z_next = torch.addcmul(start, direction, scale)
+        return z_next.to(z.dtype), BroydenState(steps, system, use, held + 1, g)
 
-
-def _apply(u: Tensor, v: Tensor, x: Tensor) -> Tensor:
-    """``(-I + sum_j u_j v_j^T) x`` for each row: u, v ``(rows, memory, dim)``, x ``(rows, dim)``."""
-    return torch.matmul(torch.matmul(v, x[..., None]).transpose(1, 2), u).squeeze(1) - x
+    def _restart(self, g: Tensor, state: BroydenState) -> BroydenState:
+        """Keep the last secant alone: slot 0 its step s, slot 1 the vector that s is paired with."""
+        if state.g is None or self.memory < 3:
+            return state._replace(held=0)
+        step = state.steps.slots[-1].to(g.dtype)
+        change = g - state.g
+        product = (step * change).sum(dim=1)
+        square = step.square().sum(dim=1)
+        sound = product.abs() > torch.finfo(g.dtype).eps ** 0.5 * step.norm(dim=1) * change.norm(dim=1)
+        scale = torch.where(sound, square / torch.where(sound, product, 1), 0)
+        steps = state.steps.put(0, torch.mul, step, torch.ones_like(scale)[:, None])
+        steps = steps.put(1, torch.mul, -(step + change), scale[:, None])
+        system, use = writable(alike(state.system, small(square))), writable(alike(state.use, small(square)))
+        system[:, 0, 0] = small(torch.where(square > 0, square, 1))
+        system[:, 1, 0], system[:, 1, 1] = 0, 1
+        use[:, 0], use[:, 1] = small(sound), 0
+        return BroydenState(steps, system, use, 2, g)

@@ -1,4 +1,4 @@
-"""Anderson acceleration against least squares, GMRES theory and the promised evaluation counts."""
+"""Anderson acceleration against least squares, GMRES theory, its own failures and the promised evaluation counts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import fixpoint
 from fixpoint import Anderson, Picard, Status
 from fixpoint.problems import expansive, linear, tanh
+from fixpoint.solvers.anderson import _Guard
 
 # Evaluations to a relative residual of 1e-5 in float32 that a scale-free sliding window of m = 5 and m = 10 differences
 # needs, worst row; None where it fails. Ours may need 10% more.
@@ -23,35 +24,142 @@ TABLE = [
 ]
 
 
-def anderson_by_lstsq(f, z, steps, memory):
-    """Anderson by plain least squares in NumPy, with a new set of differences once ``memory`` are held."""
+def anderson_by_lstsq(f, z, steps):
+    """The iterates of Anderson by plain least squares in NumPy, with every difference kept."""
     zs, gs = [], []
     for _ in range(steps):
         g = f(z) - z
         zs.append(z)
         gs.append(g)
-        if len(gs) > memory + 1:
-            zs, gs = zs[-2:], gs[-2:]
         dz, dg = np.diff(zs, axis=0).T, np.diff(gs, axis=0).T
         gamma = np.linalg.lstsq(dg, g, rcond=None)[0] if dg.size else np.zeros(0)
         z = z + g - ((dz + dg) @ gamma if dg.size else 0)
     return z
 
 
-@pytest.mark.parametrize("memory", [1, 2, 3, 5])
-@pytest.mark.parametrize("steps", [1, 2, 3, 6])
-def test_steps_and_restarts_equal_plain_least_squares(contraction, memory, steps):
+def iterate_in_numpy(f):
+    return lambda z: f(torch.from_numpy(z)[None])[0].numpy()
+
+
+@pytest.mark.parametrize("memory", [3, 5])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_steps_equal_plain_least_squares(contraction, memory, steps):
     f = contraction(rows=1, dim=8, rho=0.9, squash=torch.tanh)
-    expected = anderson_by_lstsq(lambda z: f(torch.from_numpy(z)[None])[0].numpy(), np.zeros(8), steps, memory)
-    sol = fixpoint.solve(f, solver=Anderson(memory=memory, ridge=0.0), depth=steps)
+    expected = anderson_by_lstsq(iterate_in_numpy(f), np.zeros(8), steps)
+    sol = fixpoint.solve(f, solver=Anderson(memory=memory), depth=steps)
     np.testing.assert_allclose(sol.value[0], expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory", [2, 3, 5])
+def test_on_a_symmetric_linear_map_a_short_memory_is_as_good_as_an_unlimited_one(memory):
+    problem = linear(rho=0.95, dim=12, rows=1, dtype="float64")
+    expected = anderson_by_lstsq(iterate_in_numpy(problem), np.zeros(12), 11)
+    sol = fixpoint.solve(problem, solver=Anderson(memory=memory), depth=11)
+    np.testing.assert_allclose(sol.value[0], expected, rtol=1e-5, atol=1e-7)
+
+
+def follow(f, solver, steps):
+    """The proposals of ``steps`` steps, and whether each was a plain one."""
+    z, state = f.z0, solver.init(f.z0)
+    plain = []
+    for _ in range(steps):
+        fz = f(z)
+        z, state = solver.step(z, fz, state)
+        plain.append((z - fz).abs().amax(dim=1) == 0)
+    return torch.stack(plain)
+
+
+def test_a_row_whose_residual_is_far_from_the_predicted_one_takes_plain_steps_and_more_each_time():
+    class Erratic:
+        """f(z) - z is small for a few steps, then large for one, whatever z is: no model can hold."""
+
+        z0 = torch.zeros(2, 3, dtype=torch.float64)
+        count = 0
+
+        def __call__(self, z):
+            generator = torch.Generator().manual_seed(self.count)
+            g = torch.randn(2, 3, generator=generator, dtype=torch.float64) * (1000.0 if self.count % 5 == 4 else 1.0)
+            g[1] = 1 - torch.tensor([0.9, 0.5, 0.1]) * z[1]  # an ordinary linear map, solved in a few steps
+            self.count += 1
+            return z + g
+
+    plain = follow(Erratic(), Anderson(), 40)
+    lengths = [len(run) for run in "".join("p" if p else "-" for p in plain[:, 0].tolist()).split("-") if run]
+    assert max(lengths) >= 8, "the rests grow"
+    assert lengths[:3] != sorted(lengths[:3], reverse=True)
+    assert not plain[1:4, 1].any(), "the other row does not rest"
+
+
+def test_judge_trusts_what_follows_the_prediction_alone():
+    def guard_with(bound=1.0):
+        return _Guard.start(np.array([200.0]), np.array([200.0]))._replace(bound=np.array([bound]))
+
+    def trusts(square, predicted, **known):
+        return judge(guard_with(**known), square, predicted)[0]
+
+    assert trusts(2.0, 0.5)
+    assert not trusts(2.0, 1.5), "a dropped difference was still needed"
+    assert trusts(99.0, 0.5)
+    assert not trusts(101.0, 0.5), "ten times the predicted residual"
+    assert not trusts(np.inf, np.nan)
+    # Rests of 1, 2, 4 plain steps while no residual is the smallest so far; back to 1 with a new smallest one.
+    guard = guard_with()
+    for rest, smallest in ((1, 20.0), (2, None), (4, None), (1, 10.0)):
+        if smallest is not None:
+            trusted, guard = judge(guard, smallest, 0.3)
+            assert trusted
+        trusted, guard = judge(guard, 9000.0, 0.3)
+        length = 0
+        while not trusted:
+            length += 1
+            trusted, guard = judge(guard, 250.0, 0.3)
+        assert length == rest
+
+
+def judge(guard, square, predicted):
+    plain, guard = guard.judge(np.array([square]), np.array([predicted]))
+    return not plain[0], guard
+
+
+def test_a_prediction_of_zero_is_not_taken_at_its_word():
+    # With as many differences as dimensions every prediction is zero, up to rounding.
+    _, guard = judge(_Guard.start(np.array([1.0]), np.array([1.0])), 1.0, 1e-18)
+    assert judge(guard, 0.09, 1e-17)[0]
+    assert not judge(guard, 0.2, 1e-17)[0]
+
+
+def test_the_first_plain_step_tells_how_much_growth_is_ordinary():
+    guard = _Guard.start(np.array([1.0]), np.array([25.0]))._replace(bound=np.array([1.0]))
+    assert judge(guard, 2499.0, 0.5)[0]
+    assert not judge(guard, 2501.0, 0.5)[0]
+
+
+@pytest.mark.parametrize("slope", [-20.0, -100.0])
+def test_a_strongly_expansive_map_is_solved(slope):
+    problem = expansive(low=slope, dim=60, dtype="float64")
+    assert fixpoint.solve(problem, rtol=1e-6).converged.all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_on_a_map_far_from_normal_it_needs_little_more_than_plain_iteration(seed):
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.triu(0.2 * torch.randn(80, 80, generator=generator, dtype=torch.float64), 1)
+    A += torch.diag(0.7 * torch.rand(80, generator=generator, dtype=torch.float64))
+    b = torch.randn(1, 80, generator=generator, dtype=torch.float64)
+
+    def f(z):
+        return z @ A.T + b
+
+    plain, ours = (
+        fixpoint.solve(f, torch.zeros_like(b), solver=solver, rtol=1e-6, max_evals=500).nfev
+        for solver in (Picard(), Anderson())
+    )
+    assert ours <= 2 * plain
 
 
 def test_damping_mixes_the_accelerated_residual(contraction):
     f = contraction(rows=1, dim=5, rho=0.9)
-    full, half = (
-        fixpoint.solve(f, solver=Anderson(damping=damping, ridge=0.0), depth=1).value for damping in (1.0, 0.5)
-    )
+    full, half = (fixpoint.solve(f, solver=Anderson(damping=damping), depth=1).value for damping in (1.0, 0.5))
     torch.testing.assert_close(half, full / 2)
     # From the second step on damping changes the iterates, not the limit.
     sol = fixpoint.solve(f, solver=Anderson(damping=0.5), rtol=1e-12)
@@ -61,7 +169,7 @@ def test_damping_mixes_the_accelerated_residual(contraction):
 @pytest.mark.parametrize("dim", [1, 2, 4, 7])
 def test_a_linear_problem_of_dim_d_is_solved_in_d_plus_two_evaluations(contraction, dim):
     f = contraction(rows=3, dim=dim, rho=0.9)
-    sol = fixpoint.solve(f, solver=Anderson(memory=dim, ridge=0.0), rtol=1e-8)
+    sol = fixpoint.solve(f, solver=Anderson(memory=dim), rtol=1e-8)
     assert sol.nfev <= dim + 2
 
 
@@ -83,26 +191,24 @@ def test_evaluations_stay_within_the_promised_counts(name, problem, options, fiv
         assert sol.nfev <= 1.1 * promised, f"{name}, memory {memory}: {sol.nfev} evaluations, promised {promised}"
 
 
-def test_parallel_columns_without_ridge_fall_back_to_a_plain_step():
-    # In one dimension all differences are parallel: the system is singular from the third step on.
-    z0 = torch.tensor([[1.0], [0.3]], dtype=torch.float64)
-    sol = fixpoint.solve(torch.cos, z0, solver=Anderson(memory=5, ridge=0.0), rtol=1e-12)
-    torch.testing.assert_close(sol.value, torch.full_like(z0, 0.7390851332151607))
+def test_in_one_dimension_it_is_the_secant_method():
+    # All differences are parallel there: the newest alone is kept.
+    z, previous = np.cos(0.5), 0.5
+    for _ in range(3):
+        slope = ((np.cos(z) - z) - (np.cos(previous) - previous)) / (z - previous)
+        z, previous = z - (np.cos(z) - z) / slope, z
+    sol = fixpoint.solve(torch.cos, torch.tensor(0.5, dtype=torch.float64), solver=Anderson(), depth=4)
+    assert float(sol.value) == pytest.approx(z, rel=1e-12)
 
 
-def test_a_singular_system_gives_zero_coefficients_to_its_row_alone():
-    gram = torch.stack([torch.ones(2, 2), torch.tensor([[2.0, 1.0], [1.0, 2.0]])]).double()
-    target = torch.tensor([[1.0, 1.0], [3.0, 3.0]]).double()
-    gamma = Anderson(ridge=0.0)._solve(gram, target, torch.float64)
-    torch.testing.assert_close(gamma, torch.tensor([[0.0, 0.0], [1.0, 1.0]]).double())
-
-
-def test_an_empty_column_gets_zero_and_leaves_the_others_their_share():
-    gram = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]]).double()
-    gamma = Anderson(ridge=0.0)._solve(gram, torch.tensor([[4.0, 0.0]]).double(), torch.float64)
-    torch.testing.assert_close(gamma, torch.tensor([[2.0, 0.0]]).double())
+def test_ridge_shrinks_the_accelerated_part(contraction):
+    f = contraction(rows=2, dim=6, rho=0.9)
+    plain, full, half = (
+        fixpoint.solve(f, solver=solver, depth=2).value for solver in (Picard(), Anderson(), Anderson(ridge=1.0))
+    )
+    torch.testing.assert_close(half, (plain + full) / 2)
 
 
 def test_history_costs_two_states_for_each_difference():
     state = Anderson(memory=3).init(torch.zeros(2, 7))
-    assert (state.dg.shape, state.df.shape) == ((2, 3, 7), (2, 3, 7))
+    assert (state.basis.states.shape, state.images.states.shape) == ((3, 2, 7), (3, 2, 7))

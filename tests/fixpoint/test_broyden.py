@@ -48,41 +48,55 @@ def test_an_expansive_map_is_solved_where_plain_iteration_diverges():
     assert (picard.status == Status.NON_FINITE).all()
 
 
-def test_after_memory_updates_it_starts_over_with_the_newest_secant(contraction):
+def test_when_the_memory_is_full_it_starts_over_with_the_newest_secant(contraction):
     f = contraction(rows=2, dim=6, rho=0.9, squash=torch.tanh)
-    solver, z = Broyden(memory=2), f.z0
-    state = solver.init(z)
-    for _ in range(4):
-        last = z, f(z)
-        z, state = solver.step(z, last[1], state)
-    assert state.held == 1
-    # One secant pair (dz, dg) at (z, g), inverse Jacobian -I before it: the same step by the textbook formula.
-    before = fixpoint.solve(f, solver=solver, depth=2).value
-    dz = last[0] - before
-    g = last[1] - last[0]
-    dg = g - (f(before) - before)
+    solver = Broyden(memory=4)
+    zs = [fixpoint.solve(f, solver=solver, depth=depth).value for depth in (3, 4, 5, 6)]
+    # Inverse Jacobian -I, updated with the newest secant pair (dz, dg) alone: the next step by the textbook formula.
     H = -torch.eye(6, dtype=torch.float64).expand(2, 6, 6)
-    Hdg, dzH = torch.einsum("bij,bj->bi", H, dg), torch.einsum("bi,bij->bj", dz, H)
-    H = H + torch.einsum("bi,bj->bij", dz - Hdg, dzH) / torch.einsum("bi,bi->b", dz, Hdg)[:, None, None]
-    torch.testing.assert_close(z, fixpoint.solve(f, solver=solver, depth=4).value)
-    three = fixpoint.solve(f, solver=solver, depth=3).value
-    torch.testing.assert_close(three, last[0])
-    torch.testing.assert_close(z, last[0] - torch.einsum("bij,bj->bi", H, g), rtol=1e-9, atol=1e-12)
+    for before, here, then in pairwise_triples(zs):
+        g = f(here) - here
+        dz, dg = here - before, g - (f(before) - before)
+        Hdg, dzH = torch.einsum("bij,bj->bi", H, dg), torch.einsum("bi,bij->bj", dz, H)
+        H = H + torch.einsum("bi,bj->bij", dz - Hdg, dzH) / torch.einsum("bi,bi->b", dz, Hdg)[:, None, None]
+        torch.testing.assert_close(then, here - torch.einsum("bij,bj->bi", H, g), rtol=1e-9, atol=1e-12)
 
 
-def test_a_vanishing_denominator_leaves_the_update_out_for_its_row_alone():
-    # Row 0 turns by a right angle about its own image, so dz . H dg = 0; row 1 is an ordinary contraction.
-    z = torch.tensor([[0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+def pairwise_triples(items):
+    return list(zip(items, items[1:], items[2:], strict=False))
+
+
+@pytest.mark.parametrize("memory", [1, 2])
+def test_too_short_a_memory_for_a_secant_starts_over_with_a_plain_step(contraction, memory):
+    f = contraction(rows=2, dim=6, rho=0.9)
+    z = fixpoint.solve(f, solver=Broyden(memory=memory), depth=memory).value
+    torch.testing.assert_close(fixpoint.solve(f, solver=Broyden(memory=memory), depth=memory + 1).value, f(z))
+
+
+def test_a_singular_factor_starts_its_row_over_with_a_plain_step():
+    # Row 0: g stays the same from z to z1, so no secant step exists; row 1 is an ordinary contraction.
+    z = torch.zeros(2, 2, dtype=torch.float64)
     solver = Broyden()
+    z1, state = solver.step(z, torch.tensor([[1.0, 0.0], [1.0, 0.5]], dtype=torch.float64), solver.init(z))
+    g = torch.tensor([[1.0, 0.0], [0.5, 0.1]], dtype=torch.float64)
+    z2, state = solver.step(z1, z1 + g, state)
+    torch.testing.assert_close(z2[0], z1[0] + g[0])
+    assert state.use[:, :2].tolist() == [[0, 1], [1, 1]]
+    assert not torch.allclose(z2[1], z1[1] + g[1])
+
+
+def test_a_secant_without_curvature_is_not_taken_into_the_new_start():
+    # Steps s along x; in row 0 g changes along y alone at the restart, so s . dg = 0.
+    solver = Broyden(memory=3)
+    z = torch.zeros(2, 2, dtype=torch.float64)
     state = solver.init(z)
-    z1, state = solver.step(z, torch.tensor([[1.0, 0.0], [1.0, 0.5]], dtype=torch.float64), state)
-    # g goes from (1, 0) to (1, 1): dg = (0, 1) is orthogonal to dz = (1, 0).
-    z2, state = solver.step(z1, z1 + torch.tensor([[1.0, 1.0], [0.5, 0.1]], dtype=torch.float64), state)
-    torch.testing.assert_close(z2[0], torch.tensor([2.0, 1.0], dtype=torch.float64))
-    assert torch.isfinite(z2).all()
-    assert state.u[0].abs().max() == 0
-    assert state.u[1].abs().max() > 0
+    for _ in range(3):
+        z, state = solver.step(z, z + torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64), state)
+    g = torch.tensor([[1.0, 1.0], [0.5, 0.0]], dtype=torch.float64)
+    z_next, state = solver.step(z, z + g, state)
+    torch.testing.assert_close(z_next[0], z[0] + g[0])
+    torch.testing.assert_close(z_next[1], z[1] + torch.tensor([1.0, 0.0], dtype=torch.float64))  # secant: slope -1/2
 
 
-def test_history_is_kept_in_float32_at_least():
-    assert Broyden(memory=2).init(torch.zeros(2, 3, dtype=torch.bfloat16)).u.dtype == torch.float32
+def test_history_costs_one_state_for_each_step():
+    assert Broyden(memory=3).init(torch.zeros(2, 7)).steps.states.shape == (3, 2, 7)

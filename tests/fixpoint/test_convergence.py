@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import fixpoint
-from fixpoint import Picard, Status
+from fixpoint import Picard, Status, convergence
 from fixpoint.convergence import Tolerance, row_norm
 
 
@@ -68,11 +69,72 @@ def test_a_row_is_done_at_the_first_evaluation_that_meets_the_stated_criterion(r
     assert sol.evals.tolist() == [evaluations]
 
 
-def test_tolerance_is_met_with_equality_and_never_by_nan():
+def test_tolerance_is_met_with_equality_and_never_by_nan_or_infinity():
     tolerance = Tolerance(rtol=0.5, atol=0.0)
-    residual = torch.tensor([1.0, 1.0001, math.nan, math.inf])
-    scale = torch.tensor([2.0, 2.0, 1.0, math.inf])
+    residual = np.array([1.0, 1.0001, math.nan, math.inf])
+    scale = np.array([2.0, 2.0, 1.0, math.inf])
     assert tolerance.satisfied(residual, scale).tolist() == [True, False, False, False]
+
+
+RANGES = [
+    (torch.float16, 1e-6, 2e4),
+    (torch.bfloat16, 1e-30, 1e30),
+    (torch.float32, 1e-30, 1e30),
+    (torch.float64, 1e-200, 1e200),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tiny", "huge"), RANGES, ids=str)
+def test_norms_are_right_where_squares_leave_the_range_of_the_dtype(normal, dtype, tiny, huge):
+    scales = torch.tensor([[tiny], [1.0], [huge], [0.0]], dtype=torch.float64)
+    z, fz = (normal(4, 50, seed=seed) * scales for seed in (0, 1))
+    z, fz = z.to(dtype), fz.to(dtype)
+    residual, scale = Tolerance(rtol=0.0, atol=0.0).measure(z, fz)
+    close = {"rtol": 4 * torch.finfo(dtype).eps}
+    np.testing.assert_allclose(scale, [math.hypot(*row) for row in fz.tolist()], **close)
+    np.testing.assert_allclose(
+        residual, [math.dist(*pair) for pair in zip(fz.tolist(), z.tolist(), strict=True)], **close
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_tiny_rows_do_not_pass_for_converged_nor_huge_ones_for_broken(normal, scale):
+    b = normal(3, 6).float()
+    plain = fixpoint.solve(lambda z: 0.5 * z + b, torch.zeros(3, 6), solver=Picard())
+    b[1] *= scale
+    sol = fixpoint.solve(lambda z: 0.5 * z + b, torch.zeros(3, 6), solver=Picard())
+    assert sol.evals.tolist() == plain.evals.tolist()
+    torch.testing.assert_close(sol.relative_residual, plain.relative_residual)
+    torch.testing.assert_close(sol.value / b, plain.value / b * torch.tensor([[1], [scale], [1]]))
+
+
+def test_rows_that_have_ended_are_not_measured_again(monkeypatch):
+    tolerance = Tolerance(rtol=0.0, atol=0.0)
+    z, fz = torch.zeros(2, 3), torch.full((2, 3), 1e-30)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "index_select", None)
+        assert tolerance.measure(z, fz, np.array([False, False])).tolist() == [[0, 0], [0, 0]]
+    np.testing.assert_allclose(tolerance.measure(z, fz, np.array([True, False])), [[3**0.5 * 1e-30, 0]] * 2, rtol=1e-6)
+
+
+def test_the_loop_looks_closer_at_rows_that_have_not_ended_alone(monkeypatch):
+    looked, scaled_norm = [], convergence._scaled_norm
+    monkeypatch.setattr(convergence, "_scaled_norm", lambda x: (looked.append(len(x)), scaled_norm(x))[1])
+    slope = torch.tensor([[0.0], [0.9]])
+    fixpoint.solve(lambda z: slope * z + 1, torch.zeros(2, 6), solver=Picard())
+    assert looked == [1, 1]  # residual and scale of the row whose residual is zero, when it ends
+
+
+@pytest.mark.parametrize("shape", [(3, (1 << 18) + 5), (700, 1000), (1, 1 << 19), (2, 1 << 18), ((1 << 18) + 3, 1)])
+def test_big_states_are_measured_in_blocks_all_of_them(normal, shape):
+    z, fz = normal(*shape).float(), normal(*shape, seed=1).float()
+    residual, scale = Tolerance(rtol=0.0, atol=0.0).measure(z, fz)
+    expected = torch.stack((fz - z, fz)).double().square().sum(dim=2).sqrt()
+    np.testing.assert_allclose((residual, scale), expected, rtol=1e-4)
+    other = z.clone()
+    other[-1, -1] = torch.nan
+    changed, _ = Tolerance(rtol=0.0, atol=0.0).measure(other, fz)
+    assert np.isnan(changed).tolist() == [False] * (shape[0] - 1) + [True]
 
 
 def test_row_norm_sums_half_precision_in_float32():

@@ -95,11 +95,14 @@ def test_scale_changes_nothing_but_the_scale(make, dim, rho, seed, solver, expon
 
 
 @given(dim=DIMS, rho=RHOS, seed=SEEDS, solver=SOLVERS, check_every=st.integers(1, 50))
-def test_how_often_the_loop_looks_changes_no_row(make, dim, rho, seed, solver, check_every):
+def test_rows_that_are_looked_at_seldom_meet_the_same_tolerance_and_never_end_sooner(
+    make, dim, rho, seed, solver, check_every
+):
     f = make(3, dim, rho, seed, squash=torch.tanh)
     each, seldom = solve(f, solver), solve(f, solver, check_every=check_every)
-    torch.testing.assert_close(seldom.value, each.value, **CLOSE)
-    assert seldom.evals.tolist() == each.evals.tolist()
+    assert seldom.converged.tolist() == each.converged.tolist()
+    assert (seldom.evals >= each.evals).all()
+    assert all(evals == 1 or evals % check_every == 0 or evals == 400 for evals in seldom.evals.tolist())
 
 
 @given(rho=RHOS, seed=SEEDS, solver=SOLVERS, cut=st.integers(0, 6))

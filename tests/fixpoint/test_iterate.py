@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fixpoint
 from fixpoint import Anderson, Picard, Status
 from fixpoint.convergence import Tolerance
 from fixpoint.iterate import advance, iterate
+
+EXACT = Tolerance(rtol=0.0, atol=0.0)
 
 
 def test_rows_end_at_their_own_evaluation_and_stay_where_they_ended():
@@ -41,6 +45,47 @@ def test_the_best_verified_state_is_returned_not_the_last():
     assert float(sol.value) == 0
 
 
+class Scripted(Picard):
+    """Proposes rows of a table, whatever it is shown."""
+
+    table: torch.Tensor
+
+    def init(self, z):
+        return 0
+
+    def step(self, z, fz, state):
+        return Scripted.table[state + 1].clone(), state + 1
+
+
+@given(data=st.data(), rows=st.integers(1, 4), count=st.integers(1, 8))
+def test_each_row_keeps_the_state_of_its_smallest_residual(data, rows, count):
+    one_row = st.lists(st.integers(1, 50), min_size=count, max_size=count, unique=True)
+    residuals = torch.tensor([data.draw(one_row) for _ in range(rows)], dtype=torch.float64).T  # (count, rows)
+    Scripted.table = 100.0 * torch.arange(1, count + 1)[:, None, None] + torch.arange(float(rows))[:, None]
+    images = iter(Scripted.table + residuals[..., None])
+    outcome = iterate(lambda z: next(images), Scripted.table[0], Scripted(), EXACT, max_evals=count)
+    best = residuals.argmin(dim=0)
+    assert outcome.residual.tolist() == residuals.amin(dim=0).tolist()
+    assert torch.equal(outcome.z, Scripted.table[best, torch.arange(rows)])
+
+
+def test_gradients_reach_the_state_that_each_row_keeps(normal):
+    # z_k = w table[k]: which k is best differs from row to row, and not only the last.
+    table, w = normal(9, 4, 3), torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    images = iter(w * table[1:])
+    outcome = iterate(lambda z: next(images), w * table[0], Picard(), EXACT, max_evals=8, record=True)
+    best = outcome.trace.argmin(dim=0)
+    assert len(set(best.tolist())) > 1
+    (grad,) = torch.autograd.grad(outcome.z.sum(), w)
+    torch.testing.assert_close(grad, table[best, torch.arange(4)].sum())
+
+
+def test_a_state_that_is_better_in_every_row_is_kept_without_a_copy():
+    shown = []
+    outcome = iterate(lambda z: (shown.append(z), 0.5 * z)[1], torch.ones(3, 2), Picard(), EXACT, max_evals=4)
+    assert outcome.z is shown[-1]
+
+
 def test_one_evaluation_verifies_z0_and_returns_it():
     z0 = torch.full((1, 1), 3.0)
     sol = fixpoint.solve(lambda z: 0.5 * z, z0, max_evals=1, on_failure="ignore")
@@ -57,15 +102,44 @@ def test_a_start_at_the_solution_takes_one_evaluation(solver):
 
 
 @pytest.mark.parametrize("check_every", [2, 3, 7, 1000])
-def test_looking_seldom_changes_no_figure_of_any_row(solver, contraction, check_every):
-    f = contraction(rho=0.9, squash=torch.tanh)
-    options = {"solver": solver, "rtol": 1e-8, "max_evals": 300}
-    each, seldom = fixpoint.solve(f, **options), fixpoint.solve(f, check_every=check_every, **options)
-    torch.testing.assert_close(seldom.value, each.value, rtol=1e-13, atol=1e-14)
-    torch.testing.assert_close(seldom.residual, each.residual, rtol=1e-6, atol=0)
-    assert seldom.evals.tolist() == each.evals.tolist()
-    assert seldom.status.tolist() == each.status.tolist()
-    assert seldom.nfev == min(-(-each.nfev // check_every) * check_every, 300)
+def test_looking_seldom_ends_each_row_at_the_first_look_that_finds_it_done(solver, contraction, check_every):
+    f, max_evals, rtol = contraction(rho=0.8, squash=torch.tanh), 20, 1e-3
+    states = []
+    watch = {"rtol": 0.0, "callback": lambda progress: states.append(progress.value), "on_failure": "ignore"}
+    fixpoint.solve(f, solver=solver, max_evals=max_evals, **watch)
+    sol = fixpoint.solve(f, solver=solver, rtol=rtol, max_evals=max_evals, check_every=check_every, on_failure="ignore")
+    looks = sorted({1, *range(check_every, max_evals, check_every), max_evals} & set(range(1, len(states) + 1)))
+    for row in range(4):
+        images = {look: f(states[look - 1])[row] for look in looks}
+        residuals = {look: torch.linalg.vector_norm(images[look] - states[look - 1][row]) for look in looks}
+        end = next((look for look in looks if residuals[look] <= rtol * torch.linalg.vector_norm(images[look])), None)
+        assert bool(sol.converged[row]) == (end is not None)
+        best = end or min(looks, key=residuals.__getitem__)
+        assert sol.evals[row] == (end or sol.nfev)
+        torch.testing.assert_close(sol.value[row], states[best - 1][row], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(sol.residual[row], residuals[best], rtol=1e-6, atol=1e-15)
+
+
+@pytest.mark.parametrize(("check_every", "looks"), [(1, 10), (3, 5), (4, 4), (10, 2), (99, 2)])
+def test_nothing_is_measured_and_nobody_waits_between_two_looks(monkeypatch, check_every, looks):
+    waits = []
+    for name in ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *a, name=name, method=method, **k: (waits.append(name), method(*a, **k))[1]
+        )
+    norms = []
+    tolerance = Tolerance(rtol=0.0, atol=0.0, norm=lambda x: (norms.append(x), x.abs().amax(dim=1))[1])
+    for counted_tolerance in (tolerance, Tolerance(rtol=0.0, atol=0.0)):
+        waits.clear()
+        iterate(lambda z: z + 1, torch.zeros(2, 3), Picard(), counted_tolerance, max_evals=10, check_every=check_every)
+        assert waits == ["cpu"] * looks
+    assert len(norms) == 2 * looks
+
+
+@pytest.mark.parametrize("check_every", [2, 3, 50])
+def test_a_start_at_the_solution_is_seen_at_once_however_seldom_the_loop_looks(check_every):
+    assert fixpoint.solve(lambda z: z, torch.ones(2, 3), check_every=check_every).nfev == 1
 
 
 def test_looking_seldom_still_stops_at_max_evals():
@@ -82,13 +156,24 @@ class Spy(Picard):
         return super().step(z, fz, state)
 
 
-@pytest.mark.parametrize("check_every", [1, 3])
-def test_a_solver_is_never_shown_nan_or_infinity(check_every):
-    slope = torch.tensor([[torch.nan], [1e25], [0.9]])
-    sol = fixpoint.solve(
-        lambda z: slope * z + 1, torch.ones(3, 1), solver=Spy(), check_every=check_every, on_failure="ignore"
-    )
+BROKEN = torch.tensor([[torch.nan], [1e25], [0.9]])
+
+
+def test_a_solver_is_never_shown_nan_or_infinity():
+    sol = fixpoint.solve(lambda z: BROKEN * z + 1, torch.ones(3, 1), solver=Spy(), on_failure="ignore")
     assert sol.status.tolist() == [Status.NON_FINITE, Status.NON_FINITE, Status.CONVERGED]
+
+
+@pytest.mark.parametrize("check_every", [3, 7])
+def test_rows_that_break_between_two_looks_end_at_the_next_and_harm_no_other(solver, check_every):
+    slope = BROKEN * torch.ones(6)
+    options = {"solver": solver, "check_every": check_every, "on_failure": "ignore"}
+    sol = fixpoint.solve(lambda z: slope * z + 1, torch.ones(3, 6), **options)
+    assert sol.status.tolist() == [Status.NON_FINITE, Status.NON_FINITE, Status.CONVERGED]
+    assert sol.value.isfinite().all()
+    alone = fixpoint.solve(lambda z: slope[2:] * z + 1, torch.ones(1, 6), **options)
+    assert alone.evals[0] == sol.evals[2]
+    torch.testing.assert_close(alone.value[0], sol.value[2])
 
 
 class Overflowing(Picard):
@@ -106,6 +191,15 @@ def test_a_proposal_that_is_not_finite_ends_its_row_at_the_best_state_before(che
     assert sol.status.tolist() == [Status.NON_FINITE, Status.CONVERGED]
     assert float(sol.value[0]) == 0
     assert float(sol.residual[0]) == 1
+
+
+def test_a_proposal_that_is_not_finite_is_not_shown_to_the_solver_again():
+    class Watchful(Overflowing):
+        def step(self, z, fz, state):
+            assert z.isfinite().all()
+            return super().step(z, fz, state)
+
+    fixpoint.solve(lambda z: 0.5 * z + 1, torch.zeros(2, 1), solver=Watchful(), on_failure="ignore")
 
 
 def test_a_row_that_met_the_tolerance_ends_there_even_if_an_earlier_residual_was_smaller():

@@ -19,18 +19,33 @@ def ax():
     return Figure().subplots()
 
 
-def test_it_draws_the_median_row_and_a_band_from_the_smallest_to_the_largest(ax):
-    assert plot_residuals(TRACE, ax) is ax
-    (line,), (band,) = ax.lines, ax.collections
-    np.testing.assert_allclose(line.get_xydata(), [[1, 2.0], [2, 0.2]], rtol=1e-6)
+def heights(band, evaluations):
     edge = band.get_paths()[0].vertices
-    for evaluations, row in ((1, [1.0, 4.0]), (2, [0.1, 0.4])):
-        heights = edge[edge[:, 0] == evaluations, 1]
-        np.testing.assert_allclose([heights.min(), heights.max()], row, rtol=1e-6)
+    here = edge[edge[:, 0] == evaluations, 1]
+    return here.min(), here.max()
+
+
+def test_it_draws_the_median_row_and_bands_of_the_middle_half_and_of_all(ax):
+    trace = torch.stack([TRACE[0], TRACE[1]]).repeat_interleave(torch.tensor([1, 2, 1]), dim=1)  # four rows
+    assert plot_residuals(trace, ax) is ax
+    (line,), (all_rows, middle) = ax.lines, ax.collections
+    np.testing.assert_allclose(line.get_xydata(), [[1, 2.0], [2, 0.15]], rtol=1e-6)
+    for evaluations in (1, 2):
+        values = trace[evaluations - 1].double().numpy()
+        np.testing.assert_allclose(heights(all_rows, evaluations), [values.min(), values.max()], rtol=1e-6)
+        np.testing.assert_allclose(heights(middle, evaluations), np.quantile(values, [0.25, 0.75]), rtol=1e-6)
     assert ax.get_yscale() == "log"
 
 
-def test_the_band_can_be_left_out_and_a_single_row_has_none(ax):
+def test_a_broken_row_and_an_exact_zero_spoil_neither_line_nor_bands(ax):
+    trace = torch.tensor([[1.0, 2.0, 4.0, torch.nan], [0.1, 0.2, torch.inf, 0.0]])
+    plot_residuals(trace, ax)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [2.0, 0.15], rtol=1e-6)
+    np.testing.assert_allclose(heights(ax.collections[0], 1), [1, 4], rtol=1e-6)
+    np.testing.assert_allclose(heights(ax.collections[0], 2), [0.1, 0.2], rtol=1e-6)
+
+
+def test_the_bands_can_be_left_out_and_a_single_row_has_none(ax):
     plot_residuals(TRACE, ax, band=False)
     plot_residuals(TRACE[:, 0], ax)
     assert len(ax.lines) == 2

@@ -197,10 +197,10 @@ def test_callback_stops_the_solve_by_returning_true():
     assert (sol.status == Status.MAX_EVALS).all()
 
 
-def test_callback_is_called_once_in_check_every_evaluations():
+def test_callback_is_called_after_the_first_evaluation_and_once_in_check_every():
     seen = []
     sol = fixpoint.solve(halve, torch.zeros(1, 1), solver=Picard(), rtol=1e-6, check_every=4, callback=seen.append)
-    assert [p.nfev for p in seen] == list(range(4, sol.nfev + 1, 4))
+    assert [p.nfev for p in seen] == [1, *range(4, sol.nfev + 1, 4)]
 
 
 def test_trace_has_one_residual_for_each_evaluation_and_row(contraction):

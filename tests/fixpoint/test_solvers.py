@@ -1,4 +1,4 @@
-"""What every solver owes to the loop and to the caller."""
+"""What comes out of the loop with every solver; what a solver alone owes to it is in the contract suite."""
 
 from __future__ import annotations
 
@@ -37,12 +37,6 @@ def test_every_solver_evaluates_f_exactly_as_often_as_it_says(solver, contractio
     assert sol.status.tolist() == [Status.MAX_EVALS] * 4
 
 
-def test_linear_problems_reach_their_closed_form(solver, contraction):
-    f = contraction(rho=0.8)
-    sol = fixpoint.solve(f, solver=solver, rtol=1e-12, max_evals=400)
-    torch.testing.assert_close(sol.value, f.solution, rtol=1e-10, atol=1e-11)
-
-
 def test_nonlinear_systems_agree_with_scipy(solver, contraction):
     f = contraction(rows=3, rho=0.9, squash=lambda x: torch.sin(x) + 0.05 * torch.cos(3 * x))
     sol = fixpoint.solve(f, solver=solver, rtol=1e-12, max_evals=400)
@@ -66,18 +60,6 @@ def test_scalar_equation_agrees_with_scipys_fixed_point(solver):
     np.testing.assert_allclose(sol.value[0], expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("squash", [torch.tanh, torch.sin], ids=["tanh", "sin"])
-def test_permuting_adding_and_removing_rows_changes_no_other_row(solver, contraction, squash):
-    f = contraction(rows=6, rho=0.9, squash=squash)
-    options = {"solver": solver, "rtol": 1e-8, "max_evals": 300}
-    whole = fixpoint.solve(f, **options)
-    for index in ([5, 3, 1, 0, 2, 4], [2], [0, 4], [1, 1, 3]):
-        part = fixpoint.solve(f.rows(index), **options)
-        torch.testing.assert_close(part.value, whole.value[index], rtol=1e-12, atol=1e-12)
-        assert part.evals.tolist() == whole.evals[index].tolist()
-        assert part.status.tolist() == whole.status[index].tolist()
-
-
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e200])
 def test_a_broken_row_ends_alone_and_spoils_no_other(solver, contraction, garbage):
     good = contraction(rows=3, rho=0.9, squash=torch.tanh)
@@ -90,18 +72,8 @@ def test_a_broken_row_ends_alone_and_spoils_no_other(solver, contraction, garbag
     torch.testing.assert_close(sol.value[[0, 1, 3]], clean.value, rtol=1e-12, atol=1e-12)
     assert sol.evals[[0, 1, 3]].tolist() == clean.evals.tolist()
     assert sol.status.tolist() == [Status.CONVERGED, Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
-    assert sol.evals[2] < 10, "a broken row must not run to the limit"
+    assert sol.evals[2] < 50, "a broken row must not run to the limit"
     assert torch.isfinite(sol.value).all()
-
-
-@pytest.mark.parametrize("scale", [1e-6, 1e6])
-def test_scaling_a_problem_scales_its_solution_and_costs_the_same(solver, contraction, scale):
-    f = contraction(rho=0.9)
-    scaled = dataclasses.replace(f, b=f.b * scale)
-    options = {"solver": solver, "rtol": 1e-7, "max_evals": 300}
-    plain, large = fixpoint.solve(f, **options), fixpoint.solve(scaled, **options)
-    assert plain.evals.tolist() == large.evals.tolist()
-    torch.testing.assert_close(large.value / scale, plain.value, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 5])
@@ -128,47 +100,6 @@ def test_every_precision_keeps_its_dtype_and_meets_what_it_can(solver, contracti
     difference = (f(sol.value) - sol.value).to(sol.residual.dtype)
     torch.testing.assert_close(sol.residual, torch.linalg.vector_norm(difference, dim=1), rtol=1e-5, atol=0)
     assert (sol.relative_residual <= rtol).all()
-
-
-def test_a_step_changes_neither_its_inputs_nor_rows_to_another_shape(solver, contraction):
-    f = contraction(rho=0.9, squash=torch.tanh)
-    z, state = f.z0, solver.init(f.z0)
-    for _ in range(6):
-        fz = f(z)
-        before = z.clone(), fz.clone()
-        z_next, state = solver.step(z, fz, state)
-        assert torch.equal(z, before[0])
-        assert torch.equal(fz, before[1])
-        assert (z_next.shape, z_next.dtype) == (z.shape, z.dtype)
-        z = z_next
-
-
-def test_a_solver_remembers_nothing_between_solves(solver, contraction):
-    f = contraction(squash=torch.tanh)
-    first = fixpoint.solve(f, solver=solver, rtol=1e-9)
-    fixpoint.solve(contraction(seed=7), solver=solver, rtol=1e-9)
-    again = fixpoint.solve(f, solver=solver, rtol=1e-9)
-    assert torch.equal(first.value, again.value)
-
-
-def test_a_solver_is_immutable_comparable_and_hashable(solver):
-    name = dataclasses.fields(solver)[0].name
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        setattr(solver, name, 1)
-    assert solver == dataclasses.replace(solver)
-    assert hash(solver) == hash(dataclasses.replace(solver))
-
-
-def test_solver_steps_are_differentiable(solver, contraction):
-    # Below the evaluation at which nearly parallel columns make finite differences meaningless.
-    f = contraction(rows=2, rho=0.9, squash=torch.tanh)
-    b = f.b.clone().requires_grad_()
-
-    def state_after_three(b):
-        g = dataclasses.replace(f, b=b)
-        return fixpoint.solve(g, f.z0, solver=solver, depth=3, backward=fixpoint.Unroll()).value
-
-    assert torch.autograd.gradcheck(state_after_three, (b,))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 8])

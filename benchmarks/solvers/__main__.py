@@ -1,0 +1,83 @@
+"""Count evaluations of our solvers and the peers' on every problem of the suite; say which targets are met.
+
+    python -m benchmarks.solvers [--seeds 2] [--out benchmarks/results] [--quick] [--strict]
+
+Writes ``solvers.json``, ``solvers.txt`` and ``solvers.png`` to the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.solvers import report
+from benchmarks.solvers.cases import Case, grouped
+from benchmarks.solvers.floor import floor
+from benchmarks.solvers.problems import cases
+from benchmarks.solvers.runners import Runner, installed_runners, run_cases
+from benchmarks.solvers.standings import Result, targets
+
+
+def run_suite(chosen: Sequence[Case], runners: Sequence[Runner]) -> list[Result]:
+    """Every runner on every case, in the order of the cases."""
+    found = {}
+    groups = grouped(chosen)
+    with tqdm(total=len(groups) * len(runners), unit="run", mininterval=1) as bar:
+        for group in groups:
+            outcomes = {}
+            for runner in runners:
+                bar.set_postfix_str(f"{group[0].problem}, {runner.name}", refresh=False)
+                outcomes[runner.name] = run_cases(runner, group)
+                bar.update()
+            for place, case in enumerate(group):
+                found[case.name] = Result(case, {name: each[place] for name, each in outcomes.items()})
+    return [found[case.name] for case in chosen]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suite, print and write what came out; the exit status is 1 if ``--strict`` and a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=2, help="seeds of each problem that draws numbers")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="one seed, float64 only: a look in passing")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 if a target is missed")
+    options = parser.parse_args(arguments)
+    # More threads than one only wait for one another on states this small.
+    torch.set_num_threads(1)
+    chosen = cases(range(1 if options.quick else options.seeds))
+    if options.quick:
+        chosen = [case for case in chosen if case.z0.dtype == torch.float64]
+    runners, missing = installed_runners()
+    results = run_suite(chosen, runners)
+    standings = targets(results, runners)
+    affine = [case for case in chosen if case.affine and case.z0.dtype == torch.float64]
+    floors = {case.name: least for case in affine if (least := floor(case)) is not None}
+    text = "\n".join(
+        [
+            f"{len({case.problem for case in chosen})} problems, {len(chosen)} cases, {len(runners)} solvers",
+            *(f"not run: {name}" for name in missing),
+            "Evaluations where solved (geometric mean), -n: n cases not solved, -: none solved",
+            "",
+            report.table(results, runners),
+            "",
+            report.targets_text(standings),
+            report.floor_text(results, runners, floors),
+        ]
+    )
+    print(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "solvers.txt").write_text(text + "\n")
+    document = report.as_json(results, runners, standings, floors, missing)
+    (options.out / "solvers.json").write_text(json.dumps(document, indent=1) + "\n")
+    report.plot_profile(results, runners, options.out / "solvers.png")
+    return int(options.strict and not all(target.met for target in standings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

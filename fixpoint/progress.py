@@ -1,0 +1,66 @@
+"""A progress bar as a callback. tqdm is imported when a bar is first shown, never with the package."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from fixpoint.plotting import EXTRA
+from fixpoint.solution import Progress
+
+
+class ProgressBar:
+    """A tqdm bar to pass as ``callback``: evaluations so far, rows that have not ended, the worst row's residual.
+
+    The bar closes itself when the solve has run its course, and the next solve opens another. A ``with`` block closes
+    it also where a solve is interrupted.
+
+    Args:
+        description: What stands before the bar.
+
+    Raises:
+        ModuleNotFoundError: At the first evaluation, if tqdm is missing.
+
+    Example:
+        >>> import torch, fixpoint
+        >>> with fixpoint.ProgressBar("cosine") as bar:
+        ...     sol = fixpoint.solve(torch.cos, torch.ones(3), callback=bar)
+    """
+
+    def __init__(self, description: str = "solve") -> None:
+        self._description = description
+        self._bar: Any = None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._bar = _tqdm()(total=progress.max_evals, desc=self._description, unit="eval")
+        residuals = np.asarray(progress.residual.tolist())
+        worst = f"{residuals.max():.1e}" if residuals.size else "-"
+        self._bar.set_postfix(rows=progress.active, residual=worst, refresh=False)
+        self._bar.update(progress.nfev - self._bar.n)
+        if progress.active == 0 or progress.nfev == progress.max_evals:
+            self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands; a later solve opens another."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _tqdm() -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"a progress bar needs tqdm: {EXTRA}") from error
+    return tqdm

@@ -1,0 +1,76 @@
+"""The progress bar."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import fixpoint
+from fixpoint import Picard, Progress, ProgressBar
+
+SLOPE = torch.tensor([[0.0], [0.5]])
+
+
+def f(z):
+    return SLOPE * z + 1
+
+
+def last_line(capsys):
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.replace("\r", "\n").rstrip("\n").split("\n")[-1]
+
+
+def test_it_shows_evaluations_rows_left_and_the_worst_residual(capsys):
+    sol = fixpoint.solve(f, torch.zeros(2, 1), solver=Picard(), rtol=1e-3, callback=ProgressBar("two rows"))
+    line = last_line(capsys)
+    for part in ("two rows", f"{sol.nfev}/100", "rows=0", f"residual={float(sol.residual.max()):.1e}"):
+        assert part in line
+
+
+def test_rows_left_are_counted_as_they_go(capsys):
+    with ProgressBar() as bar:
+        fixpoint.solve(f, torch.zeros(2, 1), solver=Picard(), max_evals=5, callback=bar, rtol=1e-9, on_failure="ignore")
+    line = last_line(capsys)
+    for part in ("5/5", "rows=1", "residual=6.2e-02"):
+        assert part in line
+
+
+def test_it_closes_when_the_solve_is_over_and_opens_anew_for_the_next():
+    bar = ProgressBar()
+    for z0 in (torch.zeros(2, 1), torch.ones(2, 1), torch.zeros(0, 1)):
+        fixpoint.solve(lambda z: 0.5 * z + 1, z0, callback=bar)
+        assert bar._bar is None
+    fixpoint.solve(f, torch.zeros(2, 1), rtol=0.0, max_evals=3, callback=bar, solver=Picard(), on_failure="ignore")
+    assert bar._bar is None
+
+
+def test_a_with_block_closes_it_where_a_solve_is_interrupted():
+    bar = ProgressBar()
+
+    def interrupted(z):
+        if bar._bar is not None and bar._bar.n == 2:
+            raise KeyboardInterrupt
+        return f(z)
+
+    with pytest.raises(KeyboardInterrupt), bar:
+        fixpoint.solve(interrupted, torch.zeros(2, 1), callback=bar, solver=Picard())
+    assert bar._bar is None
+
+
+def test_arrays_and_batch_shapes_are_shown_too(capsys):
+    bar = ProgressBar()
+    fixpoint.solve(np.cos, np.ones((2, 3)), callback=bar)
+    assert "rows=0" in last_line(capsys)
+    bar(Progress(nfev=1, max_evals=9, residual=torch.ones(2, 3), active=6, value=None))
+    bar.close()
+    assert "1/9" in last_line(capsys)
+
+
+def test_without_tqdm_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ModuleNotFoundError, match=r'needs tqdm: pip install "fixpoint\[bench\]"'):
+        fixpoint.solve(f, torch.zeros(2, 1), callback=ProgressBar())
