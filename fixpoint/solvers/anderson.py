@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
-from fixpoint.solvers.history import History, Small, alike, large, namespace, require_history_dtype, silent, small
+from fixpoint.solvers.history import (
+    History,
+    Small,
+    alike,
+    constant,
+    large,
+    namespace,
+    recording,
+    require_history_dtype,
+    silent,
+    small,
+)
 
 # A difference whose part outside the kept ones is below this share brings rounding, or tells that f has changed.
 _NEW_SHARE = 0.01
@@ -44,7 +55,7 @@ class _Guard(NamedTuple):
         """
         xp = namespace(square)
         failed = ~(xp.maximum(predicted, square / self.growth) <= self.bound)  # also where something is NaN
-        rest = xp.where(square < self.best, xp.ones_like(square), self.rest)
+        rest = xp.where(square < self.best, 1.0, self.rest)
         due = failed * rest
         left = xp.maximum(self.left - 1, due)
         plain = left > 0
@@ -55,14 +66,15 @@ class _Guard(NamedTuple):
 class AndersonState(NamedTuple):
     """An orthonormal basis of the last residual differences, and their images: ``memory`` states each.
 
-    ``use`` ``(rows, memory)`` is one where a slot counts. ``pair`` holds the last residual at ``newest``, and has room
-    for the next.
+    ``use`` ``(rows, memory)`` is one where a slot counts, and ``weights`` are the products of those slots with the last
+    residual. That stands in ``pair`` at ``newest``, with room for the next beside it.
     """
 
     basis: History
     images: History
     pair: History
     use: Small
+    weights: Small
     slot: int = 0
     newest: int = 0
     fz: Tensor | None = None
@@ -119,43 +131,45 @@ class Anderson(Solver):
         wide, kept = gram_dtype(z), self.history_dtype or z.dtype
         basis, images = History.empty(self.memory, z, kept), History.empty(self.memory, z, kept)
         use = torch.zeros(len(z), self.memory, dtype=wide, device=z.device)
-        return AndersonState(basis, images, History.empty(2, z, wide), small(use))
+        return AndersonState(basis, images, History.empty(2, z, wide), small(use), small(use.clone()))
 
     def step(self, z: Tensor, fz: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
         dtype, wide = fz.dtype, gram_dtype(fz)
         z, fz = z.to(wide), fz.to(wide)
-        basis, images, _, use, slot, last, *_ = state
+        basis, images, _, _, _, slot, last, *_ = state
         now = 1 - last
         pair = state.pair.put(now, torch.sub, fz, z)
         if state.fz is None:
-            first = small(pair.dots(pair))[:, now, now]
+            first = small(pair.dots(pair.rows))[:, now, now]
             z_next = z + self.damping * pair.slots[now]
             return z_next.to(dtype), state._replace(pair=pair, newest=now, fz=fz, first=first)
         pair = pair.put(last, torch.sub, pair.slots[now], pair.slots[last])  # the difference takes the old one's place
 
-        products, squares = small(basis.dots(pair)), small(pair.dots(pair))
-        xp, use = namespace(products), alike(use, products)
-        with silent(products):
-            square, change = squares[:, now, now], squares[:, last, last]
-            # What the basis knows of the residual, and of the difference. Of differences that depend on one another the
-            # newest alone is kept.
-            old, shared = products[:, now] * use, products[:, last] * use
-            keep = ((shared * shared).sum(1) < (1 - _NEW_SHARE**2) * change)[:, None]
-            old, shared, use = old * keep, shared * keep, use * keep
-            scale = 1 / xp.sqrt(change - (shared * shared).sum(1) + torch.finfo(wide).tiny)
-            new = (squares[:, now, last] - (shared * old).sum(1)) * scale
-            with torch.no_grad():
-                guard = state.guard or _Guard.start(state.first, square)
-                plain, guard = guard.judge(square, square - (old * old).sum(1) - new * new)
-            blank = plain[:, None]
-            old, new, use = xp.where(blank, 0, old), xp.where(plain, 0, new), xp.where(blank, 0, use)
-            use[:, slot] = ~plain
+        old, squares = small(basis.dots(pair.slots[now][:, None]))[:, 0], small(pair.dots(pair.rows))
+        xp, use, weights = namespace(old), alike(state.use, old), alike(state.weights, old)
+        with silent(old):
+            # What the basis knows of the residual and of the difference, and what is left of their products. Of
+            # differences that depend on one another the newest alone is kept.
+            old = old * use
+            known = xp.stack((old, old - weights), 1)
+            inner = known @ known.swapaxes(1, 2)
+            keep = inner[:, 1, 1] < (1 - _NEW_SHARE**2) * squares[:, last, last]
+            inner = inner * keep[:, None, None]
+            scale = 1 / xp.sqrt(squares[:, last, last] - inner[:, 1, 1] + torch.finfo(wide).tiny)
+            new = (squares[:, now, last] - inner[:, 0, 1]) * scale
+            square = constant(squares[:, now, now])
+            guard = state.guard or _Guard.start(state.first, square)
+            plain, guard = guard.judge(square, square - constant(inner[:, 0, 0] + new * new))
+            new, trusted = xp.where(plain, 0, new), (keep & ~plain)[:, None]
+            old, use, shared = xp.where(trusted, old, 0), use * trusted, known[:, 1] * keep[:, None]
+            weights = old + 0  # a copy
+            use[:, slot], weights[:, slot] = ~plain, new
             if self.ridge > 0:
                 old, new = old / (1 + self.ridge), new / (1 + self.ridge)
-            newest = new * scale
-        old, shared, newest, scale = large(old), large(shared), large(newest)[:, None], large(scale)[:, None]
+            old, shared, newest, scale = large(old), large(shared), large((new * scale)[:, None]), large(scale[:, None])
 
         pair = pair.put(last, basis.subtract, pair.slots[last], shared)
+        watched = recording(fz, pair.states, images.states)
         z_next = images.subtract(fz, old)
         if self.damping < 1:
             rest = torch.addcmul(basis.subtract(pair.slots[now], old), pair.slots[last], newest, value=-1)
@@ -163,7 +177,7 @@ class Anderson(Solver):
         basis = basis.put(slot, torch.mul, pair.slots[last], scale)
         pair = pair.put(last, torch.sub, fz, state.fz)
         pair = pair.put(last, images.subtract, pair.slots[last], shared)
-        z_next = torch.addcmul(z_next, pair.slots[last], newest, value=-1)
+        z_next = torch.addcmul(z_next, pair.slots[last], newest, value=-1, out=None if watched else z_next)
         images = images.put(slot, torch.mul, pair.slots[last], scale)
-        state = AndersonState(basis, images, pair, use, (slot + 1) % self.memory, now, fz, None, guard)
+        state = AndersonState(basis, images, pair, use, weights, (slot + 1) % self.memory, now, fz, None, guard)
         return z_next.to(dtype), state

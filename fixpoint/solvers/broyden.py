@@ -87,7 +87,7 @@ class Broyden(Solver):
         steps, system, use, held, _ = state
         direction, scale = g, torch.ones_like(g[:, :1])
         if held > 0:
-            products = small(steps.first(held).dots(History(g[None])))[:, 0]
+            products = small(steps.first(held).dots(g[:, None]))[:, 0]
             xp, system, use = namespace(products), alike(system, products), alike(use, products)
             with silent(products):
                 factors = solve_lower(system[:, :held, :held], products * use[:, :held])
@@ -99,7 +99,7 @@ class Broyden(Solver):
             if held > 1:
                 direction = steps.first(held, start=1).subtract(g, large(factors).to(wide))
         steps = steps.put(held, torch.mul, direction, scale)
-        newest = small(steps.first(held + 1).dots(History(direction[None]))[:, 0] * scale)
+        newest = small(steps.first(held + 1).dots(direction[:, None])[:, 0] * scale)
         xp, system, use = namespace(newest), writable(alike(system, newest)), writable(alike(use, newest))
         use[:, held] = 1
         system[:, held, :held] = -newest[:, 1:]

@@ -20,13 +20,14 @@ class History:
 
     Attributes:
         slots: Each state ``(rows, dim)``; views, made once because making them costs as much as using them.
+        rows: All of them as ``(rows, count, dim)``; a view too.
     """
 
     def __init__(self, states: Tensor) -> None:
         self.states = states
         self.slots = states.unbind(0)
         self._columns = states.permute(1, 2, 0)
-        self._rows = states.transpose(0, 1)
+        self.rows = states.transpose(0, 1)
 
     @classmethod
     def empty(cls, count: int, z: Tensor, dtype: torch.dtype) -> History:
@@ -45,22 +46,21 @@ class History:
         """The states from ``start`` to before ``count``."""
         return History(self.states[start:count])
 
-    def dots(self, others: History) -> Tensor:
-        """Products ``(rows, len(others), count)`` of the states of ``others`` with these."""
-        if self.states.dtype == others.states.dtype:
+    def dots(self, xs: Tensor) -> Tensor:
+        """Products ``(rows, k, count)`` of ``xs`` ``(rows, k, dim)`` with these states."""
+        if self.states.dtype == xs.dtype:
             # Few rows on the left: the other order is several times slower on a CPU.
-            return torch.bmm(others._rows, self._columns)
-        wide = others.states.dtype
-        return torch.stack([(others.states * past.to(wide)).sum(dim=2) for past in self.slots], dim=2).transpose(0, 1)
+            return torch.bmm(xs, self._columns)
+        return torch.stack([(xs * past[:, None].to(xs.dtype)).sum(dim=2) for past in self.slots], dim=2)
 
     def subtract(self, x: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
         """``x - sum_j weights_j state_j`` for each row of ``x`` ``(rows, dim)``; ``out`` may be ``x``."""
         if self.states.dtype == x.dtype:
             if out is x:
-                x[:, None].baddbmm_(weights[:, None], self._rows, alpha=-1)
+                x[:, None].baddbmm_(weights[:, None], self.rows, alpha=-1)
                 return x
             target = None if out is None else out[:, None]
-            return torch.baddbmm(x[:, None], weights[:, None], self._rows, alpha=-1, out=target)[:, 0]
+            return torch.baddbmm(x[:, None], weights[:, None], self.rows, alpha=-1, out=target)[:, 0]
         for past, weight in zip(self.slots, weights.unbind(1), strict=True):
             x = torch.addcmul(x, past.to(x.dtype), weight[:, None], value=-1, out=out)
         return x
@@ -86,6 +86,11 @@ def large(x: Small) -> Tensor:
 def alike(x: Small, other: Small) -> Small:
     """``x`` as a tensor if ``other`` is one: autograd may come in at any step."""
     return large(x) if isinstance(other, Tensor) else x
+
+
+def constant(x: Small) -> Small:
+    """``x`` without its gradient."""
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def writable(x: Small) -> Small:
