@@ -37,7 +37,7 @@ Work = Callable[[], None]
 
 CHECKED = Size(rows=32, dim=256, evals=40)
 # A step is compiled, and captured, once for each value of the integers in its state. torch.compile stops at eight.
-SHORT = {"Anderson": fixpoint.Anderson(memory=4), "Broyden": fixpoint.Broyden(memory=5)}
+SHORT = {"Anderson m=4": fixpoint.Anderson(memory=4), "Broyden m=5": fixpoint.Broyden(memory=5)}
 CHECK_EVERY = 8
 _AGREE = 1e-9  # in float64, relative to the largest entry
 
@@ -160,6 +160,7 @@ def solve_waits_at_looks(name: str, solver: fixpoint.Solver, f: Map, z0: Tensor)
             ours(solver, check_every)(f, z0, CHECKED.evals)
         return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
+    waits(1)  # libraries may wait when they start
     (often, seldom), (more, fewer) = (
         (count(1), count(CHECK_EVERY)) for count in (waits, partial(looks, CHECKED.evals))
     )
@@ -199,7 +200,7 @@ def _agreement(what: str, run: Callable[[], list[Tensor]], plain: list[Tensor]) 
 
 
 def milliseconds(size: Size, device: Device) -> dict[str, float]:
-    """Per evaluation beyond f: whole solves of ours and torchdeq's, and steps of a short memory, plain and otherwise."""
+    """Per evaluation beyond f: solves of ours and torchdeq's; steps of short memories, plain, compiled and graphed."""
     f, z0 = affine(size, device.name)
     torch.compiler.reset()
     runs = {"f": f_alone} | {name: run for name, run in CONTESTANTS.items() if name not in SOLVERS}
@@ -215,11 +216,10 @@ def milliseconds(size: Size, device: Device) -> dict[str, float]:
         return size.evals
 
     for name, solver in SHORT.items():
-        label = f"{name} m={solver.memory}"
-        tasks[f"{label} step, plain"] = partial(stepping, solver.step, solver)
+        tasks[f"{name} step, plain"] = partial(stepping, solver.step, solver)
         compiled = torch.compile(solver.step, fullgraph=True, backend=device.backend)
-        tasks[f"{label} step, compiled"] = partial(stepping, compiled, solver)
-        tasks[f"{label} step, graphed"] = partial(replaying, GraphedSteps(solver, f, z0, device.capture))
+        tasks[f"{name} step, compiled"] = partial(stepping, compiled, solver)
+        tasks[f"{name} step, graphed"] = partial(replaying, GraphedSteps(solver, f, z0, device.capture))
 
     def to_the_end(task: Callable[[], int]) -> int:
         done = task()
