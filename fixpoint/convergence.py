@@ -5,9 +5,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+OnFailure = Literal["warn", "raise", "ignore"]
 
 
 class Status(enum.IntEnum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Iterates:
     nfev: int
     trace: Tensor | None = None  # (nfev, rows)
     fixed_depth: bool = False  # handed over as it came, not solved to a tolerance
+    state: Any = None  # the solver's, as its last step left it
 
     def measured(self, fz: Tensor, tolerance: Tolerance) -> Iterates:
         """The same run with the figures that ``fz = f(self.z)`` gives; for states handed over unverified."""
@@ -78,10 +80,10 @@ class _Record:
         for ended, status in ((stuck, Status.STAGNATED), (broken, Status.NON_FINITE), (done, Status.CONVERGED)):
             self.status = torch.where(ended, int(status), self.status)
 
-    def outcome(self, nfev: int) -> Iterates:
+    def outcome(self, nfev: int, state: Any) -> Iterates:
         status = torch.where(self.status == _ACTIVE, int(Status.MAX_EVALS), self.status)
         trace = torch.stack(self.trace) if self.trace else None
-        return Iterates(self.z, self.residual, self.scale, status, self.evals, nfev, trace)
+        return Iterates(self.z, self.residual, self.scale, status, self.evals, nfev, trace, state=state)
 
 
 def iterate(
@@ -116,7 +118,7 @@ def iterate(
         still = int(active.sum()) if look else z.shape[0]
         stop = watch is not None and look and watch(nfev, residual, still, z.detach())
         if nfev == max_evals or still == 0 or stop:
-            return best.outcome(nfev)
+            return best.outcome(nfev, state)
         if still < z.shape[0] or check_every > 1:
             fz, z = torch.where(active[:, None], fz, best.z), torch.where(active[:, None], z, best.z)
             proposal, state = solver.step(z, fz, state)
@@ -142,4 +144,4 @@ def advance(f: Map, z: Tensor, solver: Solver, tolerance: Tolerance, *, depth: i
     count = torch.full_like(size, depth, dtype=torch.int64)
     status = _flag_non_finite(torch.full_like(count, int(Status.MAX_EVALS)), size)
     recorded = torch.stack([unknown, *trace])[1:] if record else None
-    return Iterates(z, unknown, unknown, status, count, depth, recorded, True)
+    return Iterates(z, unknown, unknown, status, count, depth, recorded, True, state)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fixpoint.convergence import Status
 from fixpoint.iterate import Iterates
 from fixpoint.structure import Layout
+from fixpoint.transforms import plain
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Solution:
 
     def complaint(self, what: str = "row") -> str:
         """One line: how many rows did not converge, why, and what to change; empty if all did."""
-        failed = self.status[~self.converged]
+        statuses = plain(self.status)
+        failed = statuses[statuses != Status.CONVERGED]
         if failed.numel() == 0:
             return ""
         causes = "; ".join(
@@ -103,13 +105,14 @@ class Solution:
             for status in Status
             if (failed == status).any()
         )
-        worst = float(self.relative_residual.nan_to_num(nan=torch.inf).max())
+        worst = float(plain(self.relative_residual).nan_to_num(nan=torch.inf).max())
         return (
-            f"{failed.numel()} of {self.status.numel()} {what}s did not converge in {self.nfev} evaluations, "
+            f"{failed.numel()} of {statuses.numel()} {what}s did not converge in {self.nfev} evaluations, "
             f"worst relative residual {worst:.1e}: {causes}"
         )
 
     def __repr__(self) -> str:
-        done, total = int(self.converged.sum()), self.converged.numel()
-        worst = float(self.relative_residual.max()) if total else 0.0
+        converged = plain(self.converged)
+        done, total = int(converged.sum()), converged.numel()
+        worst = float(plain(self.relative_residual).max()) if total else 0.0
         return f"Solution({done} of {total} rows converged, nfev={self.nfev}, worst relative residual {worst:.1e})"

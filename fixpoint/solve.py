@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fixpoint.backward.base import Backward, Run
 from fixpoint.backward.ift import IFT
-from fixpoint.convergence import ConvergenceError, ConvergenceWarning, Tolerance, row_norm
+from fixpoint.convergence import ConvergenceError, ConvergenceWarning, OnFailure, Tolerance, row_norm
 from fixpoint.evaluation import RowMap
 from fixpoint.iterate import Iterates
 from fixpoint.solution import Later, Progress, Solution
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 from fixpoint.structure import Layout
-
-OnFailure = Literal["warn", "raise", "ignore"]
 
 
 def solve(
@@ -100,9 +98,11 @@ def solve(
         shaped = residual.reshape(layout.batch_shape)
         return callback(Progress(nfev, max_evals, shaped, active, layout.unflatten(z)))
 
-    def report_adjoint(iterates: Iterates) -> None:
-        later.solution = Solution.of(iterates, layout, iterates.z)
-        _report(later.solution, "warn", "adjoint row")
+    def report_adjoint(iterates: Iterates, on_failure: OnFailure) -> None:
+        # A batch of torch.vmap arrives as further rows.
+        flat = layout if len(iterates.z) == layout.rows else Layout.of(iterates.z, 1)
+        later.solution = Solution.of(iterates, flat, iterates.z)
+        _report(later.solution, on_failure, "adjoint row")
 
     gradients = backward is not None and torch.is_grad_enabled()
     rows = RowMap(f, args, layout, gradients=gradients)
@@ -116,6 +116,7 @@ def solve(
         record=record,
         watch=watch if callback else None,
         depth=depth,
+        inputs=rows.inputs,
         report_adjoint=report_adjoint,
     )
     if backward is not None and rows.differentiates(run.z0):

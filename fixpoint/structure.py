@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fixpoint.transforms import plain
+
 
 def leaves(state: Any, path: str = "z") -> Iterator[tuple[str, Any]]:
     """Yield ``(path, leaf)`` for every leaf of nested tuples, lists and dicts, dicts in insertion order."""
@@ -104,7 +106,7 @@ class Layout:
                     f"leaves must agree in dtype and device: {first_path} is {first.dtype} on {first.device}, "
                     f"{path} is {leaf.dtype} on {leaf.device}"
                 )
-            if not bool(torch.isfinite(leaf).all()):
+            if not bool(plain(torch.isfinite(leaf)).all()):
                 raise ValueError(f"z0 must be finite: {path} holds NaN or infinity")
         return cls(example=state, batch_shape=batch_shape, dtype=first.dtype, device=first.device)
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fixpoint.convergence import Tolerance
+from fixpoint.backward.explicit import Solve, solve_explicitly
+from fixpoint.convergence import OnFailure, Tolerance
 from fixpoint.iterate import Iterates, Map, Watcher, advance, iterate
 from fixpoint.solvers.base import Solver
+from fixpoint.transforms import Explicit, transformed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +21,15 @@ class Run:
     """A forward solve that has not happened yet, with the means to let it happen.
 
     Attributes:
-        f: The map on rows, ``(rows, dim)`` to ``(rows, dim)``; records gradients when grad mode is on.
+        f: The map on rows, ``(rows, dim)`` to ``(rows, dim)``; records gradients when grad mode is on. Called
+            ``f(z, *tensors)``, it puts the tensors in the place of ``inputs``.
+        inputs: The tensors in the caller's args and, if f is a module, its parameters.
         z0: Where to start, ``(rows, dim)``; keeps its graph if the caller's z0 had one.
-        report_adjoint: Takes the outcome of a backward solve; it becomes ``Solution.adjoint``.
+        report_adjoint: Takes the outcome of a backward solve, which becomes ``Solution.adjoint``, and what to do about
+            rows that did not converge: "warn", "raise" or "ignore".
     """
 
-    f: Map
+    f: Explicit
     z0: Tensor
     solver: Solver
     tolerance: Tolerance
@@ -33,14 +38,32 @@ class Run:
     record: bool = False
     watch: Watcher | None = None
     depth: int | None = None
-    report_adjoint: Callable[[Iterates], None] = lambda _: None
+    inputs: tuple[Tensor, ...] = ()
+    report_adjoint: Callable[[Iterates, OnFailure], None] = lambda iterates, on_failure: None
+
+    @property
+    def transformed(self) -> bool:
+        """Whether torch.func or forward-mode differentiation works on z0 or the inputs."""
+        return transformed(self.z0, *self.inputs)
 
     def solve(self) -> Iterates:
         """Solve without recording gradients: to the tolerance, or to the fixed depth that the caller asked for."""
+        if self.transformed:
+            return self.solve_explicitly(None)
         with torch.no_grad():
             iterates = self.unroll()
-        # At depth 0 the state is z0, graph and all.
-        return replace(iterates, z=iterates.z.detach()) if iterates.z.requires_grad else iterates
+        return replace(iterates, z=iterates.z.detach())  # at depth 0 the state is z0, graph and all
+
+    def solve_explicitly(self, linear: Solve | None) -> Iterates:
+        """Solve under the transformations of torch.func; with derivatives, if told how to solve their equations."""
+
+        def solve(f: Map, z0: Tensor) -> Iterates:
+            with torch.no_grad():
+                return replace(self, f=f, z0=z0).unroll()
+
+        if linear is None:
+            return solve_explicitly(self.f, solve, solve, self.z0.detach(), [x.detach() for x in self.inputs])
+        return solve_explicitly(self.f, solve, linear, self.z0, self.inputs)
 
     def advance(self, depth: int) -> Iterates:
         """Apply exactly ``depth`` solver updates to z0 without recording gradients, and hand over the last state."""

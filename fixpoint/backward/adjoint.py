@@ -1,0 +1,89 @@
+"""How a rule that answers v with an adjoint u is attached: by one recorded application of f."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fixpoint.backward.base import Run
+from fixpoint.backward.explicit import Solve, solve_explicitly
+from fixpoint.iterate import Iterates
+from fixpoint.transforms import ClosureError, transformed
+
+Exact = Callable[[Tensor, Sequence[Tensor], Tensor], "tuple[Tensor | None, ...] | None"]
+
+
+def attach_adjoint(run: Run, iterates: Iterates, adjoint: Solve, exact: Exact | None = None) -> tuple[Tensor, Iterates]:
+    """``f(z*)``, recorded once, with a backward that answers the incoming gradient v with an adjoint u.
+
+    ``adjoint(image, v)`` finds it, where ``image(u) = v + J^T u``. It then flows through the recorded application to
+    parameters, inputs and whatever f closes over, with no list of them anywhere. That has no second derivative. A rule
+    that has one gives it as ``exact(value, inputs, v)``: gradients for ``run.inputs`` that are differentiable
+    themselves, or None where it cannot.
+    """
+    z = iterates.z.detach().requires_grad_()
+    fz = run.f(z)
+    if transformed(fz):
+        raise ClosureError
+    if run.depth is not None:
+        iterates = iterates.measured(fz.detach(), run.tolerance)
+
+    def image(u: Tensor, v: Tensor) -> Tensor:
+        (product,) = torch.autograd.grad(fz, z, u, retain_graph=True, allow_unused=True)
+        return v if product is None else v + product
+
+    def answer(v: Tensor) -> Tensor:
+        if transformed(v):  # several gradients at once, by is_grads_batched=True
+            return solve_explicitly(image, adjoint, adjoint, v, (v,)).z
+        return adjoint(lambda u: image(u, v), v).z
+
+    return _Attached.apply(fz, answer, exact, *run.inputs), iterates
+
+
+class _Attached(torch.autograd.Function):
+    """Identity on f(z*). The inputs are there for derivatives of second order; the first takes its way through fz."""
+
+    @staticmethod
+    def forward(fz: Tensor, answer: Callable[[Tensor], Tensor], exact: Exact | None, *inputs: Tensor) -> Tensor:
+        return fz.clone()  # a view would forbid in-place use of the solution, by nn.ReLU(inplace=True) say
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.answer, ctx.exact, *tensors = inputs
+        ctx.save_for_backward(output, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        none = (None,) * (len(ctx.needs_input_grad) - 3)
+        if not torch.is_grad_enabled():
+            return ctx.answer(v), None, None, *none
+        value, *inputs = ctx.saved_tensors
+        gradients = ctx.exact(value, inputs, v) if ctx.exact else None
+        if gradients is not None:
+            return None, None, None, *gradients
+        with torch.no_grad():
+            u = ctx.answer(v)
+        return _FirstOrder.apply(u, v, value), None, None, *none
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Identity on u, in whose backward a second derivative is refused.
+
+    ``once_differentiable`` would not do: ``torch.autograd.grad`` prunes its error, as it leads to no input. This node
+    leads to the solution, and so to everything that f depends on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor, value: Tensor) -> Tensor:
+        return u.view_as(u)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "this backward rule gives first derivatives only, found a second one asked for. IFT() has second "
+            "derivatives when all that requires grad in f is in args or a parameter of a module f; Phantom() and "
+            "Unroll() have them always."
+        )
