@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fixpoint.backward.explicit import Solve, solve_explicitly
 from fixpoint.iterate import Iterates
 from fixpoint.transforms import ClosureError, transformed
 
-Exact = Callable[[Tensor, Sequence[Tensor], Tensor], "tuple[Tensor | None, ...] | None"]
+Exact = Callable[[Tensor], "tuple[Tensor | None, ...] | None"]
 
 
 def attach_adjoint(run: Run, iterates: Iterates, adjoint: Solve, exact: Exact | None = None) -> tuple[Tensor, Iterates]:
@@ -21,8 +21,8 @@ def attach_adjoint(run: Run, iterates: Iterates, adjoint: Solve, exact: Exact | 
 
     ``adjoint(image, v)`` finds it, where ``image(u) = v + J^T u``. It then flows through the recorded application to
     parameters, inputs and whatever f closes over, with no list of them anywhere. That has no second derivative. A rule
-    that has one gives it as ``exact(value, inputs, v)``: gradients for ``run.inputs`` that are differentiable
-    themselves, or None where it cannot.
+    that has one gives it as ``exact(v)``: gradients for ``run.inputs`` that are differentiable themselves, or None
+    where it cannot.
     """
     z = iterates.z.detach().requires_grad_()
     fz = run.f(z)
@@ -40,45 +40,60 @@ def attach_adjoint(run: Run, iterates: Iterates, adjoint: Solve, exact: Exact | 
             return solve_explicitly(image, adjoint, adjoint, v, (v,)).z
         return adjoint(lambda u: image(u, v), v).z
 
-    return _Attached.apply(fz, answer, exact, *run.inputs), iterates
+    versions = [x._version for x in run.inputs]
+
+    def answer_differentiably(v: Tensor) -> tuple[Tensor | None, ...]:
+        if [x._version for x in run.inputs] != versions:
+            raise RuntimeError("an argument or a parameter of f was changed in place between forward and backward")
+        gradients = exact(v) if exact else None
+        if gradients is not None:
+            return None, *gradients
+        with torch.no_grad():
+            u = answer(v)
+        return _FirstOrder.apply(u, v, fz), *(None for _ in run.inputs)
+
+    return _Attached.apply(fz, answer, answer_differentiably, *run.inputs), iterates
 
 
 class _Attached(torch.autograd.Function):
     """Identity on f(z*). The inputs are there for derivatives of second order; the first takes its way through fz."""
 
     @staticmethod
-    def forward(fz: Tensor, answer: Callable[[Tensor], Tensor], exact: Exact | None, *inputs: Tensor) -> Tensor:
+    def forward(
+        fz: Tensor,
+        answer: Callable[[Tensor], Tensor],
+        answer_differentiably: Callable[[Tensor], tuple[Tensor | None, ...]],
+        *inputs: Tensor,
+    ) -> Tensor:
         return fz.clone()  # a view would forbid in-place use of the solution, by nn.ReLU(inplace=True) say
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.answer, ctx.exact, *tensors = inputs
-        ctx.save_for_backward(output, *tensors)
+        _, ctx.answer, ctx.answer_differentiably, *_ = inputs
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        none = (None,) * (len(ctx.needs_input_grad) - 3)
-        if not torch.is_grad_enabled():
-            return ctx.answer(v), None, None, *none
-        value, *inputs = ctx.saved_tensors
-        gradients = ctx.exact(value, inputs, v) if ctx.exact else None
-        if gradients is not None:
-            return None, None, None, *gradients
-        with torch.no_grad():
-            u = ctx.answer(v)
-        return _FirstOrder.apply(u, v, value), None, None, *none
+        if torch.is_grad_enabled():  # create_graph=True
+            through_fz, *gradients = ctx.answer_differentiably(v)
+        else:
+            through_fz, gradients = ctx.answer(v), [None] * (len(ctx.needs_input_grad) - 3)
+        return through_fz, None, None, *gradients
 
 
 class _FirstOrder(torch.autograd.Function):
     """Identity on u, in whose backward a second derivative is refused.
 
     ``once_differentiable`` would not do: ``torch.autograd.grad`` prunes its error, as it leads to no input. This node
-    leads to the solution, and so to everything that f depends on.
+    leads to f(z*), and so to everything that f depends on.
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor, value: Tensor) -> Tensor:
+    def forward(u: Tensor, v: Tensor, fz: Tensor) -> Tensor:
         return u.view_as(u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fixpoint.backward.adjoint import attach_adjoint
 from fixpoint.backward.base import Backward, Run
-from fixpoint.backward.explicit import vector_jacobian_product
+from fixpoint.backward.explicit import solve_explicitly, vector_jacobian_product
 from fixpoint.convergence import OnFailure, Status, Tolerance
 from fixpoint.iterate import Iterates, Map, iterate
 from fixpoint.solvers.anderson import Anderson
@@ -78,13 +77,17 @@ class IFT(Backward):
         def linear(image: Map, v: Tensor) -> Iterates:
             return self._solve(image, v, run)
 
-        def exact(z: Tensor, inputs: Sequence[Tensor], v: Tensor) -> tuple[Tensor | None, ...] | None:
-            if not depends_on_nothing_else(run.f, z, inputs):
-                return None
-            return vector_jacobian_product(run.f, linear, z, inputs, v)
-
         if not run.transformed:
-            return attach_adjoint(run, run.solve(), linear, exact)
+            iterates = run.solve()
+
+            def exact(v: Tensor) -> tuple[Tensor | None, ...] | None:
+                if not depends_on_nothing_else(run.f, iterates.z, run.inputs):
+                    return None
+                # The same state once more, attached by a solve that is done already.
+                known = solve_explicitly(run.f, lambda f, z: iterates, linear, iterates.z, run.inputs)
+                return vector_jacobian_product(run.f, linear, known.z, run.inputs, v)
+
+            return attach_adjoint(run, iterates, linear, exact)
         if not depends_on_nothing_else(run.f, run.z0, run.inputs):
             raise ClosureError
         iterates = run.solve_explicitly(linear)
