@@ -3,8 +3,11 @@
 from fixpoint import bench
 from fixpoint.backward.base import Backward, Run
 from fixpoint.backward.ift import IFT
+from fixpoint.backward.neumann import Neumann
 from fixpoint.backward.phantom import JFB, Phantom
-from fixpoint.backward.stochastic_jfb import StochasticJFB
+from fixpoint.backward.reversible import Reversible
+from fixpoint.backward.shine import SHINE
+from fixpoint.backward.stochastic_jfb import MultiStepJFB, StochasticJFB
 from fixpoint.backward.unroll import Unroll
 from fixpoint.convergence import ConvergenceError, ConvergenceWarning, Status
 from fixpoint.layer import FixedPointLayer
@@ -22,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IFT",
     "JFB",
+    "SHINE",
     "Anderson",
     "Backward",
     "Blockwise",
@@ -29,11 +33,14 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "FixedPointLayer",
+    "MultiStepJFB",
+    "Neumann",
     "Phantom",
     "Picard",
     "Problem",
     "Progress",
     "RegisteredProblem",
+    "Reversible",
     "Run",
     "Solution",
     "Solver",

@@ -50,7 +50,7 @@ def attach_adjoint(run: Run, iterates: Iterates, adjoint: Solve, exact: Exact | 
             return None, *gradients
         with torch.no_grad():
             u = answer(v)
-        return _FirstOrder.apply(u, v, fz), *(None for _ in run.inputs)
+        return refuse_second_order(u, v, fz), *(None for _ in run.inputs)
 
     return _Attached.apply(fz, answer, answer_differentiably, *run.inputs), iterates
 
@@ -80,16 +80,19 @@ class _Attached(torch.autograd.Function):
         return through_fz, None, None, *gradients
 
 
-class _FirstOrder(torch.autograd.Function):
-    """Identity on u, in whose backward a second derivative is refused.
+def refuse_second_order(gradient: Tensor, *depends_on: Tensor) -> Tensor:
+    """``gradient``, with an error for whoever differentiates it.
 
-    ``once_differentiable`` would not do: ``torch.autograd.grad`` prunes its error, as it leads to no input. This node
-    leads to f(z*), and so to everything that f depends on.
+    ``once_differentiable`` would not do: ``torch.autograd.grad`` prunes its error, as it leads to no input. This one
+    leads to all that the gradient depends on.
     """
+    return _FirstOrder.apply(gradient, *depends_on)
 
+
+class _FirstOrder(torch.autograd.Function):
     @staticmethod
-    def forward(u: Tensor, v: Tensor, fz: Tensor) -> Tensor:
-        return u.view_as(u)
+    def forward(gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

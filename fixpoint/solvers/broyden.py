@@ -76,6 +76,10 @@ class Broyden(Solver):
         move = torch.where(torch.isfinite(move).all(dim=1, keepdim=True), move, g)
         return (zw + move).to(z.dtype), BroydenState(u=u, v=v, z=zw, g=g, held=held)
 
+    def transposed_inverse(self, state: BroydenState, x: Tensor) -> Tensor:
+        """``(I - J)^-T x`` for each row ``x`` ``(rows, dim)``, by the inverse that ``state`` has come to."""
+        return -_apply(state.v, state.u, x.to(state.u.dtype)).to(x.dtype)
+
 
 def _apply(u: Tensor, v: Tensor, x: Tensor) -> Tensor:
     """``(-I + sum_j u_j v_j^T) x`` for each row: u, v ``(rows, memory, dim)``, x ``(rows, dim)``."""
