@@ -12,6 +12,7 @@ from fixpoint.backward.unroll import Unroll
 from fixpoint.convergence import ConvergenceError, ConvergenceWarning, Status
 from fixpoint.layer import FixedPointLayer
 from fixpoint.problems import Problem, RegisteredProblem, available_problems, load_problem
+from fixpoint.regularisation import correction_loss, jacobian_penalty, spectral_radius
 from fixpoint.solution import Progress, Solution
 from fixpoint.solve import solve
 from fixpoint.solvers.anderson import Anderson
@@ -49,6 +50,9 @@ __all__ = [
     "Unroll",
     "available_problems",
     "bench",
+    "correction_loss",
+    "jacobian_penalty",
     "load_problem",
     "solve",
+    "spectral_radius",
 ]

@@ -34,10 +34,11 @@ class Progress:
 
 
 class Later:
-    """A place for the figures of a backward solve, which exist once backward has run."""
+    """A place for the figures of a backward solve, which exist once backward has run, and for states on the way."""
 
     def __init__(self) -> None:
         self.solution: Solution | None = None
+        self.states: dict[int, Any] = {}
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,6 +71,14 @@ class Solution:
     def adjoint(self) -> Solution | None:
         """The same figures of the backward solve, once backward has run through a rule that solves one (IFT)."""
         return self._later.solution
+
+    @property
+    def states(self) -> dict[int, Any]:
+        """The states that ``keep`` asked for, by number of evaluations: those reached before the solve ended.
+
+        With gradients attached, each is one more application of f, with the gradient of JFB.
+        """
+        return self._later.states
 
     @classmethod
     def of(cls, iterates: Iterates, layout: Layout, value: Tensor, later: Later | None = None) -> Solution:

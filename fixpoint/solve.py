@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, get_args
 
 import torch
@@ -16,7 +16,7 @@ from fixpoint.evaluation import RowMap
 from fixpoint.iterate import Iterates
 from fixpoint.solution import Later, Progress, Solution
 from fixpoint.solvers.anderson import Anderson
-from fixpoint.solvers.base import Solver
+from fixpoint.solvers.base import Solver, require_count
 from fixpoint.structure import Layout
 
 
@@ -36,6 +36,7 @@ def solve(
     record: bool = False,
     callback: Callable[[Progress], object] | None = None,
     depth: int | None = None,
+    keep: Collection[int] = (),
 ) -> Solution:
     """Solve ``z = f(z, *args)``, row by row, and attach gradients to the solution.
 
@@ -57,6 +58,8 @@ def solve(
             of fixed depth.
         depth: If given, apply exactly so many solver updates, in as many evaluations, and hand over the last state
             unverified; tolerance, ``max_evals`` and ``on_failure`` then play no part.
+        keep: Numbers of evaluations whose states go into ``Solution.states``, for ``fixpoint.correction_loss``. Needs
+            ``check_every=1``; runs of fixed depth keep none.
 
     Returns:
         Solution: the state and how good it is, per row.
@@ -83,6 +86,7 @@ def solve(
         on_failure=on_failure,
         check_every=check_every,
         depth=depth,
+        keep=keep,
     )
     problem_z0 = getattr(f, "z0", None)
     if batch_dims is None and problem_z0 is not None:
@@ -93,8 +97,13 @@ def solve(
     layout = Layout.of(start, batch_dims)
     later = Later()
 
+    kept: dict[int, Tensor] = {}
+
     def watch(nfev: int, residual: Tensor, active: int, z: Tensor) -> object:
-        assert callback is not None
+        if nfev in keep:
+            kept[nfev] = z
+        if callback is None:
+            return None
         shaped = residual.reshape(layout.batch_shape)
         return callback(Progress(nfev, max_evals, shaped, active, layout.unflatten(z)))
 
@@ -114,17 +123,21 @@ def solve(
         max_evals=max_evals,
         check_every=check_every,
         record=record,
-        watch=watch if callback else None,
+        watch=watch if callback or keep else None,
         depth=depth,
         inputs=rows.inputs,
         report_adjoint=report_adjoint,
     )
+    if run.watch and run.transformed:
+        raise ValueError("callback and keep do not work under torch.func or forward-mode differentiation")
     if backward is not None and rows.differentiates(run.z0):
         value, iterates = backward.attach(run)
+        kept = {nfev: rows(z) for nfev, z in kept.items()}
     else:
         iterates = run.solve()
         value = iterates.z
     solution = Solution.of(iterates, layout, value, later)
+    later.states = {nfev: layout.unflatten(z) for nfev, z in kept.items()}
     if not iterates.fixed_depth:
         _report(solution, on_failure)
     return solution
@@ -156,6 +169,7 @@ def check_options(
     on_failure: str = "warn",
     check_every: int = 1,
     depth: int | None = None,
+    keep: Collection[int] = (),
 ) -> None:
     """Raise for an option of ``solve`` that cannot work, whatever the problem; others are looked at where they act."""
     if not isinstance(solver, Solver):
@@ -169,5 +183,9 @@ def check_options(
             raise TypeError(f"{name} must be an integer, found {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, found {value}")
+    for nfev in keep:
+        require_count("keep's entry", nfev)
+    if keep and (check_every > 1 or depth is not None):
+        raise ValueError(f"keep needs check_every=1 and depth=None, found check_every={check_every}, depth={depth}")
     if on_failure not in get_args(OnFailure):
         raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, found {on_failure!r}")

@@ -23,10 +23,16 @@ class ClosureError(ValueError):
 
 
 def transformed(*tensors: Tensor) -> bool:
-    """Whether torch.func or forward-mode differentiation is at work on any of the tensors."""
+    """Whether torch.func or forward-mode differentiation is at work on any of the tensors.
+
+    Inside its derivatives torch.func wraps whatever is made, so there the answer is yes for all tensors.
+    """
     if torch.compiler.is_compiling():
         return False
-    return any(torch.func.debug_unwrap(x) is not x or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    made = torch.empty(())
+    return any(
+        torch.func.debug_unwrap(x) is not x or forward_ad.unpack_dual(x).tangent is not None for x in (made, *tensors)
+    )
 
 
 def plain(x: Tensor) -> Tensor:
