@@ -1,0 +1,352 @@
+"""IFT in higher orders and under torch.func: against finite differences, closed forms and differentiated iteration."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._pytree import tree_leaves
+
+import fixpoint
+from fixpoint import IFT, JFB, ConvergenceWarning, Phantom, Picard, StochasticJFB, Unroll
+
+D = torch.float64
+TIGHT = {"rtol": 1e-13, "max_evals": 300}
+EXACT = IFT(rtol=1e-13, max_evals=300)
+Z0 = torch.zeros(2, 3, dtype=D)
+
+# torch.func's own rules for some products still use a deprecated part of PyTorch.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+
+def f(z, A, b):
+    return torch.tanh(z @ A.T + b)
+
+
+def solved(A, b, *, backward=EXACT, **options):
+    return fixpoint.solve(f, Z0, (A, b), backward=backward, **{**TIGHT, **options}).value
+
+
+def iterated(A, b):
+    """The oracle: plain iteration long past convergence, differentiated by PyTorch as it stands."""
+    z = Z0
+    for _ in range(80):
+        z = f(z, A, b)
+    return z
+
+
+@pytest.fixture(name="A")
+def weight(normal):
+    return 0.3 * normal(3, 3, seed=3)
+
+
+@pytest.fixture(name="b")
+def bias(normal):
+    return normal(2, 3, seed=4)
+
+
+def squared(value):
+    return lambda *arguments: value(*arguments).square().sum()
+
+
+def assert_same(transform):
+    for found, wanted in zip(tree_leaves(transform(solved)), tree_leaves(transform(iterated)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+
+
+# Plain autograd
+
+
+def test_both_orders_equal_finite_differences(A, b):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    assert gradcheck(solved, (A, b), check_forward_ad=True)
+    assert gradgradcheck(solved, (A, b), check_fwd_over_rev=True)
+
+
+def test_four_orders_equal_the_closed_form():
+    a = torch.tensor(0.3, dtype=D, requires_grad=True)
+    derivative = fixpoint.solve(lambda z, a: a * z + 1, torch.zeros((), dtype=D), (a,), backward=EXACT, **TIGHT).value
+    for order in range(1, 5):  # of 1 / (1 - a)
+        (derivative,) = torch.autograd.grad(derivative, a, create_graph=True)
+        expected = math.factorial(order) / (1 - 0.3) ** (order + 1)
+        assert float(derivative.detach()) == pytest.approx(expected, rel=1e-8), order
+
+
+def test_a_gradient_penalty_on_a_module_reaches_its_parameters(normal, cell_class):
+    cell, x = cell_class(dim=3), normal(2, 3).requires_grad_()
+
+    def penalty(value):
+        (first,) = torch.autograd.grad(value.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (cell.W, x))
+
+    layer = fixpoint.FixedPointLayer(cell, backward=EXACT, **TIGHT)
+    z = Z0
+    for _ in range(120):
+        z = cell(z, x)
+    for found, wanted in zip(penalty(layer(x)), penalty(z), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_create_graph_changes_no_first_derivative(A, b):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    loose = solved(A, b, rtol=1e-2, solver=Picard())
+    plain = torch.autograd.grad(loose.square().sum(), (A, b), retain_graph=True)
+    recorded = torch.autograd.grad(loose.square().sum(), (A, b), create_graph=True)
+    for one, other in zip(plain, recorded, strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_a_closure_beside_the_arguments_keeps_its_gradient(A, b):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    value = fixpoint.solve(lambda z, b: f(z, A, b), Z0, (b,), backward=EXACT, **TIGHT).value
+    found = torch.autograd.grad(value.square().sum(), (A, b))
+    for one, other in zip(found, torch.autograd.grad(squared(iterated)(A, b), (A, b)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def close_over_all(A, b):
+    return fixpoint.solve(lambda z: f(z, A, b), Z0, backward=EXACT, **TIGHT).value
+
+
+def close_over_one(A, b):
+    return fixpoint.solve(lambda z, b: f(z, A, b), Z0, (b,), backward=EXACT, **TIGHT).value
+
+
+def truncated(A, b):
+    return solved(A, b, backward=fixpoint.Neumann(terms=3))
+
+
+def reversed_(A, b):
+    return solved(A, b, backward=fixpoint.Reversible(steps=5))
+
+
+@pytest.mark.parametrize("value", [close_over_all, close_over_one, truncated, reversed_])
+@pytest.mark.parametrize("way", ["backward", "grad", "grad to another input"])
+def test_a_second_derivative_that_would_be_wrong_is_refused(A, b, value, way):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    first = torch.autograd.grad(value(A, b).square().sum(), (A, b), create_graph=True)
+    differentiate = {
+        "backward": lambda: first[1].sum().backward(),
+        "grad": lambda: torch.autograd.grad(first[0].sum(), A),
+        "grad to another input": lambda: torch.autograd.grad(first[1].sum(), A),
+    }
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        differentiate[way]()
+
+
+def test_a_graph_of_the_gradient_that_nobody_differentiates_does_no_harm(A, b):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    value = close_over_all(A, b)
+    one = torch.autograd.grad(value.square().sum(), b, create_graph=True)[0]
+    torch.testing.assert_close(one.detach(), torch.autograd.grad(squared(iterated)(A, b), b)[0], rtol=1e-8, atol=1e-10)
+
+
+def test_an_argument_changed_since_the_solve_is_refused_in_second_order(A, b):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    value = fixpoint.solve(lambda z, b: f(z, A.detach(), b), Z0, (b,), backward=EXACT, **TIGHT).value
+    with torch.no_grad():
+        b += 1
+    with pytest.raises(RuntimeError, match="changed in place"):
+        torch.autograd.grad(value.sum(), b, create_graph=True)
+
+
+def test_several_incoming_gradients_at_once(A, b, normal):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    v = normal(4, 2, 3, seed=8)
+    for value in (solved(A, b), close_over_all(A, b)):
+        together = vmap(lambda v, value=value: torch.autograd.grad(value, b, v, retain_graph=True)[0])(v)
+        one_by_one = [torch.autograd.grad(value, b, one, retain_graph=True)[0] for one in v]
+        torch.testing.assert_close(together, torch.stack(one_by_one), rtol=1e-10, atol=1e-12)
+
+
+def test_nothing_outlives_a_second_derivative_with_the_garbage_collector_off(A, b):
+    A, b = A.requires_grad_(), b.requires_grad_()
+
+    def references():
+        value = solved(A, b)
+        (first,) = torch.autograd.grad(value.square().sum(), A, create_graph=True)
+        torch.autograd.grad(first.sum(), b, retain_graph=True)
+        return [weakref.ref(value), weakref.ref(first)]
+
+    references()  # PyTorch imports parts of itself in the first call, with the caller's frames in the tracebacks
+    gc.collect()
+    gc.disable()
+    try:
+        assert [ref() for ref in references()] == [None, None]
+    finally:
+        gc.enable()
+
+
+# torch.func
+
+TRANSFORMS = {
+    "grad": lambda s, A, b: grad(squared(s), argnums=(0, 1))(A, b),
+    "vjp": lambda s, A, b: vjp(s, A, b)[1](b),
+    "jvp": lambda s, A, b: jvp(s, (A, b), (A + 1, b)),
+    "jvp in one argument": lambda s, A, b: jvp(lambda b: s(A, b), (b,), (b,)),
+    "jacrev": lambda s, A, b: jacrev(s, argnums=(0, 1))(A, b),
+    "jacfwd": lambda s, A, b: jacfwd(s, argnums=(0, 1))(A, b),
+    "hessian": lambda s, A, b: hessian(squared(s), argnums=(0, 1))(A, b),
+    "jacrev of jacrev": lambda s, A, b: jacrev(jacrev(squared(s), argnums=1))(A, b),
+    "jacrev of jacfwd": lambda s, A, b: jacrev(jacfwd(squared(s), argnums=1))(A, b),
+    "jacfwd of jacfwd": lambda s, A, b: jacfwd(jacfwd(squared(s), argnums=1))(A, b),
+    "gradient of a gradient": lambda s, A, b: grad(lambda A: grad(squared(s))(A, b).square().sum())(A),
+    "vmap": lambda s, A, b: vmap(s, in_dims=(0, None))(torch.stack([A, -A, A / 2]), b),
+    "vmap in other dimensions": lambda s, A, b: vmap(s, (2, 1), 1)(torch.stack([A, -A], 2), torch.stack([b, 2 * b], 1)),
+    "vmap of vmap": lambda s, A, b: vmap(vmap(s, (0, None)), (None, 0))(torch.stack([A, -A]), torch.stack([b, 2 * b])),
+    "per-sample gradients": lambda s, A, b: vmap(grad(squared(s)), (None, 0))(A, torch.stack([b, 2 * b, 0 * b])),
+    "per-sample hessians": lambda s, A, b: vmap(hessian(squared(s), argnums=1), (0, None))(torch.stack([A, -A]), b),
+    "gradient of a sum over vmap": lambda s, A, b: grad(lambda A: vmap(lambda b: s(A, b))(torch.stack([b, -b])).sum())(
+        A
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transformations_equal_those_of_plain_iteration(A, b, name):
+    assert_same(lambda s: TRANSFORMS[name](s, A, b))
+
+
+@pytest.mark.parametrize("name", ["grad", "jvp", "per-sample gradients"])
+def test_transformations_work_with_every_solver(normal, solver, name):
+    A, b = 0.2 * normal(6, 6), normal(2, 6, seed=1)
+    z0 = torch.zeros(2, 6, dtype=D)
+    rule = IFT(solver=solver, rtol=1e-12, max_evals=500)
+
+    def found(A, b):
+        return fixpoint.solve(f, z0, (A, b), solver=solver, backward=rule, rtol=1e-12, max_evals=500).value
+
+    def wanted(A, b):
+        z = z0
+        for _ in range(100):
+            z = f(z, A, b)
+        return z
+
+    for one, other in zip(*(tree_leaves(TRANSFORMS[name](s, A, b)) for s in (found, wanted)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_a_layer_gives_per_sample_gradients_and_hessians_of_its_parameters(normal, cell_class):
+    cell, x = cell_class(dim=3), normal(5, 2, 3)
+    layer = fixpoint.FixedPointLayer(cell, backward=EXACT, **TIGHT)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, x):
+        return functional_call(layer, parameters, (x,)).square().sum()
+
+    together = vmap(grad(loss), in_dims=(None, 0))(parameters, x)["f.W"]
+    for one, sample in zip(together, x, strict=True):
+        (alone,) = torch.autograd.grad(layer(sample).square().sum(), cell.W)
+        torch.testing.assert_close(one, alone, rtol=1e-8, atol=1e-10)
+    curvature = hessian(loss)(parameters, x[0])["f.W"]["f.W"]
+    (first,) = torch.autograd.grad(layer(x[0]).square().sum(), cell.W, create_graph=True)
+    (row,) = torch.autograd.grad(first[0, 1], cell.W)
+    torch.testing.assert_close(curvature[0, 1], row, rtol=1e-7, atol=1e-9)
+
+
+def test_each_member_of_a_vmap_stops_and_reports_for_itself(A, b, counted):
+    batch = torch.stack([b, 0 * b, 100 * b])
+    cell = counted(f)
+
+    def figures(b):
+        sol = fixpoint.solve(cell, Z0, (A, b), record=True, rtol=1e-10)
+        return sol.evals, sol.status, sol.residual, sol.trace
+
+    evals, status, residual, trace = vmap(figures, out_dims=(0, 0, 0, 1))(batch)
+    alone = [fixpoint.solve(f, Z0, (A, one), record=True, rtol=1e-10) for one in batch]
+    assert evals.tolist() == [one.evals.tolist() for one in alone]
+    assert status.tolist() == [[0, 0]] * 3
+    torch.testing.assert_close(residual, torch.stack([one.residual for one in alone]), rtol=1e-3, atol=1e-15)
+    assert trace.shape == (int(evals.max()), 3, 2)
+    assert cell.calls == int(evals.max()) + 2  # one to see what f depends on, one for the value
+
+
+def test_failures_under_vmap_are_counted_over_the_whole_batch(A, b):
+    batch = torch.stack([b, 0 * b, -b])
+    with pytest.warns(ConvergenceWarning, match="4 of 6 rows did not converge"):
+        vmap(lambda b: fixpoint.solve(f, Z0, (A, b), rtol=1e-10, max_evals=2).value)(batch)
+    with pytest.raises(fixpoint.ConvergenceError, match="4 of 6"):
+        vmap(lambda b: fixpoint.solve(f, Z0, (A, b), rtol=1e-10, max_evals=2, on_failure="raise").value)(batch)
+    rule = IFT(rtol=1e-12, max_evals=2)
+    with pytest.warns(ConvergenceWarning, match="6 of 6 adjoint rows"):
+        vmap(grad(squared(lambda A, b: solved(A, b, backward=rule))), (None, 0))(A, batch + 0.1)
+
+
+def test_integer_arguments_go_along():
+    table = torch.tensor([0.1, 0.2, 0.4], dtype=D)
+
+    def value(a, label):
+        g = lambda z, table, label: (table * (torch.arange(3) == label)).sum() * z + 1  # noqa: E731
+        return fixpoint.solve(g, torch.zeros((), dtype=D), (a, label), backward=EXACT, **TIGHT).value
+
+    found = vmap(grad(value), (None, 0))(table, torch.arange(3))
+    torch.testing.assert_close(found, torch.diag(1 / (1 - table) ** 2), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("outer", ["grad", "jvp", "vmap"])
+@pytest.mark.parametrize("inner", ["none", "grad", "jvp", "vmap"])
+def test_a_closure_over_what_is_transformed_is_refused_at_any_level(A, b, outer, inner):
+    def lift(name, g, x):
+        if name == "none":
+            return g(x)
+        transform = {
+            "grad": lambda: grad(lambda x: g(x).sum())(x),
+            "jvp": lambda: jvp(g, (x,), (x,))[1],
+            "vmap": lambda: vmap(g)(torch.stack([x, x])),
+        }
+        return transform[name]()
+
+    with pytest.raises(ValueError, match="closes over"):
+        lift(outer, lambda A: lift(inner, lambda b: close_over_one(A, b), b), A)
+    assert_same(lambda s: lift(outer, lambda A: lift(inner, lambda b: s(A, b), b), A))
+
+
+def test_a_closure_over_parameters_is_refused_under_transformations(A, b):
+    A = A.requires_grad_()
+    with pytest.raises(ValueError, match="closes over"):
+        grad(lambda b: close_over_one(A, b).sum())(b)
+    frozen = A.detach()
+    torch.testing.assert_close(
+        grad(lambda b: close_over_one(frozen, b).sum())(b), grad(lambda b: iterated(frozen, b).sum())(b)
+    )
+
+
+def test_a_closure_over_a_dual_tensor_is_refused(A, b):
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="closes over"):
+        close_over_all(forward_ad.make_dual(A, A), b)
+
+
+def test_a_solve_that_the_transformation_does_not_touch_may_stand_inside_one(A, b):
+    A = A.requires_grad_()
+    scale = torch.tensor(2.0, dtype=D)
+    found = grad(lambda scale: (scale * close_over_all(A.detach(), b)).sum())(scale)
+    torch.testing.assert_close(found, iterated(A, b).sum().detach())
+
+
+@pytest.mark.parametrize("rule", [JFB(), Phantom(steps=3, damping=0.5), StochasticJFB(max_no_grad=0, max_grad=1)])
+def test_truncated_rules_under_transformations_equal_their_plain_gradients(A, b, rule):
+    batch = torch.stack([b, 2 * b])
+    A = A.requires_grad_()
+
+    def loss(A, b):
+        return solved(A, b, backward=rule).square().sum()
+
+    expected = torch.stack([torch.autograd.grad(loss(A, one), A)[0] for one in batch])
+    per_sample = vmap(grad(loss), (None, 0), randomness="same")(A.detach(), batch)
+    torch.testing.assert_close(per_sample, expected, rtol=1e-9, atol=1e-11)
+    _, tangent = jvp(lambda A: loss(A, b), (A.detach(),), (A.detach(),))
+    torch.testing.assert_close(tangent, (expected[0] * A.detach()).sum(), rtol=1e-9, atol=1e-11)
+
+
+def test_unsupported_combinations_say_so(A, b):
+    with pytest.raises(ValueError, match="callback and keep"):
+        grad(lambda A: solved(A, b, callback=lambda progress: None).sum())(A)
+    with pytest.raises(ValueError, match=r"under torch\.func"):
+        grad(lambda A: solved(A, b, backward=fixpoint.Reversible()).sum())(A)
+    with pytest.raises(RuntimeError, match="vmap"):
+        vmap(lambda b: solved(A, b, backward=Unroll()))(torch.stack([b, b]))
