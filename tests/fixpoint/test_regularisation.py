@@ -21,7 +21,8 @@ def test_the_penalty_is_an_unbiased_estimate_of_the_frobenius_norm_of_each_row(c
     problem = contraction(rows=3, dim=4, squash=torch.tanh)
     z = problem(problem.z0)
     generator = torch.Generator().manual_seed(0)
-    found = fixpoint.jacobian_penalty(problem, z, probes=4000, generator=generator)
+    with torch.no_grad():
+        found = fixpoint.jacobian_penalty(problem, z, probes=4000, generator=generator)
     jacobian = torch.autograd.functional.jacobian(lambda z: problem(z), z)
     blocks = torch.stack([jacobian[r, :, r] for r in range(3)])
     exact = blocks.square().sum(dim=(1, 2)) / 4
