@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Run:
     inputs: tuple[Tensor, ...] = ()
     report_adjoint: Callable[[Iterates, OnFailure], None] = lambda iterates, on_failure: None
 
-    @property
+    @cached_property
     def transformed(self) -> bool:
         """Whether torch.func or forward-mode differentiation works on z0 or the inputs."""
         return transformed(self.z0, *self.inputs)
