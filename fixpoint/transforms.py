@@ -25,14 +25,11 @@ class ClosureError(ValueError):
 def transformed(*tensors: Tensor) -> bool:
     """Whether torch.func or forward-mode differentiation is at work on any of the tensors.
 
-    Inside its derivatives torch.func wraps whatever is made, so there the answer is yes for all tensors.
+    Inside its derivatives torch.func wraps whatever is computed, so there the answer is yes for any result.
     """
     if torch.compiler.is_compiling():
         return False
-    made = torch.empty(())
-    return any(
-        torch.func.debug_unwrap(x) is not x or forward_ad.unpack_dual(x).tangent is not None for x in (made, *tensors)
-    )
+    return any(torch.func.debug_unwrap(x) is not x or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def plain(x: Tensor) -> Tensor:
