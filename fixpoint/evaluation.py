@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint.structure import Layout, leaves, map_leaves
-from fixpoint.transforms import ClosureError, batched, plain, transformed
+from fixpoint.transforms import ClosureError, plain, transformed
 
 
 class RowMap:
@@ -45,7 +45,7 @@ class RowMap:
         with torch.enable_grad():
             fz = self._evaluate_checked(z)
         self._probed = (z, fz)
-        return fz.requires_grad or transformed(fz)
+        return fz.requires_grad
 
     def __call__(self, z: Tensor, *inputs: Tensor) -> Tensor:
         if inputs:
@@ -99,7 +99,7 @@ class RowMap:
             raise ValueError("f changed its input in place (z += ..., z.relu_()): return a new tensor instead")
         self._checked = True
         fz = self._layout.flatten(output)
-        if batched(fz) and not batched(z, *self.inputs, *inputs):
+        if transformed(fz) and not transformed(z, *self.inputs, *inputs):
             raise ClosureError
         return fz
 

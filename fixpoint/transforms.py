@@ -37,11 +37,6 @@ def plain(x: Tensor) -> Tensor:
     return x if torch.compiler.is_compiling() else torch.func.debug_unwrap(x)
 
 
-def batched(*tensors: Tensor) -> bool:
-    """Whether any of the tensors stands for one member of a batch of torch.vmap."""
-    return any(plain(x).ndim > x.ndim for x in tensors)
-
-
 def depends_on_nothing_else(f: Explicit, z: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether f(z, *inputs) carries no derivative and no batch but those of z and the inputs. Evaluates f once."""
     fixed = [x.detach() for x in (z, *inputs)]

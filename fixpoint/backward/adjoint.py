@@ -11,7 +11,7 @@ from torch import Tensor
 from fixpoint.backward.base import Run
 from fixpoint.backward.explicit import Solve, solve_explicitly
 from fixpoint.iterate import Iterates
-from fixpoint.transforms import ClosureError, transformed
+from fixpoint.transforms import transformed
 
 Exact = Callable[[Tensor], "tuple[Tensor | None, ...] | None"]
 
@@ -26,10 +26,6 @@ def attach_adjoint(run: Run, iterates: Iterates, adjoint: Solve, exact: Exact | 
     """
     z = iterates.z.detach().requires_grad_()
     fz = run.f(z)
-    if transformed(fz):
-        raise ClosureError
-    if run.depth is not None:
-        iterates = iterates.measured(fz.detach(), run.tolerance)
 
     def image(u: Tensor, v: Tensor) -> Tensor:
         (product,) = torch.autograd.grad(fz, z, u, retain_graph=True, allow_unused=True)
@@ -52,7 +48,7 @@ def attach_adjoint(run: Run, iterates: Iterates, adjoint: Solve, exact: Exact | 
             u = answer(v)
         return refuse_second_order(u, v, fz), *(None for _ in run.inputs)
 
-    return _Attached.apply(fz, answer, answer_differentiably, *run.inputs), iterates
+    return _Attached.apply(fz, answer, answer_differentiably, *run.inputs), run.measured(iterates, fz)
 
 
 class _Attached(torch.autograd.Function):

@@ -91,8 +91,7 @@ class IFT(Backward):
         if not depends_on_nothing_else(run.f, run.z0, run.inputs):
             raise ClosureError
         iterates = run.solve_explicitly(linear)
-        fz = run.f(iterates.z)
-        return fz, iterates if run.depth is None else iterates.measured(fz.detach(), run.tolerance)
+        return run.f(iterates.z), iterates
 
     def _solve(self, image: Map, v: Tensor, run: Run) -> Iterates:
         """The fixed point of a linear map, started at ``v``, which rows that fail go back to."""

@@ -49,8 +49,8 @@ class Phantom(Backward):
         z = iterates.z
         for step in range(self.steps):
             fz = run.f(z)
-            if step == 0 and run.depth is not None:
-                iterates = iterates.measured(fz.detach(), run.tolerance)
+            if step == 0:
+                iterates = run.measured(iterates, fz)
             z = fz if self.damping == 1 else (1 - self.damping) * z + self.damping * fz
         return z, iterates
 

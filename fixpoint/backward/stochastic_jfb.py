@@ -66,7 +66,7 @@ class StochasticJFB(Backward):
         for step in range(m):
             fz = run.f(z)
             if step == 0:
-                iterates = iterates.measured(fz.detach(), run.tolerance)
+                iterates = run.measured(iterates, fz)
             z = fz
         return z, iterates
 

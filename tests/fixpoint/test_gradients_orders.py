@@ -318,8 +318,11 @@ def test_a_closure_over_parameters_is_refused_under_transformations(A, b):
 
 
 def test_a_closure_over_a_dual_tensor_is_refused(A, b):
-    with forward_ad.dual_level(), pytest.raises(ValueError, match="closes over"):
-        close_over_all(forward_ad.make_dual(A, A), b)
+    for rule in (EXACT, JFB()):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(A, A)
+            with pytest.raises(ValueError, match="closes over"):
+                fixpoint.solve(lambda z, dual=dual: f(z, dual, b), Z0, backward=rule)
 
 
 def test_a_solve_that_the_transformation_does_not_touch_may_stand_inside_one(A, b):
@@ -350,5 +353,17 @@ def test_unsupported_combinations_say_so(A, b):
         grad(lambda A: solved(A, b, callback=lambda progress: None).sum())(A)
     with pytest.raises(ValueError, match=r"under torch\.func"):
         grad(lambda A: solved(A, b, backward=fixpoint.Reversible()).sum())(A)
-    with pytest.raises(RuntimeError, match="vmap"):
+    with pytest.raises(ValueError, match="fixed depth"):
         vmap(lambda b: solved(A, b, backward=Unroll()))(torch.stack([b, b]))
+
+
+@pytest.mark.parametrize("rule", [Unroll(), IFT(), JFB()], ids=repr)
+def test_a_fixed_depth_works_under_transformations(A, b, rule):
+    batch = torch.stack([b, 2 * b])
+
+    def loss(A, b):
+        return solved(A, b, backward=rule, solver=Picard(), depth=60).square().sum()
+
+    together = vmap(grad(loss), (None, 0))(A, batch)
+    for one, sample in zip(together, batch, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(loss(A.requires_grad_(), sample), A)[0])
