@@ -15,7 +15,7 @@ class Unroll(Backward):
     """Differentiate the solver itself, evaluation by evaluation. Memory grows with the number of evaluations.
 
     The gradient is that of the state which the solver returned, so it tends to the exact one as the solve converges.
-    Gradients also flow into z0. Under torch.func it needs a fixed ``depth``: whether a row is done cannot be seen there.
+    Gradients also flow into z0. Under torch.func it needs a fixed ``depth``: whether rows are done is not to be seen.
 
     Raises:
         ValueError: In the solve, under torch.func without a depth.
