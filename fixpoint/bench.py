@@ -57,8 +57,8 @@ def make_solver(spec: str) -> Solver:
         TypeError, ValueError: If an option is unknown or illegal.
 
     Example:
-        >>> make_solver("anderson:memory=10")
-        Anderson(memory=10, damping=1.0, ridge=None)
+        >>> make_solver("broyden:memory=10")
+        Broyden(memory=10, history_dtype=None)
     """
     name, options = parse_spec(spec)
     if name not in _SOLVERS:

@@ -117,8 +117,8 @@ def deq_ddim_settings(chain: DDIMChain, reading: Literal["paper", "released-code
     evaluations (50 for a stochastic chain). They differ in what shares its coefficients: in the ``"paper"`` one set for
     a sample's whole trajectory, in the ``"released-code"`` one set for each latent, with a ridge of 1e-3.
 
-    Two things are this package's: the ridge is relative to the size of the differences (the authors' is absolute), and
-    the result is the best latents that were evaluated (theirs is the last).
+    Two things are this package's: the ridge weighs the coefficients of an orthonormal basis of the differences (the
+    authors' is absolute), and the result is the best latents that were evaluated (theirs is the last).
 
     Args:
         chain: the chain that is to be sampled.

@@ -39,7 +39,7 @@ class _Bridge:
             return np.asarray(z)
 
 
-def _runner(name: str, make: Callable[[_Bridge, float], IterativeSolver]) -> Runner:
+def _runner(name: str, make: Callable[[_Bridge, float], IterativeSolver], *, by_hand: bool = False) -> Runner:
     """``make(bridge, tolerance)`` gives jaxopt's solver of ``bridge``."""
 
     @functools.cache
@@ -58,7 +58,7 @@ def _runner(name: str, make: Callable[[_Bridge, float], IterativeSolver]) -> Run
         claimed = float(solve(z0).state.error) <= tolerance
         return claimed and not bridge.ended
 
-    return Runner(name, "jaxopt", run)
+    return Runner(name, "jaxopt", run, by_hand)
 
 
 def _anderson(bridge: _Bridge, tolerance: float) -> IterativeSolver:
@@ -78,6 +78,6 @@ def _broyden(bridge: _Bridge, tolerance: float) -> IterativeSolver:
 
 RUNNERS = (
     _runner("jaxopt Anderson m=5", _anderson),
-    _runner("jaxopt Anderson m=10 ridge=1e-10", _anderson_small_ridge),
+    _runner("jaxopt Anderson m=10 ridge=1e-10", _anderson_small_ridge, by_hand=True),
     _runner("jaxopt Broyden", _broyden),
 )

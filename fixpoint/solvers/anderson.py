@@ -42,7 +42,8 @@ class _Guard(NamedTuple):
     @classmethod
     def start(cls, first: Small, square: Small) -> _Guard:
         """From ``|g|^2`` at the start and after the plain step from there, which shows how f may stretch a residual."""
-        xp, nothing = namespace(square), square * 0
+        xp = namespace(square)
+        nothing = xp.zeros_like(square)
         growth = _SURPRISE**2 * xp.maximum(square / first, nothing + 1)
         return cls(nothing + xp.inf, growth, xp.minimum(first, square), nothing + 1, nothing)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fixpoint
-from fixpoint import Anderson, Picard, Status
+from fixpoint import Anderson, Broyden, Picard, Status
 from fixpoint.problems import expansive, linear, tanh
 from fixpoint.solvers.anderson import _Guard
 
@@ -212,3 +212,34 @@ def test_ridge_shrinks_the_accelerated_part(contraction):
 def test_history_costs_two_states_for_each_difference():
     state = Anderson(memory=3).init(torch.zeros(2, 7))
     assert (state.basis.states.shape, state.images.states.shape) == ((3, 2, 7), (3, 2, 7))
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=repr)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_rows_whose_squares_leave_float32_are_solved_by_plain_steps_at_worst(solver, scale):
+    b = scale * torch.tensor([[1.0, -2.0, 3.0]])
+    sol = fixpoint.solve(lambda z: 0.5 * z + b, torch.zeros(1, 3), solver=solver, rtol=1e-5)
+    torch.testing.assert_close(sol.value, 2 * b, rtol=1e-4, atol=0.0)
+    assert sol.nfev <= fixpoint.solve(lambda z: 0.5 * z + b, torch.zeros(1, 3), solver=Picard(), rtol=1e-5).nfev
+
+
+@pytest.mark.parametrize(
+    "solver", [Anderson(history_dtype=torch.bfloat16), Broyden(history_dtype=torch.bfloat16)], ids=repr
+)
+def test_histories_in_bfloat16_take_half_the_memory_and_still_converge_to_1e_3(solver):
+    problem = tanh(rows=3)
+    states = solver.init(problem.z0)[0].states
+    assert (states.dtype, states.element_size()) == (torch.bfloat16, 2)
+    sol = fixpoint.solve(problem, solver=solver, rtol=1e-3)
+    full = fixpoint.solve(problem, solver=type(solver)(), rtol=1e-3)
+    assert sol.nfev <= 1.5 * full.nfev
+    held, usual = (fixpoint.estimate_memory(problem.z0, solver=each).states for each in (solver, type(solver)()))
+    assert held < 0.75 * usual
+
+
+def test_a_history_dtype_that_is_no_dtype_is_refused():
+    for kind in (Anderson, Broyden):
+        with pytest.raises(
+            TypeError, match=r"history_dtype must be a floating point torch\.dtype or None, found 'half'"
+        ):
+            kind(history_dtype="half")

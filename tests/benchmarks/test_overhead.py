@@ -1,0 +1,328 @@
+"""The overhead benchmark counts what it says, and the device script's graphs hold together without a device."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fixpoint
+from benchmarks import device, overhead
+from benchmarks.overhead import PEERS, SIZES, SOLVERS, Counted, Figures, Measured, Size, histories
+from fixpoint.solvers.base import small_dtype
+
+TINY = (Size(rows=1, dim=10, evals=6, rounds=2), Size(rows=3, dim=8, evals=5, rounds=2))
+
+
+def test_operations_and_views_of_a_function_by_hand() -> None:
+    def run(f: Callable[[Tensor], Tensor], z0: Tensor, evals: int) -> None:
+        for _ in range(evals):
+            fz = f(z0)
+            fz.t()[None]  # two views
+            (fz + z0).mul_(2).sum(dim=1)  # three operations
+
+    z0 = torch.ones(2, 2)
+    with overhead.Operations() as counted:
+        run(lambda z: z, z0, 1)
+    assert (counted.work, counted.views) == (3, 2)
+    assert overhead.operations(run, lambda z: torch.cos(z + 1), z0, 4) == (4, 3, 2)
+
+
+@pytest.mark.parametrize("size", [*SIZES, *TINY], ids=str)
+def test_the_floor_by_hand(size: Size) -> None:
+    n = size.evals
+    state = 4 * size.rows * size.dim
+    # z and f(z) are read at each evaluation, and all but the last are followed by a step, which writes the next z.
+    assert overhead.floor_bytes(fixpoint.Picard(), size) == 2 * state
+    # Steps 0 and 1 meet empty histories, and all but the first write a slot of each.
+    read = sum(2 * min(max(step - 1, 0), 5) for step in range(n - 1))
+    assert overhead.floor_bytes(fixpoint.Anderson(), size) * n == pytest.approx(
+        (2 * n + (n - 1) + read + 2 * (n - 2)) * state
+    )
+    # Nothing is forgotten in fewer steps than the memory has slots.
+    assert overhead.floor_bytes(fixpoint.Broyden(memory=99), size) * n == pytest.approx(
+        (2 * n + (n - 1) + sum(range(n - 1)) + (n - 1)) * state
+    )
+
+
+@pytest.mark.parametrize("memory", [1, 2, 3, 5, 20])
+def test_the_histories_are_as_full_as_the_floor_says(memory: int) -> None:
+    f, z = overhead.affine(Size(rows=1, dim=400), dtype=torch.float64)
+    anderson, broyden = fixpoint.Anderson(memory=memory), fixpoint.Broyden(memory=memory)
+    expected_anderson, expected_broyden = histories(anderson, 30), histories(broyden, 30)
+    state = anderson.init(z)
+    for step in range(30):
+        filled = [int((slot != 0).any()) for kept in (state.basis, state.images) for slot in kept.slots]
+        assert (sum(filled), 2 * (step > 0)) == expected_anderson[step]
+        z, state = anderson.step(z, f(z), state)
+    z = torch.zeros_like(z)
+    state = broyden.init(z)
+    for step in range(30):
+        z, state = broyden.step(z, f(z), state)
+        assert (state.held - 1, 1) == expected_broyden[step]
+
+
+def test_a_solver_of_unknown_histories_is_refused() -> None:
+    with pytest.raises(TypeError, match="histories of Blockwise"):
+        histories(fixpoint.Blockwise(fixpoint.Picard(), blocks=2), 3)
+
+
+@pytest.mark.parametrize("name", overhead.CONTESTANTS)
+def test_every_contestant_makes_the_evaluations_that_are_asked_for(name: str) -> None:
+    for size in (SIZES[0], *TINY):
+        f, z0 = overhead.affine(size)
+        extra = name == "torchdeq Broyden"
+        assert overhead.timed(overhead.CONTESTANTS[name], f, z0, size.evals)() == size.evals + extra
+
+
+def test_the_least_time_per_unit_counts_and_all_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = [0.0], []
+
+    def task(name: str, durations: list[float], units: int) -> Callable[[], int]:
+        def run() -> int:
+            order.append(name)
+            clock[0] += durations.pop(0)
+            return units
+
+        return run
+
+    monkeypatch.setattr(overhead.time, "perf_counter", lambda: clock[0])
+    tasks = {"a": task("a", [6, 2, 4], 2), "b": task("b", [3, 5, 9], 1)}
+    assert overhead.fastest(tasks, 3) == {"a": 1, "b": 3}
+    assert order == ["a", "b"] * 3
+
+
+def test_a_copy_moves_half_of_the_bytes_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = []
+    monkeypatch.setattr(Tensor, "copy_", lambda target, source: copied.append((target.nbytes, source.nbytes)))
+    assert overhead.copying(1000, 3)() == 3
+    assert copied == [(500, 500)] * 3
+
+
+def measured(anderson: float, broyden: float, size: Size = TINY[0]) -> Measured:
+    """Made-up figures: ours take these seconds, each peer takes one."""
+    seconds = {"Picard": 0.1, "Anderson": anderson, "Broyden": broyden, **dict.fromkeys(PEERS.values(), 1.0)}
+    plain = {name: Figures(seconds=each, calls=6, operations=7, views=8) for name, each in seconds.items()}
+    ours = {"step_operations": 9.0, "floor_bytes": 100.0, "floor_seconds": 0.05, "states": 17.25}
+    contestants = {name: replace(each, **ours) if name in SOLVERS else each for name, each in plain.items()}
+    return Measured(size=size, f_seconds=0.002, contestants=contestants)
+
+
+@pytest.mark.parametrize(
+    ("figures", "verdicts"),
+    [
+        ([(0.6, 0.5), (0.5, 0.6)], "PPPP"),
+        ([(0.3, 0.5), (1.0, 0.5)], "PPPP"),
+        ([(0.3, 0.5), (1.1, 0.5)], "PFPP"),
+        ([(0.7, 0.5), (0.7, 0.5)], "FPPP"),
+        ([(0.5, 0.9), (0.5, 1.2)], "PPFF"),
+        ([(0.5, 0.5), (-0.1, 0.5)], "FFPP"),
+    ],
+)
+def test_targets_on_made_up_figures(figures: list[tuple[float, float]], verdicts: str) -> None:
+    aims = overhead.targets([measured(*each, size=size) for each, size in zip(figures, TINY, strict=True)])
+    assert "".join("P" if aim.met else "F" for aim in aims) == verdicts
+
+
+def test_targets_name_the_sizes_that_speak_against_them() -> None:
+    aims = overhead.targets([measured(0.3, 0.5), measured(1.2, 0.5, size=TINY[1])])
+    assert (aims[0].measured, aims[1].measured, aims[1].against) == ("0.60", "0.30 to 1.20", ("3 x 8: 1.20",))
+
+
+def test_a_time_that_f_drowns_has_no_ratio() -> None:
+    assert math.isnan(measured(0.0, 0.5).ratio("Anderson"))
+    assert measured(0.0, 0.5).ratio("Broyden") == 0.5
+
+
+def test_the_table_on_made_up_figures() -> None:
+    lines = overhead.table([measured(0.25, 0.5)]).splitlines()
+    assert lines[2] == "1 x 10, 6 evaluations; f alone 2.0000 ms"
+    cells = {re.split(r"\s{2,}", line.strip())[0]: re.split(r"\s{2,}", line.strip())[1:] for line in lines[3:]}
+    assert cells["Anderson"] == ["250.0000", "0.25", "5.0", "7.0", "8.0", "9.0", "17.2"]
+    assert cells["torchdeq Broyden"] == ["1000.0000", "-", "-", "7.0", "8.0", "-", "-"]
+    assert cells["Picard"][:3] == ["100.0000", "-", "2.0"]
+
+
+def test_the_command_prints_and_writes_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = []
+    monkeypatch.setattr(overhead, "QUICK", TINY)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    assert overhead.main(["--quick", "--threads", "3", "--out", str(tmp_path / "new")]) == 0
+    printed = capsys.readouterr().out
+    assert threads == [3]
+    assert (tmp_path / "new" / "overhead.txt").read_text() == printed
+    assert len(re.findall(r"^(PASS|FAIL)  (Anderson|Broyden) / torchdeq", printed, re.MULTILINE)) == 4
+    document = json.loads((tmp_path / "new" / "overhead.json").read_text())
+    assert {"machine", "versions", "commit", "targets", "sizes"} <= set(document)
+    assert "torchdeq" in document["versions"]
+    assert [each["size"]["dim"] for each in document["sizes"]] == [10, 8]
+    for each in document["sizes"]:
+        found = each["contestants"]
+        assert set(found) == set(overhead.CONTESTANTS)
+        assert found["Anderson"]["calls"] == each["size"]["evals"]
+        assert found["Anderson"]["operations"] < found["torchdeq Anderson m=5"]["operations"]
+        assert found["Anderson"]["floor_seconds"] > 0
+        assert found["torchdeq Broyden"]["floor_bytes"] is None
+
+
+def test_without_a_device_the_script_says_so_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.main(["--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "no CUDA device: nothing measured\n"
+    assert not list(tmp_path.iterdir())
+
+
+class Recorded(TorchDispatchMode):
+    """A graph's likeness: operations are noted with their tensors, undone, and done again on the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, dict[str, Any], Any]] = []
+        self.before: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function._schema.is_mutable:
+            written = kwargs.get("out", args[0])
+            self.before.append((written, written.clone()))
+        output = function(*args, **kwargs)
+        if not function.is_view:
+            self.calls.append((function, args, kwargs, output))
+        return output
+
+    def undo(self) -> None:
+        """Bring back what was overwritten."""
+        for written, value in reversed(self.before):
+            written.copy_(value)
+
+    def replay(self) -> None:
+        """Do all of it again, with what the tensors hold now."""
+        for function, args, kwargs, output in self.calls:
+            value = function(*args, **kwargs)
+            if isinstance(output, Tensor) and not function._schema.is_mutable:
+                output.copy_(value)
+
+
+def recorded(work: Callable[[], None]) -> Callable[[], None]:
+    """In place of a capture: afterwards nothing has happened, and what is returned makes it happen."""
+    with Recorded() as graph:
+        work()
+    graph.undo()
+    return graph.replay
+
+
+@pytest.fixture
+def likeness(monkeypatch: pytest.MonkeyPatch) -> device.Device:
+    """The CPU in a CUDA device's place: small systems are tensors, as they are there."""
+    for name in ("anderson", "broyden"):
+        monkeypatch.setattr(f"fixpoint.solvers.{name}.small", lambda x: x)
+    return device.Device(name="cpu", backend="eager", capture=recorded, wait=lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("solver", "graphs"),
+    [
+        (fixpoint.Picard(), 1),
+        (fixpoint.Anderson(), 10),
+        (fixpoint.Anderson(memory=4), 4),
+        (fixpoint.Broyden(), 18),
+        (fixpoint.Broyden(memory=5), 3),
+    ],
+    ids=repr,
+)
+def test_replayed_steps_equal_plain_ones(solver: fixpoint.Solver, graphs: int, likeness: device.Device) -> None:
+    f, z0 = overhead.affine(TINY[1], dtype=torch.float64)
+    with torch.no_grad():
+        assert device.GraphedSteps(solver, f, z0, recorded).graphs == graphs
+        f, z0 = overhead.affine(device.CHECKED, dtype=torch.float64)
+        aim = device.graphed_agrees("it", solver, f, z0, likeness)
+    assert (aim.met, aim.measured) == (True, "differs by 0.0e+00")
+
+
+@pytest.mark.parametrize("name", device.SHORT)
+def test_compiled_steps_equal_plain_ones_within_the_limit_of_versions(name: str, likeness: device.Device) -> None:
+    f, z0 = overhead.affine(device.CHECKED, dtype=torch.float64)
+    with torch.no_grad():
+        aim = device.compiled_agrees(name, device.SHORT[name], f, z0, likeness)
+    assert aim.met, aim.measured
+
+
+def test_what_fails_or_is_not_finite_does_not_agree() -> None:
+    def broken() -> list[Tensor]:
+        raise RuntimeError("operation not permitted\nand more")
+
+    aim = device._agreement("it", broken, [torch.ones(1)])
+    assert (aim.met, aim.measured) == (False, "RuntimeError: operation not permitted")
+    assert not device._agreement("it", lambda: [torch.tensor([math.nan])], [torch.ones(1)]).met
+    assert not device._agreement("it", lambda: [torch.ones(1), torch.zeros(1)], [torch.ones(1)] * 2).met
+
+
+@pytest.mark.parametrize(("evals", "check_every"), [(40, 1), (40, 8), (41, 8), (7, 8), (1, 1), (8, 8)])
+def test_looks_are_those_of_the_loop(evals: int, check_every: int) -> None:
+    seen: list[int] = []
+    f, z0 = overhead.affine(TINY[0], dtype=torch.float64)
+    fixpoint.solve(
+        f,
+        z0,
+        solver=fixpoint.Picard(),
+        rtol=0,
+        max_evals=evals,
+        check_every=check_every,
+        on_failure="ignore",
+        backward=None,
+        callback=lambda progress: seen.append(progress.nfev),
+    )
+    assert device.looks(evals, check_every) == len(seen)
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=repr)
+def test_a_step_off_the_host_meets_no_tensor_on_it(solver: fixpoint.Solver) -> None:
+    """A transfer makes the host wait, and reading a number cannot be done on the meta device at all."""
+    places = set()
+
+    class Places(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = function(*args, **(kwargs or {}))
+            places.update(x.device.type for x in (*args, output) if isinstance(x, Tensor))
+            return output
+
+    z = torch.empty(3, 7, device="meta")
+    assert small_dtype(z) == torch.float64
+    state = solver.init(z)
+    with Places():
+        for _ in range(45):
+            z, state = solver.step(z, torch.empty_like(z), state)
+    assert places == {"meta"}
+
+
+def test_times_of_a_device_and_their_table(likeness: device.Device) -> None:
+    with torch.no_grad():
+        found = device.milliseconds(TINY[1], likeness)
+    assert set(found) == {
+        *PEERS,
+        *PEERS.values(),
+        *(f"{name} step, {how}" for name in device.SHORT for how in ("plain", "compiled", "graphed")),
+    }
+    lines = device.table([(TINY[0], dict.fromkeys(found, 1.0)), (TINY[1], dict.fromkeys(found, 0.5))]).splitlines()
+    assert lines[0].split() == ["1", "x", "10", "3", "x", "8"]
+    assert all(line.split()[-2:] == ["1.0000", "0.5000"] for line in lines[1:])
+    assert len(lines) == 1 + len(found)
+
+
+def test_calls_are_counted_from_outside() -> None:
+    f = Counted(lambda z: z + 1)
+    overhead.f_alone(f, torch.zeros(2, 2), 5)
+    assert f.calls == 5
