@@ -100,7 +100,7 @@ def torchdeq(name: str, **options: int) -> Run:
     """A solver of torchdeq; no row can meet the tolerance. Its Broyden makes one evaluation more."""
 
     def run(f: Map, z0: Tensor, evals: int) -> None:
-        get_solver(name)(f, z0, max_iter=evals + 1, tol=0.0, stop_mode="rel", **options)
+        get_solver(name)(f, z0, max_iter=evals, tol=0.0, stop_mode="rel", **options)
 
     return run
 

@@ -120,37 +120,51 @@ def root(
         seen = {"nfev": progress.nfev + 2, "max_evals": max_evals, "value": _times(progress.value, unit)}
         return callback(dataclasses.replace(progress, residual=progress.residual * target, **seen))
 
-    solution = solve(
-        relaxed,
-        _times(x0, 1 / unit),
-        (unit, target, *args),
-        solver=solver,
-        backward=None if backward is None else _AtRoot(backward),
-        rtol=0.0,
-        atol=_AIM,
-        max_evals=max_evals - _EXTRA,
-        batch_dims=len(layout.batch_shape),
-        on_failure="ignore",
-        check_every=check_every,
-        record=record,
-        callback=watch if callback else None,
-    )
-    value = _times(solution.value, unit)
+    def in_units_of_x(found: Solution) -> Solution:
+        return dataclasses.replace(
+            found,
+            value=_times(found.value, unit),
+            residual=found.residual * target,
+            relative_residual=torch.where(found.residual == 0, 0, found.residual * target / initial),
+            evals=found.evals + _EXTRA - 1,
+            nfev=found.nfev + _EXTRA - 1,
+            trace=None if found.trace is None else found.trace * target,
+        )
+
+    try:
+        solution = solve(
+            relaxed,
+            _times(x0, 1 / unit),
+            (unit, target, *args),
+            solver=solver,
+            backward=None if backward is None else _AtRoot(backward),
+            rtol=0.0,
+            atol=_AIM,
+            max_evals=max_evals - _EXTRA,
+            batch_dims=len(layout.batch_shape),
+            on_failure="ignore",
+            check_every=check_every,
+            record=record,
+            callback=watch if callback else None,
+        )
+    except BaseException as error:
+        if isinstance(getattr(error, "solution", None), Solution):
+            error.solution = in_units_of_x(error.solution)  # type: ignore[attr-defined]
+        raise
+    solution = in_units_of_x(solution)
     # Measured anew: where a state is so long that its rounding swallows the step, the solve saw a residual of zero.
-    residual = batch(row_norm(rows_of_g(map_leaves(torch.clone, value))))
+    residual = batch(row_norm(rows_of_g(map_leaves(torch.clone, solution.value))))
     converged = residual <= torch.where(usable, target, 0)
     swallowed = ~converged & (solution.status == Status.CONVERGED)
     status = torch.where(swallowed, int(Status.STAGNATED), solution.status)
     solution = dataclasses.replace(
         solution,
-        value=value,
         converged=converged,
         status=torch.where(converged, int(Status.CONVERGED), status),
         residual=residual,
         relative_residual=torch.where(residual == 0, 0, residual / initial),
-        evals=solution.evals + _EXTRA,
-        nfev=solution.nfev + _EXTRA,
-        trace=None if solution.trace is None else solution.trace * target,
+        evals=solution.evals + 1,
+        nfev=solution.nfev + 1,
     )
     report(solution, on_failure)
     return solution

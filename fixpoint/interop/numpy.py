@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.convergence import ConvergenceError
+from fixpoint.solution import Solution
 from fixpoint.structure import leaves, map_leaves
 
 Solve = TypeVar("Solve", bound=Callable[..., Any])
@@ -49,8 +49,10 @@ def accepts_arrays(solve: Solve) -> Solve:
             on_tensors = _ArrayMap(f, start)
             shared = tuple(map_leaves(_shared, args))
             solution = solve(on_tensors, on_tensors.z0, shared, **{**options, "backward": None})
-        except ConvergenceError as error:
-            error.solution = _with_arrays(error.solution)
+        except BaseException as error:
+            # What was found by then, whoever raised: a failure to converge, f, or Ctrl-C.
+            if isinstance(getattr(error, "solution", None), Solution):
+                error.solution = _with_arrays(error.solution)  # type: ignore[attr-defined]
             raise
         return _with_arrays(solution)
 

@@ -26,6 +26,8 @@ from fixpoint.solvers.history import (
 _NEW_SHARE = 0.01
 # A residual so many times the predicted one, beyond what a plain step does to it, is a surprise.
 _SURPRISE = 10.0
+# A residual that has fallen to this share is a fresh start: failures are counted anew.
+_RECOVERY = 0.1
 # A predicted |g|^2 below this share of the present one is as good as zero.
 _NEGLIGIBLE = 1e-3
 
@@ -35,7 +37,7 @@ class _Guard(NamedTuple):
 
     bound: Small  # what |g - dG gamma|^2 must not exceed at the next step; infinity after a plain one
     growth: Small  # the largest factor over the bound that |g|^2 may show
-    best: Small  # the smallest |g|^2 so far
+    level: Small  # |g|^2 from which failures are counted
     rest: Small  # plain steps that the next failure costs
     left: Small  # plain steps still to take
 
@@ -51,17 +53,19 @@ class _Guard(NamedTuple):
         """Which rows must take a plain step, given ``|g|^2`` and ``|g - dG gamma|^2``; and what is known then.
 
         The kept differences can reproduce the last prediction, unless the one dropped since mattered, and g follows it,
-        unless f bends. A row that sees either fail starts over with plain steps, twice as many at each failure that
-        comes before a new smallest residual.
+        unless f bends. A row that sees either fail starts over with plain steps, twice as many at each failure until
+        the residual has fallen to a tenth.
         """
         xp = namespace(square)
         failed = ~(xp.maximum(predicted, square / self.growth) <= self.bound)  # also where something is NaN
-        rest = xp.where(square < self.best, 1.0, self.rest)
+        recovered = square < _RECOVERY**2 * self.level
+        rest = xp.where(recovered, 1.0, self.rest)
         due = failed * rest
         left = xp.maximum(self.left - 1, due)
         plain = left > 0
         bound = xp.where(plain, xp.inf, predicted + _NEGLIGIBLE * square)
-        return plain, _Guard(bound, self.growth, xp.minimum(square, self.best), rest + due, left)
+        level = xp.where(recovered, square, self.level)
+        return plain, _Guard(bound, self.growth, level, rest + due, left)
 
 
 class AndersonState(NamedTuple):

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fixpoint
 from benchmarks import device, overhead
-from benchmarks.overhead import PEERS, SIZES, SOLVERS, Counted, Figures, Measured, Size, histories
-from fixpoint.solvers.base import small_dtype
+from benchmarks.overhead import PEERS, SIZES, SOLVERS, Figures, Measured, Size, histories
 
 TINY = (Size(rows=1, dim=10, evals=6, rounds=2), Size(rows=3, dim=8, evals=5, rounds=2))
 
@@ -35,6 +34,22 @@ def test_operations_and_views_of_a_function_by_hand() -> None:
         run(lambda z: z, z0, 1)
     assert (counted.work, counted.views) == (3, 2)
     assert overhead.operations(run, lambda z: torch.cos(z + 1), z0, 4) == (4, 3, 2)
+
+
+@dataclass(frozen=True)
+class Halfway(fixpoint.Solver):
+    """Two operations a step."""
+
+    def init(self, z: Tensor) -> None:
+        return None
+
+    def step(self, z: Tensor, fz: Tensor, state: None) -> tuple[Tensor, None]:
+        return (z + fz) / 2, None
+
+
+def test_operations_of_a_step() -> None:
+    assert overhead.step_operations(Halfway(), TINY[0]) == 2
+    assert overhead.step_operations(fixpoint.Picard(), TINY[0]) == 0
 
 
 @pytest.mark.parametrize("size", [*SIZES, *TINY], ids=str)
@@ -106,6 +121,14 @@ def test_a_copy_moves_half_of_the_bytes_each_way(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Tensor, "copy_", lambda target, source: copied.append((target.nbytes, source.nbytes)))
     assert overhead.copying(1000, 3)() == 3
     assert copied == [(500, 500)] * 3
+
+
+def test_the_time_of_f_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "fastest", lambda tasks, rounds: dict.fromkeys(tasks, 5.0) | {"f": 2.0})
+    found = overhead.measure(TINY[0])
+    assert found.f_seconds == 2
+    assert {each.seconds for each in found.contestants.values()} == {3}
+    assert found.contestants["Anderson"].floor_seconds == 5
 
 
 def measured(anderson: float, broyden: float, size: Size = TINY[0]) -> Measured:
@@ -274,17 +297,8 @@ def test_what_fails_or_is_not_finite_does_not_agree() -> None:
 def test_looks_are_those_of_the_loop(evals: int, check_every: int) -> None:
     seen: list[int] = []
     f, z0 = overhead.affine(TINY[0], dtype=torch.float64)
-    fixpoint.solve(
-        f,
-        z0,
-        solver=fixpoint.Picard(),
-        rtol=0,
-        max_evals=evals,
-        check_every=check_every,
-        on_failure="ignore",
-        backward=None,
-        callback=lambda progress: seen.append(progress.nfev),
-    )
+    options = {"rtol": 0, "max_evals": evals, "check_every": check_every, "on_failure": "ignore", "backward": None}
+    fixpoint.solve(f, z0, solver=fixpoint.Picard(), callback=lambda progress: seen.append(progress.nfev), **options)
     assert device.looks(evals, check_every) == len(seen)
 
 
@@ -300,7 +314,6 @@ def test_a_step_off_the_host_meets_no_tensor_on_it(solver: fixpoint.Solver) -> N
             return output
 
     z = torch.empty(3, 7, device="meta")
-    assert small_dtype(z) == torch.float64
     state = solver.init(z)
     with Places():
         for _ in range(45):
@@ -308,9 +321,17 @@ def test_a_step_off_the_host_meets_no_tensor_on_it(solver: fixpoint.Solver) -> N
     assert places == {"meta"}
 
 
-def test_times_of_a_device_and_their_table(likeness: device.Device) -> None:
+def test_times_of_a_device_and_their_table(likeness: device.Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(tasks: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+        assert {task() for task in tasks.values()} == {TINY[1].evals, TINY[1].evals + 1}
+        return dict.fromkeys(tasks, 5.0) | {"f": 2.0}
+
+    waits: list[None] = []
+    monkeypatch.setattr(device, "fastest", once)
     with torch.no_grad():
-        found = device.milliseconds(TINY[1], likeness)
+        found = device.milliseconds(TINY[1], replace(likeness, wait=lambda: waits.append(None)))
+    assert len(waits) == 1 + 1 + len(found)
+    assert set(found.values()) == {3000}
     assert set(found) == {
         *PEERS,
         *PEERS.values(),
@@ -320,9 +341,3 @@ def test_times_of_a_device_and_their_table(likeness: device.Device) -> None:
     assert lines[0].split() == ["1", "x", "10", "3", "x", "8"]
     assert all(line.split()[-2:] == ["1.0000", "0.5000"] for line in lines[1:])
     assert len(lines) == 1 + len(found)
-
-
-def test_calls_are_counted_from_outside() -> None:
-    f = Counted(lambda z: z + 1)
-    overhead.f_alone(f, torch.zeros(2, 2), 5)
-    assert f.calls == 5

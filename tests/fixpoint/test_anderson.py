@@ -102,11 +102,11 @@ def test_judge_trusts_what_follows_the_prediction_alone():
     assert trusts(99.0, 0.5)
     assert not trusts(101.0, 0.5), "ten times the predicted residual"
     assert not trusts(np.inf, np.nan)
-    # Rests of 1, 2, 4 plain steps while no residual is the smallest so far; back to 1 with a new smallest one.
+    # Rests of 1, 2, 4 plain steps until the residual has fallen to a tenth; then back to 1.
     guard = guard_with()
-    for rest, smallest in ((1, 20.0), (2, None), (4, None), (1, 10.0)):
-        if smallest is not None:
-            trusted, guard = judge(guard, smallest, 0.3)
+    for rest, fallen in ((1, 1.9), (2, None), (4, 0.02), (1, 0.018)):
+        if fallen is not None:
+            trusted, guard = judge(guard, fallen, 0.01)
             assert trusted
         trusted, guard = judge(guard, 9000.0, 0.3)
         length = 0

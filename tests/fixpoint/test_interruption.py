@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -156,3 +157,36 @@ def test_a_callback_that_stops_gets_the_best_state_with_its_status():
     assert sol.status.tolist() == [Status.CONVERGED, Status.MAX_EVALS, Status.MAX_EVALS]
     assert sol.value[:, 0].tolist() == [1.0, 1.5, 1.9]
     assert sol.evals.tolist() == [2, 3, 3]
+
+
+def test_a_numpy_function_that_is_interrupted_hands_over_arrays():
+    calls = 0
+
+    def f(z):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return 0.5 * z + 1
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fixpoint.solve(f, np.zeros((2, 3)), solver=Picard())
+    assert isinstance(caught.value.solution.value, np.ndarray)
+    np.testing.assert_allclose(caught.value.solution.value, 1.5)
+
+
+def test_a_root_that_is_interrupted_is_handed_over_in_its_own_units():
+    calls = 0
+
+    def g(x):
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return 1e3 * (x**3 - 8)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fixpoint.root(g, torch.full((1, 1), 3.0, dtype=torch.float64))
+    found = caught.value.solution
+    torch.testing.assert_close(found.residual, (1e3 * (found.value**3 - 8)).abs()[:, 0])
+    assert found.nfev == 5
