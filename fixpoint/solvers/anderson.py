@@ -145,7 +145,7 @@ class Anderson(Solver):
         now = 1 - last
         pair = state.pair.put(now, torch.sub, fz, z)
         if state.fz is None:
-            first = small(pair.dots(pair.rows))[:, now, now]
+            first = constant(small(pair.dots(pair.rows))[:, now, now])
             z_next = z + self.damping * pair.slots[now]
             return z_next.to(dtype), state._replace(pair=pair, newest=now, fz=fz, first=first)
         pair = pair.put(last, torch.sub, pair.slots[now], pair.slots[last])  # the difference takes the old one's place
@@ -163,7 +163,7 @@ class Anderson(Solver):
             scale = 1 / xp.sqrt(squares[:, last, last] - inner[:, 1, 1] + torch.finfo(wide).tiny)
             new = (squares[:, now, last] - inner[:, 0, 1]) * scale
             square = constant(squares[:, now, now])
-            guard = state.guard or _Guard.start(state.first, square)
+            guard = state.guard or _Guard.start(alike(state.first, square), square)
             plain, guard = guard.judge(square, square - constant(inner[:, 0, 0] + new * new))
             new, trusted = xp.where(plain, 0, new), (keep & ~plain)[:, None]
             old, use, shared = xp.where(trusted, old, 0), use * trusted, known[:, 1] * keep[:, None]
