@@ -3,14 +3,18 @@
 from fixpoint import bench
 from fixpoint.backward.base import Backward, Run
 from fixpoint.backward.ift import IFT
+from fixpoint.backward.neumann import Neumann
 from fixpoint.backward.phantom import JFB, Phantom
-from fixpoint.backward.stochastic_jfb import StochasticJFB
+from fixpoint.backward.reversible import Reversible
+from fixpoint.backward.shine import SHINE
+from fixpoint.backward.stochastic_jfb import MultiStepJFB, StochasticJFB
 from fixpoint.backward.unroll import Unroll
 from fixpoint.convergence import ConvergenceError, ConvergenceWarning, Status
 from fixpoint.layer import FixedPointLayer
 from fixpoint.memory import MemoryEstimate, estimate_memory
 from fixpoint.problems import Problem, RegisteredProblem, available_problems, load_problem
 from fixpoint.progress import ProgressBar
+from fixpoint.regularisation import correction_loss, jacobian_penalty, spectral_radius
 from fixpoint.root import root
 from fixpoint.solution import Progress, Solution
 from fixpoint.solve import solve
@@ -25,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IFT",
     "JFB",
+    "SHINE",
     "Anderson",
     "Backward",
     "Blockwise",
@@ -33,12 +38,15 @@ __all__ = [
     "ConvergenceWarning",
     "FixedPointLayer",
     "MemoryEstimate",
+    "MultiStepJFB",
+    "Neumann",
     "Phantom",
     "Picard",
     "Problem",
     "Progress",
     "ProgressBar",
     "RegisteredProblem",
+    "Reversible",
     "Run",
     "Solution",
     "Solver",
@@ -47,8 +55,11 @@ __all__ = [
     "Unroll",
     "available_problems",
     "bench",
+    "correction_loss",
     "estimate_memory",
+    "jacobian_penalty",
     "load_problem",
     "root",
     "solve",
+    "spectral_radius",
 ]

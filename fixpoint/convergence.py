@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Array = npt.NDArray[Any]
+OnFailure = Literal["warn", "raise", "ignore"]
 
 
 class Status(enum.IntEnum):

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint.structure import Layout, leaves, map_leaves
+from fixpoint.transforms import ClosureError, plain, transformed
 
 
 class RowMap:
     """``f(z, *args)`` on flat rows ``(rows, dim)``.
+
+    ``inputs`` are the tensors in args and, if f is a module, its parameters. Called with further tensors, it puts them
+    in the place of the inputs.
 
     The first evaluation checks what f returns and, when gradients are wanted, whether it depends on anything that
     requires them. A first evaluation inside ``no_grad`` builds the graph to look at it, with nothing saved in it.
@@ -25,6 +29,10 @@ class RowMap:
         self.layout = layout
         self.calls = 0
         self._gradients = gradients
+        parameters = dict(f.named_parameters()) if isinstance(f, nn.Module) else {}
+        self._names = list(parameters)
+        tensors = [leaf for _, leaf in leaves(self._args) if isinstance(leaf, Tensor)]
+        self.inputs = (*tensors, *parameters.values())
         self._checked = False
         self._probed: tuple[Tensor, Tensor] | None = None
 
@@ -47,20 +55,20 @@ class RowMap:
 
     def must_differentiate(self) -> bool:
         """Whether an argument or a parameter requires grad, as far as can be seen from outside f."""
-        parameters = list(self._f.parameters()) if isinstance(self._f, nn.Module) else []
-        inputs = [leaf for _, leaf in leaves(self._args) if isinstance(leaf, Tensor)]
-        return self._gradients and any(x.requires_grad for x in (*parameters, *inputs))
+        return self._gradients and any(x.requires_grad for x in self.inputs)
 
     def differentiates(self, z: Tensor) -> bool:
         """Whether f(z) requires grad; the evaluation, graph and all, is kept for who asks for f at this ``z`` next."""
-        if not self._gradients or self.must_differentiate():
+        if not self._gradients or self.must_differentiate() or transformed(z, *self.inputs):
             return self._gradients
         with torch.enable_grad():
             fz = self._evaluate_checked(z)
         self._probed = (z, fz)
         return fz.requires_grad
 
-    def __call__(self, z: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, *inputs: Tensor) -> Tensor:
+        if inputs:
+            return self._evaluate(z, inputs) if self._checked else self._evaluate_checked(z, inputs)
         if self._probed is not None:
             at, fz = self._probed
             self._probed = None
@@ -88,23 +96,36 @@ class RowMap:
             fz = self._evaluate_checked(z)
         return fz.detach(), fz.requires_grad
 
-    def _output(self, z: Tensor) -> Any:
-        output = self._f(self.layout.unflatten(z), *self._args)
+    def _output(self, z: Tensor, inputs: Sequence[Tensor]) -> Any:
+        state = self.layout.unflatten(z)
+        if not inputs:
+            output = self._f(state, *self._args)
+        else:
+            given = iter(inputs)
+            args = map_leaves(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, self._args)
+            if isinstance(self._f, nn.Module):
+                parameters = dict(zip(self._names, given, strict=True))
+                output = torch.func.functional_call(self._f, parameters, (state, *args))
+            else:
+                output = self._f(state, *args)
         self.calls += 1
         return output
 
-    def _evaluate(self, z: Tensor) -> Tensor:
-        return self.layout.flatten(self._output(z))
+    def _evaluate(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
+        return self.layout.flatten(self._output(z, inputs))
 
-    def _evaluate_checked(self, z: Tensor) -> Tensor:
+    def _evaluate_checked(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
         before, version = z.detach().clone(), _version(z)
-        output = self._output(z)
+        output = self._output(z, inputs)
         self.layout.check_output(output)
         # The version tells of a change that altered no value, such as relu_() on zeros; .data escapes the version.
-        if _version(z) != version or not torch.equal(before, z.detach()):
+        if _version(z) != version or not torch.equal(plain(before), plain(z.detach())):
             raise ValueError("f changed its input in place (z += ..., z.relu_()): return a new tensor instead")
         self._checked = True
-        return self.layout.flatten(output)
+        fz = self.layout.flatten(output)
+        if transformed(fz) and not transformed(z, *self.inputs, *inputs):
+            raise ClosureError
+        return fz
 
 
 def _version(z: Tensor) -> int:

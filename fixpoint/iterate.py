@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class Iterates:
     nfev: int
     trace: Tensor | None = None  # (nfev, rows)
     fixed_depth: bool = False  # handed over as it came, not solved to a tolerance
+    state: Any = None  # the solver's, as its last step left it
 
     def measured(self, fz: Tensor, tolerance: Tolerance) -> Iterates:
         """The same run with the figures that ``fz = f(self.z)`` gives; for states handed over unverified."""
@@ -156,7 +158,7 @@ def iterate(
             ended = best.update(z, figures, tolerance)
             stop = watch and watch(best.nfev, _figures_like(z, residual), best.remaining, z.detach())
             if stop or best.nfev == max_evals or best.remaining == 0:
-                return best.outcome()
+                return replace(best.outcome(), state=state)
             if ended:
                 if compaction is not None:
                     compaction.select(best.active, z, fz)
@@ -185,7 +187,7 @@ def advance(f: Map, z: Tensor, solver: Solver, tolerance: Tolerance, *, depth: i
     status = torch.where(torch.isfinite(z.detach()).all(dim=1), int(Status.MAX_EVALS), int(Status.NON_FINITE))
     unknown = _figures_like(z, np.full(len(z), np.nan))
     recorded = _figures_like(z, np.stack([*trace, np.empty(len(z))])[:-1]) if record else None
-    return Iterates(z, unknown, unknown, status, torch.full_like(status, depth), depth, recorded, True)
+    return Iterates(z, unknown, unknown, status, torch.full_like(status, depth), depth, recorded, True, state)
 
 
 def _like(z: Tensor, array: Array) -> Tensor:

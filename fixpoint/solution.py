@@ -11,6 +11,7 @@ from torch import Tensor
 from fixpoint.convergence import Status
 from fixpoint.iterate import Iterates
 from fixpoint.structure import Layout
+from fixpoint.transforms import plain
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Solution:
         evals: Evaluations until the row ended.
         nfev: Batched evaluations of f in the solve; a backward rule's own are not in it.
         trace: ``(nfev, *batch)`` residuals if recorded, else None. A row that has ended keeps its final residual.
+        states: What ``keep`` asked for, by number of evaluations: the states reached before the solve ended. With
+            gradients attached, each is one more application of f, with the gradient of JFB.
     """
 
     value: Any
@@ -63,6 +66,7 @@ class Solution:
     evals: Tensor
     nfev: int
     trace: Tensor | None = None
+    states: dict[int, Any] = field(default_factory=dict)
     _later: Later = field(default_factory=Later)
 
     @property
@@ -95,8 +99,8 @@ class Solution:
 
     def complaint(self, what: str = "row") -> str:
         """One line: how many rows did not converge, why, and what to change; empty if all did."""
-        status, relative = torch.as_tensor(self.status), torch.as_tensor(self.relative_residual)
-        failed = status[~torch.as_tensor(self.converged)]
+        status, relative = (plain(torch.as_tensor(x)) for x in (self.status, self.relative_residual))
+        failed = status[status != Status.CONVERGED]
         if failed.numel() == 0:
             return ""
         causes = "; ".join(
@@ -111,6 +115,7 @@ class Solution:
         )
 
     def __repr__(self) -> str:
-        done, total = int(self.converged.sum()), torch.as_tensor(self.converged).numel()
-        worst = float(self.relative_residual.max()) if total else 0.0
+        converged, relative = (plain(torch.as_tensor(x)) for x in (self.converged, self.relative_residual))
+        done, total = int(converged.sum()), converged.numel()
+        worst = float(relative.max()) if total else 0.0
         return f"Solution({done} of {total} rows converged, nfev={self.nfev}, worst relative residual {worst:.1e})"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,14 @@ from torch import Tensor, nn
 from fixpoint.backward.base import Backward, Run
 from fixpoint.backward.ift import IFT
 from fixpoint.compaction import Compaction
-from fixpoint.convergence import ConvergenceError, ConvergenceWarning, Tolerance, row_norm
+from fixpoint.convergence import ConvergenceError, ConvergenceWarning, OnFailure, Tolerance, row_norm
 from fixpoint.evaluation import RowMap
 from fixpoint.interop.numpy import accepts_arrays
 from fixpoint.iterate import Iterates, Record
 from fixpoint.solution import Later, Progress, Solution
 from fixpoint.solvers.anderson import Anderson
-from fixpoint.solvers.base import Solver
+from fixpoint.solvers.base import Solver, require_count
 from fixpoint.structure import Layout
-
-OnFailure = Literal["warn", "raise", "ignore"]
 
 
 @accepts_arrays
@@ -43,6 +42,7 @@ def solve(
     callback: Callable[[Progress], object] | None = None,
     depth: int | None = None,
     compact: bool = True,
+    keep: Collection[int] = (),
 ) -> Solution:
     """Solve ``z = f(z, *args)``, row by row, and attach gradients to the solution.
 
@@ -69,6 +69,8 @@ def solve(
         compact: Leave rows that are done out of what f sees, once more than a sixteenth of them are, where an argument
             has the batch's one dimension. f is tried before it is relied on, and sees all rows when it couples them.
             Set it to False for an f that must always see the same batch size.
+        keep: Numbers of evaluations whose states go into ``Solution.states``, for ``fixpoint.correction_loss``. Needs
+            ``check_every=1`` and turns ``compact`` off; runs of fixed depth keep none.
 
     Returns:
         Solution: the state and how good it is, per row.
@@ -97,6 +99,7 @@ def solve(
         on_failure=on_failure,
         check_every=check_every,
         depth=depth,
+        keep=keep,
     )
     problem_z0 = getattr(f, "z0", None)
     if batch_dims is None and problem_z0 is not None:
@@ -107,15 +110,21 @@ def solve(
     layout = Layout.of(start, batch_dims)
     later = Later()
     records: list[Record] = []
+    kept: dict[int, Tensor] = {}
 
     def watch(nfev: int, residual: Tensor, active: int, z: Tensor) -> object:
-        assert callback is not None
+        if nfev in keep:
+            kept[nfev] = z
+        if callback is None:
+            return None
         shaped = residual.reshape(layout.batch_shape)
         return callback(Progress(nfev, max_evals, shaped, active, layout.unflatten(z)))
 
-    def report_adjoint(iterates: Iterates) -> None:
-        later.solution = Solution.of(iterates, layout, iterates.z)
-        report(later.solution, "warn", "adjoint row")
+    def report_adjoint(iterates: Iterates, on_failure: OnFailure) -> None:
+        # A batch of torch.vmap arrives as further rows.
+        flat = layout if len(iterates.z) == layout.rows else Layout.of(iterates.z, 1)
+        later.solution = Solution.of(iterates, flat, iterates.z)
+        report(later.solution, on_failure, "adjoint row")
 
     gradients = backward is not None and torch.is_grad_enabled()
     rows = RowMap(f, args, layout, gradients=gradients)
@@ -127,15 +136,19 @@ def solve(
         max_evals=max_evals,
         check_every=check_every,
         record=record,
-        watch=watch if callback else None,
+        watch=watch if callback or keep else None,
         depth=depth,
+        inputs=rows.inputs,
         report_adjoint=report_adjoint,
-        compaction=Compaction(rows) if compact and rows.can_take else None,
+        compaction=Compaction(rows) if compact and not keep and rows.can_take else None,
         announce=records.append,
     )
+    if run.watch and run.transformed:
+        raise ValueError("callback and keep do not work under torch.func or forward-mode differentiation")
     try:
         if backward is not None and rows.differentiates(run.z0):
             value, iterates = backward.attach(run)
+            kept = {nfev: rows(z) for nfev, z in kept.items()}
         else:
             iterates = run.solve()
             value = iterates.z
@@ -143,7 +156,9 @@ def solve(
         if records and records[-1].nfev:
             _hand_over(records[-1].outcome, layout, error)
         raise
-    solution = Solution.of(iterates, layout, value, later)
+    solution = replace(
+        Solution.of(iterates, layout, value, later), states={nfev: layout.unflatten(z) for nfev, z in kept.items()}
+    )
     if not iterates.fixed_depth:
         report(solution, on_failure)
     return solution
@@ -185,6 +200,7 @@ def check_options(
     on_failure: str = "warn",
     check_every: int = 1,
     depth: int | None = None,
+    keep: Collection[int] = (),
 ) -> None:
     """Raise for an option of ``solve`` that cannot work, whatever the problem; others are looked at where they act."""
     if not isinstance(solver, Solver):
@@ -198,5 +214,9 @@ def check_options(
             raise TypeError(f"{name} must be an integer, found {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, found {value}")
+    for nfev in keep:
+        require_count("keep's entry", nfev)
+    if keep and (check_every > 1 or depth is not None):
+        raise ValueError(f"keep needs check_every=1 and depth=None, found check_every={check_every}, depth={depth}")
     if on_failure not in get_args(OnFailure):
         raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, found {on_failure!r}")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fixpoint.transforms import plain
+
 
 def leaves(state: Any, path: str = "z") -> Iterator[tuple[str, Any]]:
     """Yield ``(path, leaf)`` for every leaf of nested tuples, lists and dicts, dicts in insertion order."""
@@ -65,6 +67,7 @@ def require_same_nesting(found: Any, expected: Any, path: str = "z") -> None:
 
 def _all_finite(leaf: Tensor) -> bool:
     """A finite sum has finite terms, and costs a tenth of looking at each; only an overflow needs the closer look."""
+    leaf = plain(leaf)
     return bool(torch.isfinite(leaf.sum())) or bool(torch.isfinite(leaf).all())
 
 

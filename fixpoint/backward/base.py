@@ -5,14 +5,17 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fixpoint.backward.explicit import Solve, solve_explicitly
 from fixpoint.compaction import Compaction
-from fixpoint.convergence import Tolerance
+from fixpoint.convergence import OnFailure, Tolerance
 from fixpoint.iterate import Iterates, Map, Record, Watcher, advance, iterate
 from fixpoint.solvers.base import Solver
+from fixpoint.transforms import Explicit, transformed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +23,15 @@ class Run:
     """A forward solve that has not happened yet, with the means to let it happen.
 
     Attributes:
-        f: The map on rows, ``(rows, dim)`` to ``(rows, dim)``; records gradients when grad mode is on.
+        f: The map on rows, ``(rows, dim)`` to ``(rows, dim)``; records gradients when grad mode is on. Called
+            ``f(z, *tensors)``, it puts the tensors in the place of ``inputs``.
+        inputs: The tensors in the caller's args and, if f is a module, its parameters.
         z0: Where to start, ``(rows, dim)``; keeps its graph if the caller's z0 had one.
-        report_adjoint: Takes the outcome of a backward solve; it becomes ``Solution.adjoint``.
+        report_adjoint: Takes the outcome of a backward solve, which becomes ``Solution.adjoint``, and what to do about
+            rows that did not converge: "warn", "raise" or "ignore".
     """
 
-    f: Map
+    f: Explicit
     z0: Tensor
     solver: Solver
     tolerance: Tolerance
@@ -34,16 +40,44 @@ class Run:
     record: bool = False
     watch: Watcher | None = None
     depth: int | None = None
-    report_adjoint: Callable[[Iterates], None] = lambda _: None
     compaction: Compaction | None = None
     announce: Callable[[Record], object] = lambda _: None
+    inputs: tuple[Tensor, ...] = ()
+    report_adjoint: Callable[[Iterates, OnFailure], None] = lambda iterates, on_failure: None
+
+    @cached_property
+    def transformed(self) -> bool:
+        """Whether torch.func or forward-mode differentiation works on z0 or the inputs."""
+        return transformed(self.z0, *self.inputs)
 
     def solve(self) -> Iterates:
         """Solve without recording gradients: to the tolerance, or to the fixed depth that the caller asked for."""
+        if self.transformed:
+            return self.solve_explicitly(None)
         with torch.no_grad():
             iterates = self.unroll()
         # At depth 0 the state is z0, graph and all.
         return replace(iterates, z=iterates.z.detach()) if iterates.z.requires_grad else iterates
+
+    def solve_explicitly(self, linear: Solve | None) -> Iterates:
+        """Solve under the transformations of torch.func; with derivatives, if told how to solve their equations."""
+
+        def solve(f: Map, z0: Tensor) -> Iterates:
+            with torch.no_grad():
+                return replace(self, f=f, z0=z0, compaction=None).unroll()
+
+        if linear is None:
+            return solve_explicitly(self.f, solve, solve, self.z0.detach(), [x.detach() for x in self.inputs])
+        return solve_explicitly(self.f, solve, linear, self.z0, self.inputs)
+
+    def measured(self, iterates: Iterates, fz: Tensor) -> Iterates:
+        """``iterates`` with the figures that ``fz = f(state)`` gives, if its state was handed over unverified.
+
+        Under torch.func nobody can look at them, and they stay unknown.
+        """
+        if not iterates.fixed_depth or self.transformed:
+            return iterates
+        return iterates.measured(fz.detach(), self.tolerance)
 
     def advance(self, depth: int) -> Iterates:
         """Apply exactly ``depth`` solver updates to z0 without recording gradients, and hand over the last state."""

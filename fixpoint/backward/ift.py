@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from fixpoint.backward.adjoint import attach_adjoint
 from fixpoint.backward.base import Backward, Run
-from fixpoint.convergence import Tolerance
-from fixpoint.iterate import Iterates, iterate
+from fixpoint.backward.explicit import solve_explicitly, vector_jacobian_product
+from fixpoint.convergence import OnFailure, Status, Tolerance
+from fixpoint.iterate import Iterates, Map, iterate
 from fixpoint.solvers.anderson import Anderson
-from fixpoint.solvers.base import Solver
+from fixpoint.solvers.base import Solver, require_count
+from fixpoint.transforms import ClosureError, depends_on_nothing_else
+
+FailedRows = Literal["jfb", "best", "raise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +26,23 @@ class IFT(Backward):
 
     ``v`` is the incoming gradient and ``J`` the Jacobian of f at the solution; ``u`` then flows through one recorded
     application of f to parameters, inputs and whatever f closes over. The adjoint is solved by the same loop, with its
-    figures in ``Solution.adjoint``. It starts from ``u = v``, so a row whose adjoint cannot be improved keeps the JFB
-    gradient; a warning says so. First order only: a second derivative is refused.
+    figures in ``Solution.adjoint``.
+
+    Derivatives of higher order, and every transformation of ``torch.func``, are exact when all that is differentiated
+    is in ``args`` or a parameter of a module f. What f closes over has first derivatives; a second one is refused.
 
     Args:
-        solver: Solver of the adjoint equation. Anderson on a linear map is GMRES with restarts by forgetting.
+        solver: Solver of the adjoint equation. Anderson on a linear map is GMRES.
         rtol: Relative tolerance of the adjoint; the rounding of the state's dtype where that is larger.
         max_evals: Vector-Jacobian products granted.
+        on_failure: What to do about rows whose adjoint was not solved: "jfb" gives them the gradient of JFB (u = v) and
+            "best" the best u that was found, both with one warning; "raise" raises. A row that has come to the rounding
+            of its dtype counts as solved.
 
     Raises:
         TypeError, ValueError: If an option is of the wrong type or out of range.
-        RuntimeError: In backward, if it is asked to record its own graph (``create_graph=True``).
+        ConvergenceError: In backward, with ``on_failure="raise"``.
+        RuntimeError: In the backward of a gradient, where a second derivative would have to go through a closure.
 
     Source: S. Bai, J. Z. Kolter, V. Koltun, Deep Equilibrium Models, NeurIPS 2019, Theorem 1.
 
@@ -43,53 +53,62 @@ class IFT(Backward):
         >>> z.sum().backward()  # z = 1 / (1 - a), so dz/da = 1 / (1 - a)^2 = 4
         >>> round(float(a.grad), 6)
         4.0
+        >>> def z_of(a):
+        ...     return fixpoint.solve(lambda z, a: a * z + 1, torch.zeros((), dtype=a.dtype), (a,), rtol=1e-12).value
+        >>> round(float(torch.func.hessian(z_of)(a.detach())), 4)  # 2 / (1 - a)^3
+        16.0
     """
 
     solver: Solver = field(default_factory=lambda: Anderson(memory=10))
     rtol: float = 1e-6
     max_evals: int = 100
+    on_failure: FailedRows = "jfb"
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {self.solver!r}")
         if not self.rtol >= 0:
             raise ValueError(f"rtol must be at least 0, found {self.rtol}")
-        if not isinstance(self.max_evals, int) or self.max_evals < 1:
-            raise ValueError(f"max_evals must be an integer of at least 1, found {self.max_evals!r}")
+        require_count("max_evals", self.max_evals)
+        if self.on_failure not in get_args(FailedRows):
+            raise ValueError(f"on_failure must be one of {get_args(FailedRows)}, found {self.on_failure!r}")
 
     def attach(self, run: Run) -> tuple[Tensor, Iterates]:
-        iterates = run.solve()
-        z = iterates.z.detach().requires_grad_()
-        fz = run.f(z)
-        if run.depth is not None:
-            iterates = iterates.measured(fz.detach(), run.tolerance)
+        def linear(image: Map, v: Tensor) -> Iterates:
+            return self._solve(image, v, run)
 
-        def adjoint(v: Tensor) -> Tensor:
-            def image(u: Tensor) -> Tensor:
-                (product,) = torch.autograd.grad(fz, z, u, retain_graph=True, allow_unused=True)
-                return v if product is None else v + product
+        if not run.transformed:
+            # The closure below lives until backward; what the solver remembered need not.
+            iterates = replace(run.solve(), state=None)
 
-            tolerance = Tolerance(rtol=max(self.rtol, torch.finfo(v.dtype).eps), atol=0.0)
-            outcome = iterate(image, v, self.solver, tolerance, max_evals=self.max_evals)
-            run.report_adjoint(outcome)
-            return outcome.z
+            def exact(v: Tensor) -> tuple[Tensor | None, ...] | None:
+                if not depends_on_nothing_else(run.f, iterates.z, run.inputs):
+                    return None
+                # The same state once more, attached by a solve that is done already.
+                known = solve_explicitly(run.f, lambda f, z: iterates, linear, iterates.z, run.inputs)
+                return vector_jacobian_product(run.f, linear, known.z, run.inputs, v)
 
-        return _Implicit.apply(fz, adjoint), iterates
+            return attach_adjoint(run, iterates, linear, exact)
+        if not depends_on_nothing_else(run.f, run.z0, run.inputs):
+            raise ClosureError
+        iterates = run.solve_explicitly(linear)
+        return run.f(iterates.z), iterates
 
-
-class _Implicit(torch.autograd.Function):
-    """Identity on f(z*) whose backward replaces the incoming gradient by the adjoint solution."""
-
-    @staticmethod
-    def forward(ctx: Any, fz: Tensor, adjoint: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.adjoint = adjoint
-        return fz.clone()  # a view would forbid in-place use of the solution, by nn.ReLU(inplace=True) say
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "IFT gives first derivatives only, found create_graph=True. Use backward=Unroll() for "
-                "second derivatives."
-            )
-        return ctx.adjoint(grads[0]), None
+    def _solve(self, image: Map, v: Tensor, run: Run) -> Iterates:
+        """The fixed point of a linear map, started at ``v``, which rows that fail go back to."""
+        tolerance = Tolerance(rtol=max(self.rtol, torch.finfo(v.dtype).eps), atol=0.0)
+        outcome = iterate(
+            image,
+            v,
+            self.solver,
+            tolerance,
+            max_evals=self.max_evals,
+            check_every=run.check_every,
+            record=run.record,
+        )
+        failed = (outcome.status == Status.MAX_EVALS) | (outcome.status == Status.NON_FINITE)
+        if self.on_failure == "jfb":
+            outcome = replace(outcome, z=torch.where(failed[:, None], v, outcome.z))
+        complaint: OnFailure = "raise" if self.on_failure == "raise" else "warn"
+        run.report_adjoint(outcome, complaint if bool(failed.any()) else "ignore")
+        return outcome

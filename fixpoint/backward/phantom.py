@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fixpoint.backward.base import Backward, Run
 from fixpoint.iterate import Iterates
+from fixpoint.solvers.base import require_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class Phantom(Backward):
         damping: Share of each step, in (0, 1]. One step with damping tau scales the gradient of JFB by tau.
 
     Raises:
-        ValueError: If an option is out of range.
+        TypeError, ValueError: If an option is of the wrong type or out of range.
 
     Source: Z. Geng, X.-Y. Zhang, S. Bai, Y. Wang, Z. Lin, On Training Implicit Models, NeurIPS 2021.
 
@@ -39,8 +40,7 @@ class Phantom(Backward):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, found {self.steps}")
+        require_count("steps", self.steps)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], found {self.damping}")
 
@@ -49,8 +49,8 @@ class Phantom(Backward):
         z = iterates.z
         for step in range(self.steps):
             fz = run.f(z)
-            if step == 0 and run.depth is not None:
-                iterates = iterates.measured(fz.detach(), run.tolerance)
+            if step == 0:
+                iterates = run.measured(iterates, fz)
             z = fz if self.damping == 1 else (1 - self.damping) * z + self.damping * fz
         return z, iterates
 

@@ -15,7 +15,10 @@ class Unroll(Backward):
     """Differentiate the solver itself, evaluation by evaluation. Memory grows with the number of evaluations.
 
     The gradient is that of the state which the solver returned, so it tends to the exact one as the solve converges.
-    Gradients also flow into z0.
+    Gradients also flow into z0. Under torch.func it needs a fixed ``depth``: whether rows are done is not to be seen.
+
+    Raises:
+        ValueError: In the solve, under torch.func without a depth.
 
     Example:
         >>> import torch, fixpoint
@@ -28,5 +31,7 @@ class Unroll(Backward):
     """
 
     def attach(self, run: Run) -> tuple[Tensor, Iterates]:
+        if run.transformed and run.depth is None:
+            raise ValueError("under torch.func or forward-mode differentiation, Unroll() needs a fixed depth=")
         iterates = run.unroll()
         return iterates.z, iterates

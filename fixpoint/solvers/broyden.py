@@ -120,7 +120,17 @@ class Broyden(Solver):
         steps = state.steps.put(0, torch.mul, step, torch.ones_like(scale)[:, None])
         steps = steps.put(1, torch.mul, -(step + change), scale[:, None])
         system, use = writable(alike(state.system, small(square))), writable(alike(state.use, small(square)))
-        system[:, 0, 0] = small(torch.where(square > 0, square, 1))
+        system[:, 0, 0] = alike(small(torch.where(square > 0, square, 1)), system)
         system[:, 1, 0], system[:, 1, 1] = 0, 1
-        use[:, 0], use[:, 1] = small(sound), 0
+        use[:, 0], use[:, 1] = alike(small(sound), use), 0
         return BroydenState(steps, system, use, 2, g)
+
+    def transposed_inverse(self, state: BroydenState, x: Tensor) -> Tensor:
+        """``H^T x`` for each row of ``x`` ``(rows, dim)``, where ``H`` is the ``(I - J)^-1`` of the last step."""
+        system, use = large(state.system), large(state.use)
+        product = x.to(gram_dtype(x))
+        for j in reversed(range(state.held - 1)):
+            step, following = (slot.to(product.dtype) for slot in state.steps.slots[j : j + 2])
+            share = (following * product).sum(dim=1) * (use[:, j] / system[:, j, j]).to(product.dtype)
+            product = torch.addcmul(product, step, share[:, None])
+        return product.to(x.dtype)

@@ -20,6 +20,7 @@ from fixpoint.convergence import ConvergenceWarning, Status
 from fixpoint.iterate import Iterates
 from fixpoint.solution import Solution
 from fixpoint.solve import solve
+from fixpoint.solvers.base import Solver
 from fixpoint.solvers.picard import Picard
 from fixpoint.testing.base import DIM, OptionsContract, contraction, normal
 
@@ -73,6 +74,7 @@ class BackwardContract(OptionsContract):
         dtypes: Precisions that the rule promises to work in.
         exact: Whether the gradient is the fixed point's own, to a relative 1e-4. If not, the tests ask that its inner
             product with the exact one is positive on a contraction.
+        solver: Solver of the forward solves, for a rule that asks for one.
 
     Example:
         >>> import fixpoint, fixpoint.testing
@@ -85,6 +87,8 @@ class BackwardContract(OptionsContract):
     device: ClassVar[str] = "cpu"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     exact: ClassVar[bool] = False
+    # The one solver that converges as fast when it is differentiated.
+    solver: ClassVar[Solver] = Picard()
 
     def subject(self) -> Backward:
         return self.backward
@@ -186,8 +190,7 @@ class BackwardContract(OptionsContract):
         return _Affine(device=self.device, **options)
 
     def _solve(self, f: _Affine, **options: Any) -> Solution:
-        # Picard, the one solver that converges as fast when it is differentiated.
-        defaults: dict[str, Any] = {"solver": Picard(), "backward": copy.deepcopy(self.backward), "rtol": 1e-10}
+        defaults: dict[str, Any] = {"solver": self.solver, "backward": copy.deepcopy(self.backward), "rtol": 1e-10}
         return solve(f, f.z0, (f.x,), **{**defaults, "on_failure": "raise", **options})
 
     def _gradients(self, f: _Affine, value: Tensor, retain_graph: bool = False) -> dict[str, Tensor]:

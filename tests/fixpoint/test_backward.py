@@ -116,17 +116,6 @@ def test_rules_without_a_backward_solve_have_no_adjoint_figures(linear_problem, 
     assert sol.adjoint is None
 
 
-@pytest.mark.filterwarnings("ignore:Using backward")  # PyTorch's own, about reference cycles
-def test_a_second_derivative_is_refused_by_backward_and_by_grad(linear_problem):
-    A, b = linear_problem()
-    value = fixpoint.solve(lambda z: z @ A.T + b, torch.zeros(3, 4, dtype=D)).value
-    with pytest.raises(RuntimeError, match="first derivatives only"):
-        torch.autograd.grad(value.square().sum(), b, create_graph=True)
-    with pytest.raises(RuntimeError, match="first derivatives only"):
-        value.square().sum().backward(create_graph=True)
-    assert b.grad is None
-
-
 def test_an_adjoint_that_does_not_converge_warns_and_stays_finite():
     # Spectrum beyond the unit circle: Anderson solves it forward, plain iteration of the adjoint diverges.
     slope = torch.linspace(-3, 0.5, 5, dtype=D).requires_grad_()

@@ -100,3 +100,39 @@ def test_a_secant_without_curvature_is_not_taken_into_the_new_start():
 
 def test_history_costs_one_state_for_each_step():
     assert Broyden(memory=3).init(torch.zeros(2, 7)).steps.states.shape == (3, 2, 7)
+
+
+@pytest.mark.parametrize("memory", [1, 2, 3, 4, 7, 20])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_transposed_inverse_is_that_of_the_textbook_through_every_restart(contraction, memory, recorded):
+    f = contraction(rows=3, dim=12, rho=0.95, squash=torch.tanh)
+    solver, z = Broyden(memory=memory), f.z0.clone().requires_grad_(recorded)
+    state, held = solver.init(z), 0
+    eye = torch.eye(12, dtype=torch.float64)
+    before = g_before = torch.zeros_like(f.z0)
+    for _ in range(9):
+        fz = f(z)
+        z_next, state = solver.step(z, fz, state)
+        here, g = z.detach(), (z - fz).detach()
+        dz, dg = here - before, g - g_before
+        # Good Broyden on z - f(z) from the identity; a restart keeps the newest pair alone, or none.
+        full = held == memory
+        if held == 0 or full:
+            H = eye.expand(3, 12, 12)
+        if held > 0 and not (full and memory < 3):
+            Hdg, dzH = torch.einsum("bij,bj->bi", H, dg), torch.einsum("bi,bij->bj", dz, H)
+            H = H + torch.einsum("bi,bj->bij", dz - Hdg, dzH) / (dz * Hdg).sum(1)[:, None, None]
+        held = 1 if held == 0 or (full and memory < 3) else 3 if full else held + 1
+        columns = [solver.transposed_inverse(state, e.expand(3, 12)) for e in eye]
+        torch.testing.assert_close(torch.stack(columns, dim=1).detach(), H, rtol=1e-8, atol=1e-8)
+        z, before, g_before = z_next, here, g
+
+
+def test_steps_past_a_restart_can_be_differentiated(contraction):
+    problem, shift = contraction(rows=2, dim=4, rho=0.9, squash=torch.tanh), torch.zeros(4, dtype=torch.float64)
+
+    def last_state(shift):
+        f, rule = (lambda z: problem(z) + shift), fixpoint.Unroll()
+        return fixpoint.solve(f, problem.z0, solver=Broyden(memory=3), backward=rule, depth=6).value
+
+    assert torch.autograd.gradcheck(last_state, (shift.requires_grad_(),))

@@ -116,6 +116,30 @@ class TestStochasticJFB(BackwardContract):
     backward = fixpoint.StochasticJFB(max_no_grad=6, max_grad=6, generator=torch.Generator().manual_seed(0))
 
 
+class TestMultiStepJFB(BackwardContract):
+    backward = fixpoint.MultiStepJFB(no_grad=8, grad=3)
+
+
+class TestNeumann(BackwardContract):
+    backward = fixpoint.Neumann(terms=3)
+
+
+class TestManyNeumannTerms(BackwardContract):
+    backward = fixpoint.Neumann(terms=40)
+    exact = True
+
+
+class TestSHINE(BackwardContract):
+    backward = fixpoint.SHINE()
+    solver = fixpoint.Broyden(memory=40)
+
+
+class TestRefinedSHINE(BackwardContract):
+    backward = fixpoint.SHINE(refine=30)
+    solver = fixpoint.Broyden(memory=40)
+    exact = True
+
+
 class TestAveragedPhantomOfTheDocs(BackwardContract):
     backward = example("averaged_phantom", "AveragedPhantom")()
 

@@ -234,3 +234,10 @@ def test_a_problem_of_arrays_brings_its_start_rows_and_norm():
 def test_fixed_depth():
     sol = fixpoint.solve(np.cos, np.zeros(2), solver=fixpoint.Picard(), depth=3)
     np.testing.assert_array_equal(sol.value, np.cos(np.cos(np.cos(np.zeros(2)))))
+
+
+def test_states_on_the_way_are_arrays():
+    sol = fixpoint.solve(np.cos, np.zeros(2), solver=fixpoint.Picard(), keep=(1, 3))
+    np.testing.assert_array_equal(sol.states[1], np.zeros(2))
+    np.testing.assert_array_equal(sol.states[3], np.cos(np.cos(np.zeros(2))))
+    assert all(isinstance(state, np.ndarray) for state in sol.states.values())

@@ -1,0 +1,77 @@
+"""What torch.func and forward-mode differentiation have put around a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Explicit = Callable[..., Tensor]  # f(z, *inputs), a map on rows that depends on nothing else
+
+
+class ClosureError(ValueError):
+    """f closes over what torch.func or forward-mode differentiation works on, where only arguments can be followed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "under torch.func and forward-mode differentiation, tensors of f that are transformed or require grad must "
+            "be in args or parameters of a module f: found that f closes over one"
+        )
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func or forward-mode differentiation is at work on any of the tensors.
+
+    Inside its derivatives torch.func wraps whatever is computed, so there the answer is yes for any result.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return any(torch.func.debug_unwrap(x) is not x or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def plain(x: Tensor) -> Tensor:
+    """The numbers behind a tensor that torch.func has wrapped, to look at and not to compute with."""
+    return x if torch.compiler.is_compiling() else torch.func.debug_unwrap(x)
+
+
+def depends_on_nothing_else(f: Explicit, z: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether f(z, *inputs) carries no derivative and no batch but those of z and the inputs. Evaluates f once."""
+    fixed = [x.detach() for x in (z, *inputs)]
+    with torch.enable_grad():
+        seen = _witness(f(*fixed))
+    known = _witness(sum((x.sum() * 0 for x in fixed), start=torch.zeros(())))
+    return seen == known
+
+
+def _witness(x: Tensor) -> list[str]:
+    """What is done to ``x``, one entry for each level of transformation at which something is."""
+    seen: list[str] = []
+    _Witness.apply(seen.append, x)
+    return seen
+
+
+class _Witness(torch.autograd.Function):
+    """Identity, which PyTorch takes through every level of nested transformations; no attribute shows them."""
+
+    @staticmethod
+    def forward(see: Callable[[str], None], x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.see, x = inputs
+        if x.requires_grad:
+            ctx.see("gradient")
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
+        ctx.see("tangent")
+        return tangent
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], see: Callable[[str], None], x: Tensor) -> tuple[Tensor, int]:
+        see("batch")
+        return _Witness.apply(see, x), in_dims[1]

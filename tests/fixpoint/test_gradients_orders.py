@@ -1,0 +1,174 @@
+"""IFT in higher orders under plain autograd: against finite differences, closed forms and differentiated iteration."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import vmap
+
+import fixpoint
+from fixpoint import IFT, Picard
+
+D = torch.float64
+TIGHT = {"rtol": 1e-13, "max_evals": 300}
+EXACT = IFT(rtol=1e-13, max_evals=300)
+Z0 = torch.zeros(2, 3, dtype=D)
+
+# torch.func's own rules for some products still use a deprecated part of PyTorch.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+
+def f(z, A, b):
+    return torch.tanh(z @ A.T + b)
+
+
+def solved(A, b, *, backward=EXACT, **options):
+    return fixpoint.solve(f, Z0, (A, b), backward=backward, **{**TIGHT, **options}).value
+
+
+def iterated(A, b):
+    """The oracle: plain iteration long past convergence, differentiated by PyTorch as it stands."""
+    z = Z0
+    for _ in range(80):
+        z = f(z, A, b)
+    return z
+
+
+@pytest.fixture(name="A")
+def weight(normal):
+    return 0.3 * normal(3, 3, seed=3)
+
+
+@pytest.fixture(name="b")
+def bias(normal):
+    return normal(2, 3, seed=4)
+
+
+def squared(value):
+    return lambda *arguments: value(*arguments).square().sum()
+
+
+def test_both_orders_equal_finite_differences(A, b):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    assert gradcheck(solved, (A, b), check_forward_ad=True)
+    assert gradgradcheck(solved, (A, b), check_fwd_over_rev=True)
+
+
+def test_four_orders_equal_the_closed_form():
+    a = torch.tensor(0.3, dtype=D, requires_grad=True)
+    derivative = fixpoint.solve(lambda z, a: a * z + 1, torch.zeros((), dtype=D), (a,), backward=EXACT, **TIGHT).value
+    for order in range(1, 5):  # of 1 / (1 - a)
+        (derivative,) = torch.autograd.grad(derivative, a, create_graph=True)
+        expected = math.factorial(order) / (1 - 0.3) ** (order + 1)
+        assert float(derivative.detach()) == pytest.approx(expected, rel=1e-8), order
+
+
+def test_a_gradient_penalty_on_a_module_reaches_its_parameters(normal, cell_class):
+    cell, x = cell_class(dim=3), normal(2, 3).requires_grad_()
+
+    def penalty(value):
+        (first,) = torch.autograd.grad(value.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), (cell.W, x))
+
+    layer = fixpoint.FixedPointLayer(cell, backward=EXACT, **TIGHT)
+    z = Z0
+    for _ in range(120):
+        z = cell(z, x)
+    for found, wanted in zip(penalty(layer(x)), penalty(z), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_create_graph_changes_no_first_derivative(A, b):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    loose = solved(A, b, rtol=1e-2, solver=Picard())
+    plain = torch.autograd.grad(loose.square().sum(), (A, b), retain_graph=True)
+    recorded = torch.autograd.grad(loose.square().sum(), (A, b), create_graph=True)
+    for one, other in zip(plain, recorded, strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_a_closure_beside_the_arguments_keeps_its_gradient(A, b):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    value = fixpoint.solve(lambda z, b: f(z, A, b), Z0, (b,), backward=EXACT, **TIGHT).value
+    found = torch.autograd.grad(value.square().sum(), (A, b))
+    for one, other in zip(found, torch.autograd.grad(squared(iterated)(A, b), (A, b)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def close_over_all(A, b):
+    return fixpoint.solve(lambda z: f(z, A, b), Z0, backward=EXACT, **TIGHT).value
+
+
+def close_over_one(A, b):
+    return fixpoint.solve(lambda z, b: f(z, A, b), Z0, (b,), backward=EXACT, **TIGHT).value
+
+
+def truncated(A, b):
+    return solved(A, b, backward=fixpoint.Neumann(terms=3))
+
+
+def reversed_(A, b):
+    return solved(A, b, backward=fixpoint.Reversible(steps=5))
+
+
+@pytest.mark.parametrize("value", [close_over_all, close_over_one, truncated, reversed_])
+@pytest.mark.parametrize("way", ["backward", "grad", "grad to another input"])
+@pytest.mark.parametrize("loss", [torch.sum, lambda z: z.square().sum()], ids=["linear loss", "square loss"])
+def test_a_second_derivative_that_would_be_wrong_is_refused(A, b, value, way, loss):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    first = torch.autograd.grad(loss(value(A, b)), (A, b), create_graph=True)
+    differentiate = {
+        "backward": lambda: first[1].sum().backward(),
+        "grad": lambda: torch.autograd.grad(first[0].sum(), A),
+        "grad to another input": lambda: torch.autograd.grad(first[1].sum(), A),
+    }
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        differentiate[way]()
+
+
+def test_a_graph_of_the_gradient_that_nobody_differentiates_does_no_harm(A, b):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    value = close_over_all(A, b)
+    one = torch.autograd.grad(value.square().sum(), b, create_graph=True)[0]
+    torch.testing.assert_close(one.detach(), torch.autograd.grad(squared(iterated)(A, b), b)[0], rtol=1e-8, atol=1e-10)
+
+
+def test_an_argument_changed_since_the_solve_is_refused_in_second_order(A, b):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    value = fixpoint.solve(lambda z, b: f(z, A.detach(), b), Z0, (b,), backward=EXACT, **TIGHT).value
+    with torch.no_grad():
+        b += 1
+    with pytest.raises(RuntimeError, match="changed in place"):
+        torch.autograd.grad(value.sum(), b, create_graph=True)
+
+
+def test_several_incoming_gradients_at_once(A, b, normal):
+    A, b = A.requires_grad_(), b.requires_grad_()
+    v = normal(4, 2, 3, seed=8)
+    for value in (solved(A, b), close_over_all(A, b)):
+        together = vmap(lambda v, value=value: torch.autograd.grad(value, b, v, retain_graph=True)[0])(v)
+        one_by_one = [torch.autograd.grad(value, b, one, retain_graph=True)[0] for one in v]
+        torch.testing.assert_close(together, torch.stack(one_by_one), rtol=1e-10, atol=1e-12)
+
+
+def test_nothing_outlives_a_second_derivative_with_the_garbage_collector_off(A, b):
+    A, b = A.requires_grad_(), b.requires_grad_()
+
+    def references():
+        value = solved(A, b)
+        (first,) = torch.autograd.grad(value.square().sum(), A, create_graph=True)
+        torch.autograd.grad(first.sum(), b, retain_graph=True)
+        return [weakref.ref(value), weakref.ref(first)]
+
+    references()  # PyTorch imports parts of itself in the first call, with the caller's frames in the tracebacks
+    gc.collect()
+    gc.disable()
+    try:
+        assert [ref() for ref in references()] == [None, None]
+    finally:
+        gc.enable()
