@@ -1,15 +1,17 @@
 # Both commands set themselves up: a virtual environment in this clone, pinned installs, nothing global.
 #   make demo            sample digits with every method and write runs/report.html
 #   make test            the test suite
-# PYTHON chooses the interpreter (3.11 or later); DEMO_FLAGS goes to `fixpoint bench`, TEST_FLAGS to pytest.
+# PYTHON chooses the interpreter (3.11 or later); DEMO_FLAGS goes to `fixpoint bench`, TEST_FLAGS to pytest,
+# MUTATION_FLAGS to `python -m benchmarks.mutation`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
+MUTATION_FLAGS ?=
 
-.PHONY: demo test lint types docs doctest clean
+.PHONY: demo test lint types docs doctest mutation clean
 .DEFAULT_GOAL := demo
 
 # Torch goes first and by its exact version: resolved together with the rest, pip may take a newer build for GPUs.
@@ -42,5 +44,9 @@ doctest: $(INSTALLED)
 	$(BIN)/python -m pytest --doctest-modules fixpoint fixpoint_diffusion
 	$(BIN)/sphinx-build -W -q -b doctest docs docs/_build/doctest
 
+mutation: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[mutation]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutation $(MUTATION_FLAGS)
+
 clean:
-	rm -rf $(VENV) runs docs/_build
+	rm -rf $(VENV) runs mutants docs/_build

@@ -101,6 +101,7 @@ def test_judge_trusts_what_follows_the_prediction_alone():
     assert not trusts(2.0, 1.5), "a dropped difference was still needed"
     assert trusts(99.0, 0.5)
     assert not trusts(101.0, 0.5), "ten times the predicted residual"
+    assert trusts(100.0, 1.0), "the bounds may be met"
     assert not trusts(np.inf, np.nan)
     # Rests of 1, 2, 4 plain steps until the residual has fallen to a tenth; then back to 1.
     guard = guard_with()

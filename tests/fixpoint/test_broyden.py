@@ -73,26 +73,28 @@ def test_too_short_a_memory_for_a_secant_starts_over_with_a_plain_step(contracti
     torch.testing.assert_close(fixpoint.solve(f, solver=Broyden(memory=memory), depth=memory + 1).value, f(z))
 
 
-def test_a_singular_factor_starts_its_row_over_with_a_plain_step():
+@pytest.mark.parametrize("rounding", [0.0, 1e-12])
+def test_a_singular_factor_starts_its_row_over_with_a_plain_step(rounding):
     # Row 0: g stays the same from z to z1, so no secant step exists; row 1 is an ordinary contraction.
     z = torch.zeros(2, 2, dtype=torch.float64)
     solver = Broyden()
     z1, state = solver.step(z, torch.tensor([[1.0, 0.0], [1.0, 0.5]], dtype=torch.float64), solver.init(z))
-    g = torch.tensor([[1.0, 0.0], [0.5, 0.1]], dtype=torch.float64)
+    g = torch.tensor([[1.0 + rounding, 0.0], [0.5, 0.1]], dtype=torch.float64)
     z2, state = solver.step(z1, z1 + g, state)
     torch.testing.assert_close(z2[0], z1[0] + g[0])
     assert state.use[:, :2].tolist() == [[0, 1], [1, 1]]
     assert not torch.allclose(z2[1], z1[1] + g[1])
 
 
-def test_a_secant_without_curvature_is_not_taken_into_the_new_start():
+@pytest.mark.parametrize("rounding", [0.0, 1e-12])
+def test_a_secant_without_curvature_is_not_taken_into_the_new_start(rounding):
     # Steps s along x; in row 0 g changes along y alone at the restart, so s . dg = 0.
     solver = Broyden(memory=3)
     z = torch.zeros(2, 2, dtype=torch.float64)
     state = solver.init(z)
     for _ in range(3):
         z, state = solver.step(z, z + torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64), state)
-    g = torch.tensor([[1.0, 1.0], [0.5, 0.0]], dtype=torch.float64)
+    g = torch.tensor([[1.0 + rounding, 1.0], [0.5, 0.0]], dtype=torch.float64)
     z_next, state = solver.step(z, z + g, state)
     torch.testing.assert_close(z_next[0], z[0] + g[0])
     torch.testing.assert_close(z_next[1], z[1] + torch.tensor([1.0, 0.0], dtype=torch.float64))  # secant: slope -1/2

@@ -86,6 +86,26 @@ def test_a_state_that_is_better_in_every_row_is_kept_without_a_copy():
     assert outcome.z is shown[-1]
 
 
+def test_states_once_shown_are_never_written_to_however_their_rows_fare():
+    # The first row breaks at once, the second gets better, the third worse.
+    slope, shown = torch.tensor([[torch.nan], [0.5], [2.0]]), []
+
+    def f(z):
+        shown.append((z, z.clone()))
+        return slope * z
+
+    outcome = iterate(f, torch.ones(3, 1), Picard(), EXACT, max_evals=4)
+    assert all(torch.equal(now, before) for now, before in shown)
+    assert outcome.z.tolist() == [[1], [0.125], [1]]
+
+
+def test_a_row_whose_scale_cannot_be_said_has_ended_though_its_residual_can():
+    z0 = torch.full((1, 6), 1e308, dtype=torch.float64)  # its norm lies beyond float64
+    sol = fixpoint.solve(lambda z: 0.99 * z, z0, solver=Picard(), rtol=0.0, on_failure="ignore")
+    assert sol.status.tolist() == [Status.NON_FINITE]
+    assert sol.nfev == 1
+
+
 def test_one_evaluation_verifies_z0_and_returns_it():
     z0 = torch.full((1, 1), 3.0)
     sol = fixpoint.solve(lambda z: 0.5 * z, z0, max_evals=1, on_failure="ignore")

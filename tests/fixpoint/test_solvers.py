@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import fixpoint
 from fixpoint import Status
+from fixpoint.solvers.base import small_dtype
 
 
 def recomputed(f, z, dim=-1):
@@ -90,6 +92,11 @@ def test_fixed_depth_applies_so_many_updates_in_so_many_evaluations(solver, cont
     assert sol.residual.isnan().all()
 
 
+def test_undamped_picard_hands_on_what_f_gave_without_rounding():
+    sol = fixpoint.solve(torch.ones_like, torch.full((1, 6), 1e20), solver=fixpoint.Picard(), depth=1)
+    assert torch.equal(sol.value, torch.ones(1, 6))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_every_precision_keeps_its_dtype_and_meets_what_it_can(solver, contraction, dtype):
     f = contraction(rho=0.6, squash=torch.tanh, dtype=dtype)
@@ -119,14 +126,20 @@ def test_rows_without_motion_or_curvature_take_finite_plain_steps(solver, depth)
         (lambda: fixpoint.Picard(damping=0.0), ValueError, "found 0.0"),
         (lambda: fixpoint.Picard(damping=2.0), ValueError, "found 2.0"),
         (lambda: fixpoint.Picard(damping=float("nan")), ValueError, "found nan"),
-        (lambda: fixpoint.Anderson(memory=0), ValueError, "found 0"),
+        (lambda: fixpoint.Anderson(memory=0), ValueError, "memory must be at least 1, found 0"),
+        (lambda: fixpoint.Anderson(memory=2.5), TypeError, "memory must be an integer, found 2.5"),
         (lambda: fixpoint.Anderson(damping=1.5), ValueError, "found 1.5"),
         (lambda: fixpoint.Anderson(ridge=-1.0), ValueError, "found -1.0"),
-        (lambda: fixpoint.Broyden(memory=0), ValueError, "found 0"),
-        (lambda: fixpoint.Blockwise(fixpoint.Picard(), blocks=0), ValueError, "found 0"),
+        (lambda: fixpoint.Broyden(memory=0), ValueError, "memory must be at least 1, found 0"),
+        (lambda: fixpoint.Blockwise(fixpoint.Picard(), blocks=0), ValueError, "blocks must be at least 1, found 0"),
         (lambda: fixpoint.Blockwise("picard", blocks=2), TypeError, "found 'picard'"),
     ],
 )
 def test_unknown_and_illegal_options_raise_and_name_what_was_found(make, error, found):
     with pytest.raises(error, match=found):
         make()
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("mps", torch.float32), ("cpu", torch.float64), ("cuda", torch.float64)])
+def test_small_systems_are_in_float64_where_the_device_has_it(device, dtype):
+    assert small_dtype(SimpleNamespace(device=torch.device(device))) == dtype
