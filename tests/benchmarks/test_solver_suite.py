@@ -146,7 +146,7 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delattr("benchmarks.solvers.runners_jax", raising=False)
     runners, missing = installed_runners()
     assert {runner.library for runner in runners} == {"fixpoint", "torchdeq", "scipy"}
-    assert missing == ("jaxopt (no module jaxopt: pip install '.[peers]')",)
+    assert [named.split(":")[0] in ("jaxopt (no module jaxopt", "jaxopt (no module jax") for named in missing] == [True]
 
 
 def test_ours_are_counted_as_they_count_themselves() -> None:
