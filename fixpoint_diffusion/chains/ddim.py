@@ -124,9 +124,25 @@ class DDIMChain:
         The same fixed point as that of ``chain(z)``, in the form that sweeps over a chain need.
         """
         x = self.inputs(z)
-        out = self.denoise_all(x)
-        noise = None if self.noise is None else wide(self.noise)
-        return self.transitions.step(wide(x), wide(out), slice(None), noise).to(x.dtype)
+        samples, steps = torch.arange(len(x)), torch.arange(self.steps)
+        after = self.transition(x.flatten(0, 1), samples.repeat_interleave(self.steps), steps.repeat(len(x)))
+        return after.reshape(x.shape)
+
+    def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
+        """Chosen steps of chosen samples, in one round of N denoiser rows.
+
+        Args:
+            x: the latents before the steps, ``(N, *shape)``.
+            sample: the sample of each row, ``(N,)`` int64, from 0 to B - 1.
+            step: the step of each row, ``(N,)`` int64, from 0 to T - 1.
+
+        Returns:
+            The latents after the steps, ``(N, *shape)`` in the dtype of x.
+        """
+        sample, step = sample.to(x.device), step.to(x.device)
+        out = self.denoise(x, self.timesteps.to(x.device)[step])
+        noise = None if self.noise is None else wide(self.noise[sample, step])
+        return self.transitions.step(wide(x), wide(out), step, noise).to(x.dtype)
 
     def sequential(self, *, progress: bool = False) -> Tensor:
         """The trajectory of the ordinary sampler, one step after another, with the same noise.
@@ -138,11 +154,9 @@ class DDIMChain:
             All latents, ``(B, T, *shape)``: what every parallel solution must equal.
         """
         latent, trajectory = self.x_T, []
+        samples = torch.arange(len(latent))
         for k in tqdm(range(self.steps), desc="sequential", disable=not progress):
-            out = self.denoise(latent, self.timesteps[k].expand(len(latent)))
-            noise = None if self.noise is None else wide(self.noise[:, k])
-            after = self.transitions.step(wide(latent), wide(out), k, noise)
-            latent = after.to(latent.dtype)
+            latent = self.transition(latent, samples, torch.full_like(samples, k))
             trajectory.append(latent)
         return torch.stack(trajectory, dim=1)
 

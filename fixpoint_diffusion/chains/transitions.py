@@ -87,11 +87,12 @@ class Transitions:
         sigma = eta * (share * (1 - alphas_prev) / (1 - alphas)).sqrt()
         return cls(timesteps, alphas, alphas_prev, sigma, prediction_type)
 
-    def predict(self, x: Tensor, out: Tensor, k: int | slice) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, out: Tensor, k: int | slice | Tensor) -> tuple[Tensor, Tensor]:
         """What the denoiser's outputs say about the latents: ``(x_0, eps)`` with ``x = sqrt(a) x_0 + sqrt(1 - a) eps``.
 
         Args:
-            x: latents, ``(B, *shape)`` for one step k, ``(B, n, *shape)`` for a slice of n steps.
+            x: latents, ``(B, *shape)`` for one step k, ``(B, n, *shape)`` for a slice of n steps, ``(N, *shape)`` for
+                a tensor of N steps, one for each row.
             out: the denoiser's outputs for them, of the same shape.
             k: which step or steps.
         """
@@ -102,13 +103,11 @@ class Transitions:
             return signal * x - noise * out, signal * out + noise * x
         return out, (x - signal * out) / noise
 
-    def step(self, x: Tensor, out: Tensor, k: int | slice, noise: Tensor | None = None) -> Tensor:
+    def step(self, x: Tensor, out: Tensor, k: int | slice | Tensor, noise: Tensor | None = None) -> Tensor:
         """The latents after step (or steps) k, each from the one before it.
 
         Args:
-            x: latents, ``(B, *shape)`` for one step k, ``(B, n, *shape)`` for a slice of n steps.
-            out: the denoiser's outputs for them, of the same shape.
-            k: which step or steps.
+            x, out, k: as for :meth:`predict`.
             noise: standard normal, of the same shape; None where sigma is 0.
         """
         x_0, eps = self.predict(x, out, k)
@@ -146,9 +145,13 @@ class Transitions:
         return (1 - self.alphas_prev - self.sigma.square()).clamp(min=0).sqrt()
 
     @staticmethod
-    def _like(coefficients: Tensor, x: Tensor, k: int | slice) -> Tensor:
-        chosen = coefficients[k].to(device=x.device, dtype=x.dtype)
-        return chosen if isinstance(k, int) else chosen.reshape(-1, *[1] * (x.ndim - 2))
+    def _like(coefficients: Tensor, x: Tensor, k: int | slice | Tensor) -> Tensor:
+        """The coefficients of the steps k, shaped to multiply x."""
+        chosen = coefficients.to(device=x.device, dtype=x.dtype)[k]
+        if isinstance(k, int):
+            return chosen
+        leading = 1 if isinstance(k, Tensor) else 2
+        return chosen.reshape(-1, *[1] * (x.ndim - leading))
 
 
 def _check_timesteps(timesteps: Tensor, n: int) -> Tensor:
