@@ -80,7 +80,7 @@ class Transitions:
             >>> steps.sigma
             tensor([0.9413, 0.6645, 0.0100, 0.0000], dtype=torch.float64)
         """
-        timesteps = _check_timesteps(timesteps, len(schedule))
+        timesteps = check_timesteps(timesteps, len(schedule))
         alphas = schedule.alphas_cumprod[timesteps]
         return cls.between(
             timesteps,
@@ -220,7 +220,8 @@ class Transitions:
         return chosen.reshape(-1, *[1] * (x.ndim - leading))
 
 
-def _check_timesteps(timesteps: Tensor, n: int) -> Tensor:
+def check_timesteps(timesteps: Tensor, n: int) -> Tensor:
+    """The timesteps as int64 on the CPU; raises unless they descend within a schedule of n."""
     if not isinstance(timesteps, Tensor) or timesteps.is_floating_point() or timesteps.dtype == torch.bool:
         found = timesteps.dtype if isinstance(timesteps, Tensor) else type(timesteps).__name__
         raise TypeError(f"timesteps must be a tensor of integers, got {found}")
