@@ -210,12 +210,11 @@ class _Chains:
         failed = ~finite[:, 0]  # the input of a window's first state is exact
         limit = self._tolerance.atol + self._tolerance.rtol * scale
         error[:, 0] = 0.0
-        excess = np.where(trusted, error * _amplification(stretch, scale, inside) / limit, np.inf)
-        excess = np.where(inside, excess, 0)
-        good = (excess * _PRUDENCE <= 1) & inside
+        allowed = np.where(trusted, limit / _amplification(stretch, scale, inside), -1)
+        good = (error <= allowed / _PRUDENCE) & inside
         good[:, 0] = True
         done = np.cumprod(good, axis=1).sum(axis=1)
-        finished = (self._end[rows] == self._sweeper.steps) & (excess <= 1).all(axis=1)
+        finished = (self._end[rows] == self._sweeper.steps) & ((error <= allowed) | ~inside).all(axis=1)
         done = np.where(finished, inside.sum(axis=1), done)
         done[failed] = 0
         row, place = np.nonzero(inside)
