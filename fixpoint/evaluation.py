@@ -50,6 +50,19 @@ class RowMap:
         args = map_leaves(pick, self._args)
         return RowMap(self._f, args, self.layout.with_rows(len(index)), gradients=False)
 
+    def part(self, z: Tensor, row: Tensor, block: Tensor) -> Tensor:
+        """Blocks ``block`` ``(N,)`` of rows ``row`` ``(N,)`` of ``f(z)``, as ``(N, dim)``: of T blocks a row.
+
+        Only an f that has a ``part`` itself spares the evaluation of the others.
+        """
+        state = self.layout.unflatten(z)
+        blocks = state.shape[1]
+        part = getattr(self._f, "part", None)
+        if part is None or len(block) == len(state) * blocks:
+            return self(z).reshape(len(z), blocks, -1)[row, block]
+        self.calls += 1
+        return part(state, row, block).reshape(len(block), -1)
+
     def _is_aligned(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.layout.rows
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fixpoint_diffusion.chains.transitions import Transitions, wide
+from fixpoint_diffusion.prior import GaussianPrior
 
 Denoiser = Callable[..., Tensor]
 
@@ -81,6 +82,31 @@ class SamplingChain:
         self.conditioning = self._check_conditioning(conditioning or {})
         self.max_rows = max_rows
         self.reset_counters()
+
+    @property
+    def prior(self) -> GaussianPrior:
+        """What is assumed of the images before the denoiser is asked: its attribute ``prior``, or a plain one."""
+        return getattr(self.denoiser, "prior", None) or GaussianPrior.isotropic()
+
+    @property
+    def start(self) -> Tensor:
+        """x_T, from which the first step starts."""
+        return self.x_T
+
+    @property
+    def slopes(self) -> Tensor:
+        """``(T, 1 or D)``: what the prior says that each step does to a small change of its latent."""
+        return self.prior.slopes(self.transitions)
+
+    @property
+    def basis(self) -> Tensor | None:
+        """``(D, D)``: in whose coordinates the slopes count; None: the entries of a latent."""
+        return self.prior.basis
+
+    @property
+    def guess(self) -> Tensor:
+        """The latents ``(B, T, *shape)`` that the prior expects, given x_T and the noise."""
+        return self.prior.path(self.x_T.detach(), self.transitions, self.noise)
 
     @property
     def timesteps(self) -> Tensor:

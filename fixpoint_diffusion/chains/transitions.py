@@ -48,6 +48,11 @@ class Transitions:
     clip_sample: float | None = None
     noise_from_clipped: bool = False
 
+    @property
+    def steps(self) -> int:
+        """T, the number of steps."""
+        return len(self.timesteps)
+
     @classmethod
     def of(
         cls,
