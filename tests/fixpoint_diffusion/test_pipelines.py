@@ -150,6 +150,16 @@ def test_ddim_equals_its_original(unet: nn.Module, config: dict[str, Any], call:
     assert_same_images(original, parallel, batch_size=2, **call)
 
 
+@pytest.mark.parametrize("solver", [None, fixpoint.Anderson(), fixpoint.CausalQuasiNewton()])
+def test_any_solver_will_do(unet: nn.Module, solver: fixpoint.Solver | None) -> None:
+    scheduler = DDIMScheduler(clip_sample=False)
+    original, parallel = diffusers.DDIMPipeline(unet, scheduler), pipelines.ParallelDDIMPipeline(unet, scheduler)
+    call = {"num_inference_steps": 30, "output_type": "pt"}
+    expected = silent(original)(generator=torch.Generator().manual_seed(0), **call).images
+    output = silent(parallel)(generator=torch.Generator().manual_seed(0), solver=solver, rtol=1e-5, **call)
+    torch.testing.assert_close(output.images, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_dit_equals_its_original(transformer: nn.Module, vae: nn.Module, kind: type, guidance_scale: float) -> None:
