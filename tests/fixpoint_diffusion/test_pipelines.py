@@ -177,7 +177,11 @@ def test_dit_equals_its_original(transformer: nn.Module, vae: nn.Module, kind: t
         {"guidance_scale": 3.0, "guidance_rescale": 0.7, "eta": 0.5, "negative_prompt": "bad"},
         {"prompt": ["a cat", "a dog"], "negative_prompt": ["b", "c"], "num_images_per_prompt": 2},
         {"latents": torch.ones(1, 4, 4, 4), "cross_attention_kwargs": {}, "height": 8, "width": 8},
-        {"scheduler": DDPMScheduler(clip_sample=False), "num_inference_steps": None, "timesteps": [900, 500, 90, 3]},
+        {
+            "scheduler": DDPMScheduler(clip_sample=False, steps_offset=1),
+            "num_inference_steps": None,
+            "timesteps": [900, 500, 90, 3],
+        },
     ],
 )
 def test_stable_diffusion_equals_its_original(stable_diffusion: dict[str, Any], call: dict[str, Any]) -> None:
@@ -307,7 +311,7 @@ def test_settings_that_no_chain_has_are_refused(unet: nn.Module) -> None:
 
 
 def test_repeated_timesteps_are_refused(stable_diffusion: dict[str, Any]) -> None:
-    parts = {**stable_diffusion, "scheduler": DDPMScheduler(clip_sample=False)}
+    parts = {**stable_diffusion, "scheduler": DDPMScheduler(clip_sample=False, steps_offset=1)}
     with pytest.raises(ValueError, match="descending order"):
         pipelines.ParallelStableDiffusionPipeline(**parts)("a", num_inference_steps=None, timesteps=[900, 900, 3])
 
