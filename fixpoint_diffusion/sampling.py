@@ -144,7 +144,7 @@ def deq_ddim_settings(chain: SamplingChain, reading: Literal["paper", "released-
         ValueError: another reading.
 
     Example:
-        >>> from fixpoint_diffusion import NoiseSchedule
+        >>> from fixpoint_diffusion import DDIMChain, NoiseSchedule
         >>> chain = DDIMChain(lambda x, t: 0.9 * x, torch.ones(1, 3), NoiseSchedule.linear(), steps=50)
         >>> deq_ddim_settings(chain)["max_evals"]
         15
