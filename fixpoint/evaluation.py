@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint.structure import Layout, leaves, map_leaves
+from fixpoint.surroundings import Surroundings
 from fixpoint.transforms import ClosureError, plain, transformed
 
 
@@ -20,10 +21,19 @@ class RowMap:
 
     The first evaluation checks what f returns and, when gradients are wanted, whether it depends on anything that
     requires them. A first evaluation inside ``no_grad`` builds the graph to look at it, with nothing saved in it.
-    ``calls`` counts the evaluations that f completed.
+    ``calls`` counts the evaluations that f completed. What f draws and updates beside its output is the business of
+    ``surroundings``; a map on some of the rows shares those of the map on all.
     """
 
-    def __init__(self, f: Callable[..., Any], args: Sequence[Any], layout: Layout, *, gradients: bool) -> None:
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        args: Sequence[Any],
+        layout: Layout,
+        *,
+        gradients: bool,
+        surroundings: Surroundings | None = None,
+    ) -> None:
         self._f = f
         self._args = tuple(args)
         self.layout = layout
@@ -33,8 +43,9 @@ class RowMap:
         self._names = list(parameters)
         tensors = [leaf for _, leaf in leaves(self._args) if isinstance(leaf, Tensor)]
         self.inputs = (*tensors, *parameters.values())
-        self._checked = False
+        self._checked = torch.compiler.is_compiling()
         self._probed: tuple[Tensor, Tensor] | None = None
+        self.surroundings = surroundings or Surroundings(f, layout.device)
 
     @property
     def can_take(self) -> bool:
@@ -47,8 +58,8 @@ class RowMap:
         def pick(leaf: Any) -> Any:
             return leaf.index_select(0, index.to(leaf.device)) if self._is_aligned(leaf) else leaf
 
-        args = map_leaves(pick, self._args)
-        return RowMap(self._f, args, self.layout.with_rows(len(index)), gradients=False)
+        args, layout = map_leaves(pick, self._args), self.layout.with_rows(len(index))
+        return RowMap(self._f, args, layout, gradients=False, surroundings=self.surroundings)
 
     def _is_aligned(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.layout.rows
@@ -97,6 +108,16 @@ class RowMap:
         return fz.detach(), fz.requires_grad
 
     def _output(self, z: Tensor, inputs: Sequence[Tensor]) -> Any:
+        if not self.surroundings.needed:
+            return self._bare_output(z, inputs)
+        with self.surroundings.evaluation():
+            output = self._bare_output(z, inputs)
+        lower = self.surroundings.lower
+        if lower is None:
+            return output
+        return map_leaves(lambda x: x.to(self.layout.dtype) if getattr(x, "dtype", None) == lower else x, output)
+
+    def _bare_output(self, z: Tensor, inputs: Sequence[Tensor]) -> Any:
         state = self.layout.unflatten(z)
         if not inputs:
             output = self._f(state, *self._args)
