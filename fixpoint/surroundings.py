@@ -150,7 +150,7 @@ def without_autocast(loop: Loop) -> Loop:
 
 
 def _has_readable_generator(device: torch.device) -> bool:
-    """Whether there is a random state beside the CPU's; that of a GPU cannot be read while a graph captures its work."""
+    """Whether the device has a random state; that of a GPU cannot be read while a graph captures its work."""
     if device.type in ("cpu", "meta") or not torch.accelerator.is_available():
         return False
     return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())

@@ -154,6 +154,30 @@ def all_solvers() -> tuple[fixpoint.Solver, ...]:
     return SOLVERS
 
 
+RULES = (
+    fixpoint.IFT(rtol=1e-10, max_evals=200),
+    fixpoint.JFB(),
+    fixpoint.Phantom(steps=3, damping=0.6),
+    fixpoint.Neumann(terms=3),
+    fixpoint.SHINE(refine=1),
+    fixpoint.MultiStepJFB(no_grad=3, grad=2),
+    fixpoint.StochasticJFB(max_no_grad=3, max_grad=2, min_no_grad=1, seed=0),
+    fixpoint.Reversible(steps=12, damping=0.8),
+    fixpoint.Unroll(),
+)
+
+
+@pytest.fixture(scope="session", params=RULES, ids=lambda rule: repr(rule).partition("(")[0] + str(RULES.index(rule)))
+def rule(request: pytest.FixtureRequest) -> fixpoint.Backward:
+    """Every backward rule. Give a copy to each solve: one that is random then draws the same depths every time."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def all_rules() -> tuple[fixpoint.Backward, ...]:
+    return RULES
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
