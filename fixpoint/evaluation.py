@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint.structure import Layout, leaves, map_leaves
-from fixpoint.surroundings import Surroundings
+from fixpoint.surroundings import Surroundings, version
 from fixpoint.transforms import ClosureError, plain, transformed
 
 
@@ -136,19 +136,14 @@ class RowMap:
         return self.layout.flatten(self._output(z, inputs))
 
     def _evaluate_checked(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
-        before, version = z.detach().clone(), _version(z)
+        before, written = z.detach().clone(), version(z)
         output = self._output(z, inputs)
         self.layout.check_output(output)
         # The version tells of a change that altered no value, such as relu_() on zeros; .data escapes the version.
-        if _version(z) != version or not torch.equal(plain(before), plain(z.detach())):
+        if version(z) != written or not torch.equal(plain(before), plain(z.detach())):
             raise ValueError("f changed its input in place (z += ..., z.relu_()): return a new tensor instead")
         self._checked = True
         fz = self.layout.flatten(output)
         if transformed(fz) and not transformed(z, *self.inputs, *inputs):
             raise ClosureError
         return fz
-
-
-def _version(z: Tensor) -> int:
-    """How often z was written to; inference tensors do not count."""
-    return 0 if z.is_inference() else z._version

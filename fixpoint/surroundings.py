@@ -74,7 +74,7 @@ class Surroundings:
             self._random = random
         self.repeats = bool(self._random or self._buffers)
         self.couples_rows = any(
-            isinstance(m, _BatchNorm) and _normalises_by_batch(m) and (before is None or before != _updates(m))
+            isinstance(m, _BatchNorm) and (before is None or before != _updates(m))
             for m, before in zip(self._norms, updates, strict=True)
         )
         self.needed = self._ended or self.repeats or self.lower is not None
@@ -169,11 +169,12 @@ def _write(targets: list[Tensor], values: list[Tensor]) -> None:
         target.copy_(value)
 
 
-def _normalises_by_batch(module: _BatchNorm) -> bool:
-    return module.training or module.running_mean is None
-
-
 def _updates(module: nn.Module) -> int | None:
-    """A number that grows whenever batch normalisation updates its statistics; None if it keeps none."""
+    """A number that grows when the module normalises by its batch and notes that in its statistics; None without."""
     batches = getattr(module, "num_batches_tracked", None)
-    return None if batches is None or batches.is_inference() else batches._version
+    return None if batches is None else version(batches)
+
+
+def version(x: Tensor) -> int:
+    """How often x was written to; inference tensors do not count."""
+    return 0 if x.is_inference() else x._version
