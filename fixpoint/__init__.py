@@ -14,6 +14,7 @@ from fixpoint.layer import FixedPointLayer
 from fixpoint.memory import MemoryEstimate, estimate_memory
 from fixpoint.problems import Problem, RegisteredProblem, available_problems, load_problem
 from fixpoint.progress import ProgressBar
+from fixpoint.recurrence import Chain, Recurrence
 from fixpoint.regularisation import correction_loss, jacobian_penalty, spectral_radius
 from fixpoint.root import root
 from fixpoint.solution import Progress, Solution
@@ -22,6 +23,7 @@ from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.blockwise import Blockwise
 from fixpoint.solvers.broyden import Broyden
+from fixpoint.solvers.causal import CausalQuasiNewton
 from fixpoint.solvers.picard import Picard
 
 __version__ = "0.1.0"
@@ -34,6 +36,8 @@ __all__ = [
     "Backward",
     "Blockwise",
     "Broyden",
+    "CausalQuasiNewton",
+    "Chain",
     "ConvergenceError",
     "ConvergenceWarning",
     "FixedPointLayer",
@@ -45,6 +49,7 @@ __all__ = [
     "Problem",
     "Progress",
     "ProgressBar",
+    "Recurrence",
     "RegisteredProblem",
     "Reversible",
     "Run",

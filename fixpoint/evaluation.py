@@ -61,6 +61,19 @@ class RowMap:
         args, layout = map_leaves(pick, self._args), self.layout.with_rows(len(index))
         return RowMap(self._f, args, layout, gradients=False, surroundings=self.surroundings)
 
+    def part(self, z: Tensor, row: Tensor, block: Tensor) -> Tensor:
+        """Blocks ``block`` ``(N,)`` of rows ``row`` ``(N,)`` of ``f(z)``, as ``(N, dim)``: of T blocks a row.
+
+        Only an f that has a ``part`` itself spares the evaluation of the others.
+        """
+        state = self.layout.unflatten(z)
+        blocks = state.shape[1]
+        part = getattr(self._f, "part", None)
+        if part is None or len(block) == len(state) * blocks or self.surroundings.repeats:
+            return self(z).reshape(len(z), blocks, -1)[row, block]
+        self.calls += 1
+        return self._surrounded(lambda: part(state, row, block)).reshape(len(block), -1)
+
     def _is_aligned(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.layout.rows
 
@@ -108,29 +121,30 @@ class RowMap:
         return fz.detach(), fz.requires_grad
 
     def _output(self, z: Tensor, inputs: Sequence[Tensor]) -> Any:
-        if not self.surroundings.needed:
-            return self._bare_output(z, inputs)
-        with self.surroundings.evaluation():
-            output = self._bare_output(z, inputs)
-        lower = self.surroundings.lower
-        if lower is None:
-            return output
-        return map_leaves(lambda x: x.to(self.layout.dtype) if getattr(x, "dtype", None) == lower else x, output)
-
-    def _bare_output(self, z: Tensor, inputs: Sequence[Tensor]) -> Any:
         state = self.layout.unflatten(z)
         if not inputs:
-            output = self._f(state, *self._args)
+            output = self._surrounded(lambda: self._f(state, *self._args))
         else:
             given = iter(inputs)
             args = map_leaves(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, self._args)
             if isinstance(self._f, nn.Module):
-                parameters = dict(zip(self._names, given, strict=True))
-                output = torch.func.functional_call(self._f, parameters, (state, *args))
+                f, parameters = self._f, dict(zip(self._names, given, strict=True))
+                output = self._surrounded(lambda: torch.func.functional_call(f, parameters, (state, *args)))
             else:
-                output = self._f(state, *args)
+                output = self._surrounded(lambda: self._f(state, *args))
         self.calls += 1
         return output
+
+    def _surrounded(self, evaluate: Callable[[], Any]) -> Any:
+        """What an evaluation of f returns, in the dtype of the state, with all beside its arguments as it should be."""
+        if not self.surroundings.needed:
+            return evaluate()
+        with self.surroundings.evaluation():
+            output = evaluate()
+        lower = self.surroundings.lower
+        if lower is None:
+            return output
+        return map_leaves(lambda x: x.to(self.layout.dtype) if getattr(x, "dtype", None) == lower else x, output)
 
     def _evaluate(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
         return self.layout.flatten(self._output(z, inputs))

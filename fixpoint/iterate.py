@@ -43,8 +43,8 @@ class Iterates:
         residual, scale = figures = tolerance.measure(self.z, fz)
         status = np.where(tolerance.satisfied(residual, scale), Status.CONVERGED, self.status.cpu().numpy())
         status = np.where(np.isfinite(residual), status, Status.NON_FINITE)
-        on_device = _figures_like(self.z, figures)
-        return replace(self, residual=on_device[0], scale=on_device[1], status=_like(self.z, status))
+        on_device = figures_like(self.z, figures)
+        return replace(self, residual=on_device[0], scale=on_device[1], status=like(self.z, status))
 
 
 class Record:
@@ -103,7 +103,7 @@ class Record:
         if count == self.remaining:
             self.z, self._own = z, False
         elif count:
-            index = _like(z, np.flatnonzero(best))
+            index = like(z, np.flatnonzero(best))
             if self._own:
                 self.z.index_copy_(0, index, z.index_select(0, index))
             else:
@@ -111,10 +111,10 @@ class Record:
 
     def outcome(self) -> Iterates:
         """What is known by now; rows that have not ended are called ``MAX_EVALS``."""
-        residual, scale = _figures_like(self.z, np.stack((self.residual, self.scale)))
-        status = _like(self.z, np.where(self.active, Status.MAX_EVALS, self.status))
-        evals = _like(self.z, np.where(self.active, self.nfev, self.evals))
-        trace = _figures_like(self.z, np.stack(self.trace)) if self.trace else None
+        residual, scale = figures_like(self.z, np.stack((self.residual, self.scale)))
+        status = like(self.z, np.where(self.active, Status.MAX_EVALS, self.status))
+        evals = like(self.z, np.where(self.active, self.nfev, self.evals))
+        trace = figures_like(self.z, np.stack(self.trace)) if self.trace else None
         return Iterates(self.z, residual, scale, status, evals, self.nfev, trace)
 
 
@@ -158,13 +158,13 @@ def iterate(
         if look:
             due = (best.nfev // check_every + 1) * check_every
             ended = best.update(z, figures, tolerance)
-            stop = watch and watch(best.nfev, _figures_like(z, residual), best.remaining, z.detach())
+            stop = watch and watch(best.nfev, figures_like(z, residual), best.remaining, z.detach())
             if stop or best.nfev == max_evals or best.remaining == 0:
                 return replace(best.outcome(), state=state)
             if ended:
                 if compaction is not None:
                     compaction.select(best.active, z, fz)
-                index = _like(z, np.flatnonzero(~best.active))
+                index = like(z, np.flatnonzero(~best.active))
                 frozen = index, best.z.index_select(0, index)
                 z = z.index_copy(0, *frozen)
         if frozen is not None:
@@ -188,16 +188,16 @@ def advance(f: Map, z: Tensor, solver: Solver, tolerance: Tolerance, *, depth: i
             trace.append(tolerance.measure(z, fz)[0])
         z, state = solver.step(z, fz, state)
     status = torch.where(torch.isfinite(z.detach()).all(dim=1), int(Status.MAX_EVALS), int(Status.NON_FINITE))
-    unknown = _figures_like(z, np.full(len(z), np.nan))
-    recorded = _figures_like(z, np.stack([*trace, np.empty(len(z))])[:-1]) if record else None
+    unknown = figures_like(z, np.full(len(z), np.nan))
+    recorded = figures_like(z, np.stack([*trace, np.empty(len(z))])[:-1]) if record else None
     return Iterates(z, unknown, unknown, status, torch.full_like(status, depth), depth, recorded, True, state)
 
 
-def _like(z: Tensor, array: Array) -> Tensor:
+def like(z: Tensor, array: Array) -> Tensor:
     """``array`` where ``z`` is, without waiting for the device."""
     return torch.from_numpy(array).to(z.device, non_blocking=True)
 
 
-def _figures_like(z: Tensor, figures: Array) -> Tensor:
+def figures_like(z: Tensor, figures: Array) -> Tensor:
     """The same, in at least float32: float64 only where ``z`` has it."""
     return torch.from_numpy(figures).to(torch.promote_types(z.dtype, torch.float32)).to(z.device, non_blocking=True)

@@ -111,6 +111,7 @@ def solve(
     if start is None:
         raise TypeError("z0 is missing: pass a starting state, or a problem that has one as its attribute z0")
     layout = Layout.of(start, batch_dims)
+    f, solver = solver.pose(f, layout)
     later = Later()
     records: list[Record] = []
     kept: dict[int, Tensor] = {}

@@ -108,12 +108,12 @@ def modules_of(f: object) -> Iterator[nn.Module]:
     """The modules that f is, is bound to, closes over or names as globals, each once.
 
     They are looked for through bound methods, ``functools.partial``, closures within closures, and among the attributes
-    of one object; not in lists and dicts, nor in objects that these objects hold.
+    of an object and of objects that it holds; not in lists and dicts, nor deeper.
     """
     seen: set[int] = set()
-    found = [(f, True)]
+    found = [(f, 2)]
     while found:
-        x, is_object = found.pop()
+        x, depth = found.pop()
         if id(x) in seen:
             continue
         seen.add(id(x))
@@ -124,15 +124,15 @@ def modules_of(f: object) -> Iterator[nn.Module]:
                         seen.add(id(module))
                         yield module
             case functools.partial():
-                found += [(part, True) for part in (x.func, *x.args, *x.keywords.values())]
+                found += [(part, depth) for part in (x.func, *x.args, *x.keywords.values())]
             case types.MethodType():
-                found += [(x.__func__, True), (x.__self__, True)]
+                found += [(x.__func__, depth), (x.__self__, depth)]
             case types.FunctionType():
-                found += [(cell.cell_contents, True) for cell in x.__closure__ or () if cell != types.CellType()]
+                found += [(cell.cell_contents, depth) for cell in x.__closure__ or () if cell != types.CellType()]
                 named = (x.__globals__.get(name) for name in x.__code__.co_names)
-                found += [(module, False) for module in named if isinstance(module, nn.Module)]
-            case _ if is_object and not isinstance(x, type):
-                found += [(part, False) for part in getattr(x, "__dict__", {}).values()]
+                found += [(module, 0) for module in named if isinstance(module, nn.Module)]
+            case _ if depth and not isinstance(x, type):
+                found += [(part, depth - 1) for part in getattr(x, "__dict__", {}).values()]
 
 
 def without_autocast(loop: Loop) -> Loop:

@@ -1,6 +1,6 @@
 """Diffusion sampling and denoisers as fixed point problems, for the solvers of ``fixpoint``."""
 
-from fixpoint_diffusion.chains import DDIMChain, StochasticDDIMChain, Transitions
+from fixpoint_diffusion.chains import DDIMChain, SamplingChain, StochasticDDIMChain, Transitions
 from fixpoint_diffusion.denoisers import embedded, load_denoiser
 from fixpoint_diffusion.fpdm import FPDM, FPDMConfig, sample_fpdm
 from fixpoint_diffusion.noise import initial_noise, step_noise
@@ -12,6 +12,7 @@ __all__ = [
     "DDIMChain",
     "FPDMConfig",
     "NoiseSchedule",
+    "SamplingChain",
     "SamplingResult",
     "StochasticDDIMChain",
     "Transitions",

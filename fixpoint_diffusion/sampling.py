@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fixpoint import Anderson, Blockwise, Progress, Solution, Solver, solve
-from fixpoint_diffusion.chains import DDIMChain
+from fixpoint_diffusion.chains import SamplingChain
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class SamplingResult:
 
 
 def sample(
-    chain: DDIMChain,
+    chain: SamplingChain,
     *,
     solver: Solver = Anderson(),  # noqa: B008 - immutable
     rtol: float = 1e-3,
@@ -54,7 +54,7 @@ def sample(
     ``chain.sequential()``.
 
     Args:
-        chain: a :class:`DDIMChain` or :class:`StochasticDDIMChain` of B samples and T steps.
+        chain: a :class:`SamplingChain`, such as :class:`DDIMChain`, of B samples and T steps.
         solver: the update rule; see ``fixpoint`` for the choice.
         rtol, atol: a sample is done when ``||chain(z) - z|| <= atol + rtol ||chain(z)||`` over its whole trajectory.
         max_evals: most evaluations of the chain; by default T + 1, enough for plain iteration to be exact and know it.
@@ -110,7 +110,7 @@ def sample(
     )
 
 
-def deq_ddim_settings(chain: DDIMChain, reading: Literal["paper", "released-code"] = "paper") -> dict[str, Any]:
+def deq_ddim_settings(chain: SamplingChain, reading: Literal["paper", "released-code"] = "paper") -> dict[str, Any]:
     """The options of :func:`sample` that DEQ-DDIM (Pokle et al., 2022, Appendix A) was run with.
 
     Both readings use Anderson acceleration with a history of 5 to a relative residual of 1e-3, in at most 15
@@ -147,7 +147,7 @@ def deq_ddim_settings(chain: DDIMChain, reading: Literal["paper", "released-code
 class _ChangedRows:
     """The chain's map, which asks the denoiser only about inputs that differ from those of the evaluation before."""
 
-    def __init__(self, chain: DDIMChain) -> None:
+    def __init__(self, chain: SamplingChain) -> None:
         self._chain = chain
         self._x: Tensor | None = None
         self._out: Tensor | None = None
@@ -160,13 +160,13 @@ class _ChangedRows:
         else:
             changed = (x != self._x).reshape(*x.shape[:2], -1).any(dim=2)
             if bool(changed.any()):
-                t = self._chain.timesteps.to(x.device).expand(*x.shape[:2])[changed]
-                self._out[changed] = self._chain.denoise(x[changed], t)
+                sample, step = changed.nonzero(as_tuple=True)
+                self._out[sample, step] = self._chain.denoise(x[sample, step], sample, step)
         self._x = x
         return self._chain.accumulate(x, self._out)
 
 
-def _start(chain: DDIMChain, init: str | Tensor) -> Tensor:
+def _start(chain: SamplingChain, init: str | Tensor) -> Tensor:
     if isinstance(init, Tensor):
         chain.inputs(init)  # refuses another shape
         return init.detach()

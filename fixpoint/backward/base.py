@@ -12,9 +12,10 @@ from torch import Tensor
 from fixpoint.backward.explicit import Solve, solve_explicitly
 from fixpoint.compaction import Compaction
 from fixpoint.convergence import OnFailure, Tolerance
-from fixpoint.iterate import Iterates, Map, Record, Watcher, advance, iterate
+from fixpoint.iterate import Iterates, Map, Record, Watcher, advance
 from fixpoint.solvers.base import Solver
 from fixpoint.transforms import Explicit
+from fixpoint.windows import drive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class Run:
         """The same as ``solve``, recording gradients through every update when grad mode is on."""
         if self.depth is not None:
             return advance(self.f, self.z0, self.solver, self.tolerance, depth=self.depth, record=self.record)
-        return iterate(
+        return drive(
             self.f,
             self.z0,
             self.solver,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -12,10 +12,11 @@ from fixpoint.backward.adjoint import attach_adjoint
 from fixpoint.backward.base import Backward, Run
 from fixpoint.backward.explicit import solve_explicitly, vector_jacobian_product
 from fixpoint.convergence import OnFailure, Status, Tolerance
-from fixpoint.iterate import Iterates, Map, iterate
+from fixpoint.iterate import Iterates, Map
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver, require_count
 from fixpoint.transforms import ClosureError, depends_on_nothing_else
+from fixpoint.windows import drive
 
 FailedRows = Literal["jfb", "best", "raise"]
 
@@ -32,7 +33,8 @@ class IFT(Backward):
     is in ``args`` or a parameter of a module f. What f closes over has first derivatives; a second one is refused.
 
     Args:
-        solver: Solver of the adjoint equation. Anderson on a linear map is GMRES.
+        solver: Solver of the adjoint equation; None: what suits the forward solver (for a chain, the same sweeps in the
+            other direction), or else ``Anderson(memory=10)``, which on a linear map is GMRES.
         rtol: Relative tolerance of the adjoint; the rounding of the state's dtype where that is larger.
         max_evals: Vector-Jacobian products granted.
         on_failure: What to do about rows whose adjoint was not solved: "jfb" gives them the gradient of JFB (u = v) and
@@ -59,14 +61,14 @@ class IFT(Backward):
         16.0
     """
 
-    solver: Solver = field(default_factory=lambda: Anderson(memory=10))
+    solver: Solver | None = None
     rtol: float = 1e-6
     max_evals: int = 100
     on_failure: FailedRows = "jfb"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.solver, Solver):
-            raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {self.solver!r}")
+        if self.solver is not None and not isinstance(self.solver, Solver):
+            raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), or None, found {self.solver!r}")
         if not self.rtol >= 0:
             raise ValueError(f"rtol must be at least 0, found {self.rtol}")
         require_count("max_evals", self.max_evals)
@@ -97,10 +99,10 @@ class IFT(Backward):
     def _solve(self, image: Map, v: Tensor, run: Run) -> Iterates:
         """The fixed point of a linear map, started at ``v``, which rows that fail go back to."""
         tolerance = Tolerance(rtol=max(self.rtol, torch.finfo(v.dtype).eps), atol=0.0)
-        outcome = iterate(
+        outcome = drive(
             image,
             v,
-            self.solver,
+            self.solver or run.solver.adjoint() or Anderson(memory=10),
             tolerance,
             max_evals=self.max_evals,
             check_every=run.check_every,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fixpoint.structure import Layout
 
 
 class Solver(abc.ABC):
@@ -35,6 +38,17 @@ class Solver(abc.ABC):
     @abc.abstractmethod
     def step(self, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
         """``(z_next, state)`` from the rows ``z`` and their images ``fz = f(z)``, both ``(rows, dim)``."""
+
+    def pose(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
+        """The map to evaluate and the solver to run on it, for solvers that must know the state's shape or its problem.
+
+        ``f`` is the caller's, ``layout`` describes its state. Most solvers need neither.
+        """
+        return f, self
+
+    def adjoint(self) -> Solver | None:
+        """A solver that suits ``u = v + J^T u`` because this one, posed, suits f; None: any will do."""
+        return None
 
 
 def require_count(name: str, value: object) -> None:

@@ -1,45 +1,31 @@
-"""The DDIM chain: a whole sampling trajectory as one fixed point (DEQ-DDIM, Sec. 4)."""
+"""The DDIM chain: deterministic steps through the timesteps of a noise schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fixpoint_diffusion.chains.transitions import Transitions, wide
+from fixpoint_diffusion.chains.chain import Denoiser, SamplingChain
+from fixpoint_diffusion.chains.transitions import Transitions
 from fixpoint_diffusion.schedules import NoiseSchedule
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
 
-
-class DDIMChain:
-    """All latents of deterministic DDIM sampling as the unknown of one fixed point problem ``z = chain(z)``.
-
-    A state ``z`` has shape ``(B, T, *shape)``: row k is the latent after step k, the last row is x_0. Rows of
-    ``chain(z)`` depend on earlier rows alone, so plain iteration is exact after T evaluations; a good solver needs far
-    fewer, and all of an evaluation's T denoiser rows go through the network in one batch.
-
-    A chain is a problem for ``fixpoint.solve(chain)``; :func:`fixpoint_diffusion.sample` adds what sampling wants.
-    Gradients flow through ``chain(z)`` to z, to x_T and to the denoiser's parameters.
+class DDIMChain(SamplingChain):
+    """All latents of deterministic DDIM sampling as the unknown of one fixed point problem: a :class:`SamplingChain`.
 
     Args:
-        denoiser: called as ``denoiser(x, t)`` with latents ``(N, *shape)`` and timesteps ``(N,)`` int64; returns
-            ``(N, *shape)`` in the dtype and on the device of x. Must treat rows independently.
-        x_T: initial noise, ``(B, *shape)``, floating point. Its dtype and device are the chain's; sums over the chain
-            are in float64 all the same (float32 on devices without it).
+        denoiser, x_T, conditioning, max_rows: as for :class:`SamplingChain`.
         schedule: the noise schedule that the denoiser was trained on.
         steps: T, from 1 to the schedule's length; 50 unless ``timesteps`` are given.
         timesteps: ``(T,)`` integers, descending, instead of ``steps`` and ``spacing``.
         spacing: rule that selects the timesteps; by default the schedule's.
         prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``; by default the denoiser's attribute of that
             name, or else the schedule's.
-        max_rows: most rows in one denoiser call, to bound memory; by default all at once. A split call is one round.
+        clip_sample: largest absolute value that a predicted image may have (diffusers' ``clip_sample_range``); None:
+            predictions are taken as they are.
 
     Attributes:
-        rounds: batched denoiser calls so far.
-        evals: denoiser rows so far.
         transitions: the coefficients of every step.
 
     Raises:
@@ -50,7 +36,7 @@ class DDIMChain:
         Meng, Ermon, "Denoising Diffusion Implicit Models" (ICLR 2021).
 
     Example:
-        >>> import fixpoint
+        >>> import fixpoint, torch
         >>> schedule = NoiseSchedule.linear()
         >>> def denoiser(x, t):  # exact for standard normal data
         ...     a = schedule.alphas_cumprod.to(x)[t].reshape(-1, 1)
@@ -63,8 +49,6 @@ class DDIMChain:
         True
     """
 
-    batch_dims = 1
-
     def __init__(
         self,
         denoiser: Denoiser,
@@ -75,114 +59,16 @@ class DDIMChain:
         timesteps: Tensor | None = None,
         spacing: str | None = None,
         prediction_type: str | None = None,
+        clip_sample: float | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
         max_rows: int | None = None,
     ) -> None:
-        if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
-            raise ValueError("x_T must be a floating-point tensor of shape (B, *shape)")
         if timesteps is not None and (steps is not None or spacing is not None):
             raise ValueError("pass either timesteps, or steps and spacing")
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
         if prediction_type is None:
             prediction_type = getattr(denoiser, "prediction_type", None) or schedule.prediction_type
         if timesteps is None:
             timesteps = schedule.timesteps(50 if steps is None else steps, spacing)
-        self.denoiser = denoiser
-        self.x_T = x_T
+        transitions = Transitions.of(schedule, timesteps, prediction_type=prediction_type, clip_sample=clip_sample)
+        super().__init__(denoiser, x_T, transitions, conditioning=conditioning, max_rows=max_rows)
         self.schedule = schedule
-        self.transitions = Transitions.of(schedule, timesteps, prediction_type=prediction_type)
-        self.noise: Tensor | None = None
-        self.max_rows = max_rows
-        self.reset_counters()
-
-    @property
-    def timesteps(self) -> Tensor:
-        """What the denoiser is told at each step: ``(T,)`` int64 on the CPU, descending."""
-        return self.transitions.timesteps
-
-    @property
-    def steps(self) -> int:
-        """T, the number of steps."""
-        return len(self.transitions.timesteps)
-
-    @property
-    def z0(self) -> Tensor:
-        """Where to start: every latent = x_T, ``(B, T, *shape)``; detached, for no solution depends on its start."""
-        return self.x_T.detach().unsqueeze(1).expand(-1, self.steps, *self.x_T.shape[1:]).clone()
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """All latents from all latents, in the cumulative form of Eq. 10: ``(B, T, *shape)`` to the same shape.
-
-        Evaluates the denoiser on B T rows. One evaluation carries a change of any row to all rows after it.
-        """
-        x = self.inputs(z)
-        return self.accumulate(x, self.denoise_all(x))
-
-    def one_step(self, z: Tensor) -> Tensor:
-        """Each latent from the one before it alone, the first from x_T: ``(B, T, *shape)`` to the same shape.
-
-        The same fixed point as that of ``chain(z)``, in the form that sweeps over a chain need.
-        """
-        x = self.inputs(z)
-        out = self.denoise_all(x)
-        noise = None if self.noise is None else wide(self.noise)
-        return self.transitions.step(wide(x), wide(out), slice(None), noise).to(x.dtype)
-
-    def sequential(self, *, progress: bool = False) -> Tensor:
-        """The trajectory of the ordinary sampler, one step after another, with the same noise.
-
-        Args:
-            progress: show a bar.
-
-        Returns:
-            All latents, ``(B, T, *shape)``: what every parallel solution must equal.
-        """
-        latent, trajectory = self.x_T, []
-        for k in tqdm(range(self.steps), desc="sequential", disable=not progress):
-            out = self.denoise(latent, self.timesteps[k].expand(len(latent)))
-            noise = None if self.noise is None else wide(self.noise[:, k])
-            after = self.transitions.step(wide(latent), wide(out), k, noise)
-            latent = after.to(latent.dtype)
-            trajectory.append(latent)
-        return torch.stack(trajectory, dim=1)
-
-    def inputs(self, z: Tensor) -> Tensor:
-        """The latent that each step starts from: x_T, then all rows of z but the last; ``(B, T, *shape)``."""
-        expected = (len(self.x_T), self.steps, *self.x_T.shape[1:])
-        if tuple(z.shape) != expected:
-            raise ValueError(f"the chain's state has shape (B, T, *shape) = {expected}, got {tuple(z.shape)}")
-        return torch.cat([self.x_T.unsqueeze(1).to(z.dtype), z[:, :-1]], dim=1)
-
-    def denoise(self, x: Tensor, t: Tensor) -> Tensor:
-        """The denoiser's outputs for latents ``(N, *shape)`` at timesteps ``(N,)``, checked, counted as one round."""
-        t = t.to(x.device)
-        size = self.max_rows or len(x)
-        parts = [self._call(some_x, some_t) for some_x, some_t in zip(x.split(size), t.split(size), strict=True)]
-        self.rounds += 1
-        self.evals += len(x)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def denoise_all(self, x: Tensor) -> Tensor:
-        """The denoiser's outputs for the inputs of all steps, ``(B, T, *shape)``, in one round."""
-        out = self.denoise(x.flatten(0, 1), self.timesteps.repeat(len(x)))
-        return out.reshape(x.shape)
-
-    def accumulate(self, x: Tensor, out: Tensor) -> Tensor:
-        """The right-hand side of Eq. 10 from each step's input and denoiser output, both ``(B, T, *shape)``."""
-        noise = None if self.noise is None else wide(self.noise)
-        return self.transitions.cumulative(wide(x), wide(out), noise).to(x.dtype)
-
-    def reset_counters(self) -> None:
-        """Start counting rounds and evaluations from zero."""
-        self.rounds = 0
-        self.evals = 0
-
-    def _call(self, x: Tensor, t: Tensor) -> Tensor:
-        out = self.denoiser(x, t)
-        if not isinstance(out, Tensor):
-            raise ValueError(f"the denoiser must return a tensor, got {type(out).__name__}")
-        for name in ("shape", "dtype", "device"):
-            found, expected = getattr(out, name), getattr(x, name)
-            if found != expected:
-                raise ValueError(f"the denoiser must return the {name} of its input, {expected}; it returned {found}")
-        return out

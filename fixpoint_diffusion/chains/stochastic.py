@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 from torch import Tensor
 
-from fixpoint_diffusion.chains.ddim import DDIMChain, Denoiser
+from fixpoint_diffusion.chains.chain import Denoiser
+from fixpoint_diffusion.chains.ddim import DDIMChain
 from fixpoint_diffusion.chains.transitions import Transitions
 from fixpoint_diffusion.noise import step_noise
 from fixpoint_diffusion.schedules import NoiseSchedule
@@ -18,7 +20,8 @@ class StochasticDDIMChain(DDIMChain):
     images gives what B batches of one give, and the sequential and every parallel run see the same ones.
 
     Args:
-        denoiser, x_T, schedule, steps, timesteps, spacing, prediction_type, max_rows: as for :class:`DDIMChain`.
+        denoiser, x_T, schedule, steps, timesteps, spacing, prediction_type, clip_sample, conditioning, max_rows: as for
+            :class:`DDIMChain`.
         eta: share of DDPM's noise: 0 is deterministic DDIM, 1 is DDPM.
         seed: of the noise.
         noise: standard normal noise ``(B, T, *shape)`` in the dtype and on the device of x_T, instead of the seed's.
@@ -31,6 +34,7 @@ class StochasticDDIMChain(DDIMChain):
     Source: Pokle, Geng, Kolter (2022), Eq. 20 to 25.
 
     Example:
+        >>> import torch
         >>> schedule = NoiseSchedule.linear()
         >>> chain = StochasticDDIMChain(lambda x, t: 0.5 * x, torch.ones(1, 3), schedule, steps=4, eta=1.0, seed=7)
         >>> z = chain.z0
@@ -50,6 +54,8 @@ class StochasticDDIMChain(DDIMChain):
         timesteps: Tensor | None = None,
         spacing: str | None = None,
         prediction_type: str | None = None,
+        clip_sample: float | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
         max_rows: int | None = None,
         eta: float = 1.0,
         seed: int = 0,
@@ -64,24 +70,19 @@ class StochasticDDIMChain(DDIMChain):
             timesteps=timesteps,
             spacing=spacing,
             prediction_type=prediction_type,
+            clip_sample=clip_sample,
+            conditioning=conditioning,
             max_rows=max_rows,
         )
         self.eta = eta
         self.transitions = Transitions.of(
-            schedule, self.timesteps, eta=eta, prediction_type=self.transitions.prediction_type
+            schedule,
+            self.timesteps,
+            eta=eta,
+            prediction_type=self.transitions.prediction_type,
+            clip_sample=clip_sample,
         )
         if noise is None:
             samples = range(first_sample, first_sample + len(x_T))
             noise = step_noise(seed, samples, range(self.steps), x_T.shape[1:], dtype=x_T.dtype, device=x_T.device)
         self.noise = self._check_noise(noise)
-
-    def _check_noise(self, noise: Tensor) -> Tensor:
-        expected = torch.Size([len(self.x_T), self.steps, *self.x_T.shape[1:]])
-        for name, wanted in (("shape", expected), ("dtype", self.x_T.dtype), ("device", self.x_T.device)):
-            found = getattr(noise, name, None)
-            if found != wanted:
-                raise ValueError(
-                    f"noise must have shape (B, T, *shape), dtype and device of x_T: {name} is {found}, "
-                    f"expected {wanted}"
-                )
-        return noise

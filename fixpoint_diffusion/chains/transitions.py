@@ -15,36 +15,55 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Transitions:
     r"""The coefficients of a chain of T sampling steps (DDIM, Eq. 12 and 16; DEQ-DDIM, Eq. 20).
 
     Step k takes a latent at signal level ``a = alphas[k]`` to one at ``a' = alphas_prev[k]``::
 
-        x' = sqrt(a') x_0 + sqrt(1 - a' - sigma^2) eps + sigma noise
-        sigma = eta sqrt((1 - a / a') (1 - a') / (1 - a))
+        x' = sqrt(a') x_0 + direction eps + sigma noise
+        sigma = eta sqrt((1 - a / a') (1 - a') / (1 - a)),  direction = sqrt(1 - a' - sigma^2)
 
-    where ``(x_0, eps)`` are what the denoiser's output says about the latent. Make one with :meth:`of`.
+    where ``(x_0, eps)`` are what the denoiser's output says about the latent. Make one with :meth:`of`, or with
+    :meth:`between` for levels that are not those of a schedule.
 
     Attributes:
-        timesteps: ``(T,)`` int64, descending: what the denoiser is told at each step.
+        timesteps: ``(T,)`` int64: what the denoiser is told at each step.
         alphas: ``(T,)`` float64, the signal level (cumulative alpha) that each step starts from.
         alphas_prev: ``(T,)`` float64, the one it arrives at (that of the timestep before it in the forward process).
+        direction: ``(T,)`` float64, the weight of eps in the latent that each step arrives at.
         sigma: ``(T,)`` float64, standard deviation of the noise that each step adds; 0 at a last step that ends at 1.
         prediction_type: what the denoiser predicts.
+        clip_sample: largest absolute value of a predicted x_0; None: as predicted.
+        noise_from_clipped: whether eps is derived anew from the clipped x_0 (as DDPM does, and diffusers' DDIM when
+            told ``use_clipped_model_output``), or stays what the denoiser said.
     """
 
     timesteps: Tensor
     alphas: Tensor
     alphas_prev: Tensor
+    direction: Tensor
     sigma: Tensor
-    prediction_type: str
+    prediction_type: str = "epsilon"
+    clip_sample: float | None = None
+    noise_from_clipped: bool = False
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps."""
+        return len(self.timesteps)
 
     @classmethod
     def of(
-        cls, schedule: NoiseSchedule, timesteps: Tensor, *, eta: float = 0.0, prediction_type: str = "epsilon"
+        cls,
+        schedule: NoiseSchedule,
+        timesteps: Tensor,
+        *,
+        eta: float = 0.0,
+        prediction_type: str = "epsilon",
+        clip_sample: float | None = None,
     ) -> Transitions:
-        """The coefficients for the given timesteps.
+        """The coefficients for the given timesteps, each step arriving where the next one starts.
 
         Args:
             schedule: the noise schedule; its ``final_alpha`` is where the last step arrives.
@@ -52,11 +71,13 @@ class Transitions:
             eta: share of DDPM's noise: 0 is deterministic, 1 is DDPM. More is legal as long as no step adds more noise
                 than the latent it leads to may hold.
             prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
+            clip_sample: largest absolute value of a predicted x_0; None: as predicted.
 
         Raises:
             TypeError: timesteps that are no tensor of integers.
             ValueError: timesteps that do not descend within the schedule, an eta below 0 or above the largest legal one
-                (which the message names), an unknown prediction type, or ``"epsilon"`` at a timestep without signal.
+                (which the message names), an unknown prediction type, ``"epsilon"`` at a timestep without signal, or a
+                clip_sample that is not positive.
 
         Example:
             >>> schedule = NoiseSchedule.linear()
@@ -64,10 +85,50 @@ class Transitions:
             >>> steps.sigma
             tensor([0.9413, 0.6645, 0.0100, 0.0000], dtype=torch.float64)
         """
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        timesteps = _check_timesteps(timesteps, len(schedule))
+        timesteps = check_timesteps(timesteps, len(schedule))
         alphas = schedule.alphas_cumprod[timesteps]
-        alphas_prev = torch.cat([alphas[1:], torch.tensor([schedule.final_alpha], dtype=torch.float64)])
+        return cls.between(
+            timesteps,
+            alphas,
+            torch.cat([alphas[1:], torch.tensor([schedule.final_alpha], dtype=torch.float64)]),
+            eta=eta,
+            prediction_type=prediction_type,
+            clip_sample=clip_sample,
+        )
+
+    @classmethod
+    def between(
+        cls,
+        timesteps: Tensor,
+        alphas: Tensor,
+        alphas_prev: Tensor,
+        *,
+        eta: float = 0.0,
+        prediction_type: str = "epsilon",
+        clip_sample: float | None = None,
+        noise_from_clipped: bool = False,
+    ) -> Transitions:
+        """The coefficients of steps between given signal levels.
+
+        A step need not arrive at the level that the next one starts from: samplers that take every
+        ``N // T``-th timestep before the current one do not, when T does not divide N.
+
+        Args:
+            timesteps, alphas, alphas_prev, prediction_type, clip_sample, noise_from_clipped: the attributes of those
+                names.
+            eta: as for :meth:`of`.
+
+        Raises:
+            ValueError: as :meth:`of`, timesteps apart.
+
+        Example:
+            >>> levels = torch.tensor([0.1, 0.5], dtype=torch.float64)
+            >>> Transitions.between(torch.tensor([900, 400]), levels, torch.tensor([0.4, 1.0]).double()).direction
+            tensor([0.7746, 0.0000], dtype=torch.float64)
+        """
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        if clip_sample is not None and not clip_sample > 0:
+            raise ValueError(f"clip_sample must be a positive number or None, got {clip_sample}")
         if prediction_type == "epsilon" and alphas[0] == 0:
             raise ValueError(
                 f"timestep {int(timesteps[0])} holds no signal (zero terminal SNR), where a prediction of the noise "
@@ -85,42 +146,59 @@ class Transitions:
                 f"left of the old noise); the largest legal eta for these timesteps is {largest:.6g}"
             )
         sigma = eta * (share * (1 - alphas_prev) / (1 - alphas)).sqrt()
-        return cls(timesteps, alphas, alphas_prev, sigma, prediction_type)
+        return cls(
+            timesteps=timesteps,
+            alphas=alphas,
+            alphas_prev=alphas_prev,
+            # Rounding must not make it the root of -1e-17.
+            direction=(1 - alphas_prev - sigma.square()).clamp(min=0).sqrt(),
+            sigma=sigma,
+            prediction_type=prediction_type,
+            clip_sample=clip_sample,
+            noise_from_clipped=noise_from_clipped,
+        )
 
-    def predict(self, x: Tensor, out: Tensor, k: int | slice) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, out: Tensor, k: int | slice | Tensor) -> tuple[Tensor, Tensor]:
         """What the denoiser's outputs say about the latents: ``(x_0, eps)`` with ``x = sqrt(a) x_0 + sqrt(1 - a) eps``.
 
+        With ``clip_sample``, x_0 is clipped, and the equation holds only if eps is derived from the clipped x_0.
+
         Args:
-            x: latents, ``(B, *shape)`` for one step k, ``(B, n, *shape)`` for a slice of n steps.
+            x: latents, ``(B, *shape)`` for one step k, ``(B, n, *shape)`` for a slice of n steps, ``(N, *shape)`` for
+                a tensor of N steps, one for each row.
             out: the denoiser's outputs for them, of the same shape.
             k: which step or steps.
         """
         signal, noise = self._like(self.alphas.sqrt(), x, k), self._like((1 - self.alphas).sqrt(), x, k)
         if self.prediction_type == "epsilon":
-            return (x - noise * out) / signal, out
-        if self.prediction_type == "v_prediction":
-            return signal * x - noise * out, signal * out + noise * x
-        return out, (x - signal * out) / noise
+            x_0, eps = (x - noise * out) / signal, out
+        elif self.prediction_type == "v_prediction":
+            x_0, eps = signal * x - noise * out, signal * out + noise * x
+        else:
+            x_0, eps = out, (x - signal * out) / noise
+        if self.clip_sample is not None:
+            x_0 = x_0.clamp(-self.clip_sample, self.clip_sample)
+            if self.noise_from_clipped:
+                eps = (x - signal * x_0) / noise
+        return x_0, eps
 
-    def step(self, x: Tensor, out: Tensor, k: int | slice, noise: Tensor | None = None) -> Tensor:
+    def step(self, x: Tensor, out: Tensor, k: int | slice | Tensor, noise: Tensor | None = None) -> Tensor:
         """The latents after step (or steps) k, each from the one before it.
 
         Args:
-            x: latents, ``(B, *shape)`` for one step k, ``(B, n, *shape)`` for a slice of n steps.
-            out: the denoiser's outputs for them, of the same shape.
-            k: which step or steps.
+            x, out, k: as for :meth:`predict`.
             noise: standard normal, of the same shape; None where sigma is 0.
         """
         x_0, eps = self.predict(x, out, k)
-        after = self._like(self.alphas_prev.sqrt(), x, k) * x_0 + self._like(self._direction(), x, k) * eps
+        after = self._like(self.alphas_prev.sqrt(), x, k) * x_0 + self._like(self.direction, x, k) * eps
         return after if noise is None else after + self._like(self.sigma, x, k) * noise
 
     def cumulative(self, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
         """All latents, each as the sum of all steps before it (DEQ-DDIM, Eq. 10; stochastic: Eq. 22 and 23).
 
-        With ``y = x / sqrt(a)`` a step is ``y' = y + (r - s) eps + q noise``, where ``s = sqrt((1 - a) / a)``,
-        ``r = sqrt((1 - a' - sigma^2) / a')`` and ``q = sigma / sqrt(a')``: the equations are one cumulative sum.
-        It starts after the first step, whose input x_T is known, because y does not exist where there is no signal.
+        A step is ``x' = sqrt(a' / a) x + change``. Divided by the product of all those factors so far, it is
+        ``y' = y + change / product``: the equations are one cumulative sum. It starts after the first step, whose
+        input x_T is known, because that factor is infinite where there is no signal.
 
         Args:
             x: the latents that each step starts from, ``(B, T, *shape)``; the first is x_T.
@@ -130,28 +208,25 @@ class Transitions:
         Returns:
             The latents after each step, ``(B, T, *shape)``.
         """
-        rest = slice(1, None)
-        begin = self.step(x[:, :1], out[:, :1], slice(0, 1), None if noise is None else noise[:, :1])
-        start = begin / self._like(self.alphas_prev.sqrt(), x, slice(0, 1))
-        _, eps = self.predict(x[:, rest], out[:, rest], rest)
-        before = ((1 - self.alphas) / self.alphas).sqrt()
-        change = self._like(self._direction() / self.alphas_prev.sqrt() - before, x, rest) * eps
-        if noise is not None:
-            change = change + self._like(self.sigma / self.alphas_prev.sqrt(), x, rest) * noise[:, rest]
-        sums = torch.cat([start, change], dim=1).cumsum(dim=1)
-        return self._like(self.alphas_prev.sqrt(), x, slice(None)) * sums
-
-    def _direction(self) -> Tensor:
-        """Weight of eps in the latent that each step arrives at; rounding must not make it the root of -1e-17."""
-        return (1 - self.alphas_prev - self.sigma.square()).clamp(min=0).sqrt()
+        every, rest = slice(None), slice(1, None)
+        factors = (self.alphas_prev / self.alphas).sqrt()
+        product = self._like(torch.cat([self.alphas_prev[:1].sqrt(), factors[1:]]).cumprod(0), x, every)
+        after = self.step(x, out, every, noise)
+        change = after[:, rest] - self._like(factors, x, rest) * x[:, rest]
+        return product * (torch.cat([after[:, :1], change], dim=1) / product).cumsum(dim=1)
 
     @staticmethod
-    def _like(coefficients: Tensor, x: Tensor, k: int | slice) -> Tensor:
-        chosen = coefficients[k].to(device=x.device, dtype=x.dtype)
-        return chosen if isinstance(k, int) else chosen.reshape(-1, *[1] * (x.ndim - 2))
+    def _like(coefficients: Tensor, x: Tensor, k: int | slice | Tensor) -> Tensor:
+        """The coefficients of the steps k, shaped to multiply x."""
+        chosen = coefficients.to(device=x.device, dtype=x.dtype)[k]
+        if isinstance(k, int):
+            return chosen
+        leading = 1 if isinstance(k, Tensor) else 2
+        return chosen.reshape(-1, *[1] * (x.ndim - leading))
 
 
-def _check_timesteps(timesteps: Tensor, n: int) -> Tensor:
+def check_timesteps(timesteps: Tensor, n: int) -> Tensor:
+    """The timesteps as int64 on the CPU; raises unless they descend within a schedule of n."""
     if not isinstance(timesteps, Tensor) or timesteps.is_floating_point() or timesteps.dtype == torch.bool:
         found = timesteps.dtype if isinstance(timesteps, Tensor) else type(timesteps).__name__
         raise TypeError(f"timesteps must be a tensor of integers, got {found}")

@@ -2,5 +2,6 @@
 
 from fixpoint_diffusion.denoisers.diffusers import DiffusersDenoiser, load_denoiser
 from fixpoint_diffusion.denoisers.embedded import EMBEDDED_MODELS, embedded, embedded_folder
+from fixpoint_diffusion.denoisers.guided import Guided
 
-__all__ = ["EMBEDDED_MODELS", "DiffusersDenoiser", "embedded", "embedded_folder", "load_denoiser"]
+__all__ = ["EMBEDDED_MODELS", "DiffusersDenoiser", "Guided", "embedded", "embedded_folder", "load_denoiser"]

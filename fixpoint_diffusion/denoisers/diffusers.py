@@ -31,7 +31,7 @@ class DiffusersDenoiser:
         prediction_type: what the output means, in diffusers' words: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
         schedule_config: the configuration of the noise schedule it was trained on, as a diffusers scheduler writes it.
         inputs: further inputs by name (``class_labels``, ``encoder_hidden_states``), each with one row ``(1, ...)``
-            that is repeated for every row of x.
+            that is repeated for every row of x; what is no tensor is passed on as it is.
 
     Attributes:
         sample_shape: shape of one image ``(C, H, W)``, from the model's config; None where that does not say.
@@ -52,7 +52,7 @@ class DiffusersDenoiser:
         *,
         prediction_type: str = "epsilon",
         schedule_config: Mapping[str, Any] | None = None,
-        inputs: Mapping[str, Tensor] | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}")
@@ -61,15 +61,21 @@ class DiffusersDenoiser:
         self.schedule_config = None if schedule_config is None else dict(schedule_config)
         self.inputs = dict(inputs or {})
         for name, value in self.inputs.items():
-            if value.ndim == 0 or value.shape[0] != 1:
+            if isinstance(value, Tensor) and value.shape[:1] != (1,):
                 raise ValueError(f"input {name!r} must have one row (1, ...), got shape {tuple(value.shape)}")
         self.sample_shape = _sample_shape(getattr(model, "config", None))
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predict for images ``(N, C, H, W)`` at timesteps ``(N,)``; returns ``(N, C, H, W)`` in x's dtype."""
+    def __call__(self, x: Tensor, t: Tensor, **inputs: Tensor) -> Tensor:
+        """Predict for images ``(N, C, H, W)`` at timesteps ``(N,)``; returns ``(N, C, H, W)`` in x's dtype.
+
+        Further inputs have one row for each row of x; a chain passes its conditioning so.
+        """
         parameter = next(self.model.parameters(), x)
-        rows = {name: value.expand(len(x), *value.shape[1:]) for name, value in self.inputs.items()}
-        output = self.model(x.to(parameter.dtype), t, **rows)
+        repeated = {
+            name: value.expand(len(x), *value.shape[1:]) if isinstance(value, Tensor) else value
+            for name, value in self.inputs.items()
+        }
+        output = self.model(x.to(parameter.dtype), t, **repeated, **inputs)
         output = output if isinstance(output, Tensor) else output.sample
         return output[:, : x.shape[1]].to(x.dtype)
 
@@ -153,8 +159,9 @@ def _load_diffusers_model(folder: Path, config: dict[str, Any], dtype: torch.dty
         raise ImportError(NEEDS_DIFFUSERS) from error
 
     name = config.get("_class_name")
-    cls = getattr(diffusers, str(name), None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+    cls: Any = getattr(diffusers, str(name), None)
+    is_model = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
+    if not is_model:
         raise ValueError(
             f"{folder / 'config.json'}: _class_name is {name!r}; expected 'FPDM' or a model class of "
             f"diffusers {diffusers.__version__}, such as 'UNet2DModel'"

@@ -209,6 +209,7 @@ WAYS = {
     "partial": lambda f: functools.partial(lambda g, z, x: g(z, x), f),
     "compiled": lambda f: torch.compile(f, backend="eager"),
     "attribute of an object": lambda f: Holder(f),
+    "attribute of an attribute": lambda f: Holder(Holder(f)),
     "method of an object": lambda f: Holder(f).__call__,
     "closure over an object": lambda f: (lambda held: lambda z, x: held.f(z, x))(Holder(f)),
 }

@@ -134,6 +134,30 @@ def test_rows_depend_on_earlier_rows_alone(mixture, form: str) -> None:
         assert depends == (column == row - 1 if form == "one_step" else column < row)
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_transition_takes_any_rows_in_any_order_as_the_sequential_run_does(mixture, eta: float) -> None:
+    chain = make_chain(mixture(LINEAR), eta=eta, steps=7)
+    latents = chain.sequential()
+    sample, step = torch.tensor([1, 0, 1, 1]), torch.tensor([6, 0, 2, 0])
+    before = torch.stack([latents[1, 5], X_T[0], latents[1, 1], X_T[1]])
+    chain.reset_counters()
+    after = chain.transition(before, sample, step)
+    torch.testing.assert_close(after, latents[sample, step], rtol=1e-12, atol=1e-12)
+    assert (chain.rounds, chain.evals) == (1, 4)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_transition_of_every_row_is_one_step_of_the_whole_state(mixture, eta: float) -> None:
+    """For images too, and rounded to the dtype of the latents."""
+    x_T = initial_noise(0, range(2), (1, 3, 1))
+    chain = make_chain(mixture(LINEAR), eta=eta, x_T=x_T, steps=4)
+    z = torch.randn(2, 4, 1, 3, 1, generator=torch.Generator().manual_seed(0))
+    x = chain.inputs(z)
+    rows = [chain.transition(x[:, k], torch.arange(2), torch.full((2,), k)) for k in range(4)]
+    assert rows[0].dtype == torch.float32
+    torch.testing.assert_close(torch.stack(rows, dim=1), chain.one_step(z), rtol=1e-6, atol=1e-6)
+
+
 def test_eta_zero_of_the_stochastic_chain_is_the_deterministic_one(mixture) -> None:
     stochastic = StochasticDDIMChain(mixture(LINEAR), X_T, LINEAR, steps=9, eta=0.0)
     assert torch.equal(stochastic.sequential(), make_chain(mixture(LINEAR), steps=9).sequential())

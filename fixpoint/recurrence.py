@@ -1,0 +1,157 @@
+"""Recurrences as fixed point problems: every state of ``x_{k+1} = step(x_k)`` at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Chain(Protocol):
+    """A recurrence whose steps can be asked for one by one, in any order and number.
+
+    :class:`~fixpoint.CausalQuasiNewton` asks such a problem for those steps alone that it needs. Two further attributes
+    are honoured if present: ``slopes``, ``(T,)`` or ``(T, D)``, what each step does to a small displacement of its
+    input; and ``basis``, ``(D, D)`` orthogonal, in whose coordinates (columns) the slopes count.
+    """
+
+    @property
+    def start(self) -> Tensor:
+        """The state before the first step of each sample, ``(B, *shape)``."""
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps."""
+
+    @property
+    def z0(self) -> Tensor:
+        """A guess of the states after each step, ``(B, T, *shape)``."""
+
+    def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
+        """States ``(N, *shape)`` after the steps ``step`` ``(N,)`` of the samples ``sample`` ``(N,)`` from ``x``."""
+
+
+class Recurrence:
+    """``x_{k+1} = step(x_k, *inputs_k)`` for T steps, as one problem: a recurrent network, an ODE's steps.
+
+    The unknown ``z`` has shape ``(B, T, *shape)``: row k is the state after step k. It solves ``z = recurrence(z)``,
+    whose row k is one step from row k - 1, the first from ``start``.
+
+    Args:
+        step: called as ``step(x, *inputs)`` with states ``(N, *shape)`` of any samples and steps, mixed, and for each
+            of ``inputs`` the rows ``(N, ...)`` that belong to them; returns ``(N, *shape)``. Must treat rows alone.
+        start: ``(B, *shape)``, the state before the first step.
+        inputs: tensors ``(B, T, ...)``, such as the sequence a network reads, or the time of each step.
+        steps: T; may be left out where an input tells.
+        slopes: what each step does to a small displacement, ``(T,)`` or, one for each entry of a state, ``(T, D)``;
+            None: found on the way.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together, and for a step that returns another shape, dtype
+            or device than it was given.
+
+    Example:
+        >>> import torch, fixpoint
+        >>> h = 0.01
+        >>> pendulum = fixpoint.Recurrence(
+        ...     lambda x: x + h * torch.stack((x[:, 1], -x[:, 0].sin()), dim=1), torch.tensor([[1.0, 0.0]]), steps=500
+        ... )
+        >>> solution = fixpoint.solve(pendulum, solver=fixpoint.CausalQuasiNewton(), rtol=1e-4, backward=None)
+        >>> torch.allclose(solution.value, pendulum.sequential(), atol=1e-3), solution.nfev < 20
+        (True, True)
+    """
+
+    batch_dims = 1
+
+    def __init__(
+        self,
+        step: Callable[..., Tensor],
+        start: Tensor,
+        *,
+        inputs: Sequence[Tensor] = (),
+        steps: int | None = None,
+        slopes: Tensor | None = None,
+    ) -> None:
+        if not isinstance(start, Tensor) or not start.is_floating_point() or start.ndim < 1:
+            raise TypeError("start must be a floating point tensor of shape (B, *shape)")
+        if steps is None and not inputs:
+            raise ValueError("steps is missing: pass it, or inputs of shape (B, T, ...)")
+        self.steps = inputs[0].shape[1] if steps is None else steps
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, found {self.steps}")
+        for number, given in enumerate(inputs):
+            if tuple(given.shape[:2]) != (len(start), self.steps):
+                raise ValueError(
+                    f"inputs[{number}] must have shape (B, T, ...) = ({len(start)}, {self.steps}, ...), "
+                    f"found {tuple(given.shape)}"
+                )
+        self.step = step
+        self.start = start
+        self.inputs = tuple(inputs)
+        self.slopes = slopes
+
+    @property
+    def z0(self) -> Tensor:
+        """Every state equal to ``start``."""
+        return self.start.detach().unsqueeze(1).expand(-1, self.steps, *self.start.shape[1:]).clone()
+
+    def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
+        """The states ``(N, *shape)`` after chosen steps of chosen samples, see :class:`Chain`."""
+        return self.step(x, *(given[sample, step] for given in self.inputs))
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """One step from every state: ``(B, T, *shape)`` to the same shape."""
+        return one_step(self, z)
+
+    def sequential(self) -> Tensor:
+        """The states, one step after another: ``(B, T, *shape)``."""
+        x, states = self.start, []
+        for k in range(self.steps):
+            x = self.step(x, *(given[:, k] for given in self.inputs))
+            states.append(x)
+        return torch.stack(states, dim=1)
+
+
+class OneStep:
+    """A chain as the map that takes one step from every state, with parts of it to be had alone."""
+
+    batch_dims = 1
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        self.z0 = chain.z0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return one_step(self.chain, z)
+
+    def part(self, z: Tensor, sample: Tensor, step: Tensor) -> Tensor:
+        """Rows ``step`` ``(N,)`` of samples ``sample`` ``(N,)`` of what ``z`` ``(B, T, *shape)`` is mapped to."""
+        first = (step == 0).reshape(-1, *[1] * (z.ndim - 2))
+        before = z[sample, (step - 1).clamp(min=0)]
+        x = torch.where(first, self.chain.start.to(z.dtype)[sample], before)
+        out = self.chain.transition(x, sample, step)
+        for name in ("shape", "dtype", "device"):
+            found, expected = getattr(out, name, type(out)), getattr(x, name)
+            if found != expected:
+                raise ValueError(f"a chain's transition must return the {name} of its input, {expected}; found {found}")
+        return out
+
+
+def one_step(chain: Chain, z: Tensor) -> Tensor:
+    """One step of ``chain`` from every state of ``z`` ``(B, T, *shape)``, the first from its start."""
+    start = chain.start
+    expected = (len(start), chain.steps, *start.shape[1:])
+    if tuple(z.shape) != expected:
+        raise ValueError(f"a chain's state has shape (B, T, *shape) = {expected}, found {tuple(z.shape)}")
+    x = torch.cat((start.unsqueeze(1).to(z.dtype), z[:, :-1]), dim=1)
+    sample, step = all_pairs(len(z), chain.steps, z.device)
+    return chain.transition(x.flatten(0, 1), sample, step).reshape(z.shape)
+
+
+def all_pairs(samples: int, steps: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Sample and step of every row of a chain's state, sample by sample: two ``(B * T,)``."""
+    sample, step = torch.arange(samples, device=device), torch.arange(steps, device=device)
+    return sample.repeat_interleave(steps), step.repeat(samples)

@@ -1,0 +1,302 @@
+"""The loop for chains: what is evaluated are single steps of single rows, in a window that slides along each chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fixpoint.compaction import Compaction
+from fixpoint.convergence import Array, Status, Tolerance
+from fixpoint.iterate import Iterates, Map, Watcher, figures_like, iterate, like
+from fixpoint.solvers.base import Solver
+from fixpoint.solvers.causal import CausalSweep
+from fixpoint.solvers.past import Past
+from fixpoint.surroundings import without_autocast
+
+_ACTIVE = -1
+# A state so many times larger than all before it is a wrong model's, not the chain's.
+_WILD = 100.0
+# States before the last are done at this share of the tolerance: later ones inherit and may enlarge what is left.
+_PRUDENCE = 4.0
+
+
+def drive(
+    f: Map,
+    z: Tensor,
+    solver: Solver,
+    tolerance: Tolerance,
+    *,
+    check_every: int = 1,
+    compaction: Compaction | None = None,
+    **options: Any,
+) -> Iterates:
+    """Solve in the loop that suits the solver; what is recorded for gradients is recorded for all rows, in ``iterate``.
+
+    Options as for ``iterate``. Chains are looked at after every evaluation and leave out what is done by themselves.
+    """
+    if isinstance(solver, CausalSweep) and not torch.is_grad_enabled():
+        return iterate_windows(f, z, solver, tolerance, **options)
+    return iterate(f, z, solver, tolerance, check_every=check_every, compaction=compaction, **options)
+
+
+@without_autocast
+def iterate_windows(
+    f: Map,
+    z: Tensor,
+    sweeper: CausalSweep,
+    tolerance: Tolerance,
+    *,
+    max_evals: int,
+    record: bool = False,
+    watch: Watcher | None = None,
+    announce: Callable[[Any], object] = lambda _: None,
+) -> Iterates:
+    """Evaluate windows of ``f`` and sweep along them until every row of ``z`` ``(B, T * D)`` has ended."""
+    chains = _Chains(z, sweeper, tolerance)
+    announce(chains)
+    while chains.remaining and chains.nfev < max_evals:
+        if chains.swept:
+            chains.certify(f)
+        else:
+            chains.round(f)
+        chains.trace += [chains.residual()] if record else []
+        if watch and watch(chains.nfev, figures_like(z, chains.residual()), chains.remaining, chains.rows):
+            break
+    return chains.outcome()
+
+
+class _Chains:
+    """States, windows and figures of all rows. Figures and windows are kept on the host, as small arrays."""
+
+    def __init__(self, z: Tensor, sweeper: CausalSweep, tolerance: Tolerance) -> None:
+        self._like, self._sweeper, self._tolerance = z, sweeper, tolerance
+        self.states = sweeper.split(z)
+        rows, steps, dim = self.states.shape
+        options = sweeper.options
+        self._width = min(options.window or steps, options.max_rows or steps, steps)
+        self._past = Past.empty(rows, self._width, options.memory, dim, self.states)
+        self._moved = self.states.new_zeros(rows, dim)  # how far the last state of each window is from its guess
+        self.done = np.zeros(rows, dtype=np.int64)  # states that are done
+        self._end = np.zeros(rows, dtype=np.int64)  # states that are, or were, in the window
+        self._error = np.full((rows, steps), np.inf)  # predicted error of each state, and its norm
+        self._scale = np.ones((rows, steps))
+        self.status = np.full(rows, _ACTIVE)
+        self.evals = np.zeros(rows, dtype=np.int64)
+        self.nfev = 0
+        self.trace: list[Array] = []
+
+    @property
+    def rows(self) -> Tensor:
+        """The states as rows ``(B, T * D)``."""
+        return self._sweeper.join(self.states, self._like)
+
+    @property
+    def remaining(self) -> int:
+        """Rows that have not ended."""
+        return int(np.count_nonzero(self.status == _ACTIVE))
+
+    @property
+    def swept(self) -> bool:
+        """Whether every row that has not ended waits for its certificate alone."""
+        return bool((self.done[self.status == _ACTIVE] == self._sweeper.steps).all())
+
+    def residual(self) -> Array:
+        """Norm of the predicted error of each row: infinity while a state has not been seen."""
+        return np.sqrt(np.square(self._error).sum(axis=1))
+
+    def outcome(self) -> Iterates:
+        """What is known by now; rows that have not ended are called ``MAX_EVALS``."""
+        active = self.status == _ACTIVE
+        residual = figures_like(self._like, np.where(self.status == Status.NON_FINITE, np.inf, self.residual()))
+        scale = figures_like(self._like, np.sqrt(np.square(self._scale).sum(axis=1)))
+        status = like(self._like, np.where(active, Status.MAX_EVALS, self.status))
+        evals = like(self._like, np.where(active, self.nfev, self.evals))
+        trace = figures_like(self._like, np.stack(self.trace)) if self.trace else None
+        return Iterates(self.rows, residual, scale, status, evals, self.nfev, trace)
+
+    def round(self, f: Map) -> None:
+        """Evaluate the windows, sweep along them, and move them on."""
+        rows, count = self._open_windows()
+        step = self.done[rows, None] + np.arange(count.max())
+        inside = np.arange(count.max()) < count[:, None]
+        place = _Place(self._like, rows, step, inside, self._width)
+        images = place.spread(self._evaluate(f, place))
+        inputs = torch.where(place.first, 0, self.states[place.row, (place.step - 1).clamp(min=0)])
+        states = self.states[place.row, place.step]
+        finite = torch.isfinite(images).all(dim=2, keepdim=True)
+        known = finite & place.inside[..., None]
+        images = torch.where(known, images, states)
+        past = Past(*(x[place.row, place.slot] for x in self._past))
+        carried = self._sweeper.carry(inputs, images, images - states, place.step, past)
+        after = images + carried
+        after, sound = _held(after, finite)
+        change = after - states
+        before = torch.cat((torch.zeros_like(change[:, :1]), change[:, :-1]), dim=1)
+        norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, after, carried, before)]
+        error, scale, stretched, met, trusted, finite_ = (
+            torch.stack([*norms, sound, finite[..., 0]]).cpu().double().numpy()
+        )
+
+        put = place.row[place.inside], place.step[place.inside]
+        self.states.index_put_(put, after[place.inside])
+        newest = past.with_newest(inputs, images)
+        for ours, new in zip(self._past, newest, strict=True):
+            new = new & known & sound[..., None] if new.dtype == torch.bool else new
+            ours.index_put_((put[0], place.slot[place.inside]), new[place.inside])
+        last = like(self._like, count - 1)
+        self._moved.index_add_(0, place.rows, change[torch.arange(len(rows), device=change.device), last])
+        self._settle(rows, step, inside, error, scale, np.stack((stretched, met)), trusted > 0, finite_ > 0)
+
+    def _evaluate(self, f: Map, place: _Place) -> Tensor:
+        """Images ``(N, D)`` of what is inside the windows."""
+        self.nfev += 1
+        row, step = place.row[place.inside], place.step[place.inside]
+        part = getattr(f, "part", None)
+        images = self._sweeper.split(f(self.rows))[row, step] if part is None else part(self.rows, row, step)
+        return images.to(self.states.dtype)
+
+    def _open_windows(self) -> tuple[Array, Array]:
+        """Rows with a window in this round, and how many states each has; new states are moved from their guess."""
+        steps, limit = self._sweeper.steps, self._sweeper.options.max_rows
+        rows = np.flatnonzero((self.status == _ACTIVE) & (self.done < steps))
+        if limit is not None:
+            rows = rows[:limit]
+        share = self._width if limit is None else min(self._width, limit // len(rows))
+        end = np.maximum(self._end[rows], np.minimum(self.done[rows] + share, steps))
+        self._move_guesses(rows, end)
+        self._end[rows] = end
+        return rows, end - self.done[rows]
+
+    def _move_guesses(self, rows: Array, end: Array) -> None:
+        """Take the states that enter the windows along with the last state before them, as their slopes would."""
+        new = end - self._end[rows]
+        if not new.any() or not self._end[rows].any():
+            return
+        step = self._end[rows, None] + np.arange(new.max())
+        place = _Place(self._like, rows, step, np.arange(new.max()) < new[:, None], self._width)
+        moved = self._sweeper.follow(place.step, self._moved[place.rows])
+        put = place.row[place.inside], place.step[place.inside]
+        self.states.index_put_(put, moved[place.inside], accumulate=True)
+        last = like(self._like, np.maximum(new - 1, 0))
+        newest = moved[torch.arange(len(rows), device=moved.device), last]
+        entered = like(self._like, new > 0)[:, None]
+        self._moved.index_copy_(0, place.rows, torch.where(entered, newest, self._moved[place.rows]))
+        # What these slots of the memory told was about other steps.
+        self._past.known.index_put_((put[0], place.slot[place.inside]), torch.zeros((), dtype=torch.bool))
+
+    def _settle(
+        self,
+        rows: Array,
+        step: Array,
+        inside: Array,
+        error: Array,
+        scale: Array,
+        stretch: Array,
+        trusted: Array,
+        finite: Array,
+    ) -> None:
+        """Decide which states are done and which rows have ended, from the norms of this round's windows."""
+        error, scale = np.where(inside, error, 0), np.where(inside, scale, 1)
+        failed = ~finite[:, 0]  # the input of a window's first state is exact
+        limit = self._tolerance.atol + self._tolerance.rtol * scale
+        error[:, 0] = 0.0
+        excess = np.where(trusted, error * _amplification(stretch, scale, inside) / limit, np.inf)
+        excess = np.where(inside, excess, 0)
+        good = (excess * _PRUDENCE <= 1) & inside
+        good[:, 0] = True
+        done = np.cumprod(good, axis=1).sum(axis=1)
+        finished = (self._end[rows] == self._sweeper.steps) & (excess <= 1).all(axis=1)
+        done = np.where(finished, inside.sum(axis=1), done)
+        done[failed] = 0
+        row, place = np.nonzero(inside)
+        self._error[rows[row], step[row, place]] = np.where(trusted, error, np.inf)[row, place]
+        self._scale[rows[row], step[row, place]] = scale[row, place]
+        self.done[rows] += done
+        self.status[rows[failed]] = Status.NON_FINITE
+        if not self._sweeper.options.certify:
+            self.status[rows[self.done[rows] == self._sweeper.steps]] = Status.CONVERGED
+        ended = rows[self.status[rows] != _ACTIVE]
+        self.evals[ended] = self.nfev
+
+    def certify(self, f: Map) -> None:
+        """Evaluate whole chains once more: rows whose every state meets the tolerance have converged, others go on."""
+        rows = np.flatnonzero(self.status == _ACTIVE)
+        steps = self._sweeper.steps
+        step = np.tile(np.arange(steps), (len(rows), 1))
+        place = _Place(self._like, rows, step, np.ones_like(step, dtype=bool), steps)
+        images = place.spread(self._evaluate(f, place))
+        inputs = torch.cat((torch.zeros_like(self.states[:, :1]), self.states[:, :-1]), dim=1)[place.rows]
+        defects = images - self.states[place.rows]
+        if self._sweeper.slopes is None:
+            carried = torch.zeros_like(defects)  # nothing is known of how they add up
+        else:
+            past = Past.empty(len(rows), steps, 1, defects.shape[2], defects)
+            carried = self._sweeper.carry(inputs, images, defects, place.step, past)
+        norms = [torch.linalg.vector_norm(x, dim=2) for x in (defects, images, defects + carried)]
+        defect, scale, error = torch.stack(norms).cpu().double().numpy()
+        bound = self._tolerance.atol + self._tolerance.rtol * scale
+        good = np.isfinite(defect) & (error <= bound)
+        failed = ~np.isfinite(defect).all(axis=1)
+        passed = good.all(axis=1)
+        self._error[rows], self._scale[rows] = defect, scale
+        self.status[rows[passed]] = Status.CONVERGED
+        self.status[rows[failed]] = Status.NON_FINITE
+        self.evals[rows[passed | failed]] = self.nfev
+        again = rows[~passed & ~failed]
+        self.done[again] = np.argmin(good[~passed & ~failed], axis=1)
+        self._end[again] = steps if self._width == steps else self.done[again]
+        self._past.known[like(self._like, again)] = False
+        self._moved[like(self._like, again)] = 0
+
+
+class _Place:
+    """Where the states of some windows are, as tensors on the device of the states."""
+
+    def __init__(self, z: Tensor, rows: Array, step: Array, inside: Array, width: int) -> None:
+        self.rows = like(z, rows)
+        self.inside = like(z, inside)
+        step = np.where(inside, step, 0)
+        self.step = like(z, step)
+        self.slot = like(z, step % width)
+        self.row = like(z, np.tile(rows[:, None], (1, step.shape[1])))
+        self.first = like(z, (step == 0)[..., None])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """``(N, D)`` of what is inside, as ``(B, W, D)`` with zeros elsewhere."""
+        out = values.new_zeros(*self.step.shape, values.shape[1])
+        out[self.inside] = values
+        return out
+
+
+def _held(after: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """States ``(B, W, D)`` without those that a wrong model has thrown far out, and which are sound ``(B, W)``.
+
+    From the first state on that is not finite, or a hundred times larger than all before it, the chain starts over
+    from the state before: one exact state more in each round is certain in any case.
+    """
+    size = torch.linalg.vector_norm(after, dim=2)
+    largest = size.cummax(dim=1).values
+    sane = torch.isfinite(size) & finite[..., 0]
+    sane[:, 1:] &= size[:, 1:] <= _WILD * largest[:, :-1]
+    sane[:, 0] = True
+    sound = sane.cumprod(dim=1).bool()
+    index = torch.minimum(torch.arange(after.shape[1], device=after.device), sound.sum(dim=1, keepdim=True) - 1)
+    return after.gather(1, index[..., None].expand_as(after)), sound
+
+
+def _amplification(stretch: Array, scale: Array, inside: Array) -> Array:
+    """``(B, W)``: how much of a state's relative error later states of the window will show, at least 1.
+
+    ``stretch`` are the norms of what each step was seen to make of a displacement, and of that displacement.
+    """
+    with np.errstate(all="ignore"):
+        before = np.concatenate((scale[:, :1], scale[:, :-1]), axis=1)
+        growth = np.log(stretch[0] / stretch[1] * before / scale)
+    growth = np.where(np.isfinite(growth) & inside, growth, 0)
+    total = np.cumsum(growth, axis=1)
+    ahead = np.maximum.accumulate(total[:, ::-1], axis=1)[:, ::-1]
+    return np.exp(np.minimum(ahead - total, 700))

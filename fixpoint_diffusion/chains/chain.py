@@ -1,0 +1,242 @@
+"""A whole sampling trajectory as one fixed point (DEQ-DDIM, Sec. 4), for any steps that ``Transitions`` describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fixpoint_diffusion.chains.transitions import Transitions, wide
+from fixpoint_diffusion.prior import GaussianPrior
+
+Denoiser = Callable[..., Tensor]
+
+
+class SamplingChain:
+    """All latents of a sampler as the unknown of one fixed point problem ``z = chain(z)``.
+
+    A state ``z`` has shape ``(B, T, *shape)``: row k is the latent after step k, the last row is x_0. Rows of
+    ``chain(z)`` depend on earlier rows alone, so plain iteration is exact after T evaluations; a good solver needs far
+    fewer, and all of an evaluation's T denoiser rows go through the network in one batch.
+
+    A chain is a problem for ``fixpoint.solve(chain)``; :func:`fixpoint_diffusion.sample` adds what sampling wants.
+    Gradients flow through ``chain(z)`` to z, to x_T and to the denoiser's parameters. :class:`DDIMChain` and
+    :class:`StochasticDDIMChain` make the transitions from a noise schedule.
+
+    Args:
+        denoiser: called as ``denoiser(x, t, **conditioning)`` with latents ``(N, *shape)``, timesteps ``(N,)`` int64
+            and the rows of the conditioning; returns ``(N, *shape)`` in the dtype and on the device of x. Must treat
+            rows independently.
+        x_T: initial noise, ``(B, *shape)``, floating point. Its dtype and device are the chain's; sums over the chain
+            are in float64 all the same (float32 on devices without it).
+        transitions: the coefficients of every step.
+        noise: standard normal noise of every step, ``(B, T, *shape)`` in the dtype and on the device of x_T; None where
+            the transitions add none.
+        conditioning: what the denoiser is told beside x and t, by name: tensors ``(B, ...)``, one row a sample.
+        max_rows: most rows in one denoiser call, to bound memory; by default all at once. A split call is one round.
+
+    Attributes:
+        rounds: batched denoiser calls so far.
+        evals: denoiser rows so far.
+
+    Raises:
+        ValueError: inconsistent options or shapes; at its first call, a denoiser that returns another shape, dtype or
+            device than it was given.
+
+    Source: Pokle, Geng, Kolter, "Deep Equilibrium Approaches to Diffusion Models" (NeurIPS 2022), Eq. 7 to 13.
+
+    Example:
+        >>> from fixpoint_diffusion import NoiseSchedule
+        >>> schedule = NoiseSchedule.linear()
+        >>> transitions = Transitions.of(schedule, schedule.timesteps(5), clip_sample=1.0)
+        >>> def denoiser(x, t, label):
+        ...     return x * label.reshape(-1, 1)
+        >>> labels = torch.tensor([0.1, 0.9])
+        >>> chain = SamplingChain(denoiser, torch.ones(2, 3), transitions, conditioning={"label": labels})
+        >>> chain(chain.z0).shape, chain.evals
+        (torch.Size([2, 5, 3]), 10)
+    """
+
+    batch_dims = 1
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        x_T: Tensor,
+        transitions: Transitions,
+        *,
+        noise: Tensor | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
+        max_rows: int | None = None,
+    ) -> None:
+        if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
+            raise ValueError("x_T must be a floating-point tensor of shape (B, *shape)")
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        self.denoiser = denoiser
+        self.x_T = x_T
+        self.transitions = transitions
+        self.noise = None if noise is None else self._check_noise(noise)
+        self.conditioning = self._check_conditioning(conditioning or {})
+        self.max_rows = max_rows
+        self.reset_counters()
+
+    @property
+    def prior(self) -> GaussianPrior:
+        """What is assumed of the images before the denoiser is asked: its attribute ``prior``, or a plain one."""
+        return getattr(self.denoiser, "prior", None) or GaussianPrior.isotropic()
+
+    @property
+    def start(self) -> Tensor:
+        """x_T, from which the first step starts."""
+        return self.x_T
+
+    @property
+    def slopes(self) -> Tensor:
+        """``(T, 1 or D)``: what the prior says that each step does to a small change of its latent."""
+        return self.prior.slopes(self.transitions)
+
+    @property
+    def basis(self) -> Tensor | None:
+        """``(D, D)``: in whose coordinates the slopes count; None: the entries of a latent."""
+        return self.prior.basis
+
+    @property
+    def guess(self) -> Tensor:
+        """The latents ``(B, T, *shape)`` that the prior expects, given x_T and the noise."""
+        return self.prior.path(self.x_T.detach(), self.transitions, self.noise)
+
+    @property
+    def timesteps(self) -> Tensor:
+        """What the denoiser is told at each step: ``(T,)`` int64 on the CPU, descending."""
+        return self.transitions.timesteps
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps."""
+        return len(self.transitions.timesteps)
+
+    @property
+    def z0(self) -> Tensor:
+        """Where to start: every latent = x_T, ``(B, T, *shape)``; detached, for no solution depends on its start."""
+        return self.x_T.detach().unsqueeze(1).expand(-1, self.steps, *self.x_T.shape[1:]).clone()
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """All latents from all latents, in the cumulative form of Eq. 10: ``(B, T, *shape)`` to the same shape.
+
+        Evaluates the denoiser on B T rows. One evaluation carries a change of any row to all rows after it.
+        """
+        x = self.inputs(z)
+        return self.accumulate(x, self.denoise_all(x))
+
+    def one_step(self, z: Tensor) -> Tensor:
+        """Each latent from the one before it alone, the first from x_T: ``(B, T, *shape)`` to the same shape.
+
+        The same fixed point as that of ``chain(z)``, in the form that sweeps over a chain need.
+        """
+        x = self.inputs(z)
+        return self.transition(x.flatten(0, 1), *self._all_rows()).reshape(x.shape)
+
+    def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
+        """Chosen steps of chosen samples, in one round of N denoiser rows.
+
+        Args:
+            x: the latents before the steps, ``(N, *shape)``.
+            sample: the sample of each row, ``(N,)`` int64, from 0 to B - 1.
+            step: the step of each row, ``(N,)`` int64, from 0 to T - 1.
+
+        Returns:
+            The latents after the steps, ``(N, *shape)`` in the dtype of x.
+        """
+        sample, step = sample.to(x.device), step.to(x.device)
+        out = self.denoise(x, sample, step)
+        noise = None if self.noise is None else wide(self.noise[sample, step])
+        return self.transitions.step(wide(x), wide(out), step, noise).to(x.dtype)
+
+    def sequential(self, *, progress: bool = False) -> Tensor:
+        """The trajectory of the ordinary sampler, one step after another, with the same noise.
+
+        Args:
+            progress: show a bar.
+
+        Returns:
+            All latents, ``(B, T, *shape)``: what every parallel solution must equal.
+        """
+        latent, trajectory = self.x_T, []
+        samples = torch.arange(len(latent))
+        for k in tqdm(range(self.steps), desc="sequential", disable=not progress):
+            latent = self.transition(latent, samples, torch.full_like(samples, k))
+            trajectory.append(latent)
+        return torch.stack(trajectory, dim=1)
+
+    def inputs(self, z: Tensor) -> Tensor:
+        """The latent that each step starts from: x_T, then all rows of z but the last; ``(B, T, *shape)``."""
+        expected = (len(self.x_T), self.steps, *self.x_T.shape[1:])
+        if tuple(z.shape) != expected:
+            raise ValueError(f"the chain's state has shape (B, T, *shape) = {expected}, got {tuple(z.shape)}")
+        return torch.cat([self.x_T.unsqueeze(1).to(z.dtype), z[:, :-1]], dim=1)
+
+    def denoise(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
+        """The denoiser's outputs for latents ``(N, *shape)`` before chosen steps, checked, counted as one round.
+
+        Arguments as for :meth:`transition`.
+        """
+        size = self.max_rows or len(x)
+        rows = zip(x.split(size), sample.to(x.device).split(size), step.to(x.device).split(size), strict=True)
+        parts = [self._call(*part) for part in rows]
+        self.rounds += 1
+        self.evals += len(x)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def denoise_all(self, x: Tensor) -> Tensor:
+        """The denoiser's outputs for the inputs of all steps, ``(B, T, *shape)``, in one round."""
+        return self.denoise(x.flatten(0, 1), *self._all_rows()).reshape(x.shape)
+
+    def accumulate(self, x: Tensor, out: Tensor) -> Tensor:
+        """The right-hand side of Eq. 10 from each step's input and denoiser output, both ``(B, T, *shape)``."""
+        noise = None if self.noise is None else wide(self.noise)
+        return self.transitions.cumulative(wide(x), wide(out), noise).to(x.dtype)
+
+    def reset_counters(self) -> None:
+        """Start counting rounds and evaluations from zero."""
+        self.rounds = 0
+        self.evals = 0
+
+    def _all_rows(self) -> tuple[Tensor, Tensor]:
+        """Sample and step of every row of a state, sample by sample."""
+        samples, steps = torch.arange(len(self.x_T)), torch.arange(self.steps)
+        return samples.repeat_interleave(self.steps), steps.repeat(len(self.x_T))
+
+    def _call(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
+        conditioning = {name: rows[sample] for name, rows in self.conditioning.items()}
+        out = self.denoiser(x, self.timesteps.to(x.device)[step], **conditioning)
+        if not isinstance(out, Tensor):
+            raise ValueError(f"the denoiser must return a tensor, got {type(out).__name__}")
+        for name in ("shape", "dtype", "device"):
+            found, expected = getattr(out, name), getattr(x, name)
+            if found != expected:
+                raise ValueError(f"the denoiser must return the {name} of its input, {expected}; it returned {found}")
+        return out
+
+    def _check_noise(self, noise: Tensor) -> Tensor:
+        expected = torch.Size([len(self.x_T), self.steps, *self.x_T.shape[1:]])
+        for name, wanted in (("shape", expected), ("dtype", self.x_T.dtype), ("device", self.x_T.device)):
+            found = getattr(noise, name, None)
+            if found != wanted:
+                raise ValueError(
+                    f"noise must have shape (B, T, *shape), dtype and device of x_T: {name} is {found}, "
+                    f"expected {wanted}"
+                )
+        return noise
+
+    def _check_conditioning(self, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, rows in conditioning.items():
+            if not isinstance(rows, Tensor) or rows.shape[:1] != self.x_T.shape[:1]:
+                found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+                raise ValueError(
+                    f"conditioning {name!r} must be a tensor with one row for each of {len(self.x_T)} samples, "
+                    f"got {found}"
+                )
+        return {name: rows.to(self.x_T.device) for name, rows in conditioning.items()}

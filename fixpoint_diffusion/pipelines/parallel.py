@@ -1,0 +1,250 @@
+"""What the parallel pipelines share: diffusers' own call, with its loop replaced by one parallel solve.
+
+A pipeline of diffusers prepares prompts and noise, walks a loop of "ask the network, let the scheduler step", and
+decodes what comes out. Here its own ``__call__`` does all of that, with two stand-ins for the length of the loop: a
+scheduler whose only timestep leads from x_T to x_0, and a network that notes what it is asked and answers zeros. When
+the loop takes its one step, the real ones are back in their places, and the chain of all steps is solved with them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fixpoint import Progress, Solution, Solver
+from fixpoint_diffusion.chains import SamplingChain
+from fixpoint_diffusion.chains.chain import Denoiser
+from fixpoint_diffusion.denoisers import DiffusersDenoiser, Guided
+from fixpoint_diffusion.denoisers.guided import NEGATIVE
+from fixpoint_diffusion.pipelines.schedulers import check_scheduler, scheduler_noise, scheduler_transitions
+from fixpoint_diffusion.sampling import SamplingResult, sample
+
+# Called with the network's further inputs, the number of the round and its x_0; something true stops the solve.
+AfterRound = Callable[[Mapping[str, Any], int, Tensor], bool]
+
+
+@dataclass
+class ParallelImagePipelineOutput(ImagePipelineOutput):
+    """diffusers' output, and what the parallel solve cost.
+
+    Attributes:
+        images: PIL images, or an array or tensor of them.
+        rounds: batched calls of the network.
+        evals: rows in them; with guidance, the network sees two for each.
+        solution: the solve's own account: ``converged``, ``status``, ``residual`` and ``evals`` per image; its
+            ``value`` are all latents, ``(B, T, *shape)``.
+    """
+
+    rounds: int
+    evals: int
+    solution: Solution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How a pipeline's loop combines the two halves of a network's batch.
+
+    Attributes:
+        scale, rescale: as for :class:`~fixpoint_diffusion.denoisers.Guided`.
+        negative_first: which half the negative rows are in.
+    """
+
+    scale: float
+    rescale: float = 0.0
+    negative_first: bool = True
+
+
+class ParallelPipeline(DiffusionPipeline):
+    """A pipeline of diffusers whose loop is solved in parallel; the original must come next among the bases."""
+
+    _network = "unet"
+    _output: type = ParallelImagePipelineOutput
+
+    @torch.no_grad()
+    def __call__(
+        self, *args: Any, solver: Solver | None = None, rtol: float = 1e-3, max_rows: int | None = None, **kwargs: Any
+    ) -> Any:
+        """Generate images as the original pipeline does, with all steps solved at once.
+
+        Args:
+            args, kwargs: those of the original's ``__call__``.
+            solver: the update rule; by default that of :func:`fixpoint_diffusion.sample`.
+            rtol: when an image is done, as for :func:`fixpoint_diffusion.sample`.
+            max_rows: most latents in one call of the network, to bound memory; by default all at once.
+
+        Returns:
+            The original's output with ``rounds``, ``evals`` and ``solution``; its plain tuple with
+            ``return_dict=False``.
+
+        Raises:
+            ValueError: a scheduler that cannot be served, or whatever the original refuses.
+        """
+        check_scheduler(self.scheduler)
+        original = super().__call__
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        after_round = self._after_round(bound.arguments)
+        real = {"scheduler": self.scheduler, self._network: getattr(self, self._network)}
+        asked = _Listener(real[self._network])
+        results: list[SamplingResult] = []
+
+        def take_step(step: Mapping[str, Any]) -> Tensor:
+            self.__dict__.update(real)
+            chain = self._chain(asked, step, self._guidance(bound.arguments), max_rows)
+            result = self._sample(chain, solver, rtol, after_round and partial(after_round, asked.inputs))
+            results.append(result)
+            images = result.images.to(step["sample"].dtype)
+            # A loop may carry the latents of a guided batch twice.
+            return torch.cat([images] * (len(step["sample"]) // len(images)))
+
+        self.__dict__.update({"scheduler": _OneStep(self.scheduler, take_step), self._network: asked})
+        try:
+            output = original(*bound.args, **bound.kwargs)
+        finally:
+            self.__dict__.update(real)
+        if isinstance(output, tuple):
+            return output
+        (result,) = results
+        given = {field.name: getattr(output, field.name) for field in fields(output)}
+        return self._output(**given, rounds=result.rounds, evals=result.evals, solution=result.solution)
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
+        """A silent bar for the loop of one step; the bar that is shown counts rounds."""
+        return tqdm(iterable, total=total, disable=True)
+
+    def to_json_string(self) -> str:
+        """The configuration as the original would write it, so that diffusers loads what is saved here."""
+        order = type(self).__mro__
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = order[order.index(ParallelPipeline) + 1].__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def _guidance(self, arguments: Mapping[str, Any]) -> Guidance | None:
+        """How the original's loop guides, given the arguments of its call; None where it does not."""
+        return None
+
+    def _after_round(self, arguments: dict[str, Any]) -> AfterRound | None:
+        """What to call after every round; the original's own callback is taken out of the arguments."""
+        return None
+
+    def _chain(
+        self, asked: _Listener, step: Mapping[str, Any], guidance: Guidance | None, max_rows: int | None
+    ) -> SamplingChain:
+        """All steps of the original's loop, from what it asked the network and the scheduler in the first."""
+        eta, out = step.get("eta", 0.0), step["model_output"]
+        transitions = scheduler_transitions(
+            self.scheduler, eta=eta, use_clipped_model_output=bool(step.get("use_clipped_model_output"))
+        )
+        noise = scheduler_noise(
+            self.scheduler, out.shape, eta=eta, generator=step["generator"], dtype=out.dtype, device=out.device
+        )
+        batch = asked.rows // 2 if guidance else asked.rows
+        # What lies between two steps is not rounded to half precision.
+        x_T = step["sample"][:batch].to(torch.promote_types(out.dtype, torch.float32))
+        conditioning, constants = _sort_inputs(asked.inputs, batch, guidance)
+        kind = transitions.prediction_type
+        denoiser: Denoiser = DiffusersDenoiser(getattr(self, self._network), prediction_type=kind, inputs=constants)
+        if guidance:
+            denoiser = Guided(denoiser, guidance.scale, rescale=guidance.rescale)
+        return SamplingChain(
+            denoiser,
+            x_T,
+            transitions,
+            noise=None if noise is None else noise[:batch].to(x_T.dtype),
+            conditioning=conditioning,
+            max_rows=max_rows,
+        )
+
+    def _sample(
+        self,
+        chain: SamplingChain,
+        solver: Solver | None,
+        rtol: float,
+        after_round: Callable[[int, Tensor], bool] | None,
+    ) -> SamplingResult:
+        """Solve the chain, with the pipeline's own progress bar over rounds, of which there are at most T + 1."""
+        with super().progress_bar(total=chain.steps + 1) as bar:
+
+            def report(progress: Progress) -> bool:
+                bar.update(progress.nfev - bar.n)
+                bar.set_postfix(active=progress.active, refresh=False)
+                return bool(after_round and after_round(progress.nfev - 1, progress.value[:, -1]))
+
+            options: dict[str, Any] = {} if solver is None else {"solver": solver}
+            return sample(chain, rtol=rtol, callback=report, **options)
+
+
+class _OneStep:
+    """A scheduler as it is, but with one timestep, whose step is ``take_step`` of the arguments by name."""
+
+    def __init__(self, scheduler: Any, take_step: Callable[[Mapping[str, Any]], Tensor]) -> None:
+        self._scheduler = scheduler
+        signature = inspect.signature(scheduler.step)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            latents = take_step(bound.arguments)
+            return SimpleNamespace(prev_sample=latents) if bound.arguments["return_dict"] else (latents,)
+
+        # Pipelines look there for what the scheduler accepts.
+        step.__signature__ = signature  # type: ignore[attr-defined]
+        self.step = step
+
+    @property
+    def timesteps(self) -> Tensor:
+        return self._scheduler.timesteps[:1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_scheduler"], name)
+
+
+class _Listener(nn.Module):
+    """A network as it is, but when called it notes the inputs and answers zeros."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        vars(self)["_real"] = network  # not a submodule, which would be moved and counted twice
+        self.rows = 0
+        self.inputs: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_real"], name)
+
+    def forward(self, sample: Tensor, timestep: Tensor, *, return_dict: bool = True, **inputs: Any) -> Any:
+        self.rows, self.inputs = len(sample), inputs
+        out = sample.new_zeros(len(sample), self.config.out_channels, *sample.shape[2:])
+        return SimpleNamespace(sample=out) if return_dict else (out,)
+
+
+def _sort_inputs(
+    inputs: Mapping[str, Any], batch: int, guidance: Guidance | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What differs from image to image, with the negative half of a guided batch under its own name; and the rest."""
+    conditioning, constants = {}, {}
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            if _holds_tensors(value):
+                raise ValueError(f"{name} holds tensors ({type(value).__name__}), which cannot be solved in parallel")
+            constants[name] = value
+        elif not guidance:
+            conditioning[name] = value
+        else:
+            halves = value.split(batch)
+            conditioning[NEGATIVE + name], conditioning[name] = halves if guidance.negative_first else halves[::-1]
+    return conditioning, constants
+
+
+def _holds_tensors(value: Any) -> bool:
+    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(isinstance(child, Tensor) or _holds_tensors(child) for child in children)

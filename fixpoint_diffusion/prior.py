@@ -1,0 +1,120 @@
+"""What is known of the images before any denoiser is asked: a Gaussian, whose exact denoiser is linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fixpoint import CausalQuasiNewton, Recurrence, solve
+from fixpoint_diffusion.chains.transitions import Transitions, wide
+
+PRIOR_FILE = "prior.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianPrior:
+    """Gaussian data with a mean and variances along orthogonal directions, for which the denoiser is linear.
+
+    Its slopes are what :class:`fixpoint.CausalQuasiNewton` starts from on a sampling chain, and its path is where
+    :func:`fixpoint_diffusion.sample` starts. No result depends on it, only the number of rounds.
+
+    Attributes:
+        mean: ``(D,)`` float64, of flattened images; or ``(1,)``, for all entries alike.
+        variances: ``(D,)`` float64, along the columns of ``basis``; or ``(1,)``.
+        basis: ``(D, D)`` float64, orthogonal; None: the entries themselves.
+
+    Example:
+        >>> from fixpoint_diffusion.data import load_digits
+        >>> prior = GaussianPrior.of(load_digits().images)
+        >>> prior.variances.shape, prior.basis.shape
+        (torch.Size([64]), torch.Size([64, 64]))
+    """
+
+    mean: Tensor
+    variances: Tensor
+    basis: Tensor | None = None
+
+    @classmethod
+    def isotropic(cls, variance: float = 0.3) -> GaussianPrior:
+        """Mean 0 and one variance for all entries: right for images in [-1, 1] and for latents to within a factor."""
+        return cls(torch.zeros(1, dtype=torch.float64), torch.tensor([variance], dtype=torch.float64))
+
+    @classmethod
+    def of(cls, images: Tensor, *, shrinkage: float = 0.5) -> GaussianPrior:
+        """From images ``(N, *shape)``.
+
+        Args:
+            images: a sample of the data, a few times D of them.
+            shrinkage: share of the mean variance in each variance, from 0 to 1. What is left of the variance once a
+                sample is known in part is more even than that of the data.
+
+        Raises:
+            ValueError: fewer than two images, or a shrinkage outside [0, 1].
+        """
+        if len(images) < 2:
+            raise ValueError(f"a prior needs at least two images, got {len(images)}")
+        if not 0 <= shrinkage <= 1:
+            raise ValueError(f"shrinkage must lie in [0, 1], got {shrinkage}")
+        flat = images.flatten(1).to("cpu", torch.float64)
+        variances, basis = torch.linalg.eigh(torch.cov(flat.T))
+        variances = (1 - shrinkage) * variances.clamp(min=0) + shrinkage * variances.mean()
+        return cls(flat.mean(dim=0), variances, basis)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``prior.safetensors`` into a model's folder, where ``load_denoiser`` finds it."""
+        tensors = {"mean": self.mean, "variances": self.variances}
+        if self.basis is not None:
+            tensors["basis"] = self.basis.contiguous()
+        save_file(tensors, Path(folder) / PRIOR_FILE)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> GaussianPrior | None:
+        """Read ``prior.safetensors`` from a model's folder; None if there is none."""
+        path = Path(folder) / PRIOR_FILE
+        return cls(**load_file(path)) if path.is_file() else None
+
+    def gains(self, transitions: Transitions) -> Tensor:
+        """``(T, 1 or D)``: by how much the expected image follows a change of the latent, along the basis."""
+        a = transitions.alphas[:, None]
+        return a.sqrt() * self.variances / (a * self.variances + 1 - a)
+
+    def slopes(self, transitions: Transitions) -> Tensor:
+        """``(T, 1 or D)`` float64: what each step does to a small change of its latent, along the basis."""
+        a, gains = transitions.alphas[:, None], self.gains(transitions)
+        noise = torch.where(a < 1, (1 - a.sqrt() * gains) / (1 - a).clamp(min=1e-12).sqrt(), 0)
+        return transitions.alphas_prev.sqrt()[:, None] * gains + transitions.direction[:, None] * noise
+
+    def path(self, x_T: Tensor, transitions: Transitions, noise: Tensor | None = None) -> Tensor:
+        """The chain's latents if the data were this Gaussian, with the chain's own noise.
+
+        Args:
+            x_T: ``(B, *shape)``.
+            transitions: T steps.
+            noise: ``(B, T, *shape)``, or None.
+
+        Returns:
+            ``(B, T, *shape)`` in the dtype of x_T.
+        """
+        coordinates = self._coordinates(x_T.flatten(1))
+        mean = self._coordinates(self.mean.to(x_T.device).expand(1, coordinates.shape[1]))
+        slopes, a = self.slopes(transitions).to(coordinates), transitions.alphas[:, None]
+        # A Gaussian's flow keeps to its mean, sqrt(a) times it: displacements from there follow the slopes.
+        added = coordinates.new_zeros(len(x_T), transitions.steps, coordinates.shape[1])
+        if noise is not None:
+            added = self._coordinates(noise.flatten(2)) * transitions.sigma.to(coordinates)[:, None]
+        arrive = transitions.alphas_prev.sqrt().to(coordinates)[:, None] * mean
+        leave = a.sqrt().to(coordinates) * mean
+        added = added + arrive - slopes * leave
+        spread = slopes.expand_as(added[0]).expand_as(added)
+        chain = Recurrence(lambda x, s, u: s * x + u, coordinates, inputs=(spread, added), slopes=slopes.squeeze(1))
+        path = solve(chain, solver=CausalQuasiNewton(), rtol=1e-6, backward=None).value
+        path = path if self.basis is None else path @ self.basis.to(path).mT
+        return path.reshape(len(x_T), transitions.steps, *x_T.shape[1:]).to(x_T.dtype)
+
+    def _coordinates(self, flat: Tensor) -> Tensor:
+        flat = wide(flat)
+        return flat if self.basis is None else flat @ self.basis.to(flat)
