@@ -140,6 +140,23 @@ def test_an_f_that_draws_sees_all_rows_though_most_have_ended(normal):
     assert set(sizes) == {10}
 
 
+def test_a_chain_whose_steps_draw_is_one_chain(normal):
+    start, masks = normal(2, 3), []
+
+    def step(x):
+        masks.append(dropout(torch.ones_like(x), 0.4))
+        return masks[-1] * torch.tanh(x) + 1
+
+    chain = fixpoint.Recurrence(step, start, steps=8)
+    torch.manual_seed(0)
+    value = fixpoint.solve(chain, solver=fixpoint.CausalQuasiNewton(), rtol=1e-10, backward=None).value
+    drawn, x = masks[0].reshape(2, 8, 3), start
+    assert len(masks) > 2
+    for k in range(8):
+        x = drawn[:, k] * torch.tanh(x) + 1
+        torch.testing.assert_close(value[:, k], x, rtol=1e-8, atol=1e-9)
+
+
 # Statistics
 
 
@@ -399,6 +416,26 @@ def test_solvers_keep_out_of_autocast_in_both_directions(cell_class, x):
         gradients(value, f.linear.weight)
     assert 0 < forward < len(seen)
     assert not any(seen)
+
+
+def test_the_steps_of_a_chain_run_under_autocast_and_its_states_do_not(normal):
+    linear, seen, in_the_loop = nn.Linear(3, 3), [], []
+
+    def watch(_):
+        in_the_loop.append(torch.is_autocast_enabled("cpu"))
+
+    def step(x):
+        seen.append((x.dtype, linear(x).dtype))
+        return linear(x).to(x.dtype)
+
+    chain = fixpoint.Recurrence(step, normal(2, 3).float(), steps=8)
+    with low(), torch.no_grad():
+        solver = fixpoint.CausalQuasiNewton(window=4)
+        solution = fixpoint.solve(chain, solver=solver, rtol=5e-2, callback=watch)
+    assert set(in_the_loop) == {False}
+    assert set(seen) == {(torch.float32, torch.bfloat16)}
+    assert solution.value.dtype == torch.float32
+    assert solution.converged.all()
 
 
 def test_a_second_derivative_runs_under_the_autocast_of_forward(cell_class, x):
