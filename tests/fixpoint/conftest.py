@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -176,6 +177,35 @@ def rule(request: pytest.FixtureRequest) -> fixpoint.Backward:
 @pytest.fixture(scope="session")
 def all_rules() -> tuple[fixpoint.Backward, ...]:
     return RULES
+
+
+@pytest.fixture(scope="session")
+def solve_from_zeros() -> Callable[..., Tensor]:
+    """``solve_from_zeros(f, x, rule=...)`` is the value of ``z = f(z, x)`` by a copy of the rule."""
+
+    def solve(f: Callable[..., Tensor], x: Tensor, *, rule: fixpoint.Backward | None, **options: Any) -> Tensor:
+        # Updates of Broyden, differentiated near convergence, magnify rounding.
+        solver = fixpoint.Broyden(memory=40) if isinstance(rule, fixpoint.SHINE) else fixpoint.Picard()
+        options = {"solver": solver, "rtol": 1e-6, "max_evals": 200, **options}
+        return fixpoint.solve(f, torch.zeros_like(x), (x,), backward=copy.deepcopy(rule), **options).value
+
+    return solve
+
+
+class Formula(torch.nn.Module):
+    """``formula(W, z, x)`` with a parameter W: what another f should amount to."""
+
+    def __init__(self, W: torch.nn.Parameter, formula: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.W, self.formula = W, formula
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.formula(self.W, z, x)
+
+
+@pytest.fixture(scope="session")
+def formula() -> type[Formula]:
+    return Formula
 
 
 @pytest.fixture(autouse=True)

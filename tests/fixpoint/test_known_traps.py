@@ -61,8 +61,9 @@ def test_dropout_in_f_converges_as_it_does_without(cell_class, x):
 
 def test_batch_normalisation_in_f_updates_its_statistics_once(cell_class, x):
     cell, norm = cell_class(), nn.BatchNorm1d(4, dtype=D)
-    with pytest.warns(UserWarning, match="statistics of the batch"):
+    with pytest.warns(UserWarning, match="statistics of the batch") as caught:
         solution = fixpoint.solve(lambda z, x: cell(0.2 * norm(z), x), torch.zeros_like(x), (x,))
+    assert [warning.filename for warning in caught] == [__file__]
     solution.value.sum().backward()
     assert solution.nfev > 5
     assert norm.num_batches_tracked == 1
