@@ -15,6 +15,7 @@ from fixpoint.iterate import Iterates, Map, Watcher, figures_like, iterate, like
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.causal import CausalSweep
 from fixpoint.solvers.past import Past
+from fixpoint.surroundings import without_autocast
 
 _ACTIVE = -1
 # A state so many times larger than all before it is a wrong model's, not the chain's.
@@ -42,6 +43,7 @@ def drive(
     return iterate(f, z, solver, tolerance, check_every=check_every, compaction=compaction, **options)
 
 
+@without_autocast
 def iterate_windows(
     f: Map,
     z: Tensor,
