@@ -1,4 +1,4 @@
-"""What is measured at each setting, and the two experiments beside it: memory against depth, error against tolerance."""
+"""What is measured at each setting; beside it, memory against depth and error against the forward tolerance."""
 
 from __future__ import annotations
 
@@ -104,5 +104,3 @@ def error_by_forward_rtol(setting: Setting, exact: Tensor) -> dict[str, list[flo
         return [relative_error(gradient(setting, method), exact) for method in found]
 
     return {name: errors(*each) for name, each in chosen.items()}
-
-

@@ -63,7 +63,9 @@ class SavedBytes:
     @property
     def bytes(self) -> int:
         """What is kept now."""
-        storages = {storage.data_ptr(): storage.nbytes() for storage in (k.tensor.untyped_storage() for k in self._kept)}
+        storages = {
+            storage.data_ptr(): storage.nbytes() for storage in (k.tensor.untyped_storage() for k in self._kept)
+        }
         return sum(size for place, size in storages.items() if place not in self._free)
 
 
@@ -165,4 +167,3 @@ def _means(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def _medians(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
     forward, backward = zip(*times, strict=True)
     return statistics.median(forward), statistics.median(backward)
-

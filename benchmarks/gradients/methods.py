@@ -92,7 +92,9 @@ def rules_at_depth(depth: int) -> list[Method]:
         Method(name="Phantom(steps=5)", run=ours(fixpoint.Phantom(steps=5), **options)),
         Method(name="JFB()", run=ours(fixpoint.JFB(), **options)),
         Method(name="Neumann(terms=5)", run=ours(fixpoint.Neumann(terms=5), **options)),
-        Method(name="MultiStepJFB(no_grad=n, grad=1)", run=ours(fixpoint.MultiStepJFB(no_grad=depth, grad=1), **options)),
+        Method(
+            name="MultiStepJFB(no_grad=n, grad=1)", run=ours(fixpoint.MultiStepJFB(no_grad=depth, grad=1), **options)
+        ),
         Method(name="StochasticJFB(n, 5), one draw", run=ours(random, **options)),
         Method(name="Unroll()", run=ours(fixpoint.Unroll(), **options)),
         Method(name="torchdeq ift", run=plain(ift=True)),

@@ -91,9 +91,7 @@ def tolerance_table(tolerances: Tolerances) -> str:
     return grid(title, [f"{rtol:.0e}" for rtol in FORWARD_RTOLS], rows, 9)
 
 
-def targets(
-    outcomes: Sequence[Outcome], saved: Mapping[str, Sequence[int]], recorded: tuple[int, int]
-) -> list[Target]:
+def targets(outcomes: Sequence[Outcome], saved: Mapping[str, Sequence[int]], recorded: tuple[int, int]) -> list[Target]:
     """The aims, on one run."""
     inexact = tuple(f"{each.name}: {each.tight:.1e}" for each in outcomes if not each.tight <= ERROR_TARGET)
     peers = [figures.error for each in outcomes for name, figures in each.rules.items() if name == "torchdeq ift"]
@@ -116,10 +114,14 @@ def targets(
     flat = {name: sizes for name, sizes in saved.items() if name.startswith(FLAT)}
     grown = tuple(f"{name}: {list(sizes)}" for name, sizes in flat.items() if len(set(sizes)) > 1)
     kept = f"{len(flat)} rules, {len(grown)} grow"
-    aims.append(Target(f"bytes kept do not depend on the evaluations, {DEPTHS[0]} to {DEPTHS[-1]}", not grown, kept, grown))
+    aims.append(
+        Target(f"bytes kept do not depend on the evaluations, {DEPTHS[0]} to {DEPTHS[-1]}", not grown, kept, grown)
+    )
     with_steps, without = recorded
     aims.append(
-        Target("the steps of S-JFB without gradient keep nothing", with_steps == without, f"{with_steps - without} bytes")
+        Target(
+            "the steps of S-JFB without gradient keep nothing", with_steps == without, f"{with_steps - without} bytes"
+        )
     )
     return aims
 
