@@ -135,7 +135,8 @@ def saved_bytes(setting: Setting, method: Method) -> int:
 def seconds(setting: Setting, methods: Sequence[Method], rounds: int) -> dict[str, tuple[float, float]]:
     """Median seconds forward and backward of each method; in a round all take their turn, after one that is not timed.
 
-    Draws of one method are made within a round, and their mean counts.
+    Seconds are the processor's, which other work on the machine disturbs least; everything runs on one thread. Draws of
+    one method are made within a round, and their mean counts.
     """
     found: dict[str, list[tuple[float, float]]] = {method.name: [] for method in methods}
     gc.collect()
@@ -152,11 +153,11 @@ def seconds(setting: Setting, methods: Sequence[Method], rounds: int) -> dict[st
 
 
 def _timed(setting: Setting, method: Method) -> tuple[float, float]:
-    start = time.perf_counter()
+    start = time.process_time()
     value, inputs = _solved(setting, method, setting.cell)
-    middle = time.perf_counter()
+    middle = time.process_time()
     _differentiated(setting, value, inputs)
-    return middle - start, time.perf_counter() - middle
+    return middle - start, time.process_time() - middle
 
 
 def _means(times: Sequence[tuple[float, float]]) -> tuple[float, float]:

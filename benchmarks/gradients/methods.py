@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,9 +16,9 @@ Solve = Callable[[nn.Module, Tensor], Tensor]
 
 LIMIT = 300  # evaluations of f, and vector-Jacobian products
 RTOL = 1e-6  # of the forward solves in the table of rules
-RUNGS = tuple(10 ** (-k / 4) for k in range(4, 28))  # tolerances of both solves that errors are matched on
-DEFAULT = "IFT()"
-LEVELS = (1e-2, 1e-3, 1e-4, 1e-5)
+RUNGS = tuple(10 ** (-k / 3) for k in range(3, 22))  # tolerances of both solves that errors are matched on
+LEVELS = (1e-2, 1e-3, 1e-5)
+OURS, PEER = "fixpoint", "torchdeq"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def rules() -> list[Method]:
     broyden = fixpoint.Broyden(memory=100)  # no restart, which would forget what SHINE reuses
     random = fixpoint.StochasticJFB(max_no_grad=20, max_grad=10, min_no_grad=1, seed=0)
     return [
-        Method(name=DEFAULT, run=ours(fixpoint.IFT(max_evals=LIMIT))),
+        Method(name="IFT()", run=ours(fixpoint.IFT(max_evals=LIMIT))),
         Method(name="Phantom(steps=5)", run=ours(fixpoint.Phantom(steps=5))),
         Method(name="Phantom(steps=5, damping=0.5)", run=ours(fixpoint.Phantom(steps=5, damping=0.5))),
         Method(name="JFB()", run=ours(fixpoint.JFB())),
@@ -88,7 +88,7 @@ def rules_at_depth(depth: int) -> list[Method]:
     plain = partial(torchdeq, "fixed_point_iter", rtol=0.0, max_evals=depth)
     random = fixpoint.StochasticJFB(max_no_grad=depth, min_no_grad=depth, max_grad=5, seed=0)
     return [
-        Method(name=DEFAULT, run=ours(fixpoint.IFT(), **options)),
+        Method(name="IFT()", run=ours(fixpoint.IFT(), **options)),
         Method(name="Phantom(steps=5)", run=ours(fixpoint.Phantom(steps=5), **options)),
         Method(name="JFB()", run=ours(fixpoint.JFB(), **options)),
         Method(name="Neumann(terms=5)", run=ours(fixpoint.Neumann(terms=5), **options)),
@@ -105,33 +105,48 @@ def rules_at_depth(depth: int) -> list[Method]:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Exact gradients that differ in the tolerance of their two solves alone."""
+    """Exact gradients with one solver both ways, that differ in their tolerance alone.
 
-    name: str
+    ``forms`` make the same gradient: torchdeq has two, of which the faster counts.
+    """
+
     library: str
-    at: Callable[[float], Solve]
+    solver: str
+    forms: Mapping[str, Callable[[float], Solve]]
 
-    def method(self, rtol: float) -> Method:
-        """The family's method at a tolerance."""
-        return Method(name=f"{self.name}, rtol={rtol:.1e}", run=self.at(rtol))
+    @property
+    def name(self) -> str:
+        """Library and solver."""
+        return f"{self.library}, {self.solver}"
+
+    def methods(self, rtol: float) -> list[Method]:
+        """Every form at a tolerance."""
+        return [Method(name=f"{self.name}, {form}, {rtol:.1e}", run=at(rtol)) for form, at in self.forms.items()]
+
+
+SOLVERS = {"Anderson": "anderson", "Broyden": "broyden", "Picard": "fixed_point_iter"}
 
 
 def families() -> list[Family]:
-    """IFT as it comes and by one solver both ways; torchdeq's two forms by each of its solvers."""
+    """Ours and torchdeq's by each solver. Of ours, Anderson is IFT() as it comes."""
+    rules = {
+        "Anderson": (fixpoint.IFT(max_evals=LIMIT), fixpoint.Anderson()),
+        "Broyden": (fixpoint.IFT(max_evals=LIMIT, solver=fixpoint.Broyden()), fixpoint.Broyden()),
+        "Picard": (fixpoint.IFT(max_evals=LIMIT, solver=fixpoint.Picard()), fixpoint.Picard()),
+    }
 
-    def mine(name: str, solver: fixpoint.Solver | None) -> Family:
-        rule = fixpoint.IFT(max_evals=LIMIT) if solver is None else fixpoint.IFT(solver=solver, max_evals=LIMIT)
-        return Family(name=name, library="fixpoint", at=lambda rtol: ours(replace(rule, rtol=rtol), solver, rtol=rtol))
+    def mine(rule: fixpoint.IFT, solver: fixpoint.Solver, rtol: float) -> Solve:
+        return ours(replace(rule, rtol=rtol), solver, rtol=rtol)
 
-    def theirs(kind: str, solver: str) -> Family:
-        options = {kind: True}
-        at = partial(torchdeq, solver, **options)
-        return Family(name=f"torchdeq {kind}, {solver}", library="torchdeq", at=lambda rtol: at(rtol=rtol))
+    def theirs(solver: str, form: str, rtol: float) -> Solve:
+        return torchdeq(solver, rtol=rtol, **{form: True})
 
-    solvers = ("anderson", "broyden", "fixed_point_iter")
     return [
-        mine(DEFAULT, None),
-        mine("IFT, Broyden", fixpoint.Broyden()),
-        mine("IFT, Picard", fixpoint.Picard()),
-        *(theirs(kind, solver) for solver in solvers for kind in ("hook_ift", "ift")),
+        *(Family(library=OURS, solver=name, forms={"IFT": partial(mine, *each)}) for name, each in rules.items()),
+        *(
+            Family(
+                library=PEER, solver=name, forms={form: partial(theirs, solver, form) for form in ("hook_ift", "ift")}
+            )
+            for name, solver in SOLVERS.items()
+        ),
     ]
