@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fixpoint
 from fixpoint.plotting import plot_residuals
-from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise
+from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, sample
 from fixpoint_diffusion.denoisers import embedded
 from fixpoint_diffusion.drawing import DrawOptions, draw
 from fixpoint_diffusion.grids import save_grid
@@ -81,6 +81,52 @@ def causal_chain(path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def sweep(path: Path) -> None:
+    """Error of every latent after every round of sweeps, with and without a window, and the rows of each round."""
+    figure, axes = plt.subplots(
+        2, 2, figsize=(7.6, 6.4), layout="constrained", width_ratios=(5, 1), height_ratios=(1, 2), sharey="row"
+    )
+    denoiser = embedded("ddpm-digits")
+    schedule = NoiseSchedule.from_diffusers(denoiser.schedule_config)
+    for (left, right), window in zip(axes, (None, 50), strict=True):
+        chain = _WindowsOf(denoiser, initial_noise(4, range(1), (1, 8, 8)), schedule, steps=200)
+        exact = chain.sequential()
+        chain.windows.clear()
+        errors: list[Tensor] = []
+
+        def note(progress: fixpoint.Progress, exact: Tensor = exact, errors: list[Tensor] = errors) -> None:
+            size = torch.linalg.vector_norm(exact.flatten(2), dim=2)
+            errors.append(torch.linalg.vector_norm((progress.value - exact).flatten(2), dim=2)[0] / size[0])
+
+        sample(chain, solver=fixpoint.CausalQuasiNewton(window=window), rtol=1e-3, callback=note)
+        rounds, (first, last) = len(errors), torch.tensor(chain.windows).T
+        shown = torch.stack(errors).clamp(min=1e-12).log10()
+        edges = (0.5, chain.steps + 0.5, rounds + 0.5, 0.5)
+        image = left.imshow(shown, aspect="auto", cmap="magma", extent=edges, vmin=-6, vmax=0, interpolation="nearest")
+        below = torch.arange(rounds + 1) + 0.5
+        for edge in (first, last + 1):
+            left.stairs(edge + 0.5, below, orientation="horizontal", baseline=None, color="tab:cyan")
+        left.set(ylabel="round", title="all steps at a time" if window is None else f"a window of {window} steps")
+        right.barh(torch.arange(rounds) + 1, last + 1 - first, height=0.8, color="tab:cyan")
+        right.set_title(f"rows: {int((last + 1 - first).sum())}")
+    axes[1, 0].set_xlabel("step of the chain")
+    axes[1, 1].set_xlabel("rows in the round")
+    figure.colorbar(image, ax=axes, label="log10 of the relative error", shrink=0.6)
+    figure.savefig(path, dpi=150)
+
+
+class _WindowsOf(DDIMChain):
+    """A chain of one sample that notes the first and the last step of every call."""
+
+    def __init__(self, denoiser: object, x_T: Tensor, schedule: NoiseSchedule, *, steps: int) -> None:
+        super().__init__(denoiser, x_T, schedule, steps=steps)
+        self.windows: list[tuple[int, int]] = []
+
+    def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
+        self.windows.append((int(step.min()), int(step.max())))
+        return super().transition(x, sample, step)
+
+
 def _empirical_denoiser(schedule: NoiseSchedule) -> object:
     """The exact denoiser where the data are scikit-learn's digits themselves: a posterior mean over all of them."""
     data = torch.tensor(load_digits().data / 8 - 1)
@@ -110,6 +156,7 @@ PICTURES = {
     "residuals": residuals,
     "gradient-bias": gradient_bias,
     "causal-chain": causal_chain,
+    "sweep": sweep,
     "ddim-samples": ddim_samples,
     "fpdm-samples": fpdm_samples,
 }

@@ -168,6 +168,10 @@ def sample(
         int | None,
         typer.Option(min=1, help="Parallel solvers: most rounds (batched model calls) (default: steps + 1)."),
     ] = None,
+    max_rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="causal: most model rows in a round (default: by the model's measured cost)."),
+    ] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="FPDM: iterations per step (default: 4).")] = None,
     reuse: Annotated[
         bool | None,
@@ -178,7 +182,7 @@ def sample(
 ) -> None:
     """Draw images from a model, and write them with the figures of the run.
 
-    Example: fixpoint-diffusion sample --model ddpm-digits --num-images 16 --steps 50 --solver anderson
+    Example: fixpoint-diffusion sample --model ddpm-digits --num-images 16 --steps 50 --solver causal
 
     For the embedded models, that includes the confidence of a small classifier of real digits in the images.
     """
@@ -199,6 +203,7 @@ def sample(
         solver=solver.value,
         rtol=rtol,
         max_rounds=max_rounds,
+        max_rows=max_rows,
         iterations=iterations,
         reuse=reuse,
     )

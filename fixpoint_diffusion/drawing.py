@@ -45,6 +45,7 @@ class DrawOptions:
         eta: noise per step, from 0 (DDIM) to 1 (as much as DDPM).
         solver: ``"sequential"``, or a key of ``SOLVERS`` for all steps at once.
         rtol, max_rounds: of a parallel solver; max_rounds None: steps + 1, by when Picard is exact.
+        max_rows: most denoiser rows in a round of the causal solver; None: by the denoiser's measured cost.
         iterations: of an FPDM per step; None: 4.
         reuse: whether an FPDM's iterations start at the last step's solution; None: yes where steps follow each other.
     """
@@ -56,6 +57,7 @@ class DrawOptions:
     solver: str = "sequential"
     rtol: float = 1e-3
     max_rounds: int | None = None
+    max_rows: int | None = None
     iterations: int | None = None
     reuse: bool | None = None
 
@@ -69,6 +71,8 @@ def draw(denoiser: DiffusersDenoiser | FPDMDenoiser, options: DrawOptions, *, pr
     if denoiser.schedule_config is None or denoiser.sample_shape is None:
         missing = "scheduler_config.json" if denoiser.schedule_config is None else "sample_size in its config.json"
         raise ValueError(f"cannot sample from this model folder: it has no {missing}")
+    if options.max_rows is not None and options.solver != "causal":
+        raise ValueError(f"--max-rows is for --solver causal, not for --solver {options.solver}")
     schedule = NoiseSchedule.from_diffusers(denoiser.schedule_config)
     device = next(denoiser.model.parameters()).device
     x_T = initial_noise(options.seed, range(options.num_images), denoiser.sample_shape, device=device)
@@ -108,6 +112,8 @@ def _draw_chain(
         outcome: dict[str, Any] = {}
     else:
         solver = SOLVERS[options.solver]
+        if options.max_rows is not None:
+            solver = CausalQuasiNewton(max_rows=options.max_rows)
         result = sample(chain, solver=solver, rtol=options.rtol, max_evals=options.max_rounds, progress=progress)
         images = result.images
         outcome = {"rtol": options.rtol, "converged": int(result.solution.converged.sum())}

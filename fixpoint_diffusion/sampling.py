@@ -71,7 +71,7 @@ def sample(
             ``CausalQuasiNewton``, else ``"x_T"``, as in the paper.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"`` when samples do not converge.
         record: keep the residual of every evaluation in ``solution.trace``.
-        progress: show a bar, with the samples that are done and the denoiser rows so far.
+        progress: show a bar of the latents that are settled, with rounds, samples that are done and denoiser rows.
         callback: called with a ``fixpoint.Progress`` after every evaluation; returning something true stops the run.
 
     Raises:
@@ -93,18 +93,21 @@ def sample(
         solver = _with_budget(solver, chain)
     rounds, evals = chain.rounds, chain.evals
     max_evals = chain.steps + 1 if max_evals is None else max_evals
-    with torch.no_grad(), tqdm(total=max_evals, desc="sampling", unit="round", disable=not progress) as bar:
+    samples, settled = len(chain.x_T), _Settled()
+    latents = samples * chain.steps
+    with torch.no_grad(), tqdm(total=latents, desc="sampling", unit="latent", disable=not progress) as bar:
 
         def report(state: Progress) -> object:
-            bar.update(state.nfev - bar.n)
-            samples = len(chain.x_T)
-            bar.set_postfix(done=f"{samples - state.active}/{samples}", rows=chain.evals - evals, refresh=False)
+            if progress:
+                done = f"{samples - state.active}/{samples}"
+                bar.set_postfix(rounds=state.nfev, done=done, rows=chain.evals - evals, refresh=False)
+                bar.update((settled(state.value) if state.active else latents) - bar.n)
             return callback(state) if callback else None
 
         causal = isinstance(solver, CausalQuasiNewton)
         solution = solve(
             chain if causal else _ChangedRows(chain),
-            _start(chain, init or ("prior" if causal else "x_T")),
+            _start(chain, ("prior" if causal else "x_T") if init is None else init),
             solver=solver,
             backward=None,
             rtol=rtol,
@@ -178,6 +181,19 @@ class _ChangedRows:
                 self._out[sample, step] = self._chain.denoise(x[sample, step], sample, step)
         self._x = x
         return self._chain.accumulate(x, self._out)
+
+
+class _Settled:
+    """How many latents a round has left as they were, and all before them in their chain too."""
+
+    def __init__(self) -> None:
+        self._value: Tensor | None = None
+
+    def __call__(self, value: Tensor) -> int:
+        before, self._value = self._value, value.clone()
+        if before is None:
+            return 0
+        return int((before == value).flatten(2).all(dim=2).cumprod(dim=1).sum())
 
 
 # Below so many rows the whole chain is one batch, and timing the denoiser would cost as much as it may save.
