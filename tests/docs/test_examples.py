@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import scipy.integrate
 import torch
 
 import fixpoint
@@ -33,6 +35,11 @@ def digits_deq() -> ModuleType:
 @pytest.fixture(scope="module")
 def h_equation() -> ModuleType:
     return load("h_equation")
+
+
+@pytest.fixture(scope="module")
+def recurrences() -> ModuleType:
+    return load("recurrences")
 
 
 @pytest.mark.parametrize("rule", ["IFT", "Phantom(steps=4)", "StochasticJFB(6, 6)"])
@@ -79,3 +86,48 @@ def test_h_equation_agrees_with_scipy(h_equation: ModuleType, method: str) -> No
 def test_h_equation_slopes_match_the_closed_form(h_equation: ModuleType) -> None:
     slope, exact = h_equation.slopes(torch.tensor(h_equation.ALBEDOS, dtype=torch.float64))
     torch.testing.assert_close(slope, exact, rtol=1e-5, atol=0)
+
+
+def test_all_states_of_the_gru_are_those_of_pytorchs_own_layer(recurrences: ModuleType) -> None:
+    problem, cell = recurrences.gru(), recurrences.gru_cell()
+    layer = torch.nn.GRU(cell.input_size, cell.hidden_size, batch_first=True)
+    layer.load_state_dict({f"{name}_l0": value for name, value in cell.state_dict().items()})
+    with torch.no_grad():
+        expected, _ = layer(*problem.inputs)
+        states = fixpoint.solve(problem, solver=fixpoint.CausalQuasiNewton(), rtol=1e-5, backward=None).value
+    error = (states - expected).norm(dim=2) / expected.norm(dim=2)
+    assert states.shape == (1, 1000, 32)
+    assert float(error.max()) < 2e-5
+
+
+def test_all_states_of_the_pendulum_are_scipys(recurrences: ModuleType) -> None:
+    solution = fixpoint.solve(recurrences.pendulum(), solver=fixpoint.CausalQuasiNewton(), rtol=1e-5, backward=None)
+    exact = scipy.integrate.solve_ivp(
+        lambda _, x: [x[1], -np.sin(x[0]) - x[1] / 10],
+        (0, 20),
+        [2.0, 0.0],
+        t_eval=np.linspace(0, 20, 1001)[1:],
+        rtol=1e-10,
+        atol=1e-10,
+    ).y.T
+    error = np.linalg.norm(solution.value[0].numpy() - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert error.shape == (1000,)
+    assert error.max() < 2e-5
+
+
+def test_recurrences_are_counted_as_they_are_called(recurrences: ModuleType) -> None:
+    problem = recurrences.gru(steps=60)
+    outcomes = recurrences.compare(problem)
+    assert list(outcomes) == ["one after another", *recurrences.SOLVERS]
+    assert (outcomes["one after another"].rounds, outcomes["one after another"].rows) == (60, 60)
+    assert outcomes["Picard"].rows == 60 * outcomes["Picard"].rounds
+    causal = outcomes["causal"]
+    assert causal.rounds < outcomes["Picard"].rounds
+    assert causal.rows < 60 * causal.rounds
+    assert 0 < causal.error < 2 * recurrences.RTOL
+
+
+def test_recurrences_table_on_the_page_has_every_problem_and_method(recurrences: ModuleType) -> None:
+    page = (EXAMPLES / "recurrences.txt").read_text().splitlines()[1:]
+    found = [(line[:10].strip(), line[10:34].strip()) for line in page]
+    assert found == [(p, m) for p in recurrences.PROBLEMS for m in ("one after another", *recurrences.SOLVERS)]

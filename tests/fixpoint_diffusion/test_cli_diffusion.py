@@ -105,6 +105,8 @@ def test_values_out_of_range_are_usage_errors(arguments: tuple[str, ...]) -> Non
         (("train", "--resume", "--out", "no-such"), "no checkpoint to resume from"),
         (("train", "--settings", "no-such.json"), "no-such.json"),
         (("sample", "--iterations", "2"), "--iterations"),
+        (("sample", "--max-rows", "9"), "--max-rows is for --solver causal, not for --solver sequential"),
+        (("sample", "--max-rows", "9", "--solver", "anderson"), "--max-rows is for --solver causal"),
         (("sample", "--steps", "2000"), "1000 timesteps"),
     ],
 )
@@ -226,7 +228,7 @@ def sampled(tmp_path: Path, name: str, *arguments: object) -> tuple[np.ndarray, 
 
 
 @pytest.mark.parametrize("eta", [0, 1])
-@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
+@pytest.mark.parametrize("solver", ["causal", "picard", "anderson", "broyden"])
 def test_parallel_samples_equal_the_sequential_ones(tmp_path: Path, solver: str, eta: float) -> None:
     expected, _ = sampled(tmp_path, "one", "--eta", eta)
     images, figures = sampled(tmp_path, "other", "--eta", eta, "--solver", solver, "--rtol", 1e-5, "--max-rounds", 60)
@@ -238,6 +240,23 @@ def test_sequential_sampling_costs_one_round_per_step(tmp_path: Path) -> None:
     images, figures = sampled(tmp_path, "one")
     assert images.shape == (3, 1, 8, 8)
     assert (figures["rounds"], figures["evals"]) == (6, 18)
+
+
+def test_budget_of_rows_bounds_every_round_and_changes_no_image(tmp_path: Path) -> None:
+    expected, _ = sampled(tmp_path, "one")
+    images, figures = sampled(tmp_path, "other", "--solver", "causal", "--max-rows", 4, "--rtol", 1e-5)
+    np.testing.assert_allclose(images, expected, atol=1e-4)
+    assert figures["converged"] == 3
+    assert figures["evals"] <= 4 * figures["rounds"]
+
+
+def test_bar_ends_with_all_latents_and_shows_rounds_samples_and_rows(tmp_path: Path) -> None:
+    result = invoke("sample", "--num-images", 3, "--steps", 6, "--solver", "causal", "--out", tmp_path)
+    figures = json.loads((tmp_path / "sample.json").read_text())
+    last = re.findall(r"sampling:.*", result.output.replace("\r", "\n"))[-1]
+    assert "| 18/18 [" in last
+    for shown in ("done=3/3", f"rounds={figures['rounds']}", f"rows={figures['evals']}"):
+        assert shown in last
 
 
 def test_seed_decides_the_images(tmp_path: Path) -> None:

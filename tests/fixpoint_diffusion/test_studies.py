@@ -21,7 +21,8 @@ def outcomes(short_chain):
 
 
 def test_every_method_of_the_issue_is_compared_with_the_sequential_sampler(outcomes):
-    assert list(outcomes) == ["sequential", "Picard", "Anderson, per sample", "Anderson, per timestep"]
+    methods = ["Causal quasi-Newton", "Picard", "Anderson, per sample", "Anderson, per timestep"]
+    assert list(outcomes) == ["sequential", *methods]
     assert outcomes["sequential"].rounds == 6
     assert outcomes["sequential"].rows == 12
 
@@ -51,7 +52,7 @@ def test_method_table_holds_each_outcome_once(short_chain, outcomes):
 
 def test_pictures_show_images_residuals_and_latents(short_chain, outcomes):
     grid, residuals, strip = chains.method_pictures(short_chain, outcomes)
-    assert tuple(grid.shape[:2]) == (4, 2)
+    assert tuple(grid.shape[:2]) == (5, 2)
     assert set(residuals.series) == set(outcomes) - {"sequential"}
     assert strip.column_labels[-1] == "x_0"
     assert strip.row_labels[0] == "round 1"
