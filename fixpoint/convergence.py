@@ -119,13 +119,8 @@ class Tolerance:
             z, fz = z.detach(), fz.detach()
         if self.norm is not row_norm:
             return torch.stack((self.norm(fz - z), self.norm(fz))).detach().cpu().double().numpy()
-        norms = _difference_norm(z, fz), row_norm(fz)
-        if z.device.type == "cpu":
-            figures = np.empty((2, len(z)))
-            figures[0], figures[1] = norms[0].numpy(), norms[1].numpy()
-        else:
-            figures = torch.stack(norms).cpu().numpy().astype(np.float64)
-        return _repaired(figures, z, fz, _LOW[norms[0].dtype], among)
+        both = torch.stack((_difference_norm(z, fz), row_norm(fz)))
+        return _repaired(both.cpu().numpy().astype(np.float64), z, fz, _LOW[both.dtype], among)
 
     def satisfied(self, residual: Array, scale: Array) -> Array:
         """Which rows are done. False for NaN and infinity."""
