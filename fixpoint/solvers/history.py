@@ -47,21 +47,22 @@ class History:
         value = value.to(self.states.dtype)
         return History(torch.cat((self.states[:slot], value[None], self.states[slot + 1 :])))
 
-    def dots(self, xs: Tensor, among: slice = slice(None)) -> Tensor:
-        """Products ``(rows, k, count)`` of ``xs`` ``(rows, k, dim)`` with the states ``among`` these."""
+    def dots(self, xs: Tensor, among: slice | None = None) -> Tensor:
+        """Products ``(rows, k, count)`` of ``xs`` ``(rows, k, dim)`` with these states, or those ``among`` them."""
         if self.states.dtype == xs.dtype:
             # Few rows on the left: the other order is several times slower on a CPU.
-            return torch.bmm(xs, self._columns[..., among])
-        return torch.stack([(xs * past.to(xs.dtype)).sum(dim=2) for past in self.lines[among]], dim=2)
+            return torch.bmm(xs, self._columns if among is None else self._columns[..., among])
+        return torch.stack([(xs * past.to(xs.dtype)).sum(dim=2) for past in self.lines[among or slice(None)]], dim=2)
 
-    def subtract(self, x: Tensor, weights: Tensor, among: slice = slice(None), *, in_place: bool = False) -> Tensor:
+    def subtract(self, x: Tensor, weights: Tensor, among: slice | None = None, *, in_place: bool = False) -> Tensor:
         """``x - sum_j weights_j state_j``, in ``x`` if so wished.
 
-        ``x`` is ``(rows, 1, dim)``, ``weights`` ``(rows, 1, count)``; ``among`` says which states these are for.
+        ``x`` is ``(rows, 1, dim)``, ``weights`` ``(rows, 1, count)`` for these states, or for those ``among`` them.
         """
         if self.states.dtype == x.dtype:
-            return (x.baddbmm_ if in_place else x.baddbmm)(weights, self.rows[:, among], alpha=-1)
-        for past, weight in zip(self.lines[among], weights.split(1, dim=2), strict=True):
+            rows = self.rows if among is None else self.rows[:, among]
+            return (x.baddbmm_ if in_place else x.baddbmm)(weights, rows, alpha=-1)
+        for past, weight in zip(self.lines[among or slice(None)], weights.split(1, dim=2), strict=True):
             x = torch.addcmul(x, past.to(x.dtype), weight, value=-1, out=x if in_place else None)
         return x
 
