@@ -18,7 +18,6 @@ from fixpoint.solvers.history import (
     large,
     namespace,
     products,
-    recording,
     require_history_dtype,
     silent,
     small,
@@ -193,7 +192,7 @@ class Anderson(Solver):
         basis = basis.put(slot, torch.mul, pair.slots[last], scale)
         pair = pair.put(last, torch.sub, fz, state.fz).reduce(last, images, shared)
         z_next = torch.addcmul(fz, pair.slots[last], newest, value=-1)
-        z_next = images.subtract(z_next[:, None], old, in_place=not recording(z_next, old, images.states))[:, 0]
+        z_next = images.subtract(z_next[:, None], old, in_place=True)[:, 0]
         if remainder is not None:
             z_next = z_next - (1 - self.damping) * remainder
         images = images.put(slot, torch.mul, pair.slots[last], scale)
