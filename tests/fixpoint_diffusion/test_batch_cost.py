@@ -27,7 +27,7 @@ def test_a_saturated_device_is_given_the_ordinary_sampler():
 def test_a_device_with_room_is_filled():
     flat = BatchCost((1, 1000), (1.0, 1.0))
     assert flat.best_rows(1, 1000) == 1000
-    assert flat.best_rows(1, 7) == 7
+    assert flat.best_rows(2, 100) == 200
 
 
 def test_between_the_two_the_budget_is_between():

@@ -140,7 +140,7 @@ def test_any_number_of_steps(mixture, steps):
 
 
 def test_more_noise_than_ddpm(mixture):
-    chain = mixture_chain(mixture, steps=50, eta=1.01)
+    chain = mixture_chain(mixture, steps=50, eta=1.005)
     result = sample(chain, rtol=1e-3)
     assert result.solution.converged.all()
     assert float(errors(result, chain).max()) < 2e-3
