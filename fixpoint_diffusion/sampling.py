@@ -190,7 +190,7 @@ class _Settled:
         self._value: Tensor | None = None
 
     def __call__(self, value: Tensor) -> int:
-        before, self._value = self._value, value.clone()
+        before, self._value = self._value, value
         if before is None:
             return 0
         return int((before == value).flatten(2).all(dim=2).cumprod(dim=1).sum())
