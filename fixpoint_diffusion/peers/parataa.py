@@ -84,7 +84,7 @@ def parataa(
 def reach_back(defects: Tensor, factors: Tensor, order: int) -> Tensor:
     """Residuals ``(B, T, D)`` of the equations of order k, from those of order 1 and the linear factors ``(T, 1)``.
 
-    In terms of ``r_k(i) = F_k(x)_i - x_i``: ``r_1`` are the defects, and ``r_k(i) = defects_i + factor_i r_{k-1}(i-1)``.
+    With ``r_k(i) = F_k(x)_i - x_i``: ``r_1`` are the defects, and ``r_k(i) = defects_i + factor_i r_{k-1}(i-1)``.
     """
     total = carry(defects, factors[None])
     if order >= len(factors):
@@ -95,7 +95,7 @@ def reach_back(defects: Tensor, factors: Tensor, order: int) -> Tensor:
 
 
 def triangular_anderson(past: list[tuple[Tensor, Tensor]], inside: Tensor, ridge: float) -> Tensor:
-    """Change of the newest of ``past``, ``(B, T, D)``: state i has coefficients from the window's states up to i."""
+    """Change of the newest of ``past``, ``(B, T, D)``: state i's coefficients are fitted to the window up to i."""
     states, residuals = (torch.stack(each, dim=2) for each in zip(*past, strict=True))
     moved, changed = (torch.where(inside[..., None, None], x.diff(dim=2), 0) for x in (states, residuals))
     newest = residuals[:, :, -1]
