@@ -77,7 +77,8 @@ class _Chains:
         options = sweeper.options
         self._width = min(options.window or steps, options.max_rows or steps, steps)
         self._past = Past.empty(rows, self._width, options.memory, dim, self.states)
-        self._moved = self.states.new_zeros(rows, dim)  # how far the last state of each window is from its guess
+        # How far the last two states of each window are from their guess.
+        self._moved, self._moved_before = self.states.new_zeros(2, rows, dim).unbind(0)
         self.done = np.zeros(rows, dtype=np.int64)  # states that are done
         self._end = np.zeros(rows, dtype=np.int64)  # states that are, or were, in the window
         self._error = np.full((rows, steps), np.inf)  # predicted error of each state, and its norm
@@ -129,7 +130,10 @@ class _Chains:
         known = finite & place.inside[..., None]
         images = torch.where(known, images, states)
         past = Past(*(x[place.row, place.slot] for x in self._past))
-        carried = self._sweeper.carry(inputs, images, images - states, place.step, past)
+        if len(step[0]) == 1:  # the inputs are exact: there is nothing to hand down
+            carried = torch.zeros_like(images)
+        else:
+            carried = self._sweeper.carry(inputs, images, images - states, place.step, past)
         after = images + carried
         after, sound = _held(after, finite)
         change = after - states
@@ -145,8 +149,9 @@ class _Chains:
         for ours, new in zip(self._past, newest, strict=True):
             new = new & known & sound[..., None] if new.dtype == torch.bool else new
             ours.index_put_((put[0], place.slot[place.inside]), new[place.inside])
-        last = like(self._like, count - 1)
-        self._moved.index_add_(0, place.rows, change[torch.arange(len(rows), device=change.device), last])
+        last, number = like(self._like, count - 1), torch.arange(len(rows), device=change.device)
+        self._moved.index_add_(0, place.rows, change[number, last])
+        self._moved_before.index_add_(0, place.rows, before[number, last])
         self._settle(rows, step, inside, error, scale, np.stack((stretched, met)), trusted > 0, finite_ > 0)
 
     def _evaluate(self, f: Map, place: _Place) -> Tensor:
@@ -176,13 +181,16 @@ class _Chains:
             return
         step = self._end[rows, None] + np.arange(new.max())
         place = _Place(self._like, rows, step, np.arange(new.max()) < new[:, None], self._width)
-        moved = self._sweeper.follow(place.step, self._moved[place.rows])
+        previous, before = self._moved[place.rows], self._moved_before[place.rows]
+        moved = self._sweeper.follow(place.step, previous, previous - before)
         put = place.row[place.inside], place.step[place.inside]
         self.states.index_put_(put, moved[place.inside], accumulate=True)
         last = like(self._like, np.maximum(new - 1, 0))
-        newest = moved[torch.arange(len(rows), device=moved.device), last]
+        number = torch.arange(len(rows), device=moved.device)
         entered = like(self._like, new > 0)[:, None]
-        self._moved.index_copy_(0, place.rows, torch.where(entered, newest, self._moved[place.rows]))
+        moved = torch.cat((previous[:, None], moved), dim=1)
+        self._moved.index_copy_(0, place.rows, torch.where(entered, moved[number, last + 1], previous))
+        self._moved_before.index_copy_(0, place.rows, torch.where(entered, moved[number, last], before))
         # What these slots of the memory told was about other steps.
         self._past.known.index_put_((put[0], place.slot[place.inside]), torch.zeros((), dtype=torch.bool))
 
@@ -287,7 +295,7 @@ def _held(after: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _amplification(stretch: Array, scale: Array, inside: Array) -> Array:
-    """``(B, W)``: how much of a state's relative error later states of the window will show, at least 1.
+    """``(B, W)``: how many times enlarged later states of the window will show a state's relative error, at least 1.
 
     ``stretch`` are the norms of what each step was seen to make of a displacement, and of that displacement.
     """

@@ -4,6 +4,7 @@ from fixpoint_diffusion.chains import DDIMChain, SamplingChain, StochasticDDIMCh
 from fixpoint_diffusion.denoisers import embedded, load_denoiser
 from fixpoint_diffusion.fpdm import FPDM, FPDMConfig, sample_fpdm
 from fixpoint_diffusion.noise import initial_noise, step_noise
+from fixpoint_diffusion.prior import GaussianPrior
 from fixpoint_diffusion.sampling import SamplingResult, deq_ddim_settings, sample
 from fixpoint_diffusion.schedules import NoiseSchedule
 
@@ -11,6 +12,7 @@ __all__ = [
     "FPDM",
     "DDIMChain",
     "FPDMConfig",
+    "GaussianPrior",
     "NoiseSchedule",
     "SamplingChain",
     "SamplingResult",

@@ -33,6 +33,7 @@ class ModelKind(StrEnum):
 
 class SolverName(StrEnum):
     sequential = "sequential"
+    causal = "causal"
     picard = "picard"
     anderson = "anderson"
     broyden = "broyden"

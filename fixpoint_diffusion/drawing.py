@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fixpoint import Anderson, Broyden, Picard, Solver
+from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, Solver
 from fixpoint_diffusion.chains import DDIMChain, StochasticDDIMChain
 from fixpoint_diffusion.fpdm import FPDMDenoiser, sample_fpdm
 from fixpoint_diffusion.noise import initial_noise
@@ -19,7 +19,12 @@ from fixpoint_diffusion.schedules import NoiseSchedule
 if TYPE_CHECKING:
     from fixpoint_diffusion.denoisers import DiffusersDenoiser
 
-SOLVERS: dict[str, Solver] = {"picard": Picard(), "anderson": Anderson(), "broyden": Broyden()}
+SOLVERS: dict[str, Solver] = {
+    "causal": CausalQuasiNewton(),
+    "picard": Picard(),
+    "anderson": Anderson(),
+    "broyden": Broyden(),
+}
 DEFAULT_ITERATIONS = 4
 
 
@@ -76,6 +81,7 @@ def draw(denoiser: DiffusersDenoiser | FPDMDenoiser, options: DrawOptions, *, pr
             denoiser.model,
             schedule_config=denoiser.schedule_config,
             depth=options.iterations or DEFAULT_ITERATIONS,
+            prior=denoiser.prior,
         )
     elif options.iterations is not None or options.reuse is not None:
         raise ValueError("--iterations and --reuse are for FPDM models, and this model is none")

@@ -13,6 +13,7 @@ from fixpoint import CausalQuasiNewton, Recurrence, solve
 from fixpoint_diffusion.chains.transitions import Transitions, wide
 
 PRIOR_FILE = "prior.safetensors"
+_LARGEST_BASIS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class GaussianPrior:
 
     @classmethod
     def of(cls, images: Tensor, *, shrinkage: float = 0.5) -> GaussianPrior:
-        """From images ``(N, *shape)``.
+        """From images ``(N, *shape)``: along their principal axes, or for more than 4096 entries along these.
 
         Args:
             images: a sample of the data, a few times D of them.
@@ -60,7 +61,10 @@ class GaussianPrior:
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage must lie in [0, 1], got {shrinkage}")
         flat = images.flatten(1).to("cpu", torch.float64)
-        variances, basis = torch.linalg.eigh(torch.cov(flat.T))
+        if flat.shape[1] > _LARGEST_BASIS:
+            variances, basis = flat.var(dim=0), None
+        else:
+            variances, basis = torch.linalg.eigh(torch.cov(flat.T))
         variances = (1 - shrinkage) * variances.clamp(min=0) + shrinkage * variances.mean()
         return cls(flat.mean(dim=0), variances, basis)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fixpoint import Anderson, Blockwise, Progress, Solution, Solver, solve
+from fixpoint import Anderson, Blockwise, CausalQuasiNewton, Progress, Solution, Solver, solve
+from fixpoint_diffusion.batch_cost import BatchCost
 from fixpoint_diffusion.chains import SamplingChain
 
 
@@ -40,7 +41,7 @@ def sample(
     rtol: float = 1e-3,
     atol: float = 0.0,
     max_evals: int | None = None,
-    init: str | Tensor = "x_T",
+    init: str | Tensor | None = None,
     on_failure: Literal["warn", "raise", "ignore"] = "warn",
     record: bool = False,
     progress: bool = False,
@@ -48,20 +49,28 @@ def sample(
 ) -> SamplingResult:
     """Sample by solving the chain's fixed point, all steps in parallel; without gradient.
 
-    The denoiser is only asked about rows whose input has changed since the last round: samples that have converged, and
-    latents that have settled (the first input is x_T from the start), cost nothing more. The result is the same as that
-    of ``fixpoint.solve(chain)``, where every evaluation pays for every row. For the ordinary sampler, call
-    ``chain.sequential()``.
+    ``CausalQuasiNewton()`` is the solver that knows of chains, and by far the fastest here: it works on the one-step
+    form, in windows, and accepts each latent by its predicted error. Where neither its window nor its ``max_rows`` is
+    given and the chain is not small, the denoiser is timed on a few batch sizes, and the budget of rows a round that
+    should take the least time is chosen: on a device that few rows keep busy, that is the ordinary sampler's.
+
+    For other solvers, the denoiser is only asked about rows whose input has changed since the last round: samples that
+    have converged, and latents that have settled (the first input is x_T from the start), cost nothing more. The result
+    is the same as that of ``fixpoint.solve(chain)``, where every evaluation pays for every row. For the ordinary
+    sampler, call ``chain.sequential()``.
 
     Args:
         chain: a :class:`SamplingChain`, such as :class:`DDIMChain`, of B samples and T steps.
         solver: the update rule; see ``fixpoint`` for the choice.
-        rtol, atol: a sample is done when ``||chain(z) - z|| <= atol + rtol ||chain(z)||`` over its whole trajectory.
+        rtol, atol: a sample is done when ``||chain(z) - z|| <= atol + rtol ||chain(z)||`` over its whole trajectory;
+            with ``CausalQuasiNewton``, when every latent's predicted error is at most ``atol + rtol ||latent||``.
         max_evals: most evaluations of the chain; by default T + 1, enough for plain iteration to be exact and know it.
-        init: where to start: every latent equal to ``"x_T"``, ``"zeros"``, or latents of shape ``(B, T, *shape)``.
+        init: where to start: ``"prior"``, the latents that the chain's Gaussian prior expects; every latent equal to
+            ``"x_T"``; ``"zeros"``; or latents of shape ``(B, T, *shape)``, such as a neighbour's. None: ``"prior"`` for
+            ``CausalQuasiNewton``, else ``"x_T"``, as in the paper.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"`` when samples do not converge.
         record: keep the residual of every evaluation in ``solution.trace``.
-        progress: show a bar, with the number of samples that are not done.
+        progress: show a bar, with the samples that are done and the denoiser rows so far.
         callback: called with a ``fixpoint.Progress`` after every evaluation; returning something true stops the run.
 
     Raises:
@@ -79,18 +88,22 @@ def sample(
         >>> torch.allclose(result.images, chain.sequential()[:, -1], rtol=1e-2)
         True
     """
+    if isinstance(solver, CausalQuasiNewton):
+        solver = _with_budget(solver, chain)
     rounds, evals = chain.rounds, chain.evals
     max_evals = chain.steps + 1 if max_evals is None else max_evals
     with torch.no_grad(), tqdm(total=max_evals, desc="sampling", unit="round", disable=not progress) as bar:
 
         def report(state: Progress) -> object:
             bar.update(state.nfev - bar.n)
-            bar.set_postfix(active=state.active, refresh=False)
+            samples = len(chain.x_T)
+            bar.set_postfix(done=f"{samples - state.active}/{samples}", rows=chain.evals - evals, refresh=False)
             return callback(state) if callback else None
 
+        causal = isinstance(solver, CausalQuasiNewton)
         solution = solve(
-            _ChangedRows(chain),
-            _start(chain, init),
+            chain if causal else _ChangedRows(chain),
+            _start(chain, init or ("prior" if causal else "x_T")),
             solver=solver,
             backward=None,
             rtol=rtol,
@@ -166,10 +179,24 @@ class _ChangedRows:
         return self._chain.accumulate(x, self._out)
 
 
+# Below so many rows the whole chain is one batch, and timing the denoiser would cost as much as it may save.
+_SMALL_CHAIN = 800
+
+
+def _with_budget(solver: CausalQuasiNewton, chain: SamplingChain) -> CausalQuasiNewton:
+    """The solver with the budget of rows that the denoiser's cost suggests, unless the caller has set one."""
+    samples, steps = len(chain.x_T), chain.steps
+    if solver.window is not None or solver.max_rows is not None or samples * steps <= _SMALL_CHAIN:
+        return solver
+    return replace(solver, max_rows=BatchCost.measure(chain).best_rows(samples, steps))
+
+
 def _start(chain: SamplingChain, init: str | Tensor) -> Tensor:
     if isinstance(init, Tensor):
         chain.inputs(init)  # refuses another shape
         return init.detach()
-    if init not in ("x_T", "zeros"):
-        raise ValueError(f"init must be 'x_T', 'zeros' or a tensor of latents, got {init!r}")
+    if init not in ("prior", "x_T", "zeros"):
+        raise ValueError(f"init must be 'prior', 'x_T', 'zeros' or a tensor of latents, got {init!r}")
+    if init == "prior":
+        return chain.guess
     return chain.z0 if init == "x_T" else torch.zeros_like(chain.z0)

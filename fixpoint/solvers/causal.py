@@ -57,7 +57,7 @@ class CausalQuasiNewton(Solver):
         (10.0, 3)
     """
 
-    memory: int = 1
+    memory: int = 2
     window: int | None = None
     max_rows: int | None = None
     certify: bool = False
@@ -129,12 +129,19 @@ class CausalSweep(Solver):
         slopes = self._slopes_at(step, moved, shifted)
         return self.from_basis(sweep(self.to_basis(defects), slopes, Secants.of(moved, shifted, slopes, _RIDGE)))
 
-    def follow(self, step: Tensor, moved: Tensor) -> Tensor:
-        """What slopes alone make of a displacement ``moved`` ``(B, D)`` at each of the steps ``(B, W)`` in turn."""
-        moved = self.to_basis(moved)[:, None]
+    def follow(self, step: Tensor, moved: Tensor, drift: Tensor) -> Tensor:
+        """Displacements ``(B, W, D)`` after the steps ``(B, W)``, from ``moved`` ``(B, D)`` before the first.
+
+        Each step does what its slope says, and adds ``drift`` ``(B, D)``: by so much the last step differed from what
+        the guess had expected, and the next will too. A guess without slopes expects nothing.
+        """
         if self.slopes is None:
-            return self.from_basis(moved.expand(-1, step.shape[1], -1))
-        return self.from_basis(self.slopes[step].to(moved.dtype).cumprod(dim=1) * moved)
+            return moved[:, None].expand(-1, step.shape[1], -1)
+        moved, drift = self.to_basis(moved), self.to_basis(drift)
+        slopes = self.slopes[step].to(moved.dtype).expand(len(moved), step.shape[1], -1)
+        added = drift[:, None].repeat(1, step.shape[1], 1)
+        added[:, 0] += slopes[:, 0] * moved
+        return self.from_basis(added + sweep(added, slopes, None))
 
     def _slopes_at(self, step: Tensor, moved: Tensor, shifted: Tensor) -> Tensor:
         """``(B, W, 1 or D)``: the problem's, or else what the last round showed, at most 1."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fixpoint_diffusion.prior import GaussianPrior
+
 if TYPE_CHECKING:
     from fixpoint_diffusion.fpdm import FPDMDenoiser
 
@@ -32,6 +34,7 @@ class DiffusersDenoiser:
         schedule_config: the configuration of the noise schedule it was trained on, as a diffusers scheduler writes it.
         inputs: further inputs by name (``class_labels``, ``encoder_hidden_states``), each with one row ``(1, ...)``
             that is repeated for every row of x; what is no tensor is passed on as it is.
+        prior: what is known of the images, from which chains predict how latents move; None: a plain guess.
 
     Attributes:
         sample_shape: shape of one image ``(C, H, W)``, from the model's config; None where that does not say.
@@ -53,6 +56,7 @@ class DiffusersDenoiser:
         prediction_type: str = "epsilon",
         schedule_config: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Any] | None = None,
+        prior: GaussianPrior | None = None,
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}")
@@ -60,6 +64,7 @@ class DiffusersDenoiser:
         self.prediction_type = prediction_type
         self.schedule_config = None if schedule_config is None else dict(schedule_config)
         self.inputs = dict(inputs or {})
+        self.prior = prior
         for name, value in self.inputs.items():
             if isinstance(value, Tensor) and value.shape[:1] != (1,):
                 raise ValueError(f"input {name!r} must have one row (1, ...), got shape {tuple(value.shape)}")
@@ -96,7 +101,8 @@ def load_denoiser(
     Three layouts are understood: a model folder (``config.json`` and ``diffusion_pytorch_model.safetensors``), the same
     with ``scheduler_config.json`` beside them (as in ``google/ddpm-cifar10-32``, and as ``fixpoint-diffusion train``
     writes), and a pipeline folder with ``unet/`` or ``transformer/`` and ``scheduler/`` in it. The model's class is the
-    ``_class_name`` of its config: any model of diffusers, or this package's ``FPDM``.
+    ``_class_name`` of its config: any model of diffusers, or this package's ``FPDM``. A ``prior.safetensors`` beside
+    the weights (``GaussianPrior.of(images).save(folder)``) makes parallel sampling need fewer rounds.
 
     The model comes in evaluation mode and with frozen parameters; gradients with respect to x still flow.
 
@@ -131,7 +137,8 @@ def load_denoiser(
     model.to(device or "cpu").eval().requires_grad_(False)
     schedule = read_schedule_config(folder)
     prediction_type = (schedule or {}).get("prediction_type", "epsilon")
-    return DiffusersDenoiser(model, prediction_type=prediction_type, schedule_config=schedule)
+    prior = GaussianPrior.load(model_folder)
+    return DiffusersDenoiser(model, prediction_type=prediction_type, schedule_config=schedule, prior=prior)
 
 
 def read_schedule_config(folder: Path) -> dict[str, Any] | None:

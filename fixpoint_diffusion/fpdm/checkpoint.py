@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fixpoint_diffusion.fpdm.config import FPDMConfig
 from fixpoint_diffusion.fpdm.model import FPDM
+from fixpoint_diffusion.prior import GaussianPrior
 
 CLASS_NAME = "FPDM"
 CONFIG_FILE = "config.json"
@@ -92,6 +93,7 @@ class FPDMDenoiser:
         depth: Iterations of the layer per call; None: solve to ``rtol``.
         rtol: Relative tolerance of the layer's solve, unused with ``depth``.
         max_evals: Bound on evaluations of that solve.
+        prior: What is known of the images, from which chains predict how latents move; None: a plain guess.
 
     >>> denoiser = FPDMDenoiser(FPDM(FPDMConfig(width=16, heads=2)).eval(), depth=4)
     >>> denoiser(torch.randn(2, 1, 8, 8), torch.tensor([3, 999])).shape
@@ -108,6 +110,7 @@ class FPDMDenoiser:
         depth: int | None = None,
         rtol: float = 1e-3,
         max_evals: int = 50,
+        prior: GaussianPrior | None = None,
     ) -> None:
         if depth is not None and depth < 1:
             raise ValueError(f"depth must be a positive number of iterations, or None, got {depth}")
@@ -118,6 +121,7 @@ class FPDMDenoiser:
         self.depth = depth
         self.rtol = rtol
         self.max_evals = max_evals
+        self.prior = prior
 
     @classmethod
     def from_folder(
@@ -142,7 +146,8 @@ class FPDMDenoiser:
         model = load_fpdm(folder, dtype=dtype, device=device).requires_grad_(False)
         scheduler = Path(folder) / SCHEDULER_FILE
         schedule_config = _read_json(scheduler) if scheduler.is_file() else None
-        return cls(model, schedule_config=schedule_config, depth=depth, rtol=rtol, max_evals=max_evals)
+        prior = GaussianPrior.load(folder)
+        return cls(model, schedule_config=schedule_config, depth=depth, rtol=rtol, max_evals=max_evals, prior=prior)
 
     @property
     def prediction_type(self) -> str:

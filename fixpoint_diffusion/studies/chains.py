@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpoint import Picard, Progress, bench
+from fixpoint import CausalQuasiNewton, Picard, Progress, bench
 from fixpoint_diffusion.chains import DDIMChain, StochasticDDIMChain
 from fixpoint_diffusion.denoisers import embedded
 from fixpoint_diffusion.noise import initial_noise
@@ -90,7 +90,8 @@ def run_methods(chain: DDIMChain) -> dict[str, Outcome]:
     seconds = time.perf_counter() - start
     rows = chain.steps * len(reference)
     sequential = Outcome(rounds=chain.steps, rows=rows, seconds=seconds, error=0.0, converged="exact", images=reference)
-    methods = {
+    methods: dict[str, dict[str, Any]] = {
+        "Causal quasi-Newton": {"solver": CausalQuasiNewton(), "rtol": 1e-3},
         "Picard": {"solver": Picard(), "max_evals": MAX_ROUNDS},
         "Anderson, per sample": deq_ddim_settings(chain, "paper"),
         "Anderson, per timestep": deq_ddim_settings(chain, "released-code"),

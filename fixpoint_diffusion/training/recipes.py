@@ -14,6 +14,7 @@ from torch import nn
 from fixpoint_diffusion.checksums import write_checksums
 from fixpoint_diffusion.denoisers.diffusers import NEEDS_DIFFUSERS, WEIGHTS
 from fixpoint_diffusion.fpdm import FPDM, FPDMConfig, save_fpdm
+from fixpoint_diffusion.prior import GaussianPrior
 from fixpoint_diffusion.training.loop import TrainingConfig, TrainingLog
 
 DIGITS_UNET = {
@@ -120,11 +121,13 @@ def export(
     schedule_config: Mapping[str, Any],
     training: Mapping[str, Any],
     log: TrainingLog,
+    prior: GaussianPrior,
 ) -> None:
     """Write a trained model as a folder that ``load_denoiser`` and diffusers read.
 
-    ``config.json``, the weights in half precision, ``scheduler_config.json``, how it was trained
-    (``training_config.json``, ``training_log.csv``) and the checksums of all of them.
+    ``config.json``, the weights in half precision, ``scheduler_config.json``, the prior of its images
+    (``prior.safetensors``), how it was trained (``training_config.json``, ``training_log.csv``) and the checksums of
+    all of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, FPDM):
@@ -135,6 +138,7 @@ def export(
     assert (folder / f"{WEIGHTS}.safetensors").is_file()
     _write_json(folder / "scheduler_config.json", schedule_config)
     _write_json(folder / "training_config.json", training)
+    prior.save(folder)
     log.write_csv(folder / "training_log.csv")
     write_checksums(folder)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint_diffusion.data import load_images, split_held_out
+from fixpoint_diffusion.prior import GaussianPrior
 from fixpoint_diffusion.schedules import NoiseSchedule
 from fixpoint_diffusion.training.checkpoints import load_record
 from fixpoint_diffusion.training.loop import TrainingConfig, TrainingLog, train
@@ -163,5 +164,6 @@ class TrainingRun:
             schedule_config={**schedule_config, "prediction_type": self.config.prediction_type},
             training={**origin, **dataclasses.asdict(self.config)},
             log=log,
+            prior=GaussianPrior.of(self.images),
         )
         return log
