@@ -122,5 +122,5 @@ def _suits(method: Method, setting: Setting) -> bool:
     return (
         (setting.eta == 0 or not method.deterministic_only)
         and (not method.dear or setting.steps <= (_DEAR_UP_TO if not exact else 2 * _DEAR_UP_TO))
-        and ("window" not in method.name or setting.steps >= _WINDOWED_FROM)
+        and (not method.name.endswith("window 100") or setting.steps >= _WINDOWED_FROM)
     )

@@ -1,6 +1,6 @@
 """What is compared: ours with its own stopping rule; the peers, ended from outside once they are near enough.
 
-Peers that stop by a tolerance of their own get one that suits an error of 1e-3, found by trying powers of ten, so that no
+Peers that stop by a tolerance of their own get one that suits an error of 1e-3, found by trying a few, so that no
 stopping rule harms them.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fixpoint import Anderson, CausalQuasiNewton, Picard, Progress, Solver, solve
-from fixpoint_diffusion import DDIMChain, deq_ddim_settings, sample
+from fixpoint import Anderson, CausalQuasiNewton, Picard, Progress, Solver
+from fixpoint_diffusion import DDIMChain, SamplingResult, deq_ddim_settings, sample
 from fixpoint_diffusion.peers import paradigms, parataa, quasi_deer, srds
 
 RTOL = 1e-3
+FULL_WINDOW = "ours, full window"
 Watch = Callable[[Progress], object]
-Run = Callable[[DDIMChain, Watch, int], object]
+Run = Callable[[DDIMChain, Watch | None, int], SamplingResult]
 
 
 @dataclass(frozen=True)
@@ -33,42 +34,23 @@ class Method:
     dear: bool = False
 
 
-def ours(window: int | None = None, max_rows: int | None = None) -> Run:
-    """``CausalQuasiNewton`` from the prior's path, to the tolerance of this benchmark."""
-
-    def run(chain: DDIMChain, watch: Watch | None, max_rounds: int) -> object:
-        return solve(
-            chain,
-            chain.guess,
-            solver=CausalQuasiNewton(window=window, max_rows=max_rows),
-            rtol=RTOL,
-            backward=None,
-            max_evals=max_rounds,
-            on_failure="ignore",
-            callback=watch,
-        )
-
-    return run
+def ours(**options: int) -> Run:
+    """``CausalQuasiNewton`` with these options, to the tolerance of this benchmark."""
+    return _solver(lambda chain: CausalQuasiNewton(**options), rtol=RTOL)
 
 
-def _solver(choose: Callable[[DDIMChain], Solver]) -> Run:
-    def run(chain: DDIMChain, watch: Watch, max_rounds: int) -> object:
+def _solver(choose: Callable[[DDIMChain], Solver], rtol: float = 0.0) -> Run:
+    def run(chain: DDIMChain, watch: Watch | None, max_rounds: int) -> SamplingResult:
         return sample(
-            chain,
-            solver=choose(chain),
-            rtol=0.0,
-            max_evals=max_rounds + 1,
-            init="x_T",
-            on_failure="ignore",
-            callback=watch,
+            chain, solver=choose(chain), rtol=rtol, max_evals=max_rounds + 1, on_failure="ignore", callback=watch
         )
 
     return run
 
 
 METHODS = (
-    Method("ours", ours(), ours=True),
-    Method("ours, window 100", ours(100), ours=True),
+    Method(FULL_WINDOW, _solver(lambda chain: CausalQuasiNewton(window=chain.steps), rtol=RTOL), ours=True),
+    Method("ours, window 100", ours(window=100), ours=True),
     Method("Picard", _solver(lambda chain: Picard()), late=True),
     Method("Anderson, per sample", _solver(lambda chain: Anderson(memory=5)), late=True),
     Method(

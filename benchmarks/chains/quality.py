@@ -85,14 +85,8 @@ def _timed(sampler: Sampler, samples: range) -> float:
     return time.perf_counter() - start
 
 
-@torch.no_grad()
-def _run_ours(steps: int, samples: range) -> Tensor:
-    problem = batch("unet", steps, 0.0, samples)
-    return ours()(problem, None, steps + 1).value[:, -1]
-
-
 def _ours(steps: int) -> Sampler:
-    return lambda samples: _run_ours(steps, samples)
+    return lambda samples: ours()(batch("unet", steps, 0.0, samples), None, steps).images
 
 
 def _sequential(steps: int) -> Sampler:

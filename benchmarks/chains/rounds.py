@@ -13,19 +13,20 @@ from tqdm import tqdm
 
 from benchmarks.chains.cases import Setting
 from benchmarks.chains.curves import ERRORS, Outcome, noise_dropped, run, spread
-from benchmarks.chains.methods import BY_NAME, RTOL
+from benchmarks.chains.methods import BY_NAME, FULL_WINDOW, RTOL
 from benchmarks.solvers.standings import Target
 
 # Rounds to 1e-3 with our own stopping rule, for eta = 0, 0.5, 1.
 _ROUNDS = {50: (9, 9, 10), 200: (9, 11, 13), 1000: (10, 13, 15)}
 # Rows a step with a window of 100, T = 1000.
 _ROWS = {0.0: 2.2, 1.0: 3.0}
-HOW_TO_READ = (
-    "Error: ||x_0 - sequential|| / ||sequential|| with the same noise. rounds to: batched denoiser calls until it is at "
-    "most that for good, median/worst sample; -: not in 60 rounds. rows/T and s: denoiser rows a step and seconds to "
-    "1e-3, median. end: rounds and worst error where the run ended, ours by its own rule at rtol 1e-3, a peer by its "
-    "own or, once it is below 5e-4, from outside."
-)
+HOW_TO_READ = """\
+Error: ||x_0 - sequential|| / ||sequential|| with the same noise.
+rounds to: batched denoiser calls until the error is at most that for good, median/worst sample; -: not in 60 rounds.
+rows/T, s: denoiser rows a step and seconds to 1e-3, median sample.
+end: rounds and worst error where the runs ended; ours by its own rule at rtol 1e-3, a peer by its own or, once its
+error is below 5e-4, from outside.
+"""
 
 
 def measure(settings: Sequence[Setting]) -> tuple[list[Outcome], dict[str, float]]:
@@ -63,7 +64,7 @@ def targets(outcomes: Sequence[Outcome]) -> list[Target]:
     found = {(o.setting.steps, o.setting.eta, o.method): o for o in outcomes if o.setting.denoiser == "unet"}
     aims = []
     for (steps, eta, method), outcome in found.items():
-        if method == "ours" and steps in _ROUNDS:
+        if method == FULL_WINDOW and steps in _ROUNDS:
             limit = _ROUNDS[steps][(0.0, 0.5, 1.0).index(eta)]
             rounds, error = outcome.at_end("rounds"), outcome.at_end("errors")[1]
             aims.append(
@@ -82,7 +83,7 @@ def targets(outcomes: Sequence[Outcome]) -> list[Target]:
                     f"median {share:.2f} T, worst {outcome.at_end('rows')[1] / steps:.2f} T",
                 )
             )
-        if method == "ours" and eta >= 0.5 and (peer := _best_triangular(found, steps, eta)):
+        if method == FULL_WINDOW and eta >= 0.5 and steps >= 25 and (peer := _best_triangular(found, steps, eta)):
             mine = spread([curve.at("rounds", RTOL) for curve in outcome.curves[: len(peer.curves)]])[0]
             theirs = peer.spread("rounds", RTOL)[0]
             aims.append(
