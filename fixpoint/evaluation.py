@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint.structure import Layout, leaves, map_leaves
+from fixpoint.surroundings import Surroundings, version
 from fixpoint.transforms import ClosureError, plain, transformed
 
 
@@ -20,10 +21,19 @@ class RowMap:
 
     The first evaluation checks what f returns and, when gradients are wanted, whether it depends on anything that
     requires them. A first evaluation inside ``no_grad`` builds the graph to look at it, with nothing saved in it.
-    ``calls`` counts the evaluations that f completed.
+    ``calls`` counts the evaluations that f completed. What f draws and updates beside its output is the business of
+    ``surroundings``; a map on some of the rows shares those of the map on all.
     """
 
-    def __init__(self, f: Callable[..., Any], args: Sequence[Any], layout: Layout, *, gradients: bool) -> None:
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        args: Sequence[Any],
+        layout: Layout,
+        *,
+        gradients: bool,
+        surroundings: Surroundings | None = None,
+    ) -> None:
         self._f = f
         self._args = tuple(args)
         self.layout = layout
@@ -33,8 +43,9 @@ class RowMap:
         self._names = list(parameters)
         tensors = [leaf for _, leaf in leaves(self._args) if isinstance(leaf, Tensor)]
         self.inputs = (*tensors, *parameters.values())
-        self._checked = False
+        self._checked = torch.compiler.is_compiling()
         self._probed: tuple[Tensor, Tensor] | None = None
+        self.surroundings = surroundings or Surroundings(f, layout.device)
 
     @property
     def can_take(self) -> bool:
@@ -47,8 +58,8 @@ class RowMap:
         def pick(leaf: Any) -> Any:
             return leaf.index_select(0, index.to(leaf.device)) if self._is_aligned(leaf) else leaf
 
-        args = map_leaves(pick, self._args)
-        return RowMap(self._f, args, self.layout.with_rows(len(index)), gradients=False)
+        args, layout = map_leaves(pick, self._args), self.layout.with_rows(len(index))
+        return RowMap(self._f, args, layout, gradients=False, surroundings=self.surroundings)
 
     def part(self, z: Tensor, row: Tensor, block: Tensor) -> Tensor:
         """Blocks ``block`` ``(N,)`` of rows ``row`` ``(N,)`` of ``f(z)``, as ``(N, dim)``: of T blocks a row.
@@ -58,10 +69,10 @@ class RowMap:
         state = self.layout.unflatten(z)
         blocks = state.shape[1]
         part = getattr(self._f, "part", None)
-        if part is None or len(block) == len(state) * blocks:
+        if part is None or len(block) == len(state) * blocks or self.surroundings.repeats:
             return self(z).reshape(len(z), blocks, -1)[row, block]
         self.calls += 1
-        return part(state, row, block).reshape(len(block), -1)
+        return self._surrounded(lambda: part(state, row, block)).reshape(len(block), -1)
 
     def _is_aligned(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.layout.rows
@@ -112,35 +123,41 @@ class RowMap:
     def _output(self, z: Tensor, inputs: Sequence[Tensor]) -> Any:
         state = self.layout.unflatten(z)
         if not inputs:
-            output = self._f(state, *self._args)
+            output = self._surrounded(lambda: self._f(state, *self._args))
         else:
             given = iter(inputs)
             args = map_leaves(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, self._args)
             if isinstance(self._f, nn.Module):
-                parameters = dict(zip(self._names, given, strict=True))
-                output = torch.func.functional_call(self._f, parameters, (state, *args))
+                f, parameters = self._f, dict(zip(self._names, given, strict=True))
+                output = self._surrounded(lambda: torch.func.functional_call(f, parameters, (state, *args)))
             else:
-                output = self._f(state, *args)
+                output = self._surrounded(lambda: self._f(state, *args))
         self.calls += 1
         return output
+
+    def _surrounded(self, evaluate: Callable[[], Any]) -> Any:
+        """What an evaluation of f returns, in the dtype of the state, with all beside its arguments as it should be."""
+        if not self.surroundings.needed:
+            return evaluate()
+        with self.surroundings.evaluation():
+            output = evaluate()
+        lower = self.surroundings.lower
+        if lower is None:
+            return output
+        return map_leaves(lambda x: x.to(self.layout.dtype) if getattr(x, "dtype", None) == lower else x, output)
 
     def _evaluate(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
         return self.layout.flatten(self._output(z, inputs))
 
     def _evaluate_checked(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
-        before, version = z.detach().clone(), _version(z)
+        before, written = z.detach().clone(), version(z)
         output = self._output(z, inputs)
         self.layout.check_output(output)
         # The version tells of a change that altered no value, such as relu_() on zeros; .data escapes the version.
-        if _version(z) != version or not torch.equal(plain(before), plain(z.detach())):
+        if version(z) != written or not torch.equal(plain(before), plain(z.detach())):
             raise ValueError("f changed its input in place (z += ..., z.relu_()): return a new tensor instead")
         self._checked = True
         fz = self.layout.flatten(output)
         if transformed(fz) and not transformed(z, *self.inputs, *inputs):
             raise ClosureError
         return fz
-
-
-def _version(z: Tensor) -> int:
-    """How often z was written to; inference tensors do not count."""
-    return 0 if z.is_inference() else z._version

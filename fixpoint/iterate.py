@@ -13,6 +13,7 @@ from torch import Tensor
 from fixpoint.compaction import Compaction
 from fixpoint.convergence import Array, Status, Tolerance
 from fixpoint.solvers.base import Solver
+from fixpoint.surroundings import without_autocast
 
 Map = Callable[[Tensor], Tensor]
 Watcher = Callable[[int, Tensor, int, Tensor], object]  # nfev, residual per row, rows not ended, z; true stops the loop
@@ -117,6 +118,7 @@ class Record:
         return Iterates(self.z, residual, scale, status, evals, self.nfev, trace)
 
 
+@without_autocast
 def iterate(
     f: Map,
     z: Tensor,
@@ -172,6 +174,7 @@ def iterate(
             z = z.index_copy(0, *frozen)
 
 
+@without_autocast
 def advance(f: Map, z: Tensor, solver: Solver, tolerance: Tolerance, *, depth: int, record: bool = False) -> Iterates:
     """Apply exactly ``depth`` updates of the solver to ``z``: ``depth`` evaluations, the last state handed over.
 

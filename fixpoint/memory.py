@@ -69,7 +69,7 @@ def estimate_memory(
     shapes = map_leaves(lambda leaf: torch.as_tensor(leaf).detach().to("meta"), z0)
     flat = Layout.of(shapes, batch_dims).flatten(shapes)
     held = rose_at = 0
-    with torch.no_grad(), _LiveBytes() as live:
+    with torch.no_grad(), LiveBytes() as live:
         z = torch.empty_like(flat)
         throughout = [z, torch.empty_like(flat)]  # the copy of z0, and the best state of each row
         if len(flat) > 1:
@@ -91,7 +91,7 @@ def estimate_memory(
     return MemoryEstimate(bytes=live.peak, states=held / size if size else 0.0, state_bytes=size)
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations make, for as long as each is alive."""
 
     def __init__(self) -> None:

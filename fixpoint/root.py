@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fixpoint.backward.base import Backward, Run
 from fixpoint.backward.ift import IFT
+from fixpoint.compiling import outside_graphs
 from fixpoint.convergence import Status, row_norm
 from fixpoint.interop.numpy import accepts_arrays
 from fixpoint.iterate import Iterates
@@ -27,6 +28,7 @@ _AIM = 0.9
 _EXTRA = 3
 
 
+@outside_graphs
 @accepts_arrays
 def root(
     g: Callable[..., Any],

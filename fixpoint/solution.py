@@ -87,7 +87,7 @@ class Solution:
         trace = iterates.trace
         return cls(
             value=layout.unflatten(value),
-            converged=batch(iterates.status == Status.CONVERGED),
+            converged=batch(iterates.status == int(Status.CONVERGED)),
             status=batch(iterates.status),
             residual=batch(residual).to(real),
             relative_residual=batch(relative).to(real),

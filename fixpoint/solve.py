@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fixpoint.backward.base import Backward, Run
 from fixpoint.backward.ift import IFT
 from fixpoint.compaction import Compaction
+from fixpoint.compiling import outside_graphs
 from fixpoint.convergence import ConvergenceError, ConvergenceWarning, OnFailure, Tolerance, row_norm
 from fixpoint.evaluation import RowMap
 from fixpoint.interop.numpy import accepts_arrays
@@ -22,8 +23,10 @@ from fixpoint.solution import Later, Progress, Solution
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver, require_count
 from fixpoint.structure import Layout
+from fixpoint.transforms import transformed
 
 
+@outside_graphs
 @accepts_arrays
 def solve(
     f: Callable[..., Any],
@@ -129,9 +132,10 @@ def solve(
 
     gradients = backward is not None and torch.is_grad_enabled()
     rows = RowMap(f, args, layout, gradients=gradients)
+    flat = layout.flatten(start).clone(memory_format=torch.contiguous_format)
     run = Run(
         f=rows,
-        z0=layout.flatten(start).clone(memory_format=torch.contiguous_format),
+        z0=flat,
         solver=solver,
         tolerance=Tolerance(rtol=rtol, atol=atol, norm=_norm(f, layout)),
         max_evals=max_evals,
@@ -140,6 +144,7 @@ def solve(
         watch=watch if callback or keep else None,
         depth=depth,
         inputs=rows.inputs,
+        transformed=transformed(flat, *rows.inputs),
         report_adjoint=report_adjoint,
         compaction=Compaction(rows) if compact and not keep and rows.can_take else None,
         announce=records.append,
@@ -160,9 +165,18 @@ def solve(
     solution = replace(
         Solution.of(iterates, layout, value, later), states={nfev: layout.unflatten(z) for nfev, z in kept.items()}
     )
+    rows.surroundings.end()
+    if rows.surroundings.couples_rows and layout.rows > 1:
+        warnings.warn(_COUPLED, stacklevel=4)
     if not iterates.fixed_depth:
         report(solution, on_failure)
     return solution
+
+
+_COUPLED = (
+    "f normalises by the statistics of the batch, so no row is solved for itself: each depends on what stands beside "
+    "it, and so does its convergence. Batch normalisation in eval mode, nn.GroupNorm and nn.LayerNorm keep rows apart."
+)
 
 
 def _hand_over(outcome: Callable[[], Iterates], layout: Layout, error: BaseException) -> None:
@@ -190,7 +204,7 @@ def report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None
     if complaint and on_failure == "raise":
         raise ConvergenceError(complaint, solution)
     if complaint:
-        warnings.warn(complaint, ConvergenceWarning, stacklevel=4)
+        warnings.warn(complaint, ConvergenceWarning, stacklevel=5)
 
 
 def check_options(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ def paired_leaves(state: Any, like: Any, path: str = "z") -> Iterator[tuple[str,
     if isinstance(like, dict):
         for key, child in like.items():
             yield from paired_leaves(state[key], child, f"{path}[{key!r}]")
-    elif isinstance(like, tuple | list):
+    elif isinstance(like, (tuple, list)):
         for index, child in enumerate(like):
             yield from paired_leaves(state[index], child, f"{path}[{index}]")
     else:
@@ -39,7 +38,7 @@ def map_leaves(function: Callable[[Any], Any], state: Any) -> Any:
     """Rebuild ``state`` with ``function`` applied to each leaf."""
     if isinstance(state, dict):
         return {key: map_leaves(function, child) for key, child in state.items()}
-    if isinstance(state, tuple | list):
+    if isinstance(state, (tuple, list)):
         children = [map_leaves(function, child) for child in state]
         return type(state)(*children) if hasattr(state, "_fields") else type(state)(children)
     return function(state)
@@ -52,9 +51,9 @@ def require_same_nesting(found: Any, expected: Any, path: str = "z") -> None:
             keys = list(found) if isinstance(found, dict) else type(found).__name__
             raise TypeError(f"f must return the structure of z0: at {path} found {keys}, expected {list(expected)}")
         pairs = [(key, found[key], expected[key]) for key in expected]
-    elif isinstance(expected, tuple | list):
-        if not isinstance(found, tuple | list) or len(found) != len(expected):
-            size = f"{len(found)} entries" if isinstance(found, tuple | list) else type(found).__name__
+    elif isinstance(expected, (tuple, list)):
+        if not isinstance(found, (tuple, list)) or len(found) != len(expected):
+            size = f"{len(found)} entries" if isinstance(found, (tuple, list)) else type(found).__name__
             raise TypeError(f"f must return the structure of z0: at {path} found {size}, expected {len(expected)}")
         pairs = [(index, *pair) for index, pair in enumerate(zip(found, expected, strict=True))]
     else:
@@ -82,6 +81,16 @@ class Layout:
     batch_shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    rows: int = field(init=False)  # independent problems
+    _plain: bool = field(init=False)  # one real tensor: the common case, which is spared the walk through a tree
+    _size: int = field(init=False)  # length of a plain state's row
+
+    def __post_init__(self) -> None:
+        # No cached properties: their lock keeps torch.compile out, before Python 3.12.
+        is_plain = isinstance(self.example, Tensor) and not self.example.is_complex()
+        object.__setattr__(self, "rows", math.prod(self.batch_shape))
+        object.__setattr__(self, "_plain", is_plain)
+        object.__setattr__(self, "_size", math.prod(self.example.shape[len(self.batch_shape) :]) if is_plain else 0)
 
     @classmethod
     def of(cls, state: Any, batch_dims: int | None) -> Layout:
@@ -113,24 +122,9 @@ class Layout:
                     f"leaves must agree in dtype and device: {first_path} is {first.dtype} on {first.device}, "
                     f"{path} is {leaf.dtype} on {leaf.device}"
                 )
-            if not (leaf.is_meta or _all_finite(leaf)):
+            if not (torch.compiler.is_compiling() or leaf.is_meta or _all_finite(leaf)):
                 raise ValueError(f"z0 must be finite: {path} holds NaN or infinity")
         return cls(example=state, batch_shape=batch_shape, dtype=first.dtype, device=first.device)
-
-    @cached_property
-    def rows(self) -> int:
-        """Number of independent problems."""
-        return math.prod(self.batch_shape)
-
-    @cached_property
-    def _plain(self) -> bool:
-        """Whether the state is one real tensor: the common case, which is spared the walk through a tree."""
-        return isinstance(self.example, Tensor) and not self.example.is_complex()
-
-    @cached_property
-    def _size(self) -> int:
-        """Length of a plain state's row."""
-        return math.prod(self.example.shape[len(self.batch_shape) :])
 
     def flatten(self, state: Any) -> Tensor:
         """``(rows, dim)`` real tensor that holds ``state``; differentiable."""

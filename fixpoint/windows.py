@@ -15,6 +15,7 @@ from fixpoint.iterate import Iterates, Map, Watcher, figures_like, iterate, like
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.causal import CausalSweep
 from fixpoint.solvers.past import Past
+from fixpoint.surroundings import without_autocast
 
 _ACTIVE = -1
 # A state so many times larger than all before it is a wrong model's, not the chain's.
@@ -42,6 +43,7 @@ def drive(
     return iterate(f, z, solver, tolerance, check_every=check_every, compaction=compaction, **options)
 
 
+@without_autocast
 def iterate_windows(
     f: Map,
     z: Tensor,
@@ -210,12 +212,11 @@ class _Chains:
         failed = ~finite[:, 0]  # the input of a window's first state is exact
         limit = self._tolerance.atol + self._tolerance.rtol * scale
         error[:, 0] = 0.0
-        excess = np.where(trusted, error * _amplification(stretch, scale, inside) / limit, np.inf)
-        excess = np.where(inside, excess, 0)
-        good = (excess * _PRUDENCE <= 1) & inside
+        allowed = np.where(trusted, limit / _amplification(stretch, scale, inside), -1)
+        good = (error <= allowed / _PRUDENCE) & inside
         good[:, 0] = True
         done = np.cumprod(good, axis=1).sum(axis=1)
-        finished = (self._end[rows] == self._sweeper.steps) & (excess <= 1).all(axis=1)
+        finished = (self._end[rows] == self._sweeper.steps) & ((error <= allowed) | ~inside).all(axis=1)
         done = np.where(finished, inside.sum(axis=1), done)
         done[failed] = 0
         row, place = np.nonzero(inside)

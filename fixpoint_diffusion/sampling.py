@@ -37,7 +37,7 @@ class SamplingResult:
 def sample(
     chain: SamplingChain,
     *,
-    solver: Solver = Anderson(),  # noqa: B008 - immutable
+    solver: Solver = CausalQuasiNewton(),  # noqa: B008 - immutable
     rtol: float = 1e-3,
     atol: float = 0.0,
     max_evals: int | None = None,
@@ -61,7 +61,8 @@ def sample(
 
     Args:
         chain: a :class:`SamplingChain`, such as :class:`DDIMChain`, of B samples and T steps.
-        solver: the update rule; see ``fixpoint`` for the choice.
+        solver: the update rule. ``CausalQuasiNewton(certify=True)`` evaluates every latent once more at the end;
+            ``deq_ddim_settings`` are the paper's.
         rtol, atol: a sample is done when ``||chain(z) - z|| <= atol + rtol ||chain(z)||`` over its whole trajectory;
             with ``CausalQuasiNewton``, when every latent's predicted error is at most ``atol + rtol ||latent||``.
         max_evals: most evaluations of the chain; by default T + 1, enough for plain iteration to be exact and know it.
@@ -144,7 +145,7 @@ def deq_ddim_settings(chain: SamplingChain, reading: Literal["paper", "released-
         ValueError: another reading.
 
     Example:
-        >>> from fixpoint_diffusion import NoiseSchedule
+        >>> from fixpoint_diffusion import DDIMChain, NoiseSchedule
         >>> chain = DDIMChain(lambda x, t: 0.9 * x, torch.ones(1, 3), NoiseSchedule.linear(), steps=50)
         >>> deq_ddim_settings(chain)["max_evals"]
         15

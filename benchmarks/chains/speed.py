@@ -13,7 +13,7 @@ from benchmarks.chains.methods import METHODS, ours
 from benchmarks.overhead import fastest
 from benchmarks.solvers.standings import Target
 from fixpoint import Progress
-from fixpoint.memory import _LiveBytes
+from fixpoint.memory import LiveBytes
 from fixpoint_diffusion import DDIMChain
 
 SEQUENTIAL, OURS = "sequential", "ours"
@@ -94,6 +94,6 @@ def _enough(progress: Progress) -> bool:
 
 def _peak(task: Callable[[], object]) -> float:
     gc.collect()
-    with torch.no_grad(), _LiveBytes() as live:
+    with torch.no_grad(), LiveBytes() as live:
         task()
     return live.peak / 2**20

@@ -41,11 +41,12 @@ class Cell(nn.Module):
 class Classifier(nn.Module):
     """Pixels to ``x``, to ``z* = f(z*, x, W)``, to ten logits; ``|W| <= 0.9``, so that z* exists and is unique."""
 
-    def __init__(self, backward: fixpoint.Backward) -> None:
+    def __init__(self, backward: fixpoint.Backward, solver: fixpoint.Solver | None = None) -> None:
         super().__init__()
         self.encode = nn.Linear(64, WIDTH)
         self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
-        self.layer = fixpoint.FixedPointLayer(Cell(), solver=fixpoint.Anderson(), backward=backward, rtol=1e-3)
+        solver = solver or fixpoint.Anderson()
+        self.layer = fixpoint.FixedPointLayer(Cell(), solver=solver, backward=backward, rtol=1e-3)
         self.decode = nn.Linear(WIDTH, 10)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, fixpoint.Solution]:

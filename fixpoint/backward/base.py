@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from fixpoint.compaction import Compaction
 from fixpoint.convergence import OnFailure, Tolerance
 from fixpoint.iterate import Iterates, Map, Record, Watcher, advance
 from fixpoint.solvers.base import Solver
-from fixpoint.transforms import Explicit, transformed
+from fixpoint.transforms import Explicit
 from fixpoint.windows import drive
 
 
@@ -28,6 +27,7 @@ class Run:
             ``f(z, *tensors)``, it puts the tensors in the place of ``inputs``.
         inputs: The tensors in the caller's args and, if f is a module, its parameters.
         z0: Where to start, ``(rows, dim)``; keeps its graph if the caller's z0 had one.
+        transformed: Whether torch.func or forward-mode differentiation works on z0 or the inputs.
         report_adjoint: Takes the outcome of a backward solve, which becomes ``Solution.adjoint``, and what to do about
             rows that did not converge: "warn", "raise" or "ignore".
     """
@@ -44,12 +44,8 @@ class Run:
     compaction: Compaction | None = None
     announce: Callable[[Record], object] = lambda _: None
     inputs: tuple[Tensor, ...] = ()
+    transformed: bool = False
     report_adjoint: Callable[[Iterates, OnFailure], None] = lambda iterates, on_failure: None
-
-    @cached_property
-    def transformed(self) -> bool:
-        """Whether torch.func or forward-mode differentiation works on z0 or the inputs."""
-        return transformed(self.z0, *self.inputs)
 
     def solve(self) -> Iterates:
         """Solve without recording gradients: to the tolerance, or to the fixed depth that the caller asked for."""
@@ -74,9 +70,9 @@ class Run:
     def measured(self, iterates: Iterates, fz: Tensor) -> Iterates:
         """``iterates`` with the figures that ``fz = f(state)`` gives, if its state was handed over unverified.
 
-        Under torch.func nobody can look at them, and they stay unknown.
+        Under torch.func nobody can look at them, and they stay unknown; nor can a graph that is being compiled whole.
         """
-        if not iterates.fixed_depth or self.transformed:
+        if not iterates.fixed_depth or self.transformed or torch.compiler.is_compiling():
             return iterates
         return iterates.measured(fz.detach(), self.tolerance)
 
@@ -127,3 +123,10 @@ class Backward(abc.ABC):
         ``value`` ``(rows, dim)`` is what the caller gets, with the gradient that this rule gives it; ``iterates`` are
         the figures of the forward solve. Called with grad mode on.
         """
+
+    def can_be_compiled(self, depth: int | None) -> bool:
+        """Whether ``torch.compile`` may trace a solve with this rule and this ``depth``.
+
+        Only where nothing is decided by numbers, and no gradient is taken before backward.
+        """
+        return False

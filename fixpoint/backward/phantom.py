@@ -54,6 +54,9 @@ class Phantom(Backward):
             z = fz if self.damping == 1 else (1 - self.damping) * z + self.damping * fz
         return z, iterates
 
+    def can_be_compiled(self, depth: int | None) -> bool:
+        return depth is not None
+
 
 def JFB() -> Phantom:  # noqa: N802 - reads as a rule beside IFT() and Phantom()
     """Jacobian-free backpropagation: one undamped phantom step, so the exact gradient's inverse is replaced by I.

@@ -70,6 +70,9 @@ class StochasticJFB(Backward):
             z = fz
         return z, iterates
 
+    def can_be_compiled(self, depth: int | None) -> bool:
+        return self.min_no_grad == self.max_no_grad and self.min_grad == self.max_grad
+
     def _draw(self, least: int, most: int) -> int:
         if least == most:
             return least

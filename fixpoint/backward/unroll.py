@@ -35,3 +35,6 @@ class Unroll(Backward):
             raise ValueError("under torch.func or forward-mode differentiation, Unroll() needs a fixed depth=")
         iterates = run.unroll()
         return iterates.z, iterates
+
+    def can_be_compiled(self, depth: int | None) -> bool:
+        return depth is not None

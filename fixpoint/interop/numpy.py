@@ -83,7 +83,7 @@ class _ArrayMap:
 
 
 def _is_array(leaf: object) -> bool:
-    return isinstance(leaf, np.ndarray | np.generic)
+    return isinstance(leaf, (np.ndarray, np.generic))
 
 
 def _shared(leaf: Any) -> Any:

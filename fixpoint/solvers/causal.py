@@ -144,14 +144,19 @@ class CausalSweep(Solver):
         return self.from_basis(added + sweep(added, slopes, None))
 
     def _slopes_at(self, step: Tensor, moved: Tensor, shifted: Tensor) -> Tensor:
-        """``(B, W, 1 or D)``: the problem's, or else what the last round showed, at most 1."""
+        """``(B, W, 1 or D)``: the problem's, or else what the last round showed, within [-1, 1].
+
+        A step of which nothing is known takes the others' mean, or 1.
+        """
         if self.slopes is not None:
             return self.slopes[step].to(moved.dtype)
         square = moved[:, :, 0].square().sum(dim=2, keepdim=True)
-        shown = ((moved[:, :, 0] * shifted[:, :, 0]).sum(dim=2, keepdim=True) / square).clamp(-1, 1)
         known = square > 0
-        mean = torch.where(known, shown, 0).sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True)
-        return torch.where(known, shown, mean.nan_to_num(nan=1.0))
+        product = (moved[:, :, 0] * shifted[:, :, 0]).sum(dim=2, keepdim=True)
+        shown = (product / torch.where(known, square, 1)).clamp(-1, 1)
+        count = known.sum(dim=1, keepdim=True)
+        mean = torch.where(known, shown, 0).sum(dim=1, keepdim=True) / count.clamp(min=1)
+        return torch.where(known, shown, torch.where(count > 0, mean, 1))
 
     def adjoint(self) -> CausalSweep:
         """The same for ``u = v + J^T u``, a chain that runs from the last row to the first."""

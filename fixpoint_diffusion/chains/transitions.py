@@ -145,14 +145,14 @@ class Transitions:
                 f"eta={eta:g} asks a step for more noise than its latent may hold (a negative variance for what is "
                 f"left of the old noise); the largest legal eta for these timesteps is {largest:.6g}"
             )
-        sigma = eta * (share * (1 - alphas_prev) / (1 - alphas)).sqrt()
+        kept = alphas / alphas_prev * (1 - alphas_prev) / (1 - alphas)
         return cls(
             timesteps=timesteps,
             alphas=alphas,
             alphas_prev=alphas_prev,
-            # Rounding must not make it the root of -1e-17.
-            direction=(1 - alphas_prev - sigma.square()).clamp(min=0).sqrt(),
-            sigma=sigma,
+            # 1 - a' - sigma^2, written so that nothing cancels at eta = 1; above, rounding must not leave -1e-17.
+            direction=((1 - alphas_prev) * (1 - eta**2 + eta**2 * kept)).clamp(min=0).sqrt(),
+            sigma=eta * (share * (1 - alphas_prev) / (1 - alphas)).sqrt(),
             prediction_type=prediction_type,
             clip_sample=clip_sample,
             noise_from_clipped=noise_from_clipped,

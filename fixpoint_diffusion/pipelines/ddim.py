@@ -18,10 +18,9 @@ class ParallelDDIMPipeline(ParallelPipeline, DDIMPipeline):
 
     Example:
         >>> import fixpoint, torch
-        >>> from diffusers import DDIMScheduler, UNet2DModel
-        >>> unet = UNet2DModel(8, 1, 1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
-        ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
-        >>> pipe = ParallelDDIMPipeline(unet, DDIMScheduler())
+        >>> from diffusers import DDIMScheduler
+        >>> from fixpoint_diffusion import embedded
+        >>> pipe = ParallelDDIMPipeline(embedded("ddpm-digits").model, DDIMScheduler(clip_sample=False))
         >>> pipe.set_progress_bar_config(disable=True)
         >>> output = pipe(generator=torch.manual_seed(0), output_type="pt", solver=fixpoint.Anderson(), rtol=1e-4)
         >>> output.images.shape, output.rounds < 50

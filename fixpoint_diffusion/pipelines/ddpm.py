@@ -16,13 +16,13 @@ class ParallelDDPMPipeline(ParallelPipeline, DDPMPipeline):
     Source: Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models" (NeurIPS 2020), Eq. 6 and 7.
 
     Example:
-        >>> import torch
-        >>> from diffusers import DDPMScheduler, UNet2DModel
-        >>> unet = UNet2DModel(8, 1, 1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
-        ...     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
-        >>> pipe = ParallelDDPMPipeline(unet, DDPMScheduler())
+        >>> import fixpoint, torch
+        >>> from diffusers import DDPMScheduler
+        >>> from fixpoint_diffusion import embedded
+        >>> pipe = ParallelDDPMPipeline(embedded("ddpm-digits").model, DDPMScheduler(clip_sample=False))
         >>> pipe.set_progress_bar_config(disable=True)
-        >>> output = pipe(generator=torch.manual_seed(0), num_inference_steps=20)
-        >>> output.images[0].size, output.rounds <= 20
+        >>> generator = torch.manual_seed(0)
+        >>> output = pipe(generator=generator, num_inference_steps=50, solver=fixpoint.Picard())
+        >>> output.images[0].size, output.rounds < 50
         ((8, 8), True)
     """

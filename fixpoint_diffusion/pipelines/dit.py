@@ -18,7 +18,7 @@ class ParallelDiTPipeline(ParallelPipeline, DiTPipeline):
     Example:
         >>> import torch
         >>> from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
-        >>> transformer = DiTTransformer2DModel(2, 8, num_layers=1, norm_num_groups=4, sample_size=4)
+        >>> transformer = DiTTransformer2DModel(2, 8, 4, 8, num_layers=1, norm_num_groups=4, sample_size=4)
         >>> vae = AutoencoderKL(latent_channels=4, norm_num_groups=4, block_out_channels=(8,), sample_size=4)
         >>> pipe = ParallelDiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False))
         >>> pipe.set_progress_bar_config(disable=True)

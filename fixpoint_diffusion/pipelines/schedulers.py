@@ -70,8 +70,7 @@ def scheduler_transitions(
         noise_from_clipped=is_ddpm or use_clipped_model_output,
     )
     if is_ddpm and config.variance_type == "fixed_large":
-        large = (1 - transitions.alphas / transitions.alphas_prev).sqrt()
-        transitions = replace(transitions, sigma=torch.where(timesteps > 0, large, 0))
+        transitions = replace(transitions, sigma=(1 - transitions.alphas / transitions.alphas_prev).sqrt())
     return transitions
 
 

@@ -45,6 +45,11 @@ class ParallelStableDiffusionPipeline(ParallelPipeline, StableDiffusionPipeline)
 
     _output = ParallelStableDiffusionPipelineOutput
 
+    @property
+    def num_timesteps(self) -> int:
+        """T; the original counts what its loop was given."""
+        return len(self.scheduler.timesteps)
+
     def _guidance(self, arguments: Mapping[str, Any]) -> Guidance | None:
         if not self.do_classifier_free_guidance:
             return None

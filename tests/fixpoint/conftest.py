@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -152,6 +153,59 @@ def solver(request: pytest.FixtureRequest) -> fixpoint.Solver:
 @pytest.fixture(scope="session")
 def all_solvers() -> tuple[fixpoint.Solver, ...]:
     return SOLVERS
+
+
+RULES = (
+    fixpoint.IFT(rtol=1e-10, max_evals=200),
+    fixpoint.JFB(),
+    fixpoint.Phantom(steps=3, damping=0.6),
+    fixpoint.Neumann(terms=3),
+    fixpoint.SHINE(refine=1),
+    fixpoint.MultiStepJFB(no_grad=3, grad=2),
+    fixpoint.StochasticJFB(max_no_grad=3, max_grad=2, min_no_grad=1, seed=0),
+    fixpoint.Reversible(steps=12, damping=0.8),
+    fixpoint.Unroll(),
+)
+
+
+@pytest.fixture(scope="session", params=RULES, ids=lambda rule: repr(rule).partition("(")[0] + str(RULES.index(rule)))
+def rule(request: pytest.FixtureRequest) -> fixpoint.Backward:
+    """Every backward rule. Give a copy to each solve: one that is random then draws the same depths every time."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def all_rules() -> tuple[fixpoint.Backward, ...]:
+    return RULES
+
+
+@pytest.fixture(scope="session")
+def solve_from_zeros() -> Callable[..., Tensor]:
+    """``solve_from_zeros(f, x, rule=...)`` is the value of ``z = f(z, x)`` by a copy of the rule."""
+
+    def solve(f: Callable[..., Tensor], x: Tensor, *, rule: fixpoint.Backward | None, **options: Any) -> Tensor:
+        # Updates of Broyden, differentiated near convergence, magnify rounding.
+        solver = fixpoint.Broyden(memory=40) if isinstance(rule, fixpoint.SHINE) else fixpoint.Picard()
+        options = {"solver": solver, "rtol": 1e-6, "max_evals": 200, **options}
+        return fixpoint.solve(f, torch.zeros_like(x), (x,), backward=copy.deepcopy(rule), **options).value
+
+    return solve
+
+
+class Formula(torch.nn.Module):
+    """``formula(W, z, x)`` with a parameter W: what another f should amount to."""
+
+    def __init__(self, W: torch.nn.Parameter, formula: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.W, self.formula = W, formula
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.formula(self.W, z, x)
+
+
+@pytest.fixture(scope="session")
+def formula() -> type[Formula]:
+    return Formula
 
 
 @pytest.fixture(autouse=True)

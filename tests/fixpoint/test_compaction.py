@@ -229,20 +229,16 @@ def test_an_f_that_couples_rows_gives_what_it_gives_on_the_whole_batch(caplog, u
 
 
 @pytest.mark.parametrize("hardest", ["first", "last"])
-@pytest.mark.parametrize("coupled", ["dropout", "mean"])
-def test_coupling_is_found_out_though_all_but_the_hardest_rows_are_spared_it(unequal, coupled, hardest):
+def test_coupling_is_found_out_though_all_but_the_hardest_rows_are_spared_it(unequal, hardest):
     z0, (slope, b) = unequal
     slope, sizes = slope.sort(dim=0, descending=hardest == "first").values, []
 
     def f(z, slope, b):
         sizes.append(len(z))
         plain = slope * z + b
-        other = torch.nn.functional.dropout(plain, 0.5) if coupled == "dropout" else plain + 0.1 * plain.mean(dim=0)
-        return torch.where(slope < 0.9, plain, other)
+        return torch.where(slope < 0.9, plain, plain + 0.1 * plain.mean(dim=0))
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        fixpoint.solve(f, z0, (slope, b), solver=Picard(), max_evals=30, on_failure="ignore")
+    fixpoint.solve(f, z0, (slope, b), solver=Picard(), max_evals=30, on_failure="ignore")
     assert len([size for size in sizes if size != ROWS]) == 1
 
 

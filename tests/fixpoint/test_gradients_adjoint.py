@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from scipy.sparse.linalg import LinearOperator, gmres
 
 import fixpoint
 from fixpoint import IFT, ConvergenceError, ConvergenceWarning, Picard, Status
@@ -101,3 +102,26 @@ def test_what_the_solver_remembered_does_not_wait_for_backward(rule):
     sol = fixpoint.solve(lambda z, w: w * torch.cos(z), torch.zeros(3), (w,), solver=Remembering(), backward=rule)
     assert sol.value.requires_grad
     assert [memory() for memory in memories] == [None]
+
+
+@pytest.mark.parametrize(("symmetric", "share"), [(True, 1.0), (False, 1.5)])
+@pytest.mark.parametrize("rho", [0.5, 0.9])
+def test_the_default_adjoint_takes_about_as_many_products_as_gmres(normal, rho, symmetric, share):
+    A, v = normal(60, 60), normal(60, seed=1)
+    A = A + A.T if symmetric else A
+    A = rho * A / torch.linalg.eigvals(A).abs().max()
+    b, products = torch.ones(1, 60, dtype=D, requires_grad=True), []
+    solution = fixpoint.solve(lambda z: z @ A.T + b, torch.zeros(1, 60, dtype=D), rtol=1e-8)
+    solution.value.backward(v[None])
+    exact = torch.linalg.solve(torch.eye(60, dtype=D) - A.T, v)
+
+    def multiply(u):
+        products.append(u)
+        return u - A.T.numpy() @ u
+
+    # Of full memory, to a residual as small: IFT's tolerance is relative to u.
+    rtol = 1e-6 * float(exact.norm() / v.norm())
+    gmres(LinearOperator((60, 60), multiply, dtype=float), v.numpy(), rtol=rtol, restart=60)
+    torch.testing.assert_close(b.grad[0], exact, rtol=0, atol=1e-4)
+    assert solution.adjoint.converged.all()
+    assert solution.adjoint.nfev <= share * len(products)

@@ -1,0 +1,202 @@
+"""Transitions and noise of diffusers' schedulers, against the schedulers' own loops, step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fixpoint_diffusion import SamplingChain
+from fixpoint_diffusion.pipelines.schedulers import check_scheduler, scheduler_noise, scheduler_transitions
+
+X_T = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+PREDICTIONS = st.sampled_from(["epsilon", "v_prediction", "sample"])
+SPACINGS = st.sampled_from(["leading", "trailing", "linspace"])
+STEPS = st.sampled_from([1, 2, 7, 30])  # 7 and 30 do not divide 1000
+
+
+def denoiser(x: Tensor, t: Tensor) -> Tensor:
+    """Anything smooth that leaves the range of the images, so that clipping has something to do."""
+    return 1.5 * torch.tanh(x.roll(1, dims=1)) + (t / 2000).reshape(-1, 1)
+
+
+def in_float64(scheduler: Any) -> Any:
+    """The scheduler with the same levels, but arithmetic that rounds where it can be seen."""
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    if isinstance(scheduler, DDIMScheduler):
+        scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
+    else:
+        scheduler.one = scheduler.one.double()
+    return scheduler
+
+
+def loop(scheduler: Any, generator: Any = None, **options: Any) -> Tensor:
+    """All latents of diffusers' own loop."""
+    x, latents = X_T, []
+    for t in scheduler.timesteps:
+        x = scheduler.step(denoiser(x, t.expand(2)), t, x, generator=generator, **options).prev_sample
+        latents.append(x)
+    return torch.stack(latents, dim=1)
+
+
+def chain_of(scheduler: Any, generator: Any = None, eta: float = 0.0, **options: Any) -> SamplingChain:
+    noise = scheduler_noise(
+        scheduler, (2, 3), eta=eta, generator=generator, dtype=torch.float64, device=torch.device("cpu")
+    )
+    return SamplingChain(denoiser, X_T, scheduler_transitions(scheduler, eta=eta, **options), noise=noise)
+
+
+def assert_equal_to_the_loop(scheduler: Any, **options: Any) -> None:
+    expected = loop(scheduler, torch.Generator().manual_seed(1), **options)
+    chain = chain_of(scheduler, torch.Generator().manual_seed(1), **options)
+    torch.testing.assert_close(chain.sequential(), expected, rtol=1e-9, atol=1e-9)
+    # The cumulative form too, where steps do not arrive at the level that the next one starts from.
+    torch.testing.assert_close(chain(expected), expected, rtol=1e-8, atol=1e-8)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    spacing=SPACINGS,
+    prediction_type=PREDICTIONS,
+    steps=STEPS,
+    clip=st.sampled_from([None, 0.8]),
+    use_clipped_model_output=st.booleans(),
+    set_alpha_to_one=st.booleans(),
+    steps_offset=st.sampled_from([0, 1]),
+    eta=st.sampled_from([0.0, 0.4, 1.0]),
+)
+def test_ddim_steps_are_those_of_diffusers(
+    spacing: str,
+    prediction_type: str,
+    steps: int,
+    clip: float | None,
+    use_clipped_model_output: bool,
+    set_alpha_to_one: bool,
+    steps_offset: int,
+    eta: float,
+) -> None:
+    scheduler = DDIMScheduler(
+        timestep_spacing=spacing,
+        prediction_type=prediction_type,
+        clip_sample=clip is not None,
+        clip_sample_range=clip or 1.0,
+        set_alpha_to_one=set_alpha_to_one,
+        steps_offset=steps_offset,
+    )
+    scheduler.set_timesteps(steps)
+    assert_equal_to_the_loop(in_float64(scheduler), eta=eta, use_clipped_model_output=use_clipped_model_output)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    spacing=SPACINGS,
+    prediction_type=PREDICTIONS,
+    steps=STEPS,
+    clip=st.sampled_from([None, 0.8]),
+    variance_type=st.sampled_from(["fixed_small", "fixed_small_log", "fixed_large"]),
+    steps_offset=st.sampled_from([0, 1]),
+)
+def test_ddpm_steps_are_those_of_diffusers(
+    spacing: str, prediction_type: str, steps: int, clip: float | None, variance_type: str, steps_offset: int
+) -> None:
+    scheduler = DDPMScheduler(
+        timestep_spacing=spacing,
+        prediction_type=prediction_type,
+        clip_sample=clip is not None,
+        clip_sample_range=clip or 1.0,
+        variance_type=variance_type,
+        steps_offset=steps_offset,
+    )
+    scheduler.set_timesteps(steps)
+    assert_equal_to_the_loop(in_float64(scheduler))
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_ddpm_takes_timesteps_of_ones_own(variance_type: str) -> None:
+    scheduler = DDPMScheduler(variance_type=variance_type)
+    scheduler.set_timesteps(timesteps=[900, 333, 20, 19])
+    assert_equal_to_the_loop(in_float64(scheduler))
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_steps_from_pure_noise_are_those_of_diffusers(kind: type, prediction_type: str) -> None:
+    scheduler = kind(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type=prediction_type)
+    scheduler.set_timesteps(10)
+    assert float(scheduler.alphas_cumprod[scheduler.timesteps[0]]) == 0
+    assert_equal_to_the_loop(in_float64(scheduler))
+
+
+def test_pure_noise_says_nothing_to_a_prediction_of_noise() -> None:
+    """Where diffusers' loop divides by zero."""
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
+    scheduler.set_timesteps(10)
+    assert not bool(loop(scheduler).isfinite().all())
+    with pytest.raises(ValueError, match="timestep 999 holds no signal"):
+        scheduler_transitions(scheduler)
+
+
+def test_eta_above_one_is_served_as_far_as_there_is_a_variance() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(20)
+    assert_equal_to_the_loop(in_float64(scheduler), eta=1.001)
+    assert not bool(loop(scheduler, eta=9.0).isfinite().all())
+    with pytest.raises(ValueError, match="largest legal eta"):
+        scheduler_transitions(scheduler, eta=9.0)
+
+
+def test_one_generator_for_each_image_draws_what_the_loop_draws() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(5)
+    first, second = ([torch.Generator().manual_seed(i) for i in (3, 4)] for _ in range(2))
+    expected = loop(in_float64(scheduler), first, eta=1.0)
+    torch.testing.assert_close(chain_of(scheduler, second, eta=1.0).sequential(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_is_drawn_for_a_deterministic_loop() -> None:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(5)
+    generator = torch.Generator().manual_seed(0)
+    assert chain_of(scheduler, generator).noise is None
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(0).get_state())
+
+
+def test_timesteps_beyond_the_schedule_are_refused() -> None:
+    """An offset moves the first of a thousand steps to 1000, where diffusers' loop runs out of its table."""
+    scheduler = DDIMScheduler(steps_offset=1)
+    scheduler.set_timesteps(1000)
+    with pytest.raises(ValueError, match=r"descend strictly within 0 \.\. 999"):
+        scheduler_transitions(scheduler)
+
+
+class OtherSteps(DDIMScheduler):
+    """A subclass may step in any way."""
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "name"),
+    [
+        (diffusers.PNDMScheduler(), "PNDMScheduler cannot"),
+        (diffusers.DPMSolverMultistepScheduler(), "DPMSolverMultistepScheduler cannot"),
+        (diffusers.EulerAncestralDiscreteScheduler(), "EulerAncestralDiscreteScheduler cannot"),
+        (OtherSteps(), "OtherSteps cannot"),
+        (DDPMScheduler(variance_type="learned_range"), "DDPMScheduler with variance_type='learned_range' cannot"),
+        (DDPMScheduler(variance_type="fixed_large_log"), "DDPMScheduler with variance_type='fixed_large_log' cannot"),
+        (DDIMScheduler(thresholding=True), "DDIMScheduler with thresholding=True cannot"),
+        (DDPMScheduler(thresholding=True), "DDPMScheduler with thresholding=True cannot"),
+    ],
+)
+def test_schedulers_that_cannot_be_served_are_named_with_those_that_can(scheduler: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} be solved in parallel; .*: DDIMScheduler, and DDPMScheduler"):
+        check_scheduler(scheduler)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), DDPMScheduler(), DDPMScheduler(variance_type="fixed_large")])
+def test_schedulers_that_can_be_served_pass(scheduler: Any) -> None:
+    check_scheduler(scheduler)
