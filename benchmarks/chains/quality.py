@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
@@ -89,6 +90,7 @@ def _ours(steps: int) -> Sampler:
     return lambda samples: ours()(batch("unet", steps, 0.0, samples), None, steps).images
 
 
+@cache
 def _sequential(steps: int) -> Sampler:
     @torch.no_grad()
     def sampler(samples: range) -> Tensor:
