@@ -33,7 +33,7 @@ def run_rounds(quick: bool, out: Path) -> Part:
 def run_speed(quick: bool, out: Path) -> Part:
     """Seconds and bytes."""
     steps = 6 if quick else 1000
-    times = speed.seconds(steps=steps, counts=(1, 2) if quick else (1, 16), repeats=1 if quick else 3)
+    times = speed.seconds(steps=steps, counts=(1, 2) if quick else (1, 16), repeats=1 if quick else 2)
     peaks = speed.memory(steps=steps)
     document = {"steps": steps, "seconds": times, "peak_mib": peaks}
     return speed.text(times, peaks, steps), document, [] if quick else speed.targets(times)

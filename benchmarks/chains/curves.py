@@ -22,7 +22,8 @@ ERRORS = (1e-1, 1e-2, 1e-3)
 _NEAR_ENOUGH = 5e-4  # where a peer is ended
 _MAX_ROUNDS = 60
 _WINDOWED_FROM = 200  # steps from which windows are tried
-_DEAR_UP_TO = 25  # steps up to which a method that costs D rows a state is tried on networks
+_DEAR = {"unet": 25, "gaussian": 50, "mixture": 50}  # most steps for a method that costs D rows a state
+_DEAR_SAMPLES = 2
 
 
 @dataclass
@@ -74,6 +75,7 @@ def run(setting: Setting) -> Iterator[Outcome]:
     references = images(setting, count)
     for method in METHODS:
         samples = setting.samples if method.ours else setting.peer_samples
+        samples = min(samples, _DEAR_SAMPLES) if method.dear else samples
         if samples and _suits(method, setting):
             curves = [measure(method, chain(setting, k), references[k : k + 1]) for k in range(samples)]
             yield Outcome(setting, method.name, curves)
@@ -118,9 +120,8 @@ def noise_dropped(setting: Setting) -> float:
 
 
 def _suits(method: Method, setting: Setting) -> bool:
-    exact = setting.denoiser in ("gaussian", "mixture")
     return (
         (setting.eta == 0 or not method.deterministic_only)
-        and (not method.dear or setting.steps <= (_DEAR_UP_TO if not exact else 2 * _DEAR_UP_TO))
+        and (not method.dear or setting.steps <= _DEAR.get(setting.denoiser, 0))
         and (not method.name.endswith("window 100") or setting.steps >= _WINDOWED_FROM)
     )

@@ -20,6 +20,7 @@ from benchmarks.solvers.standings import Target
 _ROUNDS = {50: (9, 9, 10), 200: (9, 11, 13), 1000: (10, 13, 15)}
 # Rows a step with a window of 100, T = 1000.
 _ROWS = {0.0: 2.2, 1.0: 3.0}
+_TICKS = (1, 2, 5, 10, 20, 50)
 HOW_TO_READ = """\
 Error: ||x_0 - sequential|| / ||sequential|| with the same noise.
 rounds to: batched denoiser calls until the error is at most that for good, median/worst sample; -: not in 60 rounds.
@@ -121,7 +122,9 @@ def plot(outcomes: Sequence[Outcome], folder: Path) -> None:
             for axes, size in zip(panels[row], sizes, strict=True):
                 chosen = [o for o in shown if (o.setting.steps, o.setting.eta) == (size, eta)]
                 _draw(axes, chosen, names, what, scale)
-                axes.set(title=f"T={size}, eta={eta:g}", yscale="log", ylim=(1e-5, 10), xscale="log")
+                axes.set(title=f"T={size}, eta={eta:g}", yscale="log", ylim=(1e-5, 10), xscale="log", xlim=(1, 60))
+                axes.set_xticks(_TICKS, [str(tick) for tick in _TICKS])
+                axes.minorticks_off()
                 axes.axhline(RTOL, color="grey", linewidth=0.8)
                 axes.grid(alpha=0.3)
         for axes in panels[1]:

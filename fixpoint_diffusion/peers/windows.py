@@ -67,7 +67,7 @@ def slide(
         after = torch.where((finite | exact)[..., None], after, fresh)
         after = torch.where(inside[..., None], after, states)
         change = (after - states).norm(dim=(1, 2))
-        good = torch.where(inside, good, step < done[:, None])
+        good |= step < done[:, None]
         done = torch.minimum(good.cumprod(dim=1).sum(dim=1) + 1, end).clamp(max=chain.steps)
         done = torch.where((exact & ~finite).any(dim=1), chain.steps, done)
         last = after.gather(1, (end.clamp(max=chain.steps) - 1)[:, None, None].expand_as(after[:, :1]))

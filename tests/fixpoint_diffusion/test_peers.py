@@ -15,6 +15,7 @@ from fixpoint import Progress, Status
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, StochasticDDIMChain, initial_noise
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.peers import paradigms, parataa, quasi_deer, srds
+from fixpoint_diffusion.peers.windows import slide
 
 SCHEDULE = NoiseSchedule.linear()
 T = 12
@@ -249,6 +250,19 @@ def test_samples_do_not_depend_on_their_company(mixture, peer: str) -> None:
     # Signs are drawn for the whole batch: the way differs there, not the end.
     torch.testing.assert_close(result.images[:1], expected.images, rtol=0, atol=1e-8)
     assert result.solution.status.tolist() == [Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
+    if peer != "srds":
+        assert result.solution.evals[1] == 1
+
+
+def test_a_state_that_breaks_starts_over(mixture) -> None:
+    def update(states: Tensor, images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        broken = (torch.arange(T) >= 3)[:, None]
+        return torch.where(broken, torch.inf, images), torch.zeros(1, T, dtype=torch.bool)
+
+    chain = make_chain(mixture(SCHEDULE))
+    states = slide(chain, update, window=None, max_rounds=1, callback=None).trajectory
+    assert torch.equal(states[0, 3:], chain.z0[0, 3:])
+    assert not torch.equal(states[0, :3], chain.z0[0, :3])
 
 
 @pytest.mark.parametrize("peer", ["paradigms", "parataa"])
