@@ -59,7 +59,10 @@ class ConvergenceError(RuntimeError):
 
 def row_norm(x: Tensor) -> Tensor:
     """Euclidean norm of each row of ``(rows, dim)``, summed in at least float32."""
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.linalg.vector_norm(x, dim=1, dtype=None if x.dtype in _WIDE else torch.float32)
+
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def _difference_norm(z: Tensor, fz: Tensor) -> Tensor:
@@ -89,6 +92,8 @@ def _scaled_norm(x: Tensor) -> Tensor:
 
 
 _BLOCK = 1 << 18  # entries
+# A norm no larger than this may have lost squares below the range of its dtype; above the inverse, beyond it.
+_LOW = {dtype: torch.finfo(dtype).tiny ** 0.4 for dtype in _WIDE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +120,7 @@ class Tolerance:
         if self.norm is not row_norm:
             return torch.stack((self.norm(fz - z), self.norm(fz))).detach().cpu().double().numpy()
         both = torch.stack((_difference_norm(z, fz), row_norm(fz)))
-        return _repaired(both.cpu().numpy().astype(np.float64), z, fz, torch.finfo(both.dtype).tiny ** 0.4, among)
+        return _repaired(both.cpu().numpy().astype(np.float64), z, fz, _LOW[both.dtype], among)
 
     def satisfied(self, residual: Array, scale: Array) -> Array:
         """Which rows are done. False for NaN and infinity."""

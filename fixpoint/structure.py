@@ -129,7 +129,7 @@ class Layout:
     def flatten(self, state: Any) -> Tensor:
         """``(rows, dim)`` real tensor that holds ``state``; differentiable."""
         if self._plain:
-            return state.reshape(self.rows, self._size)
+            return state if state.ndim == 2 == len(self.batch_shape) + 1 else state.reshape(self.rows, self._size)
         rows = []
         for _, leaf, _ in paired_leaves(state, self.example):
             real = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf

@@ -64,7 +64,8 @@ def iterate_windows(
         else:
             chains.round(f)
         chains.trace += [chains.residual()] if record else []
-        if watch and watch(chains.nfev, figures_like(z, chains.residual()), chains.remaining, chains.rows):
+        # A copy: the states are written to in the next round.
+        if watch and watch(chains.nfev, figures_like(z, chains.residual()), chains.remaining, chains.rows.clone()):
             break
     return chains.outcome()
 
@@ -74,7 +75,7 @@ class _Chains:
 
     def __init__(self, z: Tensor, sweeper: CausalSweep, tolerance: Tolerance) -> None:
         self._like, self._sweeper, self._tolerance = z, sweeper, tolerance
-        self.states = sweeper.split(z)
+        self.states = sweeper.split(z).clone()
         rows, steps, dim = self.states.shape
         options = sweeper.options
         self._width = min(options.window or steps, options.max_rows or steps, steps)
@@ -145,12 +146,11 @@ class _Chains:
             torch.stack([*norms, sound, finite[..., 0]]).cpu().double().numpy()
         )
 
-        put = place.row[place.inside], place.step[place.inside]
-        self.states.index_put_(put, after[place.inside])
+        self.states.index_put_(place.where, after[place.chosen])
         newest = past.with_newest(inputs, images)
         for ours, new in zip(self._past, newest, strict=True):
             new = new & known & sound[..., None] if new.dtype == torch.bool else new
-            ours.index_put_((put[0], place.slot[place.inside]), new[place.inside])
+            ours.index_put_(place.kept_where, new[place.chosen])
         last, number = like(self._like, count - 1), torch.arange(len(rows), device=change.device)
         self._moved.index_add_(0, place.rows, change[number, last])
         self._moved_before.index_add_(0, place.rows, before[number, last])
@@ -159,7 +159,7 @@ class _Chains:
     def _evaluate(self, f: Map, place: _Place) -> Tensor:
         """Images ``(N, D)`` of what is inside the windows."""
         self.nfev += 1
-        row, step = place.row[place.inside], place.step[place.inside]
+        row, step = place.where
         part = getattr(f, "part", None)
         images = self._sweeper.split(f(self.rows))[row, step] if part is None else part(self.rows, row, step)
         return images.to(self.states.dtype)
@@ -185,8 +185,7 @@ class _Chains:
         place = _Place(self._like, rows, step, np.arange(new.max()) < new[:, None], self._width)
         previous, before = self._moved[place.rows], self._moved_before[place.rows]
         moved = self._sweeper.follow(place.step, previous, previous - before)
-        put = place.row[place.inside], place.step[place.inside]
-        self.states.index_put_(put, moved[place.inside], accumulate=True)
+        self.states.index_put_(place.where, moved[place.chosen], accumulate=True)
         last = like(self._like, np.maximum(new - 1, 0))
         number = torch.arange(len(rows), device=moved.device)
         entered = like(self._like, new > 0)[:, None]
@@ -194,7 +193,7 @@ class _Chains:
         self._moved.index_copy_(0, place.rows, torch.where(entered, moved[number, last + 1], previous))
         self._moved_before.index_copy_(0, place.rows, torch.where(entered, moved[number, last], before))
         # What these slots of the memory told was about other steps.
-        self._past.known.index_put_((put[0], place.slot[place.inside]), torch.zeros((), dtype=torch.bool))
+        self._past.known.index_put_(place.kept_where, self._past.known.new_zeros(()))
 
     def _settle(
         self,
@@ -257,7 +256,8 @@ class _Chains:
         self.done[again] = np.argmin(good[~passed & ~failed], axis=1)
         self._end[again] = steps if self._width == steps else self.done[again]
         self._past.known[like(self._like, again)] = False
-        self._moved[like(self._like, again)] = 0
+        for moved in (self._moved, self._moved_before):
+            moved[like(self._like, again)] = 0
 
 
 class _Place:
@@ -271,11 +271,16 @@ class _Place:
         self.slot = like(z, step % width)
         self.row = like(z, np.tile(rows[:, None], (1, step.shape[1])))
         self.first = like(z, (step == 0)[..., None])
+        # Found on the host: a mask as an index would make it wait for the device.
+        line, column = np.nonzero(inside)
+        self.chosen = like(z, line), like(z, column)  # of a window's states, those that are inside
+        self.where = like(z, rows[line]), like(z, step[line, column])  # those among all states
+        self.kept_where = self.where[0], like(z, step[line, column] % width)  # and among what is remembered
 
     def spread(self, values: Tensor) -> Tensor:
         """``(N, D)`` of what is inside, as ``(B, W, D)`` with zeros elsewhere."""
         out = values.new_zeros(*self.step.shape, values.shape[1])
-        out[self.inside] = values
+        out[self.chosen] = values
         return out
 
 

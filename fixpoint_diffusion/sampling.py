@@ -104,7 +104,7 @@ def sample(
         causal = isinstance(solver, CausalQuasiNewton)
         solution = solve(
             chain if causal else _ChangedRows(chain),
-            _start(chain, init or ("prior" if causal else "x_T")),
+            _start(chain, ("prior" if causal else "x_T") if init is None else init),
             solver=solver,
             backward=None,
             rtol=rtol,

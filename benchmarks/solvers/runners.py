@@ -123,6 +123,7 @@ OURS = (
     Runner("Anderson", "fixpoint", _fixpoint(fixpoint.Anderson())),
     Runner("Anderson m=10", "fixpoint", _fixpoint(fixpoint.Anderson(memory=10))),
     Runner("Anderson m=50", "fixpoint", _fixpoint(fixpoint.Anderson(memory=50))),
+    Runner("Anderson m=100", "fixpoint", _fixpoint(fixpoint.Anderson(memory=100))),
     Runner("Broyden", "fixpoint", _fixpoint(fixpoint.Broyden())),
     Runner("Broyden m=100", "fixpoint", _fixpoint(fixpoint.Broyden(memory=100))),
 )

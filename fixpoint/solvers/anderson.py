@@ -14,9 +14,10 @@ from fixpoint.solvers.history import (
     Small,
     alike,
     constant,
+    everywhere,
     large,
     namespace,
-    recording,
+    products,
     require_history_dtype,
     silent,
     small,
@@ -57,8 +58,12 @@ class _Guard(NamedTuple):
         the residual has fallen to a tenth.
         """
         xp = namespace(square)
-        failed = ~(xp.maximum(predicted, square / self.growth) <= self.bound)  # also where something is NaN
+        followed = xp.maximum(predicted, square / self.growth) <= self.bound  # not where something is NaN
         recovered = square < _RECOVERY**2 * self.level
+        if everywhere(followed & (self.left == 0) & ~recovered):
+            # Nearly every step is one of these.
+            return ~followed, self._replace(bound=predicted + _NEGLIGIBLE * square)
+        failed = ~followed
         rest = xp.where(recovered, 1.0, self.rest)
         due = failed * rest
         left = xp.maximum(self.left - 1, due)
@@ -96,7 +101,9 @@ class Anderson(Solver):
     difference is made orthogonal to the ``memory`` before it, so there is no system to solve and nothing to regularise:
     scaling a problem changes nothing, and on a linear symmetric map a short memory does what an unlimited one would. A
     row whose model fails (a dropped difference was still needed, or the residual is far from the predicted one) forgets
-    it and takes plain steps first, more of them each time that this did not help.
+    it and takes plain steps first, more of them each time that this did not help. A row whose next step would go
+    against the plain one forgets its model too and takes the plain one: it was drawn to a point that f repels from,
+    such as a saddle of the likelihood in expectation-maximisation.
 
     Args:
         memory: Number of differences kept; two states per row are held for each. Five do for symmetric and for strongly
@@ -109,8 +116,8 @@ class Anderson(Solver):
     Raises:
         TypeError, ValueError: If an option is out of range.
 
-    Source: D. G. Anderson, J. ACM 12 (1965); truncated Gram-Schmidt as in Tang et al., arXiv:2403.14961. The failure
-    test and the rests are this project's own.
+    Source: D. G. Anderson, J. ACM 12 (1965); truncated Gram-Schmidt as in Tang et al., arXiv:2403.14961. The tests of
+    the model and of the step, and the rests, are this project's own.
 
     Example:
         >>> import torch, fixpoint
@@ -140,49 +147,62 @@ class Anderson(Solver):
 
     def step(self, z: Tensor, fz: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
         dtype, wide = fz.dtype, gram_dtype(fz)
-        z, fz = z.to(wide), fz.to(wide)
-        basis, images, _, _, _, slot, last, *_ = state
+        if dtype != wide:
+            z, fz = z.to(wide), fz.to(wide)
+        basis, images, pair, use, weights, slot, last, *_ = state
         now = 1 - last
-        pair = state.pair.put(now, torch.sub, fz, z)
+        pair = pair.put(now, torch.sub, fz, z)
         if state.fz is None:
             first = constant(small(pair.dots(pair.rows))[:, now, now])
             z_next = z + self.damping * pair.slots[now]
             return z_next.to(dtype), state._replace(pair=pair, newest=now, fz=fz, first=first)
         pair = pair.put(last, torch.sub, pair.slots[now], pair.slots[last])  # the difference takes the old one's place
 
-        old, squares = small(basis.dots(pair.slots[now][:, None]))[:, 0], small(pair.dots(pair.rows))
-        xp, use, weights = namespace(old), alike(state.use, old), alike(state.weights, old)
+        old, squares = small(basis.dots(pair.lines[now]))[:, 0], small(pair.dots(pair.rows))
+        xp, use, weights = namespace(old), alike(use, old), alike(weights, old)
+        square, size = constant(squares[:, now, now]), squares[:, last, last]
         with silent(old):
-            # What the basis knows of the residual and of the difference, and what is left of their products. Of
-            # differences that depend on one another the newest alone is kept.
+            # What the basis knows of the residual and of the difference, and what is left of their products.
             old = old * use
-            known = xp.stack((old, old - weights), 1)
-            inner = known @ known.swapaxes(1, 2)
-            keep = inner[:, 1, 1] < (1 - _NEW_SHARE**2) * squares[:, last, last]
-            inner = inner * keep[:, None, None]
-            scale = 1 / xp.sqrt(squares[:, last, last] - inner[:, 1, 1] + torch.finfo(wide).tiny)
-            new = (squares[:, now, last] - inner[:, 0, 1]) * scale
-            square = constant(squares[:, now, now])
+            shared = old - weights
+            rest = squares - products(old, shared, swap=now == 1)
+            keep = rest[:, last, last] > _NEW_SHARE**2 * size
+            if not everywhere(keep):
+                # Of differences that depend on one another the newest alone is kept.
+                old, shared = xp.where(keep[:, None], old, 0), xp.where(keep[:, None], shared, 0)
+                rest = xp.where(keep[:, None, None], rest, squares)
+            scale = 1 / xp.sqrt(rest[:, last, last] + torch.finfo(wide).tiny)
+            new = rest[:, now, last] * scale
             guard = state.guard or _Guard.start(alike(state.first, square), square)
-            plain, guard = guard.judge(square, square - constant(inner[:, 0, 0] + new * new))
-            new, trusted = xp.where(plain, 0, new), (keep & ~plain)[:, None]
-            old, use, shared = xp.where(trusted, old, 0), use * trusted, known[:, 1] * keep[:, None]
+            plain, guard = guard.judge(square, constant(rest[:, now, now] - new * new))
+            trusted = keep & ~plain
+            if not everywhere(trusted):
+                new, old, use = xp.where(plain, 0, new), xp.where(trusted[:, None], old, 0), use * trusted[:, None]
             weights = old + 0  # a copy
             use[:, slot], weights[:, slot] = ~plain, new
             if self.ridge > 0:
                 old, new = old / (1 + self.ridge), new / (1 + self.ridge)
-            old, shared, newest, scale = large(old), large(shared), large((new * scale)[:, None]), large(scale[:, None])
+            newest = large((new * scale)[:, None])
+        old, shared, scale = large(old[:, None]), large(shared[:, None]), large(scale[:, None])
 
-        pair = pair.put(last, basis.subtract, pair.slots[last], shared)
-        watched = recording(fz, pair.states, images.states)
-        z_next = images.subtract(fz, old)
+        pair = pair.reduce(last, basis, shared)
+        remainder = None
         if self.damping < 1:
-            rest = torch.addcmul(basis.subtract(pair.slots[now], old), pair.slots[last], newest, value=-1)
-            z_next = z_next - (1 - self.damping) * rest
+            remainder = torch.addcmul(basis.subtract(pair.lines[now], old)[:, 0], pair.slots[last], newest, value=-1)
         basis = basis.put(slot, torch.mul, pair.slots[last], scale)
-        pair = pair.put(last, torch.sub, fz, state.fz)
-        pair = pair.put(last, images.subtract, pair.slots[last], shared)
-        z_next = torch.addcmul(z_next, pair.slots[last], newest, value=-1, out=None if watched else z_next)
+        pair = pair.put(last, torch.sub, fz, state.fz).reduce(last, images, shared)
+        z_next = torch.addcmul(fz, pair.slots[last], newest, value=-1)
+        z_next = images.subtract(z_next[:, None], old, in_place=True)[:, 0]
+        if remainder is not None:
+            z_next = z_next - (1 - self.damping) * remainder
         images = images.put(slot, torch.mul, pair.slots[last], scale)
+        # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand. Where
+        # it is not, the model aims at a point that f repels from: let f do so.
+        pair = pair.put(last, torch.sub, z_next, z)
+        ahead = constant(small(pair.dots(pair.lines[last])))[:, 0, now] > 0
+        if not everywhere(ahead):
+            z_next = torch.where(large(ahead)[:, None], z_next, fz)
+            use, weights = use * ahead[:, None], xp.where(ahead[:, None], weights, 0)
+            guard = guard._replace(bound=xp.where(ahead, guard.bound, xp.inf))
         state = AndersonState(basis, images, pair, use, weights, (slot + 1) % self.memory, now, fz, None, guard)
         return z_next.to(dtype), state

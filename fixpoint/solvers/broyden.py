@@ -87,7 +87,7 @@ class Broyden(Solver):
         steps, system, use, held, _ = state
         direction, scale = g, torch.ones_like(g[:, :1])
         if held > 0:
-            products = small(steps.first(held).dots(g[:, None]))[:, 0]
+            products = small(steps.dots(g[:, None], slice(held)))[:, 0]
             xp, system, use = namespace(products), alike(system, products), alike(use, products)
             with silent(products):
                 factors = solve_lower(system[:, :held, :held], products * use[:, :held])
@@ -97,9 +97,9 @@ class Broyden(Solver):
                 factors = xp.where(sound, -factors[:, :-1], 0)
                 scale = large(1 / xp.where(sound, pivot, 1)).to(wide)
             if held > 1:
-                direction = steps.first(held, start=1).subtract(g, large(factors).to(wide))
+                direction = steps.subtract(g[:, None], large(factors[:, None]).to(wide), slice(1, held))[:, 0]
         steps = steps.put(held, torch.mul, direction, scale)
-        newest = small(steps.first(held + 1).dots(direction[:, None])[:, 0] * scale)
+        newest = small(steps.dots(direction[:, None], slice(held + 1))[:, 0] * scale)
         xp, system, use = namespace(newest), writable(alike(system, newest)), writable(alike(use, newest))
         use[:, held] = 1
         system[:, held, :held] = -newest[:, 1:]

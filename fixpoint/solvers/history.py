@@ -20,14 +20,16 @@ class History:
 
     Attributes:
         slots: Each state ``(rows, dim)``; views, made once because making them costs as much as using them.
+        lines: Each as ``(rows, 1, dim)``; views too.
         rows: All of them as ``(rows, count, dim)``; a view too.
     """
 
     def __init__(self, states: Tensor) -> None:
         self.states = states
         self.slots = states.unbind(0)
-        self._columns = states.permute(1, 2, 0)
+        self.lines = tuple(slot[:, None] for slot in self.slots)
         self.rows = states.transpose(0, 1)
+        self._columns = states.permute(1, 2, 0)
 
     @classmethod
     def empty(cls, count: int, z: Tensor, dtype: torch.dtype) -> History:
@@ -37,33 +39,39 @@ class History:
     def put(self, slot: int, operation: Callable[..., Tensor], *operands: Tensor) -> History:
         """Write ``operation(*operands, out=...)`` at ``slot``; the history to go on with is returned."""
         if recording(self.states, *operands):
-            value = operation(*operands).to(self.states.dtype)
-            return History(torch.cat((self.states[:slot], value[None], self.states[slot + 1 :])))
+            return self._with(slot, operation(*operands))
         operation(*operands, out=self.slots[slot])
         return self
 
-    def first(self, count: int, start: int = 0) -> History:
-        """The states from ``start`` to before ``count``."""
-        return History(self.states[start:count])
+    def _with(self, slot: int, value: Tensor) -> History:
+        value = value.to(self.states.dtype)
+        return History(torch.cat((self.states[:slot], value[None], self.states[slot + 1 :])))
 
-    def dots(self, xs: Tensor) -> Tensor:
-        """Products ``(rows, k, count)`` of ``xs`` ``(rows, k, dim)`` with these states."""
+    def dots(self, xs: Tensor, among: slice | None = None) -> Tensor:
+        """Products ``(rows, k, count)`` of ``xs`` ``(rows, k, dim)`` with these states, or those ``among`` them."""
         if self.states.dtype == xs.dtype:
             # Few rows on the left: the other order is several times slower on a CPU.
-            return torch.bmm(xs, self._columns)
-        return torch.stack([(xs * past[:, None].to(xs.dtype)).sum(dim=2) for past in self.slots], dim=2)
+            return torch.bmm(xs, self._columns if among is None else self._columns[..., among])
+        return torch.stack([(xs * past.to(xs.dtype)).sum(dim=2) for past in self.lines[among or slice(None)]], dim=2)
 
-    def subtract(self, x: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
-        """``x - sum_j weights_j state_j`` for each row of ``x`` ``(rows, dim)``; ``out`` may be ``x``."""
+    def subtract(self, x: Tensor, weights: Tensor, among: slice | None = None, *, in_place: bool = False) -> Tensor:
+        """``x - sum_j weights_j state_j``, in ``x`` if so wished.
+
+        ``x`` is ``(rows, 1, dim)``, ``weights`` ``(rows, 1, count)`` for these states, or for those ``among`` them.
+        """
         if self.states.dtype == x.dtype:
-            if out is x:
-                x[:, None].baddbmm_(weights[:, None], self.rows, alpha=-1)
-                return x
-            target = None if out is None else out[:, None]
-            return torch.baddbmm(x[:, None], weights[:, None], self.rows, alpha=-1, out=target)[:, 0]
-        for past, weight in zip(self.slots, weights.unbind(1), strict=True):
-            x = torch.addcmul(x, past.to(x.dtype), weight[:, None], value=-1, out=out)
+            rows = self.rows if among is None else self.rows[:, among]
+            return (x.baddbmm_ if in_place else x.baddbmm)(weights, rows, alpha=-1)
+        for past, weight in zip(self.lines[among or slice(None)], weights.split(1, dim=2), strict=True):
+            x = torch.addcmul(x, past.to(x.dtype), weight, value=-1, out=x if in_place else None)
         return x
+
+    def reduce(self, slot: int, by: History, weights: Tensor) -> History:
+        """Take ``sum_j weights_j by_j`` off the state at ``slot``; the history to go on with is returned."""
+        if recording(self.states, by.states, weights):
+            return self._with(slot, by.subtract(self.lines[slot], weights)[:, 0])
+        by.subtract(self.lines[slot], weights, in_place=True)
+        return self
 
 
 def recording(*tensors: Tensor) -> bool:
@@ -101,6 +109,18 @@ def writable(x: Small) -> Small:
 def namespace(x: Small) -> Any:
     """The module with ``where``, ``maximum`` and so on for ``x``: numpy or torch."""
     return torch if isinstance(x, Tensor) else np
+
+
+def products(x: Small, y: Small, *, swap: bool) -> Small:
+    """``(rows, 2, 2)``: all products of each row of ``x`` ``(rows, n)`` and that of ``y``, of y and x if ``swap``."""
+    first, second = (y, x) if swap else (x, y)
+    both = namespace(x).concatenate((first[:, None], second[:, None]), 1)
+    return both @ both.swapaxes(1, 2)
+
+
+def everywhere(mask: Small) -> bool:
+    """Whether ``mask`` is known to hold for all rows: of a tensor nothing is known without waiting for its device."""
+    return not isinstance(mask, Tensor) and np.count_nonzero(mask) == len(mask)
 
 
 def solve_lower(matrix: Small, target: Small) -> Small:

@@ -46,6 +46,7 @@ class Guided:
         self.scale = scale
         self.rescale = rescale
         self.prediction_type = getattr(denoiser, "prediction_type", None)
+        self.prior = getattr(denoiser, "prior", None)
 
     def __call__(self, x: Tensor, t: Tensor, **inputs: Tensor) -> Tensor:
         """Guided predictions ``(N, *shape)`` for latents of that shape at timesteps ``(N,)``."""

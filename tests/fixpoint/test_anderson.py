@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 
 import fixpoint
@@ -85,8 +86,7 @@ def test_a_row_whose_residual_is_far_from_the_predicted_one_takes_plain_steps_an
 
     plain = follow(Erratic(), Anderson(), 40)
     lengths = [len(run) for run in "".join("p" if p else "-" for p in plain[:, 0].tolist()).split("-") if run]
-    assert max(lengths) >= 8, "the rests grow"
-    assert lengths[:3] != sorted(lengths[:3], reverse=True)
+    assert [n for i, n in enumerate(lengths) if n > max(lengths[:i], default=0)][:4] == [1, 2, 4, 8], "the rests double"
     assert not plain[1:4, 1].any(), "the other row does not rest"
 
 
@@ -133,6 +133,39 @@ def test_the_first_plain_step_tells_how_much_growth_is_ordinary():
     guard = _Guard.start(np.array([1.0]), np.array([25.0]))._replace(bound=np.array([1.0]))
     assert judge(guard, 2499.0, 0.5)[0]
     assert not judge(guard, 2501.0, 0.5)[0]
+
+
+def test_it_does_not_end_at_a_point_that_f_repels_from():
+    # tanh(2 z) repels from 0 and attracts to both sides of it. A secant through the first two iterates points at 0.
+    start = torch.tensor([0.05, -0.05, 1e-3, 2.0], dtype=torch.float64)[:, None]
+    solution = fixpoint.solve(lambda z: torch.tanh(2 * z), start, rtol=1e-10)
+    attracting = scipy.optimize.brentq(lambda z: np.tanh(2 * z) - z, 0.5, 2)
+    np.testing.assert_allclose(solution.value[:, 0], attracting * start[:, 0].sign(), rtol=1e-9)
+
+
+def test_a_row_that_leaves_a_repelling_point_forgets_and_the_others_do_not():
+    rate = torch.linspace(0.1, 0.8, 12, dtype=torch.float64).repeat(2, 1)
+    start = torch.ones(2, 12, dtype=torch.float64)
+    rate[0, 0], start[0] = 2.0, 0.05
+
+    def iterates(rows, z):
+        solver = Anderson()
+        state, found = solver.init(z), []
+        for _ in range(8):
+            fz = torch.tanh(rate[rows] * z)
+            z, state = solver.step(z, fz, state)
+            found.append((z, (z - fz).abs().amax(dim=1) == 0, torch.as_tensor(state.use).sum(dim=1)))
+        return [torch.stack(each) for each in zip(*found, strict=True)]
+
+    z, plain, held = iterates([0, 1], start)
+    assert plain[2:5, 0].all()
+    assert not plain[1:, 1].any()
+    assert (held[1:, 0][plain[1:, 0]] == 0).all()
+    assert held[-1, 1] == 5
+    for row in (0, 1):
+        torch.testing.assert_close(iterates([row], start[[row]])[0][:, 0], z[:, row], rtol=1e-12, atol=1e-14)
+    afresh = iterates([0], z[3, [0]])[0]
+    torch.testing.assert_close(afresh[:2, 0], z[4:6, 0], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("slope", [-20.0, -100.0])

@@ -391,3 +391,17 @@ def test_what_does_not_fit_is_refused_at_once():
             CausalQuasiNewton(**{option: 0})
     with pytest.raises(TypeError):
         CausalQuasiNewton(windows=3)
+
+
+def test_what_a_callback_was_shown_stays_as_it_was():
+    problem = pendulum()
+    shown, copies = [], []
+
+    def look(progress):
+        shown.append(progress.value)
+        copies.append(progress.value.clone())
+
+    start = problem.z0
+    fixpoint.solve(problem, start, solver=CausalQuasiNewton(), rtol=1e-6, backward=None, callback=look)
+    assert_close(shown, copies, rtol=0, atol=0)
+    assert_close(start, problem.z0, rtol=0, atol=0)

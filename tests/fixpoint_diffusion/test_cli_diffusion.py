@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from fixpoint_diffusion.checksums import verify_checksums
 from fixpoint_diffusion.cli import app, main
 from fixpoint_diffusion.denoisers import load_denoiser
+from fixpoint_diffusion.prior import PRIOR_FILE
 from fixpoint_diffusion.training.checkpoints import load_record
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -123,7 +124,7 @@ def test_trained_folder_is_complete_and_loads(settings: Path, tmp_path: Path, ki
     out = tmp_path / "out"
     result = train(settings, out, "--steps", 2, kind=kind)
     assert result.exit_code == 0, result.output
-    names = {"config.json", WEIGHTS, "scheduler_config.json", "training_config.json", "training_log.csv"}
+    names = {"config.json", WEIGHTS, "scheduler_config.json", "training_config.json", "training_log.csv", PRIOR_FILE}
     assert set(verify_checksums(out)) == names
     assert {tensor.dtype for tensor in load_file(out / WEIGHTS).values()} == {torch.float16}
     denoiser = load_denoiser(out)

@@ -53,7 +53,7 @@ def test_latents_that_have_settled_cost_no_denoiser_rows() -> None:
 
 def test_saving_rows_changes_no_result(mixture) -> None:
     chain = make_chain(mixture(LINEAR), samples=3, steps=20)
-    result = sample(chain, rtol=1e-6, max_evals=60)
+    result = sample(chain, solver=fixpoint.Anderson(), rtol=1e-6, max_evals=60)
     plain = fixpoint.solve(chain, rtol=1e-6, max_evals=60)
     torch.testing.assert_close(result.trajectory, plain.value, rtol=1e-9, atol=1e-9)
     assert torch.equal(result.solution.evals, plain.evals)
@@ -107,11 +107,13 @@ def test_sampling_builds_no_graph() -> None:
     assert not sample(make_chain(lambda x, t: 0.1 * network(x))).images.requires_grad
 
 
-@pytest.mark.parametrize("init", ["x_T", "zeros", "sequential"])
-def test_every_start_leads_to_the_same_images(mixture, init: str) -> None:
+@pytest.mark.parametrize("solver", [fixpoint.Anderson(), fixpoint.CausalQuasiNewton()], ids=["anderson", "causal"])
+@pytest.mark.parametrize("init", ["prior", "x_T", "zeros", "sequential"])
+def test_every_start_leads_to_the_same_images(mixture, init: str, solver: fixpoint.Solver) -> None:
     chain = make_chain(mixture(LINEAR))
     expected = chain.sequential()
-    result = sample(chain, init=expected if init == "sequential" else init, rtol=1e-10, max_evals=100)
+    start = expected if init == "sequential" else init
+    result = sample(chain, solver=solver, init=start, rtol=1e-10, max_evals=100)
     torch.testing.assert_close(result.trajectory, expected, rtol=1e-8, atol=1e-8)
     if init == "sequential":
         assert result.rounds == 1
@@ -129,7 +131,7 @@ def test_starts_are_what_their_names_say(mixture) -> None:
 
 def test_starts_that_make_no_sense_are_refused(mixture) -> None:
     chain = make_chain(mixture(LINEAR))
-    with pytest.raises(ValueError, match="init must be 'x_T', 'zeros' or a tensor"):
+    with pytest.raises(ValueError, match="init must be 'prior', 'x_T', 'zeros' or a tensor"):
         sample(chain, init="noise")
     with pytest.raises(ValueError, match=r"state has shape .* \(2, 12, 3\), got \(2, 11, 3\)"):
         sample(chain, init=torch.zeros(2, 11, 3, dtype=torch.float64))
