@@ -61,6 +61,8 @@ def iterate_windows(
     while chains.remaining and chains.nfev < max_evals:
         if chains.swept:
             chains.certify(f)
+        elif chains.width == 1:
+            chains.advance(f)
         else:
             chains.round(f)
         chains.trace += [chains.residual()] if record else []
@@ -78,8 +80,8 @@ class _Chains:
         self.states = sweeper.split(z).clone()
         rows, steps, dim = self.states.shape
         options = sweeper.options
-        self._width = min(options.window or steps, options.max_rows or steps, steps)
-        self._past = Past.empty(rows, self._width, options.memory, dim, self.states)
+        self.width = min(options.window or steps, options.max_rows or steps, steps)
+        self._past = Past.empty(rows, self.width, options.memory, dim, self.states)
         # How far the last two states of each window are from their guess.
         self._moved, self._moved_before = self.states.new_zeros(2, rows, dim).unbind(0)
         self.done = np.zeros(rows, dtype=np.int64)  # states that are done
@@ -125,7 +127,7 @@ class _Chains:
         rows, count = self._open_windows()
         step = self.done[rows, None] + np.arange(count.max())
         inside = np.arange(count.max()) < count[:, None]
-        place = _Place(self._like, rows, step, inside, self._width)
+        place = _Place(self._like, rows, step, inside, self.width)
         images = place.spread(self._evaluate(f, place))
         inputs = torch.where(place.first, 0, self.states[place.row, (place.step - 1).clamp(min=0)])
         states = self.states[place.row, place.step]
@@ -133,10 +135,7 @@ class _Chains:
         known = finite & place.inside[..., None]
         images = torch.where(known, images, states)
         past = Past(*(x[place.row, place.slot] for x in self._past))
-        if len(step[0]) == 1:  # the inputs are exact: there is nothing to hand down
-            carried = torch.zeros_like(images)
-        else:
-            carried = self._sweeper.carry(inputs, images, images - states, place.step, past)
+        carried = self._sweeper.carry(inputs, images, images - states, place.step, past)
         after = images + carried
         after, sound = _held(after, finite)
         change = after - states
@@ -159,18 +158,24 @@ class _Chains:
     def _evaluate(self, f: Map, place: _Place) -> Tensor:
         """Images ``(N, D)`` of what is inside the windows."""
         self.nfev += 1
-        row, step = place.where
+        return self._part(f, place.where)
+
+    def _part(self, f: Map, where: tuple[Tensor, Tensor]) -> Tensor:
+        """Rows and steps ``where``, ``(N,)`` each, of ``f``: ``(N, D)``."""
         part = getattr(f, "part", None)
-        images = self._sweeper.split(f(self.rows))[row, step] if part is None else part(self.rows, row, step)
+        images = self._sweeper.split(f(self.rows))[where] if part is None else part(self.rows, *where)
         return images.to(self.states.dtype)
+
+    def _waiting(self) -> Array:
+        """Rows that have states to do, as many as there is room for."""
+        rows = np.flatnonzero((self.status == _ACTIVE) & (self.done < self._sweeper.steps))
+        return rows[: self._sweeper.options.max_rows]
 
     def _open_windows(self) -> tuple[Array, Array]:
         """Rows with a window in this round, and how many states each has; new states are moved from their guess."""
         steps, limit = self._sweeper.steps, self._sweeper.options.max_rows
-        rows = np.flatnonzero((self.status == _ACTIVE) & (self.done < steps))
-        if limit is not None:
-            rows = rows[:limit]
-        share = self._width if limit is None else min(self._width, limit // len(rows))
+        rows = self._waiting()
+        share = self.width if limit is None else min(self.width, limit // len(rows))
         end = np.maximum(self._end[rows], np.minimum(self.done[rows] + share, steps))
         self._move_guesses(rows, end)
         self._end[rows] = end
@@ -182,7 +187,7 @@ class _Chains:
         if not new.any() or not self._end[rows].any():
             return
         step = self._end[rows, None] + np.arange(new.max())
-        place = _Place(self._like, rows, step, np.arange(new.max()) < new[:, None], self._width)
+        place = _Place(self._like, rows, step, np.arange(new.max()) < new[:, None], self.width)
         previous, before = self._moved[place.rows], self._moved_before[place.rows]
         moved = self._sweeper.follow(place.step, previous, previous - before)
         self.states.index_put_(place.where, moved[place.chosen], accumulate=True)
@@ -221,12 +226,29 @@ class _Chains:
         row, place = np.nonzero(inside)
         self._error[rows[row], step[row, place]] = np.where(trusted, error, np.inf)[row, place]
         self._scale[rows[row], step[row, place]] = scale[row, place]
+        self._end_rows(rows, done, failed)
+
+    def advance(self, f: Map) -> None:
+        """One exact step of each row, where no more may be in a window: nothing is predicted."""
+        self.nfev += 1
+        rows = self._waiting()
+        step = self.done[rows]
+        where = like(self._like, rows), like(self._like, step)
+        images = self._part(f, where)
+        self.states.index_put_(where, images)
+        scale = torch.linalg.vector_norm(images, dim=1).cpu().double().numpy()
+        finite = np.isfinite(scale)
+        self._error[rows, step] = np.where(finite, 0.0, np.inf)
+        self._scale[rows, step] = scale
+        self._end_rows(rows, finite.astype(np.int64), ~finite)
+
+    def _end_rows(self, rows: Array, done: Array, failed: Array) -> None:
+        """Count the states that are ``done`` now, and end the rows that have no more or have failed."""
         self.done[rows] += done
         self.status[rows[failed]] = Status.NON_FINITE
         if not self._sweeper.options.certify:
             self.status[rows[self.done[rows] == self._sweeper.steps]] = Status.CONVERGED
-        ended = rows[self.status[rows] != _ACTIVE]
-        self.evals[ended] = self.nfev
+        self.evals[rows[self.status[rows] != _ACTIVE]] = self.nfev
 
     def certify(self, f: Map) -> None:
         """Evaluate whole chains once more: rows whose every state meets the tolerance have converged, others go on."""
@@ -254,7 +276,7 @@ class _Chains:
         self.evals[rows[passed | failed]] = self.nfev
         again = rows[~passed & ~failed]
         self.done[again] = np.argmin(good[~passed & ~failed], axis=1)
-        self._end[again] = steps if self._width == steps else self.done[again]
+        self._end[again] = steps if self.width == steps else self.done[again]
         self._past.known[like(self._like, again)] = False
         for moved in (self._moved, self._moved_before):
             moved[like(self._like, again)] = 0

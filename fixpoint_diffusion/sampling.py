@@ -91,6 +91,8 @@ def sample(
     """
     if isinstance(solver, CausalQuasiNewton):
         solver = _with_budget(solver, chain)
+        if init is None and solver.window != 1:  # a window of one has no use for a guess
+            init = "prior"
     rounds, evals = chain.rounds, chain.evals
     max_evals = chain.steps + 1 if max_evals is None else max_evals
     samples, settled = len(chain.x_T), _Settled()
@@ -104,10 +106,9 @@ def sample(
                 bar.update((settled(state.value) if state.active else latents) - bar.n)
             return callback(state) if callback else None
 
-        causal = isinstance(solver, CausalQuasiNewton)
         solution = solve(
-            chain if causal else _ChangedRows(chain),
-            _start(chain, ("prior" if causal else "x_T") if init is None else init),
+            chain if isinstance(solver, CausalQuasiNewton) else _ChangedRows(chain),
+            _start(chain, init),
             solver=solver,
             backward=None,
             rtol=rtol,
@@ -205,15 +206,16 @@ def _with_budget(solver: CausalQuasiNewton, chain: SamplingChain) -> CausalQuasi
     samples, steps = len(chain.x_T), chain.steps
     if solver.window is not None or solver.max_rows is not None or samples * steps <= _SMALL_CHAIN:
         return solver
-    return replace(solver, max_rows=BatchCost.measure(chain).best_rows(samples, steps))
+    budget = BatchCost.measure(chain).best_rows(samples, steps)
+    return replace(solver, window=1) if budget == samples else replace(solver, max_rows=budget)
 
 
-def _start(chain: SamplingChain, init: str | Tensor) -> Tensor:
+def _start(chain: SamplingChain, init: str | Tensor | None) -> Tensor:
     if isinstance(init, Tensor):
         chain.inputs(init)  # refuses another shape
         return init.detach()
-    if init not in ("prior", "x_T", "zeros"):
+    if init not in (None, "prior", "x_T", "zeros"):
         raise ValueError(f"init must be 'prior', 'x_T', 'zeros' or a tensor of latents, got {init!r}")
     if init == "prior":
         return chain.guess
-    return chain.z0 if init == "x_T" else torch.zeros_like(chain.z0)
+    return torch.zeros_like(chain.z0) if init == "zeros" else chain.z0

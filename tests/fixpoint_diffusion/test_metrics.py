@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise
+from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, metrics
 from fixpoint_diffusion.data import load_digits, split_held_out
 from fixpoint_diffusion.denoisers import embedded
 from fixpoint_diffusion.metrics import digit_confidence, digit_probabilities, digit_quality
@@ -72,3 +73,26 @@ def test_samples_of_the_embedded_unet_look_like_digits(seed: int) -> None:
         quality = digit_quality(chain.sequential()[:, -1])
     assert quality.relative_confidence >= 0.90
     assert min(quality.class_shares) > 0
+
+
+def test_frechet_distance_is_that_of_the_fitted_gaussians() -> None:
+    train, held_out = split_held_out(load_digits())
+    noisy = (held_out.images + 0.5 * torch.randn(held_out.images.shape, generator=torch.manual_seed(0))).clamp(-1, 1)
+    model = metrics._classifier()
+
+    def moments(images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        hidden = np.maximum(images.flatten(1).double().numpy() @ model.coefs_[0] + model.intercepts_[0], 0)
+        return hidden.mean(axis=0), np.cov(hidden.T)
+
+    (m, C), (n, D) = moments(noisy), moments(train.images)
+    overlap = np.sqrt(np.linalg.eigvals(C @ D).real.clip(min=0)).sum()
+    expected = ((m - n) ** 2).sum() + np.trace(C + D) - 2 * overlap
+    assert metrics.frechet_distance(noisy, train.images) == pytest.approx(expected, rel=1e-4)
+    assert metrics.frechet_distance(train.images, train.images) == pytest.approx(0, abs=1e-6)
+    assert expected > 2 * metrics.frechet_distance(held_out.images, train.images)
+
+
+def test_frechet_distance_needs_two_images() -> None:
+    images = load_digits().images
+    with pytest.raises(ValueError, match="at least two"):
+        metrics.frechet_distance(images[:1], images)

@@ -1,0 +1,1 @@
+"""Parallel samplers side by side: rounds, denoiser rows, time, memory and quality."""

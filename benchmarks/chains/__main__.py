@@ -1,0 +1,73 @@
+"""Compare our sweep with the other parallel samplers; say which targets are met.
+
+    python -m benchmarks.chains [--only rounds] [--only speed] [--only quality] [--out benchmarks/results] [--quick]
+
+Each part writes its own ``chains-PART.json`` and ``chains-PART.txt``, and ``rounds`` two pictures beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.chains import quality, rounds, speed
+from benchmarks.chains.cases import FULL, QUICK
+from benchmarks.solvers.report import targets_text
+from benchmarks.solvers.standings import Target
+from fixpoint import provenance
+
+Part = tuple[str, dict[str, object], list[Target]]
+
+
+def run_rounds(quick: bool, out: Path) -> Part:
+    """Error against rounds and rows."""
+    outcomes, dropped = rounds.measure(QUICK if quick else FULL)
+    rounds.plot(outcomes, out)
+    text = "\n\n".join([rounds.table(outcomes), rounds.dropped_text(dropped)])
+    return text, rounds.as_json(outcomes, dropped), rounds.targets(outcomes)
+
+
+def run_speed(quick: bool, out: Path) -> Part:
+    """Seconds and bytes."""
+    steps = 6 if quick else 1000
+    times = speed.seconds(steps=steps, counts=(1, 2) if quick else (1, 16), repeats=1 if quick else 2)
+    peaks = speed.memory(steps=steps)
+    document = {"steps": steps, "seconds": times, "peak_mib": peaks}
+    return speed.text(times, peaks, steps), document, [] if quick else speed.targets(times)
+
+
+def run_quality(quick: bool, out: Path) -> Part:
+    """Frechet distance and seconds."""
+    images = 8 if quick else 2000
+    steps, others = ((4,), (3,)) if quick else ((25, 50, 100), (15, 20, 25))
+    results = quality.measure(quality.samplers(ddim_steps=steps, other_steps=others), images=images)
+    return quality.text(results, images), quality.as_json(results, images), []
+
+
+PARTS: dict[str, Callable[[bool, Path], Part]] = {"rounds": run_rounds, "speed": run_speed, "quality": run_quality}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts asked for, print and write what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=list(PARTS), help="this part; may be given again")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="short chains, few samples: a look in passing")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.only or PARTS:
+        text, document, targets = PARTS[name](options.quick, options.out)
+        text = "\n\n".join(filter(None, [text, targets_text(targets)]))
+        print(text, "", sep="\n", flush=True)
+        (options.out / f"chains-{name}.txt").write_text(text + "\n")
+        about = {"machine": provenance.machine(), "versions": provenance.versions(), "commit": provenance.commit()}
+        aims = [{"name": aim.name, "met": aim.met, "measured": aim.measured} for aim in targets]
+        (options.out / f"chains-{name}.json").write_text(json.dumps({**about, "targets": aims, **document}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The benchmark of chains: what it counts, what it says of the counts, and that every part runs to its end."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_chains
+from benchmarks.chains import __main__ as cli
+from benchmarks.chains import curves, rounds, speed
+from benchmarks.chains.cases import FULL, Setting, batch, chain
+from benchmarks.chains.curves import Curve, Outcome, spread
+from benchmarks.chains.methods import BY_NAME, FULL_WINDOW, METHODS, RTOL
+from fixpoint_diffusion import NoiseSchedule
+from fixpoint_diffusion.data import load_digits
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+MIXTURE = Setting("mixture", 12, 0.0, 1, 1)
+
+
+def test_an_error_counts_from_where_it_stays_below() -> None:
+    curve = Curve(errors=[0.5, 0.01, 0.2, 0.05, 1e-4], rounds=[1, 2, 3, 4, 5], rows=[9, 18, 27, 36, 40])
+    assert [curve.at("rounds", error) for error in (0.1, 1e-3, 1e-5)] == [4, 5, math.inf]
+    assert curve.at("rows", 0.1) == 36
+    assert Curve(errors=[math.nan], rounds=[1]).at("rounds", 0.1) == math.inf
+
+
+def test_median_and_worst() -> None:
+    assert spread([3, 1, 2]) == (2, 3)
+    assert spread([1, math.inf]) == (math.inf, math.inf)
+
+
+def test_a_chain_of_one_sample_is_that_of_the_batch() -> None:
+    together = batch("mixture", 12, 1.0, range(3)).sequential()
+    torch.testing.assert_close(chain(Setting("mixture", 12, 1.0, 3, 3), 2).sequential()[0], together[2])
+
+
+def test_the_gaussian_denoiser_makes_the_best_linear_estimate() -> None:
+    digits = load_digits().images.double()
+    noise = torch.randn(digits.shape, generator=torch.manual_seed(0), dtype=torch.float64)
+    a = float(NoiseSchedule.linear().alphas_cumprod[318])
+    x = a**0.5 * digits + (1 - a) ** 0.5 * noise
+    error = batch("gaussian", 1, 0.0, range(1)).denoiser(x, torch.full((len(x),), 318)) - noise
+    # What is left over is uncorrelated with what the estimate was made from.
+    correlation = error.flatten(1).T @ (x - x.mean(dim=0)).flatten(1) / len(x)
+    assert correlation.abs().max() < 0.06
+    assert error.square().mean() < 0.7 * noise.square().mean()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_method_ends_at_the_sequential_image(method) -> None:
+    reference = curves.images(MIXTURE, 1)
+    curve = curves.measure(method, chain(MIXTURE, 0), reference)
+    assert curve.errors[-1] <= RTOL
+    assert curve.rounds == sorted(curve.rounds)
+    assert len(curve.rounds) == len(curve.rows) == len(curve.seconds) == len(curve.errors)
+
+
+def test_plain_iteration_counts_from_the_round_that_made_a_state() -> None:
+    curve = curves.measure(BY_NAME["Picard"], chain(MIXTURE, 0), curves.images(MIXTURE, 1))
+    # What it starts from has cost nothing, and the first round all rows.
+    assert (curve.rounds[:2], curve.rows[:2]) == ([0, 1], [0, 12])
+
+
+def test_settings_cover_what_is_promised() -> None:
+    for denoiser in ("unet", "fpdm", "gaussian", "mixture"):
+        found = {(s.steps, s.eta) for s in FULL if s.denoiser == denoiser}
+        assert {(steps, eta) for steps in (25, 50, 100, 1000) for eta in (0.0, 0.5, 1.0)} <= found
+    assert all(s.samples == 16 for s in FULL if s.denoiser == "unet")
+
+
+def outcome(method: str, steps: int, eta: float, count: int, rows: int = 0, error: float = 5e-4) -> Outcome:
+    curve = Curve(errors=[1.0, error], rounds=[1, count], rows=[1, rows], seconds=[0.0, 0.0])
+    return Outcome(Setting("unet", steps, eta, 1, 1), method, [curve])
+
+
+def test_targets_say_what_is_met() -> None:
+    outcomes = [
+        outcome(FULL_WINDOW, 50, 1.0, 10),
+        outcome("ParaTAA k=T m=5", 50, 1.0, 21),
+        outcome("ParaTAA k=T/4 m=3", 50, 1.0, 19),
+        outcome(FULL_WINDOW, 1000, 0.0, 11, error=3e-3),
+        outcome("ours, window 100", 1000, 0.0, 30, rows=2100),
+    ]
+    assert [(t.name.split(":")[-1].strip(), t.met) for t in rounds.targets(outcomes)] == [
+        ("at most 10 rounds to 1e-3 by its own rule", True),
+        ("at most half of triangular Anderson's rounds", False),
+        ("at most 10 rounds to 1e-3 by its own rule", False),
+        ("at most 2.2 T rows", True),
+        ("never worse than twice 1e-3", False),
+    ]
+    figures = {"1": {"sequential": 5.0, "ours": 1.9}, "16": {"sequential": 5.0, "ours": 5.6}}
+    assert [t.met for t in speed.targets(figures)] == [True, False]
+
+
+def test_every_part_runs_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "QUICK", (Setting("mixture", 6, 0.0, 1, 1), Setting("unet", 4, 1.0, 1, 0)))
+    for part in cli.PARTS:
+        assert cli.main(["--quick", "--only", part, "--out", str(tmp_path)]) == 0
+        written = {path.name for path in tmp_path.iterdir()}
+        assert {f"chains-{part}.json", f"chains-{part}.txt"} <= written
+    pictures = {"chains-rounds.png", "chains-rows.png"}
+    assert written == pictures | {f"chains-{part}.{kind}" for part in cli.PARTS for kind in ("json", "txt")}
+    document = json.loads((tmp_path / "chains-rounds.json").read_text())
+    assert {"machine", "versions", "commit", "targets", "outcomes"} <= set(document)
+    assert "ParaTAA" in (tmp_path / "chains-rounds.txt").read_text()
+
+
+def test_the_script_for_gpus_runs_small_or_says_why_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_chains.main(["--tiny", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "gpu_chains.json").read_text())["rows"]
+    assert {(row["network"], row["dtype"], row["batch"]) for row in rows} == {
+        (network, dtype, count)
+        for network in ("UNet2DModel", "DiTTransformer2DModel")
+        for dtype in ("float32", "bfloat16")
+        for count in (1, 2)
+    }
+    assert all(row["error"] < 1e-3 for row in rows if row["dtype"] == "float32")
+    assert "Random weights" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_chains.main(["--out", str(tmp_path / "none")]) == 0
+    assert "no CUDA device" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
