@@ -90,6 +90,7 @@ class _Chains:
         self._scale = np.ones((rows, steps))
         self.status = np.full(rows, _ACTIVE)
         self.evals = np.zeros(rows, dtype=np.int64)
+        self._grown = np.zeros(rows)  # logarithm of what the steps done have made of relative errors
         self.nfev = 0
         self.trace: list[Array] = []
 
@@ -216,13 +217,19 @@ class _Chains:
         failed = ~finite[:, 0]  # the input of a window's first state is exact
         limit = self._tolerance.atol + self._tolerance.rtol * scale
         error[:, 0] = 0.0
-        allowed = np.where(trusted, limit / _amplification(stretch, scale, inside), -1)
+        growth = _growth(stretch, scale, inside)
+        # Beyond the window, errors are taken to grow at the pace seen so far.
+        pace = np.maximum(self._grown[rows], 0) / np.maximum(self.done[rows], 1)
+        beyond = pace * (self._sweeper.steps - self._end[rows])
+        ahead = np.minimum(_amplification(growth) + beyond[:, None], 700)
+        allowed = np.where(trusted, limit / np.exp(ahead), -1)
         good = (error <= allowed / _PRUDENCE) & inside
         good[:, 0] = True
         done = np.cumprod(good, axis=1).sum(axis=1)
         finished = (self._end[rows] == self._sweeper.steps) & ((error <= allowed) | ~inside).all(axis=1)
         done = np.where(finished, inside.sum(axis=1), done)
         done[failed] = 0
+        self._grown[rows] += np.where(np.arange(growth.shape[1]) < done[:, None], growth, 0).sum(axis=1)
         row, place = np.nonzero(inside)
         self._error[rows[row], step[row, place]] = np.where(trusted, error, np.inf)[row, place]
         self._scale[rows[row], step[row, place]] = scale[row, place]
@@ -322,15 +329,18 @@ def _held(after: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
     return after.gather(1, index[..., None].expand_as(after)), sound
 
 
-def _amplification(stretch: Array, scale: Array, inside: Array) -> Array:
-    """``(B, W)``: how many times enlarged later states of the window will show a state's relative error, at least 1.
+def _growth(stretch: Array, scale: Array, inside: Array) -> Array:
+    """``(B, W)``: logarithm of what each step makes of a relative error.
 
     ``stretch`` are the norms of what each step was seen to make of a displacement, and of that displacement.
     """
     with np.errstate(all="ignore"):
         before = np.concatenate((scale[:, :1], scale[:, :-1]), axis=1)
         growth = np.log(stretch[0] / stretch[1] * before / scale)
-    growth = np.where(np.isfinite(growth) & inside, growth, 0)
+    return np.where(np.isfinite(growth) & inside, growth, 0)
+
+
+def _amplification(growth: Array) -> Array:
+    """``(B, W)``: logarithm of how many times larger later states will show a state's relative error, at least 0."""
     total = np.cumsum(growth, axis=1)
-    ahead = np.maximum.accumulate(total[:, ::-1], axis=1)[:, ::-1]
-    return np.exp(np.minimum(ahead - total, 700))
+    return np.maximum.accumulate(total[:, ::-1], axis=1)[:, ::-1] - total

@@ -405,3 +405,12 @@ def test_what_a_callback_was_shown_stays_as_it_was():
     fixpoint.solve(problem, start, solver=CausalQuasiNewton(), rtol=1e-6, backward=None, callback=look)
     assert_close(shown, copies, rtol=0, atol=0)
     assert_close(start, problem.z0, rtol=0, atol=0)
+
+
+def test_a_window_reckons_with_growth_beyond_it():
+    # A pendulum that starts near the top: errors grow long after the states they stem from have left the window.
+    start = torch.tensor([[3.0, 0.0], [0.2, 0.0]], dtype=torch.float64)
+    problem = Recurrence(lambda x: x + 0.02 * torch.stack((x[:, 1], -x[:, 0].sin()), dim=1), start, steps=800)
+    solution = solve(problem, CausalQuasiNewton(window=100), rtol=1e-6)
+    assert solution.converged.all()
+    assert float(relative_errors(solution.value, problem.sequential()).max()) < 2e-6
