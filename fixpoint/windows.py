@@ -258,6 +258,7 @@ class _Chains:
         self._end[again] = steps if self._width == steps else self.done[again]
         self._past.known[like(self._like, again)] = False
         self._moved[like(self._like, again)] = 0
+        self._moved_before[like(self._like, again)] = 0
 
 
 class _Place:

@@ -17,8 +17,10 @@ class Counted(Recurrence):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.asked: list[list[tuple[int, int]]] = []
+        self.inputs_asked: list[torch.Tensor] = []
 
     def transition(self, x, sample, step):
+        self.inputs_asked.append(x)
         self.asked.append(list(zip(sample.tolist(), step.tolist(), strict=True)))
         return super().transition(x, sample, step)
 
@@ -98,12 +100,16 @@ def test_wild_predictions_are_taken_back():
     assert float(relative_errors(solution.value, problem.sequential()).max()) < 1e-5
 
 
-def test_exact_slopes_take_two_rounds():
+@pytest.mark.parametrize(("window", "rounds"), [(None, 2), (10, 12)])
+def test_exact_slopes_take_two_rounds_a_window(window, rounds):
+    # What was remembered of the steps that a window has left says nothing of those that it comes to.
     slopes = torch.linspace(0.5, 1.1, 60, dtype=torch.float64)
     inputs = torch.randn(2, 60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     spread = slopes[None, :, None].expand_as(inputs)
     chain = Recurrence(lambda x, s, u: s * x + u, inputs[:, 0], inputs=(spread, inputs), slopes=slopes)
-    assert solve(chain, rtol=1e-9).nfev == 2
+    solution = solve(chain, CausalQuasiNewton(window=window), rtol=1e-9)
+    assert solution.nfev <= rounds
+    assert_close(solution.value, chain.sequential())
 
 
 def test_slopes_in_a_basis():
@@ -218,6 +224,17 @@ def test_a_row_that_is_lost_harms_no_other():
     expected = problem.sequential()
     assert_close(solution.value[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-5)
     assert_close(solution.value[1, :17], expected[1, :17], rtol=1e-5, atol=1e-5)  # what came before is kept
+
+
+class Corrected(Counted):
+    """Answers wrongly at steps 20 and 21 for as many calls as told."""
+
+    wrong_calls = 1000
+
+    def transition(self, x, sample, step):
+        out = super().transition(x, sample, step)
+        wrong = len(self.asked) <= self.wrong_calls
+        return out + 0.01 * wrong * ((step == 20) | (step == 21))[:, None]
 
 
 class Forgetful(Recurrence):
@@ -391,3 +408,58 @@ def test_what_does_not_fit_is_refused_at_once():
             CausalQuasiNewton(**{option: 0})
     with pytest.raises(TypeError):
         CausalQuasiNewton(windows=3)
+
+
+def test_states_that_enter_a_window_are_moved_as_the_last_ones_were():
+    # Each state is one unit farther from the guess than the state before it.
+    chain = Recurrence(lambda x: x + 1, torch.zeros(2, 3, dtype=torch.float64), steps=60, slopes=torch.ones(60))
+    assert solve(chain, CausalQuasiNewton(window=10), rtol=1e-9).nfev <= 7
+
+
+def test_no_state_is_evaluated_far_from_all_before_it():
+    problem = gru(samples=2, steps=40, kind=Counted)
+    problem.slopes = torch.full((40,), 500.0, dtype=torch.float64)
+    assert solve(problem, rtol=1e-9).converged.all()
+    for asked, inputs in zip(problem.asked, problem.inputs_asked, strict=True):
+        for sample in range(2):
+            sizes = [float(x.norm()) for (row, _), x in zip(asked, inputs, strict=True) if row == sample]
+            assert max(sizes, default=0.0) < 1e3
+
+
+def test_errors_that_later_steps_enlarge_are_not_left():
+    # Displacements grow by up to half at each step, the states do not.
+    states = torch.randn(20, 40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = torch.cat((torch.zeros_like(states[:, :1]), states[:, :-1]), dim=1)
+    push = states - 1.5 * before.sin()
+    chain = Recurrence(lambda x, u: 1.5 * x.sin() + u, torch.zeros_like(states[:, 0]), inputs=(push,))
+    solution = solve(chain, rtol=1e-3)
+    assert solution.converged.all()
+    assert float(relative_errors(solution.value, states).max()) < 2e-3
+
+
+@pytest.mark.parametrize("window", [None, 15])
+def test_after_a_failed_certificate_the_chain_goes_on_from_the_first_wrong_state(window):
+    slopes = torch.linspace(0.6, 1.0, 60, dtype=torch.float64)
+    push = torch.randn(1, 60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inputs = (slopes[None, :, None].expand_as(push), push)
+
+    def chain():
+        return Corrected(lambda x, s, u: s * x + u, push[:, 0], inputs=inputs, slopes=slopes)
+
+    rounds = solve(chain(), CausalQuasiNewton(window=window)).nfev
+    problem = chain()
+    problem.wrong_calls = rounds
+    solution = solve(problem, CausalQuasiNewton(window=window, certify=True))
+    assert_close(solution.value, problem.sequential())
+    places = [[step for _, step in asked] for asked in problem.asked]
+    assert places[rounds] == places[-1] == list(range(60))  # the certificates
+    assert places[rounds + 1] == list(range(20, 60)[:window])
+    # The states that the certificate saw are the guess from which they go on.
+    assert_close(problem.inputs_asked[rounds + 1], problem.inputs_asked[rounds][places[rounds + 1]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("problem", [gru(steps=60), pendulum(200)], ids=["gru", "pendulum"])
+def test_rounds_recorded_for_gradients_are_the_same_rounds(problem):
+    plain, recorded = solve(problem), solve(problem, backward=fixpoint.Unroll())
+    assert recorded.nfev <= plain.nfev + 1
+    assert_close(recorded.value, plain.value, rtol=1e-5, atol=1e-6)
