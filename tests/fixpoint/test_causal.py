@@ -496,8 +496,12 @@ def test_a_certificate_that_is_not_finite_loses_the_row():
     assert solution.status.tolist() == [Status.CONVERGED, Status.CONVERGED, Status.NON_FINITE]
 
 
-@pytest.mark.parametrize("problem", [gru(steps=60), pendulum(200)], ids=["gru", "pendulum"])
-def test_rounds_recorded_for_gradients_are_the_same_rounds(problem):
-    plain, recorded = solve(problem), solve(problem, backward=fixpoint.Unroll())
+@pytest.mark.parametrize("memory", [1, 2])
+def test_rounds_recorded_for_gradients_are_the_same_rounds(memory):
+    problem, solver = gru(steps=60), CausalQuasiNewton(memory=memory)
+    plain = solve(problem, solver)
+    problem.start.requires_grad_()
+    recorded = solve(problem, solver, backward=fixpoint.Unroll())
+    assert recorded.value.requires_grad
     assert recorded.nfev <= plain.nfev + 1
-    assert_close(recorded.value, plain.value, rtol=1e-5, atol=1e-6)
+    assert float(relative_errors(recorded.value.detach(), plain.value).max()) < 1e-5
