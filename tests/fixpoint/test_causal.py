@@ -196,6 +196,12 @@ def test_rows_wait_for_room_and_are_served_in_turn():
     assert {sample for sample, _ in problem.asked[-1]} == {4}
 
 
+def test_rows_share_the_room_that_there_is():
+    problem = gru(samples=4, steps=20, kind=Counted)
+    solve(problem, CausalQuasiNewton(max_rows=12))
+    assert sorted(problem.asked[0]) == [(sample, step) for sample in range(4) for step in range(3)]
+
+
 def test_a_window_of_one_is_the_sequential_run():
     problem = gru()
     solution = solve(problem, CausalQuasiNewton(window=1), rtol=0.0)
