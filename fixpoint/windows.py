@@ -190,7 +190,7 @@ class _Chains:
         step = self._end[rows, None] + np.arange(new.max())
         place = _Place(self._like, rows, step, np.arange(new.max()) < new[:, None], self.width)
         previous, before = self._moved[place.rows], self._moved_before[place.rows]
-        moved = self._sweeper.follow(place.step, previous, previous - before)
+        moved = self._sweeper.follow(place.step, previous, before)
         self.states.index_put_(place.where, moved[place.chosen], accumulate=True)
         last = like(self._like, np.maximum(new - 1, 0))
         number = torch.arange(len(rows), device=moved.device)

@@ -129,15 +129,16 @@ class CausalSweep(Solver):
         slopes = self._slopes_at(step, moved, shifted)
         return self.from_basis(sweep(self.to_basis(defects), slopes, Secants.of(moved, shifted, slopes, _RIDGE)))
 
-    def follow(self, step: Tensor, moved: Tensor, drift: Tensor) -> Tensor:
-        """Displacements ``(B, W, D)`` after the steps ``(B, W)``, from ``moved`` ``(B, D)`` before the first.
+    def follow(self, step: Tensor, moved: Tensor, moved_before: Tensor) -> Tensor:
+        """Displacements ``(B, W, D)`` after the steps ``(B, W)``, from those of the last two states, ``(B, D)`` each.
 
-        Each step does what its slope says, and adds ``drift`` ``(B, D)``: by so much the last step differed from what
-        the guess had expected, and the next will too. A guess without slopes expects nothing.
+        Each step does what its slope says and drifts as the last one did: by so much that one differed from what the
+        guess had expected. A guess without slopes expects nothing.
         """
         if self.slopes is None:
             return moved[:, None].expand(-1, step.shape[1], -1)
-        moved, drift = self.to_basis(moved), self.to_basis(drift)
+        moved, moved_before = self.to_basis(moved), self.to_basis(moved_before)
+        drift = moved - self.slopes[(step[:, 0] - 1).clamp(min=0)].to(moved.dtype) * moved_before
         slopes = self.slopes[step].to(moved.dtype).expand(len(moved), step.shape[1], -1)
         added = drift[:, None].repeat(1, step.shape[1], 1)
         added[:, 0] += slopes[:, 0] * moved

@@ -17,8 +17,10 @@ class Counted(Recurrence):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.asked: list[list[tuple[int, int]]] = []
+        self.inputs_asked: list[torch.Tensor] = []
 
     def transition(self, x, sample, step):
+        self.inputs_asked.append(x)
         self.asked.append(list(zip(sample.tolist(), step.tolist(), strict=True)))
         return super().transition(x, sample, step)
 
@@ -98,12 +100,16 @@ def test_wild_predictions_are_taken_back():
     assert float(relative_errors(solution.value, problem.sequential()).max()) < 1e-5
 
 
-def test_exact_slopes_take_two_rounds():
+@pytest.mark.parametrize(("window", "rounds"), [(None, 2), (10, 12)])
+def test_exact_slopes_take_two_rounds_a_window(window, rounds):
+    # What was remembered of the steps that a window has left says nothing of those that it comes to.
     slopes = torch.linspace(0.5, 1.1, 60, dtype=torch.float64)
     inputs = torch.randn(2, 60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     spread = slopes[None, :, None].expand_as(inputs)
     chain = Recurrence(lambda x, s, u: s * x + u, inputs[:, 0], inputs=(spread, inputs), slopes=slopes)
-    assert solve(chain, rtol=1e-9).nfev == 2
+    solution = solve(chain, CausalQuasiNewton(window=window), rtol=1e-9)
+    assert solution.nfev <= rounds
+    assert_close(solution.value, chain.sequential())
 
 
 def test_slopes_in_a_basis():
@@ -190,10 +196,17 @@ def test_rows_wait_for_room_and_are_served_in_turn():
     assert {sample for sample, _ in problem.asked[-1]} == {4}
 
 
+def test_rows_share_the_room_that_there_is():
+    problem = gru(samples=4, steps=20, kind=Counted)
+    solve(problem, CausalQuasiNewton(max_rows=12))
+    assert sorted(problem.asked[0]) == [(sample, step) for sample in range(4) for step in range(3)]
+
+
 def test_a_window_of_one_is_the_sequential_run():
     problem = gru()
     solution = solve(problem, CausalQuasiNewton(window=1), rtol=0.0)
     assert solution.nfev == problem.steps
+    assert (solution.residual == 0).all()
     assert_close(solution.value, problem.sequential(), rtol=1e-12, atol=1e-15)
 
 
@@ -215,9 +228,21 @@ def test_a_row_that_is_lost_harms_no_other():
     problem.inputs = (poisoned,)
     solution = solve(problem, on_failure="ignore")
     assert solution.status.tolist() == [Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
+    assert solution.residual.isinf().tolist() == [False, True, False]
     expected = problem.sequential()
     assert_close(solution.value[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-5)
     assert_close(solution.value[1, :17], expected[1, :17], rtol=1e-5, atol=1e-5)  # what came before is kept
+
+
+class Corrected(Counted):
+    """Adds ``error`` to what some steps answer, for as many calls as told."""
+
+    wrong_steps, wrong_calls, error = range(0), 0, 0.0
+
+    def transition(self, x, sample, step):
+        out = super().transition(x, sample, step)
+        wrong = (step >= self.wrong_steps.start) & (step < self.wrong_steps.stop)
+        return out + self.error * (len(self.asked) <= self.wrong_calls) * wrong[:, None]
 
 
 class Forgetful(Recurrence):
@@ -235,6 +260,7 @@ def test_a_certificate_is_an_evaluation_of_everything():
     problem = pendulum()
     plain, certified = solve(problem), solve(problem, CausalQuasiNewton(certify=True))
     assert certified.nfev == plain.nfev + 1
+    assert (certified.evals == certified.nfev).all()
     defect = (problem(certified.value) - certified.value).flatten(1).norm(dim=1)
     assert_close(certified.residual, defect, rtol=1e-6, atol=1e-12)
 
@@ -414,3 +440,105 @@ def test_a_window_reckons_with_growth_beyond_it():
     solution = solve(problem, CausalQuasiNewton(window=100), rtol=1e-6)
     assert solution.converged.all()
     assert float(relative_errors(solution.value, problem.sequential()).max()) < 2e-6
+
+
+def test_states_that_enter_a_window_are_moved_as_the_last_ones_were():
+    # Each state is one unit farther from the guess than the state before it.
+    chain = Recurrence(lambda x: x + 1, torch.zeros(2, 3, dtype=torch.float64), steps=61, slopes=torch.ones(61))
+    assert solve(chain, CausalQuasiNewton(window=10), rtol=1e-9).nfev == 7  # 1 state, then 10 a round
+
+
+def test_no_state_is_evaluated_far_from_all_before_it():
+    problem = gru(samples=2, steps=40, kind=Counted)
+    problem.slopes = torch.full((40,), 500.0, dtype=torch.float64)
+    assert solve(problem, rtol=1e-9).converged.all()
+    for asked, inputs in zip(problem.asked, problem.inputs_asked, strict=True):
+        for sample in range(2):
+            sizes = [float(x.norm()) for (row, _), x in zip(asked, inputs, strict=True) if row == sample]
+            assert max(sizes, default=0.0) < 1e3
+    stopped = solve(problem, rtol=1e-9, max_evals=3, on_failure="ignore")
+    assert stopped.residual.isinf().all()  # nothing is predicted of states that were taken back
+
+
+@pytest.mark.parametrize(
+    ("step", "shrink"),
+    [(lambda x: 1.5 * x.sin(), 1.0), (lambda x: x + 0.2 * x.sin(), 0.85)],
+    ids=["growing", "shrinking"],
+)
+def test_errors_that_later_steps_enlarge_are_not_left(step, shrink):
+    # Displacements grow and the states do not, or displacements last and the states shrink to a five hundredth.
+    states = torch.randn(20, 40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if shrink < 1:
+        states = 30 * shrink ** torch.arange(40)[:, None] * nn.functional.normalize(states, dim=2)
+    before = torch.cat((torch.zeros_like(states[:, :1]), states[:, :-1]), dim=1)
+    chain = Recurrence(lambda x, u: step(x) + u, torch.zeros_like(states[:, 0]), inputs=(states - step(before),))
+    solution = solve(chain, rtol=1e-3)
+    assert solution.converged.all()
+    assert float(relative_errors(solution.value, states).max()) < 2e-3
+
+
+@pytest.mark.parametrize("window", [None, 15])
+@pytest.mark.parametrize("wrong_step", [0, 20])
+def test_after_a_failed_certificate_the_chain_goes_on_from_the_first_wrong_state(window, wrong_step):
+    slopes = torch.linspace(0.6, 1.0, 60, dtype=torch.float64)
+    push = torch.randn(1, 60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inputs = (slopes[None, :, None].expand_as(push), push)
+
+    def chain():
+        return Corrected(lambda x, s, u: s * x + u, push[:, 0], inputs=inputs, slopes=slopes)
+
+    rounds = solve(chain(), CausalQuasiNewton(window=window)).nfev
+    problem = chain()
+    problem.wrong_steps, problem.wrong_calls, problem.error = range(wrong_step, wrong_step + 2), rounds, 0.01
+    solution = solve(problem, CausalQuasiNewton(window=window, certify=True))
+    assert_close(solution.value, problem.sequential())
+    places = [[step for _, step in asked] for asked in problem.asked]
+    assert places[rounds] == places[-1] == list(range(60))  # the certificates
+    assert places[rounds + 1] == list(range(wrong_step, 60)[:window])
+    assert solution.nfev <= 2 * rounds + 2
+    # The states that the certificate saw are the guess from which they go on.
+    assert_close(problem.inputs_asked[rounds + 1], problem.inputs_asked[rounds][places[rounds + 1]], rtol=0, atol=0)
+
+
+def test_a_certificate_adds_up_what_the_slopes_hand_down():
+    # Each state fits the one before it within the tolerance, the last is eight tolerances from where it should be.
+    problem = Corrected(lambda x: x, torch.ones(1, 2, dtype=torch.float64), steps=40, slopes=torch.ones(40))
+    problem.wrong_steps, problem.wrong_calls, problem.error = range(40), 2, 2e-3
+    solution = solve(problem, CausalQuasiNewton(certify=True), rtol=1e-2)
+    assert solution.converged.all()
+    assert_close(solution.value, torch.ones_like(solution.value), rtol=1.1e-2, atol=0)
+
+
+def test_a_certificate_that_is_not_finite_loses_the_row():
+    rounds = solve(pendulum(50)).nfev
+    problem = pendulum(50, kind=Counted)
+    step = problem.step
+
+    def lost_at_the_end(x):
+        out = step(x)
+        out[-1] += torch.nan if len(problem.asked) > rounds else 0.0
+        return out
+
+    problem.step = lost_at_the_end
+    solution = solve(problem, CausalQuasiNewton(certify=True), on_failure="ignore")
+    assert solution.nfev == rounds + 1
+    assert solution.status.tolist() == [Status.CONVERGED, Status.CONVERGED, Status.NON_FINITE]
+
+
+@pytest.mark.parametrize("memory", [1, 2])
+def test_rounds_recorded_for_gradients_are_the_same_rounds(memory):
+    problem, solver = gru(steps=60), CausalQuasiNewton(memory=memory)
+    plain = solve(problem, solver)
+    problem.start.requires_grad_()
+    recorded = solve(problem, solver, backward=fixpoint.Unroll())
+    assert recorded.value.requires_grad
+    assert recorded.nfev <= plain.nfev + 1
+    assert float(relative_errors(recorded.value.detach(), plain.value).max()) < 1e-5
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.9, 0.5])
+def test_states_that_enter_a_window_follow_their_slopes(slope):
+    # A zero guess misses the same push in every step: seen once, it is reckoned with.
+    slopes = torch.full((61,), slope, dtype=torch.float64)
+    chain = Recurrence(lambda x: slope * x + 1, torch.zeros(1, 2, dtype=torch.float64), steps=61, slopes=slopes)
+    assert solve(chain, CausalQuasiNewton(window=10), rtol=1e-9).nfev == 7  # 1 state, then 10 a round
