@@ -23,7 +23,7 @@ _NEAR_ENOUGH = 5e-4  # where a peer is ended
 _MAX_ROUNDS = 60
 _WINDOWED_FROM = 200  # steps from which windows are tried
 _DEAR = {"unet": 25, "gaussian": 50, "mixture": 50}  # most steps for a method that costs D rows a state
-_DEAR_SAMPLES = 2
+_DEAR_SAMPLES = 1
 
 
 @dataclass
