@@ -86,7 +86,7 @@ def recording(*tensors: Tensor) -> bool:
 
 def small(x: Tensor) -> Small:
     """``x`` as an array that shares its memory, if it lies in the host's and nobody traces; else ``x`` itself."""
-    if x.device.type == "cpu" and not x.requires_grad and not torch.compiler.is_compiling():
+    if x.is_cpu and not x.requires_grad and not torch.compiler.is_compiling():
         return x.numpy()
     return x
 
