@@ -14,6 +14,7 @@ from fixpoint.solvers.history import (
     Small,
     alike,
     constant,
+    copy,
     everywhere,
     large,
     namespace,
@@ -51,7 +52,7 @@ class _Guard(NamedTuple):
         return cls(nothing + xp.inf, growth, xp.minimum(first, square), nothing + 1, nothing)
 
     def judge(self, square: Small, predicted: Small) -> tuple[Small, _Guard]:
-        """Which rows must take a plain step, given ``|g|^2`` and ``|g - dG gamma|^2``; and what is known then.
+        """Which rows need not take a plain step, given ``|g|^2`` and ``|g - dG gamma|^2``; and what is known then.
 
         The kept differences can reproduce the last prediction, unless the one dropped since mattered, and g follows it,
         unless f bends. A row that sees either fail starts over with plain steps, twice as many at each failure until
@@ -59,18 +60,18 @@ class _Guard(NamedTuple):
         """
         xp = namespace(square)
         followed = xp.maximum(predicted, square / self.growth) <= self.bound  # not where something is NaN
-        recovered = square < _RECOVERY**2 * self.level
-        if everywhere(followed & (self.left == 0) & ~recovered):
+        fallen = _RECOVERY**2 * self.level
+        if everywhere(followed & (square >= fallen) & (self.left == 0)):
             # Nearly every step is one of these.
-            return ~followed, self._replace(bound=predicted + _NEGLIGIBLE * square)
-        failed = ~followed
+            return followed, _Guard(predicted + _NEGLIGIBLE * square, *self[1:])
+        recovered = square < fallen
         rest = xp.where(recovered, 1.0, self.rest)
-        due = failed * rest
+        due = ~followed * rest
         left = xp.maximum(self.left - 1, due)
         plain = left > 0
         bound = xp.where(plain, xp.inf, predicted + _NEGLIGIBLE * square)
         level = xp.where(recovered, square, self.level)
-        return plain, _Guard(bound, self.growth, level, rest + due, left)
+        return ~plain, _Guard(bound, self.growth, level, rest + due, left)
 
 
 class AndersonState(NamedTuple):
@@ -153,33 +154,37 @@ class Anderson(Solver):
         now = 1 - last
         pair = pair.put(now, torch.sub, fz, z)
         if state.fz is None:
-            first = constant(small(pair.dots(pair.rows))[:, now, now])
+            first = constant(small(pair.product(now, now))[:, 0, 0])
             z_next = z + self.damping * pair.slots[now]
             return z_next.to(dtype), state._replace(pair=pair, newest=now, fz=fz, first=first)
         pair = pair.put(last, torch.sub, pair.slots[now], pair.slots[last])  # the difference takes the old one's place
 
-        old, squares = small(basis.dots(pair.lines[now]))[:, 0], small(pair.dots(pair.rows))
+        old, along = small(basis.dots(pair.lines[now]))[:, 0], small(pair.dots(pair.lines[now]))
         xp, use, weights = namespace(old), alike(use, old), alike(weights, old)
-        square, size = constant(squares[:, now, now]), squares[:, last, last]
+        square, product, size = constant(along[:, 0, now]), along[:, 0, last], small(pair.product(last, last))[:, 0, 0]
         with silent(old):
             # What the basis knows of the residual and of the difference, and what is left of their products.
             old = old * use
             shared = old - weights
-            rest = squares - products(old, shared, swap=now == 1)
-            keep = rest[:, last, last] > _NEW_SHARE**2 * size
-            if not everywhere(keep):
+            inside = products(old, shared)
+            outside = square - constant(inside[:, 0, 0])
+            rest, cross = size - inside[:, 1, 1], product - inside[:, 0, 1]
+            keep = rest > _NEW_SHARE**2 * size
+            kept = everywhere(keep)
+            if not kept:
                 # Of differences that depend on one another the newest alone is kept.
                 old, shared = xp.where(keep[:, None], old, 0), xp.where(keep[:, None], shared, 0)
-                rest = xp.where(keep[:, None, None], rest, squares)
-            scale = 1 / xp.sqrt(rest[:, last, last] + torch.finfo(wide).tiny)
-            new = rest[:, now, last] * scale
+                outside, rest = xp.where(keep, outside, square), xp.where(keep, rest, size)
+                cross = xp.where(keep, cross, product)
+            scale = (rest + torch.finfo(wide).tiny) ** -0.5
+            new = cross * scale
             guard = state.guard or _Guard.start(alike(state.first, square), square)
-            plain, guard = guard.judge(square, constant(rest[:, now, now] - new * new))
-            trusted = keep & ~plain
-            if not everywhere(trusted):
-                new, old, use = xp.where(plain, 0, new), xp.where(trusted[:, None], old, 0), use * trusted[:, None]
-            weights = old + 0  # a copy
-            use[:, slot], weights[:, slot] = ~plain, new
+            follows, guard = guard.judge(square, outside - constant(new * new))
+            if not (kept and everywhere(follows)):
+                trusted = (keep & follows)[:, None]
+                new, old, use = xp.where(follows, new, 0), xp.where(trusted, old, 0), use * trusted
+            weights = copy(old)
+            use[:, slot], weights[:, slot] = follows, new
             if self.ridge > 0:
                 old, new = old / (1 + self.ridge), new / (1 + self.ridge)
             newest = large((new * scale)[:, None])
@@ -192,14 +197,14 @@ class Anderson(Solver):
         basis = basis.put(slot, torch.mul, pair.slots[last], scale)
         pair = pair.put(last, torch.sub, fz, state.fz).reduce(last, images, shared)
         z_next = torch.addcmul(fz, pair.slots[last], newest, value=-1)
-        z_next = images.subtract(z_next[:, None], old, in_place=True)[:, 0]
+        images.subtract(z_next[:, None], old, in_place=True)
         if remainder is not None:
             z_next = z_next - (1 - self.damping) * remainder
         images = images.put(slot, torch.mul, pair.slots[last], scale)
         # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand. Where
         # it is not, the model aims at a point that f repels from: let f do so.
         pair = pair.put(last, torch.sub, z_next, z)
-        ahead = constant(small(pair.dots(pair.lines[last])))[:, 0, now] > 0
+        ahead = constant(small(pair.product(last, now))[:, 0, 0]) > 0
         if not everywhere(ahead):
             z_next = torch.where(large(ahead)[:, None], z_next, fz)
             use, weights = use * ahead[:, None], xp.where(ahead[:, None], weights, 0)

@@ -30,6 +30,7 @@ class History:
         self.lines = tuple(slot[:, None] for slot in self.slots)
         self.rows = states.transpose(0, 1)
         self._columns = states.permute(1, 2, 0)
+        self._column = self._columns.split(1, dim=2)
 
     @classmethod
     def empty(cls, count: int, z: Tensor, dtype: torch.dtype) -> History:
@@ -53,6 +54,10 @@ class History:
             # Few rows on the left: the other order is several times slower on a CPU.
             return torch.bmm(xs, self._columns if among is None else self._columns[..., among])
         return torch.stack([(xs * past.to(xs.dtype)).sum(dim=2) for past in self.lines[among or slice(None)]], dim=2)
+
+    def product(self, slot: int, other: int) -> Tensor:
+        """Products ``(rows, 1, 1)`` of the states at two slots."""
+        return torch.bmm(self.lines[slot], self._column[other])
 
     def subtract(self, x: Tensor, weights: Tensor, among: slice | None = None, *, in_place: bool = False) -> Tensor:
         """``x - sum_j weights_j state_j``, in ``x`` if so wished.
@@ -81,7 +86,7 @@ def recording(*tensors: Tensor) -> bool:
 
 def small(x: Tensor) -> Small:
     """``x`` as an array that shares its memory, if it lies in the host's and nobody traces; else ``x`` itself."""
-    if x.device.type == "cpu" and not x.requires_grad and not torch.compiler.is_compiling():
+    if x.is_cpu and not x.requires_grad and not torch.compiler.is_compiling():
         return x.numpy()
     return x
 
@@ -101,6 +106,11 @@ def constant(x: Small) -> Small:
     return x.detach() if isinstance(x, Tensor) else x
 
 
+def copy(x: Small) -> Small:
+    """``x`` anew."""
+    return x.clone() if isinstance(x, Tensor) else x.copy()
+
+
 def writable(x: Small) -> Small:
     """``x`` to write to: a tensor that autograd may have saved is copied first."""
     return x.clone() if isinstance(x, Tensor) else x
@@ -111,10 +121,9 @@ def namespace(x: Small) -> Any:
     return torch if isinstance(x, Tensor) else np
 
 
-def products(x: Small, y: Small, *, swap: bool) -> Small:
-    """``(rows, 2, 2)``: all products of each row of ``x`` ``(rows, n)`` and that of ``y``, of y and x if ``swap``."""
-    first, second = (y, x) if swap else (x, y)
-    both = namespace(x).concatenate((first[:, None], second[:, None]), 1)
+def products(x: Small, y: Small) -> Small:
+    """``(rows, 2, 2)``: all products of each row of ``x`` ``(rows, n)`` and that of ``y``."""
+    both = namespace(x).concatenate((x[:, None], y[:, None]), 1)
     return both @ both.swapaxes(1, 2)
 
 

@@ -118,8 +118,8 @@ def test_judge_trusts_what_follows_the_prediction_alone():
 
 
 def judge(guard, square, predicted):
-    plain, guard = guard.judge(np.array([square]), np.array([predicted]))
-    return not plain[0], guard
+    follows, guard = guard.judge(np.array([square]), np.array([predicted]))
+    return follows[0], guard
 
 
 def test_a_prediction_of_zero_is_not_taken_at_its_word():
