@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -65,7 +66,8 @@ def sample(
             ``deq_ddim_settings`` are the paper's.
         rtol, atol: a sample is done when ``||chain(z) - z|| <= atol + rtol ||chain(z)||`` over its whole trajectory;
             with ``CausalQuasiNewton``, when every latent's predicted error is at most ``atol + rtol ||latent||``.
-        max_evals: most evaluations of the chain; by default T + 1, enough for plain iteration to be exact and know it.
+        max_evals: most evaluations of the chain; by default T + 1, enough for plain iteration to be exact and know it,
+            and as often T as samples have to take turns under ``max_rows``.
         init: where to start: ``"prior"``, the latents that the chain's Gaussian prior expects; every latent equal to
             ``"x_T"``; ``"zeros"``; or latents of shape ``(B, T, *shape)``, such as a neighbour's. None: ``"prior"`` for
             ``CausalQuasiNewton``, else ``"x_T"``, as in the paper.
@@ -89,13 +91,15 @@ def sample(
         >>> torch.allclose(result.images, chain.sequential()[:, -1], rtol=1e-2)
         True
     """
+    samples, waves = len(chain.x_T), 1
     if isinstance(solver, CausalQuasiNewton):
         solver = _with_budget(solver, chain)
+        waves = math.ceil(samples / (solver.max_rows or samples)) if samples else 1
         if init is None and solver.window != 1:  # a window of one has no use for a guess
             init = "prior"
     rounds, evals = chain.rounds, chain.evals
-    max_evals = chain.steps + 1 if max_evals is None else max_evals
-    samples, settled = len(chain.x_T), _Settled()
+    max_evals = waves * chain.steps + 1 if max_evals is None else max_evals
+    settled = _Settled()
     latents = samples * chain.steps
     with torch.no_grad(), tqdm(total=latents, desc="sampling", unit="latent", disable=not progress) as bar:
 

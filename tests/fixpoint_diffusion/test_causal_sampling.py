@@ -78,6 +78,14 @@ def test_a_budget_holds_in_every_round(mixture):
     assert result.evals == sum(sizes)
 
 
+def test_samples_that_take_turns_are_all_finished(mixture):
+    chain = mixture_chain(mixture, samples=3, steps=15)
+    result = sample(chain, solver=CausalQuasiNewton(max_rows=1))
+    assert result.solution.converged.all()
+    assert result.rounds == 45
+    assert_close(result.trajectory, chain.sequential())
+
+
 def test_large_chains_get_a_budget_and_small_ones_do_not(mixture, monkeypatch):
     from fixpoint_diffusion.batch_cost import BatchCost
 
