@@ -176,7 +176,7 @@ class Anderson(Solver):
                 old, shared = xp.where(keep[:, None], old, 0), xp.where(keep[:, None], shared, 0)
                 outside, rest = xp.where(keep, outside, square), xp.where(keep, rest, size)
                 cross = xp.where(keep, cross, product)
-            scale = (rest + torch.finfo(wide).tiny) ** -0.5
+            scale = 1 / xp.sqrt(rest + torch.finfo(wide).tiny)  # a power would make 0 times infinity of a gradient
             new = cross * scale
             guard = state.guard or _Guard.start(alike(state.first, square), square)
             follows, guard = guard.judge(square, outside - constant(new * new))

@@ -143,3 +143,22 @@ def test_unknown_and_illegal_options_raise_and_name_what_was_found(make, error, 
 @pytest.mark.parametrize(("device", "dtype"), [("mps", torch.float32), ("cpu", torch.float64), ("cuda", torch.float64)])
 def test_small_systems_are_in_float64_where_the_device_has_it(device, dtype):
     assert small_dtype(SimpleNamespace(device=torch.device(device))) == dtype
+
+
+@pytest.mark.parametrize("solver", [fixpoint.Anderson(), fixpoint.Broyden(), fixpoint.Picard()], ids=repr)
+def test_steps_recorded_past_the_solution_keep_their_gradients(solver):
+    # There differences and residuals are exactly zero, and so must be what is multiplied with their infinite powers.
+    weight = (0.1 * torch.eye(3, dtype=torch.float64)).requires_grad_()
+    push = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    solution = fixpoint.solve(
+        lambda z, w: z @ w + push,
+        torch.zeros_like(push),
+        (weight,),
+        solver=solver,
+        backward=fixpoint.Unroll(),
+        depth=30,
+    )
+    (found,) = torch.autograd.grad(solution.value.sum(), weight)
+    exact = torch.linalg.solve(torch.eye(3, dtype=torch.float64) - weight.T, push.T).sum()
+    (expected,) = torch.autograd.grad(exact, weight)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
