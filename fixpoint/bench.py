@@ -26,6 +26,7 @@ from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.blockwise import Blockwise
 from fixpoint.solvers.broyden import Broyden
+from fixpoint.solvers.causal import CausalQuasiNewton
 from fixpoint.solvers.picard import Picard
 from fixpoint.specs import check_options, parse_spec, unknown
 from fixpoint.structure import Layout
@@ -46,7 +47,12 @@ __all__ = [
 
 DEFAULT_SOLVERS = ("picard", "anderson", "anderson:memory=10", "broyden")
 _COLUMNS = ("solver", "rtol", "evaluations", "seconds", "worst relative residual", "worst error", "converged", "rows")
-_SOLVERS: Mapping[str, type[Solver]] = {"picard": Picard, "anderson": Anderson, "broyden": Broyden}
+_SOLVERS: Mapping[str, type[Solver]] = {
+    "picard": Picard,
+    "anderson": Anderson,
+    "broyden": Broyden,
+    "causal": CausalQuasiNewton,
+}
 
 
 def make_solver(spec: str) -> Solver:

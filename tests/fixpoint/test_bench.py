@@ -229,3 +229,11 @@ def test_importing_the_package_loads_neither_plots_nor_command_line():
     code = "import sys, fixpoint; print([m for m in ('matplotlib', 'typer', 'diffusers') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_chains_by_the_solver_made_for_them():
+    study = bench.compare(
+        fixpoint.Recurrence(torch.cos, torch.zeros(2, 3), steps=40), {"c": bench.make_solver("causal")}
+    )
+    assert study.main_table.rows[0][0] == "c"
+    assert study.main_table.rows[0][-2:] == (2, 2)  # converged, of rows

@@ -124,3 +124,9 @@ def test_reads_like_a_sentence():
 def test_bad_options_are_refused(z0, options, error, message):
     with pytest.raises(error, match=message):
         fixpoint.estimate_memory(z0, **options)
+
+
+def test_a_chain_is_estimated_by_the_window_over_all_of_it():
+    chain = torch.empty(2, 200, 64, device="meta")
+    one, two = (fixpoint.estimate_memory(chain, solver=fixpoint.CausalQuasiNewton(memory=m)).states for m in (1, 2))
+    assert 4 <= one < two <= one + 2.1  # an input and an image of each step for each round that is remembered
