@@ -209,5 +209,7 @@ def formula() -> type[Formula]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def one_thread_and_seed() -> None:
+    """What a test draws does not depend on the tests before it."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)

@@ -108,7 +108,7 @@ def test_an_f_that_draws_sees_all_rows_though_most_have_ended(normal):
 
     def f(z, slope):
         sizes.append(len(z))
-        return slope * z + dropout(torch.ones_like(z))
+        return slope * z + 1 + dropout(torch.ones_like(z))
 
     fixpoint.solve(f, torch.zeros(10, 2, dtype=D), (slope,), solver=Picard(), rtol=1e-3, max_evals=200)
     assert len(sizes) > 50
