@@ -42,7 +42,7 @@ def run_speed(quick: bool, out: Path) -> Part:
 def run_quality(quick: bool, out: Path) -> Part:
     """Frechet distance and seconds."""
     images = 8 if quick else 2000
-    steps, others = ((4,), (3,)) if quick else ((25, 50, 100), (15, 20, 25))
+    steps, others = ((4,), (3,)) if quick else ((25, 50, 100, 1000), (15, 20, 25))
     results = quality.measure(quality.samplers(ddim_steps=steps, other_steps=others), images=images)
     return quality.text(results, images), quality.as_json(results, images), []
 
