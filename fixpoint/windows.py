@@ -22,6 +22,8 @@ _ACTIVE = -1
 _WILD = 100.0
 # States before the last are done at this share of the tolerance: later ones inherit and may enlarge what is left.
 _PRUDENCE = 4.0
+# A predicted error that falls to a third in every round will sum to half of itself over all that are to come.
+_FALLING = 3.0
 
 
 def drive(
@@ -226,7 +228,9 @@ class _Chains:
         good = (error <= allowed / _PRUDENCE) & inside
         good[:, 0] = True
         done = np.cumprod(good, axis=1).sum(axis=1)
-        finished = (self._end[rows] == self._sweeper.steps) & ((error <= allowed) | ~inside).all(axis=1)
+        left = _left(error, self._error[rows[:, None], np.minimum(step, self._sweeper.steps - 1)])
+        finished = (self._end[rows] == self._sweeper.steps) & ((left <= allowed) | ~inside).all(axis=1)
+        error = np.where(finished[:, None], left, error)
         done = np.where(finished, inside.sum(axis=1), done)
         done[failed] = 0
         self._grown[rows] += np.where(np.arange(growth.shape[1]) < done[:, None], growth, 0).sum(axis=1)
@@ -327,6 +331,15 @@ def _held(after: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
     sound = sane.cumprod(dim=1).bool()
     index = torch.minimum(torch.arange(after.shape[1], device=after.device), sound.sum(dim=1, keepdim=True) - 1)
     return after.gather(1, index[..., None].expand_as(after)), sound
+
+
+def _left(error: Array, error_before: Array) -> Array:
+    """``(B, W)``: predicted error of the states after a sweep, from that of the states before it and a round earlier.
+
+    That is the same again, to be safe, unless a round is seen to do better.
+    """
+    falling = np.isfinite(error_before) & (error <= error_before / _FALLING)
+    return np.where(falling, error / 2, error)
 
 
 def _growth(stretch: Array, scale: Array, inside: Array) -> Array:

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -146,7 +147,7 @@ def _draw(
         axes.plot(  # type: ignore[attr-defined]
             np.array(getattr(curve, what)) / scale(outcome.setting),
             curve.errors,
-            color=f"C{names.index(outcome.method) % 10}",
+            color=colormaps["tab20"](names.index(outcome.method)),
             linestyle="-" if ours else "--",
             linewidth=2.2 if ours else 1.1,
             label=outcome.method,

@@ -26,10 +26,11 @@ class CausalQuasiNewton(Solver):
     becomes exact whatever ``M`` is, so T rounds always do; a good ``M`` needs far fewer.
 
     ``N - X`` is the error that this model predicts of X, and so for the tolerance: a state is done, and is not
-    evaluated any more, when it and all before it have a predicted error of at most ``atol + rtol * ||N_k||``, the error
-    enlarged by as much as later steps are seen to enlarge it. A row of the batch has converged when its whole chain
-    has. ``Solution.residual`` is then the norm of the predicted errors; with ``certify`` it is what it is for every
-    solver, ``||f(z) - z||``, and the whole chain was evaluated at the states that are handed over.
+    evaluated any more, when it and all before it have a predicted error of at most ``atol + rtol * ||N_k||``, the
+    error enlarged by as much as later steps are seen to enlarge it. A row of the batch has converged when its whole
+    chain has; at the end, errors that fell to a third in the last round count half. ``Solution.residual`` is then the
+    norm of the predicted errors; with ``certify`` it is what it is for every solver, ``||f(z) - z||``, and the whole
+    chain was evaluated at the states that are handed over.
 
     It serves a :class:`~fixpoint.Recurrence`, any other :class:`~fixpoint.Chain`, and any f whose state
     ``(B, T, *shape)`` is strictly causal in its second dimension. Only a chain can be evaluated in part: otherwise

@@ -1,5 +1,6 @@
 """Windows that slide along chains: what is evaluated, who waits, and what a certificate finds."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from torch.testing import assert_close
 
 import fixpoint
 from fixpoint import CausalQuasiNewton, Recurrence, Status
+from fixpoint.windows import _left
 from tests.fixpoint.chains import Counted, gru, pendulum, relative_errors, solve
 
 
@@ -226,3 +228,23 @@ def test_states_that_enter_a_window_follow_their_slopes(slope):
     slopes = torch.full((61,), slope, dtype=torch.float64)
     chain = Recurrence(lambda x: slope * x + 1, torch.zeros(1, 2, dtype=torch.float64), steps=61, slopes=slopes)
     assert solve(chain, CausalQuasiNewton(window=10), rtol=1e-9).nfev == 7  # 1 state, then 10 a round
+
+
+def test_predicted_errors_count_half_once_they_fall_to_a_third():
+    error, before = np.array([[1.0, 1.0, 1.0, 1.0, 0.0]]), np.array([[3.0, 2.9, np.inf, 0.5, 0.0]])
+    assert _left(error, before).tolist() == [[0.5, 1.0, 1.0, 1.0, 0.0]]
+
+
+def test_chains_end_a_round_early_where_their_errors_fall_fast(monkeypatch):
+    # Error of every sample at the end, and rounds, with the rule and without it.
+    outcomes = {}
+    for rule in (_left, lambda error, error_before: error):
+        monkeypatch.setattr("fixpoint.windows._left", rule)
+        problem = gru(samples=40, steps=60)
+        solution = solve(problem, rtol=1e-3)
+        errors = relative_errors(solution.value, problem.sequential())
+        outcomes[rule] = float(solution.evals.double().mean()), float(errors.max()), float(solution.residual.max())
+    (early, error, residual), (late, _, residual_late) = outcomes.values()
+    assert early < late
+    assert error < 1e-3
+    assert residual <= 2 * residual_late
