@@ -98,11 +98,16 @@ _LOW = {dtype: torch.finfo(dtype).tiny ** 0.4 for dtype in _WIDE}
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """A row is done when ``norm(f(z) - z) <= atol + rtol * norm(f(z))``."""
+    """A row is done when ``norm(f(z) - z) <= atol + rtol * norm(f(z))``.
+
+    ``rounding`` is the relative rounding of f where that is coarser than the state's. It alters no tolerance: it says
+    where a row that gets no better has stagnated.
+    """
 
     rtol: float
     atol: float
     norm: Callable[[Tensor], Tensor] = row_norm
+    rounding: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):

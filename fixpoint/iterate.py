@@ -50,7 +50,7 @@ class Iterates:
 class Record:
     """Figures of every row so far, on the host: the best state that was evaluated, and whether the row has ended."""
 
-    def __init__(self, z: Tensor) -> None:
+    def __init__(self, z: Tensor, rounding: float) -> None:
         rows = len(z)
         self.z = z  # the best state of each row; tensors of the loop are never written to, so a reference will do
         self._own = False  # unless it was put together here
@@ -63,7 +63,7 @@ class Record:
         self.remaining = rows
         self.nfev = 0
         self.trace: list[Array] = []
-        self._floor = _ROUNDING_FLOOR * torch.finfo(z.dtype).eps
+        self._floor = _ROUNDING_FLOOR * max(torch.finfo(z.dtype).eps, rounding)
 
     def current(self, residual: Array) -> Array:
         """``residual`` of the rows that have not ended, and the final one of those that have."""
@@ -140,7 +140,7 @@ def iterate(
     ended are left out of what ``f`` sees. ``announce`` is given the record before it is filled.
     """
     state = solver.init(z)
-    best = Record(z)
+    best = Record(z, tolerance.rounding)
     announce(best)
     frozen: tuple[Tensor, Tensor] | None = None  # the rows that have ended, and their states
     due = 1

@@ -137,7 +137,7 @@ def solve(
         f=rows,
         z0=flat,
         solver=solver,
-        tolerance=Tolerance(rtol=rtol, atol=atol, norm=_norm(f, layout)),
+        tolerance=Tolerance(rtol=rtol, atol=atol, norm=_norm(f, layout), rounding=rows.surroundings.rounding),
         max_evals=max_evals,
         check_every=check_every,
         record=record,

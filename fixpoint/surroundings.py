@@ -51,6 +51,11 @@ class Surroundings:
         self._found: list[Tensor] = []
         self._random: list[Tensor] = []
 
+    @property
+    def rounding(self) -> float:
+        """Relative rounding of what autocast may make of f; 0 without it."""
+        return 0.0 if self.lower is None else torch.finfo(self.lower).eps
+
     def end(self) -> None:
         """The solve is over: further evaluations belong to backward."""
         self._ended = self.needed = self._began

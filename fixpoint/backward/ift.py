@@ -39,7 +39,7 @@ class IFT(Backward):
         max_evals: Vector-Jacobian products granted.
         on_failure: What to do about rows whose adjoint was not solved: "jfb" gives them the gradient of JFB (u = v) and
             "best" the best u that was found, both with one warning; "raise" raises. A row that has come to the rounding
-            of its dtype counts as solved.
+            of its dtype, or of autocast's, counts as solved.
 
     Raises:
         TypeError, ValueError: If an option is of the wrong type or out of range.
@@ -98,7 +98,8 @@ class IFT(Backward):
 
     def _solve(self, image: Map, v: Tensor, run: Run) -> Iterates:
         """The fixed point of a linear map, started at ``v``, which rows that fail go back to."""
-        tolerance = Tolerance(rtol=max(self.rtol, torch.finfo(v.dtype).eps), atol=0.0)
+        rtol = max(self.rtol, torch.finfo(v.dtype).eps)
+        tolerance = Tolerance(rtol=rtol, atol=0.0, rounding=run.tolerance.rounding)
         outcome = drive(
             image,
             v,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 import fixpoint
-from fixpoint import IFT, Picard
+from fixpoint import IFT, Picard, Status
 
 D = torch.float64
 
@@ -122,6 +122,28 @@ def test_the_steps_of_a_chain_run_under_autocast_and_its_states_do_not(normal):
     assert set(seen) == {(torch.float32, torch.bfloat16)}
     assert solution.value.dtype == torch.float32
     assert solution.converged.all()
+
+
+def test_rows_at_the_rounding_of_autocast_have_stagnated_and_their_adjoints_are_solved(normal):
+    cell, x = nn.Linear(16, 16), normal(64, 16).float().requires_grad_()
+    with low():
+        found = fixpoint.solve(
+            lambda z, x: torch.tanh(1.5 * cell(z) + x), torch.zeros(64, 16), (x,), rtol=1e-6, on_failure="ignore"
+        )
+    found.value.square().sum().backward()  # a warning would be an error
+    for solution in (found, found.adjoint):
+        assert set(solution.status.tolist()) == {Status.CONVERGED, Status.STAGNATED}
+        assert solution.nfev < 80
+
+
+def test_an_f_that_keeps_full_precision_under_autocast_is_solved_to_it(normal):
+    x = normal(5, 4).float().requires_grad_()
+    with low():
+        found = fixpoint.solve(lambda z, x: 0.5 * torch.sin(z) + x, torch.zeros(5, 4), (x,), rtol=1e-6)
+    found.value.square().sum().backward()
+    assert found.converged.all()
+    assert found.adjoint.converged.all()
+    assert float(found.adjoint.relative_residual.max()) <= 1e-6
 
 
 def test_a_second_derivative_runs_under_the_autocast_of_forward(solve_from_zeros, cell_class, x):
