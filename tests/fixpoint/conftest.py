@@ -208,6 +208,24 @@ def formula() -> type[Formula]:
     return Formula
 
 
+@pytest.fixture(name="A")
+def weight() -> Tensor:
+    """Of the map in ``differentiated``."""
+    return 0.3 * make_normal(3, 3, seed=3)
+
+
+@pytest.fixture(name="b")
+def bias() -> Tensor:
+    """Of the map in ``differentiated``."""
+    return make_normal(2, 3, seed=4)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """What a cell of four is fed; a leaf."""
+    return make_normal(6, 4).requires_grad_()
+
+
 @pytest.fixture(autouse=True)
 def one_thread_and_seed() -> None:
     """What a test draws does not depend on the tests before it."""

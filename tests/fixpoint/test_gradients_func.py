@@ -10,44 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 import fixpoint
 from fixpoint import IFT, JFB, ConvergenceWarning, Phantom, Picard, StochasticJFB, Unroll
-
-D = torch.float64
-TIGHT = {"rtol": 1e-13, "max_evals": 300}
-EXACT = IFT(rtol=1e-13, max_evals=300)
-Z0 = torch.zeros(2, 3, dtype=D)
+from tests.fixpoint.differentiated import EXACT, TIGHT, Z0, D, f, iterated, solved, squared
 
 # torch.func's own rules for some products still use a deprecated part of PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-
-
-def f(z, A, b):
-    return torch.tanh(z @ A.T + b)
-
-
-def solved(A, b, *, backward=EXACT, **options):
-    return fixpoint.solve(f, Z0, (A, b), backward=backward, **{**TIGHT, **options}).value
-
-
-def iterated(A, b):
-    """The oracle: plain iteration long past convergence, differentiated by PyTorch as it stands."""
-    z = Z0
-    for _ in range(80):
-        z = f(z, A, b)
-    return z
-
-
-@pytest.fixture(name="A")
-def weight(normal):
-    return 0.3 * normal(3, 3, seed=3)
-
-
-@pytest.fixture(name="b")
-def bias(normal):
-    return normal(2, 3, seed=4)
-
-
-def squared(value):
-    return lambda *arguments: value(*arguments).square().sum()
 
 
 def assert_same(transform):

@@ -12,6 +12,7 @@ import torch
 
 import fixpoint
 from fixpoint import IFT, Broyden, FixedPointLayer, Reversible
+from tests.fixpoint.differentiated import gradients
 
 D = torch.float64
 OPTIONS = {"solver": Broyden(memory=40), "rtol": 1e-10, "max_evals": 200}
@@ -20,10 +21,6 @@ OPTIONS = {"solver": Broyden(memory=40), "rtol": 1e-10, "max_evals": 200}
 def solve(f, z0, args=(), *, rule, **options):
     """The value, by a copy of the rule."""
     return fixpoint.solve(f, z0, args, backward=copy.deepcopy(rule), **{**OPTIONS, **options}).value
-
-
-def gradients(value, *leaves):
-    return torch.autograd.grad(value.square().sum(), leaves)
 
 
 @pytest.fixture

@@ -12,17 +12,9 @@ from torch.nn.functional import dropout
 
 import fixpoint
 from fixpoint import IFT, Picard
+from tests.fixpoint.differentiated import gradients
 
 D = torch.float64
-
-
-@pytest.fixture
-def x(normal):
-    return normal(6, 4).requires_grad_()
-
-
-def gradients(value, *leaves):
-    return torch.autograd.grad(value.square().sum(), leaves)
 
 
 class Dropped(nn.Module):

@@ -15,17 +15,9 @@ from torch import nn
 import fixpoint
 from fixpoint import IFT, JFB, Picard
 from fixpoint.surroundings import modules_of
+from tests.fixpoint.differentiated import gradients
 
 D = torch.float64
-
-
-@pytest.fixture
-def x(normal):
-    return normal(6, 4).requires_grad_()
-
-
-def gradients(value, *leaves):
-    return torch.autograd.grad(value.square().sum(), leaves)
 
 
 class Normalised(nn.Module):

@@ -32,6 +32,7 @@ from fixpoint import (
     StochasticJFB,
     Unroll,
 )
+from tests.fixpoint.differentiated import gradients
 
 D = torch.float64
 WORKER = Path(__file__).parent / "distributed_worker.py"
@@ -40,10 +41,6 @@ WORKER = Path(__file__).parent / "distributed_worker.py"
 def make_layer(f, rule, **options):
     solver = Broyden(memory=40) if isinstance(rule, SHINE) else Picard()
     return FixedPointLayer(f, backward=copy.deepcopy(rule), **{"solver": solver, "rtol": 1e-8, **options})
-
-
-def gradients(value, *leaves):
-    return torch.autograd.grad(value.square().sum(), leaves)
 
 
 @pytest.fixture
