@@ -129,6 +129,20 @@ def test_a_prediction_of_zero_is_not_taken_at_its_word():
     assert not judge(guard, 0.2, 1e-17)[0]
 
 
+@pytest.mark.parametrize(("share", "trusted"), [(0.012, True), (0.008, False)])
+def test_a_difference_that_the_others_nearly_hold_is_not_trusted(share, trusted):
+    # Second differences of the residual lie by a share of about so much outside the first.
+    z = torch.tensor([[[0.0, 0.0]], [[1.0, 0.3]], [[1.7, 0.9]]], dtype=torch.float64)
+    g = torch.tensor([[[4.0, 1.0]], [[3.0, 1.0]], [[2.0, 1.0 + share]]], dtype=torch.float64)
+    solver = Anderson(memory=3)
+    state = solver.init(z[0])
+    for point, residual in zip(z, g, strict=True):
+        proposed, state = solver.step(point, point + residual, state)
+    accelerated = float((proposed - z[2] - g[2]).norm())
+    assert (accelerated > 10) == trusted
+    assert trusted or accelerated == 0
+
+
 def test_the_first_plain_step_tells_how_much_growth_is_ordinary():
     guard = _Guard.start(np.array([1.0]), np.array([25.0]))._replace(bound=np.array([1.0]))
     assert judge(guard, 2499.0, 0.5)[0]
