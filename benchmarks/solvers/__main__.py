@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from benchmarks.solvers import report
 from benchmarks.solvers.cases import Case, grouped
+from benchmarks.solvers.contestants import installed_runners
 from benchmarks.solvers.floor import floor
 from benchmarks.solvers.problems import cases
-from benchmarks.solvers.runners import Runner, installed_runners, run_cases
+from benchmarks.solvers.runners import Runner, run_cases
 from benchmarks.solvers.standings import Result, targets
 
 

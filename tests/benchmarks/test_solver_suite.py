@@ -14,10 +14,11 @@ import torch
 import fixpoint
 from benchmarks.solvers import __main__ as cli
 from benchmarks.solvers.cases import Case, SuiteProblem, grouped
+from benchmarks.solvers.contestants import OURS, installed_runners
 from benchmarks.solvers.counting import Counted, EndedError, solves
 from benchmarks.solvers.floor import floor
 from benchmarks.solvers.problems import PROBLEMS
-from benchmarks.solvers.runners import OURS, Outcome, Runner, installed_runners, own_tolerance, run_cases
+from benchmarks.solvers.runners import Outcome, Runner, own_tolerance, run_cases
 from benchmarks.solvers.standings import Result, Target, geometric_mean, performance_profile, targets
 
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
