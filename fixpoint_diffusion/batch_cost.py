@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -43,10 +44,10 @@ class BatchCost:
         The chain does not count these calls.
         """
         samples, largest = len(chain.x_T), len(chain.x_T) * chain.steps
-        sizes, seconds = [samples], [_seconds(chain, samples, warm=True)]
+        sizes, seconds = [samples], [_seconds(chain, samples, calls=4)]
         while sizes[-1] < largest and 4 * seconds[-1] < _SHARE * chain.steps * seconds[0]:
             size = min(4 * sizes[-1], largest)
-            took = _seconds(chain, size, warm=False)
+            took = _seconds(chain, size)
             cheaper = took / size < _WORTH * seconds[-1] / sizes[-1]
             sizes, seconds = [*sizes, size], [*seconds, took]
             if not cheaper:
@@ -73,20 +74,21 @@ class BatchCost:
         return samples * min(windows, key=expected)
 
 
-def _seconds(chain: SamplingChain, rows: int, *, warm: bool) -> float:
+def _seconds(chain: SamplingChain, rows: int, *, calls: int = 1) -> float:
+    """The least time of so many calls: the first may have to warm up, and the machine may have been busy elsewhere."""
     sample = torch.arange(rows) % len(chain.x_T)
     step = torch.arange(rows) % chain.steps
     x = chain.x_T[sample.to(chain.x_T.device)]
-    counted = chain.rounds, chain.evals
+    counted, least = (chain.rounds, chain.evals), math.inf
     with torch.no_grad():
-        if warm:
+        for _ in range(calls):
+            _wait(x)
+            start = time.perf_counter()
             chain.denoise(x, sample, step)
-        _wait(x)
-        start = time.perf_counter()
-        chain.denoise(x, sample, step)
-        _wait(x)
+            _wait(x)
+            least = min(least, time.perf_counter() - start)
     chain.rounds, chain.evals = counted
-    return time.perf_counter() - start
+    return least
 
 
 def _wait(x: torch.Tensor) -> None:
