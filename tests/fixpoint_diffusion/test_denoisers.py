@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fixpoint_diffusion.checksums import verify_checksums, write_checksums
 from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, DiffusersDenoiser, embedded, embedded_folder, load_denoiser
+from tests.fixpoint_diffusion.tiny import tiny_unet
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -31,23 +32,17 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def tiny_unet(**options: object) -> nn.Module:
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        **options,
-    ).eval()
+def attentive_unet(**options: object) -> nn.Module:
+    blocks = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    return tiny_unet(**blocks, **options)
 
 
 @pytest.fixture
 def unet() -> nn.Module:
-    return tiny_unet()
+    return attentive_unet()
 
 
 @pytest.fixture
@@ -183,7 +178,7 @@ def test_another_model_class_of_diffusers_loads_by_its_name(tmp_path: Path) -> N
 
 def test_loading_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
     # Fourier time embeddings draw their frequencies whenever the model is built.
-    tiny_unet(time_embedding_type="fourier").save_pretrained(tmp_path)
+    attentive_unet(time_embedding_type="fourier").save_pretrained(tmp_path)
     state = torch.get_rng_state()
     load_denoiser(tmp_path)
     assert torch.equal(state, torch.get_rng_state())

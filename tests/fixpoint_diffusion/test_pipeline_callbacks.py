@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fixpoint
 from fixpoint_diffusion.pipelines import ParallelDDIMPipeline, ParallelStableDiffusionPipeline
+from tests.fixpoint_diffusion.tiny import tiny_conditional_unet, tiny_unet
 
 PROMPTS = {
     "prompt_embeds": torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)),
@@ -24,16 +25,7 @@ PROMPTS = {
 @pytest.fixture(scope="module")
 def unet() -> nn.Module:
     torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=4,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=4,
-    ).eval()
+    return tiny_conditional_unet()
 
 
 @pytest.fixture
@@ -131,15 +123,8 @@ def test_original_frees_the_hooks_of_the_real_network(
 
 def test_stand_ins_are_seen_by_nobody_while_the_chain_is_solved(unet: nn.Module) -> None:
     torch.manual_seed(0)
-    network = diffusers.UNet2DModel(
-        sample_size=4,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
+    network = tiny_unet(
+        sample_size=4, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
     )
     pipe = ParallelDDIMPipeline(network, DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)

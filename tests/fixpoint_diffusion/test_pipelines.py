@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import fixpoint
 from fixpoint_diffusion import pipelines
+from tests.fixpoint_diffusion.tiny import tiny_conditional_unet, tiny_unet
 
 TIGHT: dict[str, Any] = {"solver": fixpoint.Picard(), "rtol": 1e-6}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -25,16 +26,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 @pytest.fixture(scope="module")
 def unet() -> nn.Module:
     torch.manual_seed(0)
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    ).eval()
+    return tiny_unet()
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +54,7 @@ def transformer() -> nn.Module:
 @pytest.fixture(scope="module")
 def stable_diffusion(vae: nn.Module) -> dict[str, Any]:
     torch.manual_seed(3)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=4,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=4,
-    )
+    unet = tiny_conditional_unet()
     words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
     text = CLIPTextConfig(
         vocab_size=len(words),
