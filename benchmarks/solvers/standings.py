@@ -92,6 +92,12 @@ def above_floor(results: Sequence[Result], floors: Mapping[str, int], names: Seq
     return geometric_mean(mine / least for mine, least in pairs if mine < math.inf)
 
 
+def in_hindsight(results: Sequence[Result], name: str) -> float:
+    """Fastest of all solvers / the named one, geometric mean over the solvable cases that this one solves."""
+    solved = [r for r in results if r.case.solvable and name in r.outcomes and math.isfinite(r.evaluations(name))]
+    return geometric_mean(r.best(list(r.outcomes)) / r.evaluations(name) for r in solved)
+
+
 def _robust(results: Sequence[Result], names: Sequence[str]) -> Target:
     missed = [r for r in results if math.isfinite(r.best(names)) and r.outcomes["Anderson"].evaluations is None]
     solved = sum(math.isfinite(r.best(names)) for r in results)

@@ -19,7 +19,7 @@ from benchmarks.solvers.counting import Counted, EndedError, solves
 from benchmarks.solvers.floor import floor
 from benchmarks.solvers.problems import PROBLEMS
 from benchmarks.solvers.runners import Outcome, Runner, own_tolerance, run_cases
-from benchmarks.solvers.standings import Result, Target, geometric_mean, performance_profile, targets
+from benchmarks.solvers.standings import Result, Target, geometric_mean, in_hindsight, performance_profile, targets
 
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
 UNSOLVABLE = [problem for problem in PROBLEMS if not problem.solvable]
@@ -203,6 +203,13 @@ def verdicts(
         for row in rows
     ]
     return "".join("P" if target.met else "F" for target in targets(results, runners))
+
+
+def test_hindsight_takes_the_fastest_of_all_on_what_the_named_one_solves() -> None:
+    case = halving(1e-3, limit=300)[0]
+    counts = ({"a": 40, "b": 10}, {"a": 40, "b": None}, {"a": None, "b": 5}, {"b": 5})
+    results = [Result(case, {name: Outcome(n, False, None) for name, n in row.items()}) for row in counts]
+    assert in_hindsight(results, "a") == pytest.approx(0.5)  # of 1/4 and 1
 
 
 def test_targets_pass_and_fail_one_by_one() -> None:
