@@ -44,7 +44,7 @@ class BatchCost:
         The chain does not count these calls.
         """
         samples, largest = len(chain.x_T), len(chain.x_T) * chain.steps
-        sizes, seconds = [samples], [_seconds(chain, samples, calls=4)]
+        sizes, seconds = [samples], [_seconds(chain, samples, calls=2 + min(2, chain.steps // 100))]
         while sizes[-1] < largest and 4 * seconds[-1] < _SHARE * chain.steps * seconds[0]:
             size = min(4 * sizes[-1], largest)
             took = _seconds(chain, size)
