@@ -55,7 +55,7 @@ class CausalQuasiNewton(Solver):
         >>> walk = fixpoint.Recurrence(lambda x, u: 0.9 * x + u, torch.zeros(2, 1), inputs=(torch.ones(2, 100, 1),))
         >>> solution = fixpoint.solve(walk, solver=fixpoint.CausalQuasiNewton(), rtol=1e-6)
         >>> round(float(solution.value[0, -1]), 2), solution.nfev
-        (10.0, 4)
+        (10.0, 3)
     """
 
     memory: int = 2
