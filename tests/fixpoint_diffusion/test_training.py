@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 import signal
 
 import pytest
@@ -43,7 +42,7 @@ class Press(TinyModel):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls += 1
         if self.calls == self.at:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return super().forward(x, t)
 
 
@@ -86,8 +85,8 @@ def test_training_leaves_the_global_random_state_and_the_signal_handler_alone(tm
 def test_second_ctrl_c_stops_at_once(tmp_path, images: Tensor) -> None:
     class PressTwice(TinyModel):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             return super().forward(x, t)
 
     with pytest.raises(KeyboardInterrupt):
