@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -82,6 +83,15 @@ def test_training_leaves_the_global_random_state_and_the_signal_handler_alone(tm
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.fixture
+def ctrl_c_as_usual() -> Iterator[None]:
+    """A shell that starts the tests in the background has them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_as_usual")
 def test_second_ctrl_c_stops_at_once(tmp_path, images: Tensor) -> None:
     class PressTwice(TinyModel):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
