@@ -22,6 +22,7 @@ _ACTIVE = -1
 # A row has stagnated when its best residual is this near to rounding and did not fall for this many evaluations.
 _ROUNDING_FLOOR = 50.0
 _PATIENCE = 10
+_LARGEST_FLOOR = 0.05  # a row that is farther off has not been stopped by rounding, not even that of bfloat16
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Record:
         self.remaining = rows
         self.nfev = 0
         self.trace: list[Array] = []
-        self._floor = _ROUNDING_FLOOR * max(torch.finfo(z.dtype).eps, rounding)
+        self._floor = min(_ROUNDING_FLOOR * max(torch.finfo(z.dtype).eps, rounding), _LARGEST_FLOOR)
 
     def current(self, residual: Array) -> Array:
         """``residual`` of the rows that have not ended, and the final one of those that have."""

@@ -258,3 +258,12 @@ def test_a_fixed_depth_run_flags_rows_that_broke():
     sol = fixpoint.solve(lambda z: slope * z + 1, torch.ones(2, 1), solver=Anderson(), depth=2)
     assert sol.status.tolist() == [Status.NON_FINITE, Status.MAX_EVALS]
     assert sol.value[1].isfinite().all()
+
+
+def test_a_row_far_from_solved_has_not_stagnated_whatever_the_rounding():
+    def f(z):  # plain iteration goes to and fro, by a fifth in the first row and by a hundredth in the second
+        return torch.tensor([[2.2], [2.01]], dtype=z.dtype) - z
+
+    z0 = torch.ones(2, 4, dtype=torch.bfloat16)
+    solution = fixpoint.solve(f, z0, solver=fixpoint.Picard(), rtol=1e-3, max_evals=30, on_failure="ignore")
+    assert solution.status.tolist() == [Status.MAX_EVALS, Status.STAGNATED]
