@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fixpoint.compaction import Compaction
 from fixpoint.convergence import Array, Status, Tolerance
+from fixpoint.error_control import accept, log_amplification, log_growth
 from fixpoint.iterate import Iterates, Map, Watcher, figures_like, iterate, like
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.causal import CausalSweep
@@ -20,10 +21,6 @@ from fixpoint.surroundings import without_autocast
 _ACTIVE = -1
 # A state so many times larger than all before it is a wrong model's, not the chain's.
 _WILD = 100.0
-# States before the last are done at this share of the tolerance: later ones inherit and may enlarge what is left.
-_PRUDENCE = 4.0
-# A predicted error that falls to a third in every round will sum to half of itself over all that are to come.
-_FALLING = 3.0
 
 
 def drive(
@@ -219,19 +216,14 @@ class _Chains:
         failed = ~finite[:, 0]  # the input of a window's first state is exact
         limit = self._tolerance.atol + self._tolerance.rtol * scale
         error[:, 0] = 0.0
-        growth = _growth(stretch, scale, inside)
+        growth = log_growth(stretch, scale, inside)
         # Beyond the window, errors are taken to grow at the pace seen so far.
         pace = np.maximum(self._grown[rows], 0) / np.maximum(self.done[rows], 1)
         beyond = pace * (self._sweeper.steps - self._end[rows])
-        ahead = np.minimum(_amplification(growth) + beyond[:, None], 700)
+        ahead = np.minimum(log_amplification(growth) + beyond[:, None], 700)
         allowed = np.where(trusted, limit / np.exp(ahead), -1)
-        good = (error <= allowed / _PRUDENCE) & inside
-        good[:, 0] = True
-        done = np.cumprod(good, axis=1).sum(axis=1)
-        left = _left(error, self._error[rows[:, None], np.minimum(step, self._sweeper.steps - 1)])
-        finished = (self._end[rows] == self._sweeper.steps) & ((left <= allowed) | ~inside).all(axis=1)
-        error = np.where(finished[:, None], left, error)
-        done = np.where(finished, inside.sum(axis=1), done)
+        before = self._error[rows[:, None], np.minimum(step, self._sweeper.steps - 1)]
+        done, error = accept(error, before, allowed, inside, self._end[rows] == self._sweeper.steps)
         done[failed] = 0
         self._grown[rows] += np.where(np.arange(growth.shape[1]) < done[:, None], growth, 0).sum(axis=1)
         row, place = np.nonzero(inside)
@@ -331,29 +323,3 @@ def _held(after: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
     sound = sane.cumprod(dim=1).bool()
     index = torch.minimum(torch.arange(after.shape[1], device=after.device), sound.sum(dim=1, keepdim=True) - 1)
     return after.gather(1, index[..., None].expand_as(after)), sound
-
-
-def _left(error: Array, error_before: Array) -> Array:
-    """``(B, W)``: predicted error of the states after a sweep, from that of the states before it and a round earlier.
-
-    That is the same again, to be safe, unless a round is seen to do better.
-    """
-    falling = np.isfinite(error_before) & (error <= error_before / _FALLING)
-    return np.where(falling, error / 2, error)
-
-
-def _growth(stretch: Array, scale: Array, inside: Array) -> Array:
-    """``(B, W)``: logarithm of what each step makes of a relative error.
-
-    ``stretch`` are the norms of what each step was seen to make of a displacement, and of that displacement.
-    """
-    with np.errstate(all="ignore"):
-        before = np.concatenate((scale[:, :1], scale[:, :-1]), axis=1)
-        growth = np.log(stretch[0] / stretch[1] * before / scale)
-    return np.where(np.isfinite(growth) & inside, growth, 0)
-
-
-def _amplification(growth: Array) -> Array:
-    """``(B, W)``: logarithm of how many times larger later states will show a state's relative error, at least 0."""
-    total = np.cumsum(growth, axis=1)
-    return np.maximum.accumulate(total[:, ::-1], axis=1)[:, ::-1] - total

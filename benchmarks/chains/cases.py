@@ -34,7 +34,7 @@ class Setting:
 
 
 _OURS = 16
-# Samples of the peers: a run of all of them at T=1000 costs as much as sixteen thousand images of one step.
+# Samples of the peers, which take many rows where T is large.
 _PEERS = {
     "unet": {25: 16, 50: 8, 100: 4, 200: 1, 1000: 1},
     "fpdm": {25: 4, 50: 1, 100: 0, 1000: 0},

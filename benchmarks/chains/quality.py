@@ -44,7 +44,10 @@ def samplers(*, ddim_steps: tuple[int, ...], other_steps: tuple[int, ...]) -> di
 def measure(
     chosen: Mapping[str, Sampler], *, images: int, repeats: int = 3, alone_only: Container[str] = ()
 ) -> list[Quality]:
-    """Every sampler's distance to the training digits, from the same initial noise, and its times."""
+    """Every sampler's distance to the training digits, from the same initial noise, and its times.
+
+    Those named in ``alone_only`` make single images and no batch.
+    """
     reference = split_held_out(load_digits())[0].images
     batches = [range(first, min(first + _BATCH, images)) for first in range(0, images, _BATCH)]
     results = []

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gpu_chains
 from benchmarks.chains import __main__ as cli
-from benchmarks.chains import curves, rounds, speed
+from benchmarks.chains import curves, quality, rounds, speed
 from benchmarks.chains.cases import FULL, Setting, batch, chain
 from benchmarks.chains.curves import Curve, Outcome, spread
 from benchmarks.chains.methods import BY_NAME, FULL_WINDOW, METHODS, RTOL
@@ -127,3 +127,18 @@ def test_the_script_for_gpus_runs_small_or_says_why_not(
     assert gpu_chains.main(["--out", str(tmp_path / "none")]) == 0
     assert "no CUDA device" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
+
+
+def test_quality_measures_batches_and_single_images_and_leaves_out_what_it_is_told_to() -> None:
+    made: list[int] = []
+
+    def sampler(samples: range) -> torch.Tensor:
+        made.append(len(samples))
+        return load_digits().images[: len(samples)]
+
+    digits, alone = quality.measure({"a": sampler, "b": sampler}, images=300, repeats=2, alone_only={"b"})
+    assert made == [1, 1, 250, 50, 1, 1]
+    assert digits.distance is not None and digits.distance > 0
+    assert alone.distance is alone.batched is None
+    line = quality.text([digits, alone], 300).splitlines()[-1].split()
+    assert line == ["b", "-", f"{1e3 * alone.alone:.1f}", "-"]

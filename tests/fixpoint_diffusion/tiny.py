@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
+import pytest
 from torch import nn
+
+diffusers = pytest.importorskip("diffusers")
 
 
 def tiny_unet(**options: Any) -> nn.Module:
