@@ -138,7 +138,8 @@ def test_quality_measures_batches_and_single_images_and_leaves_out_what_it_is_to
 
     digits, alone = quality.measure({"a": sampler, "b": sampler}, images=300, repeats=2, alone_only={"b"})
     assert made == [1, 1, 250, 50, 1, 1]
-    assert digits.distance is not None and digits.distance > 0
+    assert digits.distance is not None
+    assert digits.distance > 0
     assert alone.distance is alone.batched is None
     line = quality.text([digits, alone], 300).splitlines()[-1].split()
     assert line == ["b", "-", f"{1e3 * alone.alone:.1f}", "-"]
