@@ -30,7 +30,7 @@ import fixpoint
 from benchmarks.overhead import CONTESTANTS, PEERS, SIZES, SOLVERS, Map, Size, affine, f_alone, fastest, ours, timed
 from benchmarks.solvers.report import targets_text
 from benchmarks.solvers.standings import Target
-from fixpoint import provenance
+from fixpoint.bench import provenance
 from fixpoint.solvers.history import History
 
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]

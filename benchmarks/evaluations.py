@@ -21,8 +21,8 @@ from torch import Tensor
 from torchdeq.solver import get_solver
 
 import fixpoint
-from fixpoint import provenance
-from fixpoint.problems import CLASSICAL
+from fixpoint.bench import provenance
+from fixpoint.bench.problems import CLASSICAL
 
 RTOL = 1e-5
 LIMIT = 300

@@ -24,7 +24,8 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
 from benchmarks.overhead import fastest
-from fixpoint import CausalQuasiNewton, provenance
+from fixpoint import CausalQuasiNewton
+from fixpoint.bench import provenance
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, sample
 from fixpoint_diffusion.denoisers import DiffusersDenoiser
 

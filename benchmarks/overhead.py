@@ -30,7 +30,7 @@ from torchdeq.solver import get_solver
 import fixpoint
 from benchmarks.solvers.report import targets_text
 from benchmarks.solvers.standings import Target, geometric_mean
-from fixpoint import provenance
+from fixpoint.bench import provenance
 
 Map = Callable[[Tensor], Tensor]
 Run = Callable[[Map, Tensor, int], object]

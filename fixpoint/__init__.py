@@ -9,13 +9,13 @@ from fixpoint.backward.reversible import Reversible
 from fixpoint.backward.shine import SHINE
 from fixpoint.backward.stochastic_jfb import MultiStepJFB, StochasticJFB
 from fixpoint.backward.unroll import Unroll
-from fixpoint.convergence import ConvergenceError, ConvergenceWarning, Status
+from fixpoint.bench.registry import Problem, RegisteredProblem, available_problems, load_problem
+from fixpoint.chains.causal import CausalQuasiNewton
+from fixpoint.chains.recurrence import Chain, Recurrence
+from fixpoint.engine.tolerance import ConvergenceError, ConvergenceWarning, Status
 from fixpoint.layer import FixedPointLayer
 from fixpoint.memory import MemoryEstimate, estimate_memory
-from fixpoint.problems import Problem, RegisteredProblem, available_problems, load_problem
 from fixpoint.progress import ProgressBar
-from fixpoint.recurrence import Chain, Recurrence
-from fixpoint.regularisation import correction_loss, jacobian_penalty, spectral_radius
 from fixpoint.root import root
 from fixpoint.solution import Progress, Solution
 from fixpoint.solve import solve
@@ -23,8 +23,8 @@ from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.blockwise import Blockwise
 from fixpoint.solvers.broyden import Broyden
-from fixpoint.solvers.causal import CausalQuasiNewton
 from fixpoint.solvers.picard import Picard
+from fixpoint.training import correction_loss, jacobian_penalty, spectral_radius
 
 __version__ = "0.1.0"
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fixpoint.engine.layout import Layout, map_leaves
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver, require_count
-from fixpoint.structure import Layout, map_leaves
 
 
 @dataclass(frozen=True, kw_only=True)

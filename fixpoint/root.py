@@ -12,15 +12,15 @@ from torch import Tensor
 
 from fixpoint.backward.base import Backward, Run
 from fixpoint.backward.ift import IFT
-from fixpoint.compiling import outside_graphs
-from fixpoint.convergence import Status, row_norm
+from fixpoint.engine.compiling import outside_graphs
+from fixpoint.engine.layout import Layout, map_leaves, paired_leaves
+from fixpoint.engine.loop import Iterates
+from fixpoint.engine.tolerance import Status, row_norm
 from fixpoint.interop.numpy import accepts_arrays
-from fixpoint.iterate import Iterates
 from fixpoint.solution import Progress, Solution
 from fixpoint.solve import OnFailure, report, solve
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.broyden import Broyden
-from fixpoint.structure import Layout, map_leaves, paired_leaves
 
 # The solve aims inside the tolerance, so that rounding between g and the relaxation seldom decides who has met it.
 _AIM = 0.9

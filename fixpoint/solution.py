@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpoint.convergence import Status
-from fixpoint.iterate import Iterates
-from fixpoint.structure import Layout
-from fixpoint.transforms import plain
+from fixpoint.engine.layout import Layout
+from fixpoint.engine.loop import Iterates
+from fixpoint.engine.tolerance import Status
+from fixpoint.engine.transforms import plain
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from fixpoint.backward.base import Backward, Run
 from fixpoint.backward.ift import IFT
-from fixpoint.compaction import Compaction
-from fixpoint.compiling import outside_graphs
-from fixpoint.convergence import ConvergenceError, ConvergenceWarning, OnFailure, Tolerance, row_norm
-from fixpoint.evaluation import RowMap
+from fixpoint.engine.compaction import Compaction
+from fixpoint.engine.compiling import outside_graphs
+from fixpoint.engine.evaluation import RowMap
+from fixpoint.engine.layout import Layout
+from fixpoint.engine.loop import Iterates, Record
+from fixpoint.engine.tolerance import ConvergenceError, ConvergenceWarning, OnFailure, Tolerance, row_norm
+from fixpoint.engine.transforms import transformed
 from fixpoint.interop.numpy import accepts_arrays
-from fixpoint.iterate import Iterates, Record
 from fixpoint.solution import Later, Progress, Solution
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver, require_count
-from fixpoint.structure import Layout
-from fixpoint.transforms import transformed
 
 
 @outside_graphs

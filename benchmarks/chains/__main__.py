@@ -17,7 +17,7 @@ from benchmarks.chains import quality, rounds, speed
 from benchmarks.chains.cases import FULL, QUICK
 from benchmarks.solvers.report import targets_text
 from benchmarks.solvers.standings import Target
-from fixpoint import provenance
+from fixpoint.bench import provenance
 
 Part = tuple[str, dict[str, object], list[Target]]
 

@@ -14,7 +14,7 @@ from benchmarks.gradients.experiments import DEPTHS, FORWARD_RTOLS, Outcome
 from benchmarks.gradients.measuring import Figures
 from benchmarks.gradients.methods import LEVELS, SOLVERS
 from benchmarks.solvers.standings import Target, geometric_mean
-from fixpoint import provenance
+from fixpoint.bench import provenance
 
 FLAT = ("IFT", "Phantom", "JFB", "MultiStepJFB", "StochasticJFB")  # the rules whose memory must not grow
 ERROR_TARGET = 1e-5

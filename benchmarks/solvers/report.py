@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.solvers.runners import Runner
 from benchmarks.solvers.standings import Result, Target, above_floor, geometric_mean, in_hindsight, performance_profile
-from fixpoint import provenance
+from fixpoint.bench import provenance
 
 _FACTORS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 _PEERS = ("torchdeq", "jaxopt", "jax", "jaxlib")

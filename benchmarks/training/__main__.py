@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.training.runs import RULES, Outcome, train_all
 from benchmarks.training.tasks import TASKS, Task
-from fixpoint import provenance
+from fixpoint.bench import provenance
 
 Outcomes = Mapping[str, Outcome]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fixpoint.backward.base import Run
 from fixpoint.backward.explicit import Solve, solve_explicitly
-from fixpoint.iterate import Iterates
-from fixpoint.transforms import transformed
+from fixpoint.engine.loop import Iterates
+from fixpoint.engine.transforms import transformed
 
 Exact = Callable[[Tensor], "tuple[Tensor | None, ...] | None"]
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fixpoint.backward.explicit import Solve, solve_explicitly
-from fixpoint.compaction import Compaction
-from fixpoint.convergence import OnFailure, Tolerance
-from fixpoint.iterate import Iterates, Map, Record, Watcher, advance
+from fixpoint.chains.windows import drive
+from fixpoint.engine.compaction import Compaction
+from fixpoint.engine.loop import Iterates, Map, Record, Watcher, advance
+from fixpoint.engine.tolerance import OnFailure, Tolerance
+from fixpoint.engine.transforms import Explicit
 from fixpoint.solvers.base import Solver
-from fixpoint.transforms import Explicit
-from fixpoint.windows import drive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpoint.iterate import Iterates, Map
-from fixpoint.transforms import Explicit
+from fixpoint.engine.loop import Iterates, Map
+from fixpoint.engine.transforms import Explicit
 
 Solve = Callable[[Map, Tensor], Iterates]
 Report = Callable[[Iterates], None]

@@ -11,12 +11,12 @@ from torch import Tensor
 from fixpoint.backward.adjoint import attach_adjoint
 from fixpoint.backward.base import Backward, Run
 from fixpoint.backward.explicit import solve_explicitly, vector_jacobian_product
-from fixpoint.convergence import OnFailure, Status, Tolerance
-from fixpoint.iterate import Iterates, Map
+from fixpoint.chains.windows import drive
+from fixpoint.engine.loop import Iterates, Map
+from fixpoint.engine.tolerance import OnFailure, Status, Tolerance
+from fixpoint.engine.transforms import ClosureError, depends_on_nothing_else
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver, require_count
-from fixpoint.transforms import ClosureError, depends_on_nothing_else
-from fixpoint.windows import drive
 
 FailedRows = Literal["jfb", "best", "raise"]
 

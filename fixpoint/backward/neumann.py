@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fixpoint.backward.adjoint import attach_adjoint
 from fixpoint.backward.base import Backward, Run
-from fixpoint.iterate import Iterates, Map, advance
+from fixpoint.engine.loop import Iterates, Map, advance
 from fixpoint.solvers.base import require_count
 from fixpoint.solvers.picard import Picard
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fixpoint.backward.adjoint import refuse_second_order
 from fixpoint.backward.base import Backward, Run
-from fixpoint.iterate import Iterates, advance
+from fixpoint.engine.loop import Iterates, advance
+from fixpoint.engine.transforms import Explicit, depends_on_nothing_else
 from fixpoint.solvers.base import require_count, small_dtype
 from fixpoint.solvers.picard import Picard
-from fixpoint.transforms import Explicit, depends_on_nothing_else
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fixpoint.backward.adjoint import attach_adjoint
 from fixpoint.backward.base import Backward, Run
-from fixpoint.convergence import Tolerance
-from fixpoint.iterate import Iterates, Map, iterate
+from fixpoint.engine.loop import Iterates, Map, iterate
+from fixpoint.engine.tolerance import Tolerance
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.broyden import Broyden
 

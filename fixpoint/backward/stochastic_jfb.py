@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fixpoint.backward.base import Backward, Run
-from fixpoint.iterate import Iterates
+from fixpoint.engine.loop import Iterates
 
 
 @dataclass(frozen=True, kw_only=True)

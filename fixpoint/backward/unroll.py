@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fixpoint.backward.base import Backward, Run
-from fixpoint.iterate import Iterates
+from fixpoint.engine.loop import Iterates
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fixpoint.engine.layout import leaves, map_leaves
 from fixpoint.solution import Solution
-from fixpoint.structure import leaves, map_leaves
 
 Solve = TypeVar("Solve", bound=Callable[..., Any])
 

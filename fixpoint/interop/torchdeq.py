@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpoint.convergence import row_norm
+from fixpoint.engine.layout import Layout
+from fixpoint.engine.tolerance import row_norm
 from fixpoint.solution import Progress, Solution
 from fixpoint.solve import solve
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.broyden import Broyden
 from fixpoint.solvers.picard import Picard
-from fixpoint.structure import Layout
 
 _REFUSED = {
     "lam": "it is an absolute ridge, ours is relative to the problem's scale: leave it out",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fixpoint.structure import Layout
+    from fixpoint.engine.layout import Layout
 
 
 class Solver(abc.ABC):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from fixpoint.backward.base import Backward, Run
-from fixpoint.convergence import ConvergenceWarning, Status
-from fixpoint.iterate import Iterates
+from fixpoint.engine.loop import Iterates
+from fixpoint.engine.tolerance import ConvergenceWarning, Status
 from fixpoint.solution import Solution
 from fixpoint.solve import solve
 from fixpoint.solvers.base import Solver

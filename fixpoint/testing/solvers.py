@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from fixpoint.backward.ift import IFT
 from fixpoint.backward.unroll import Unroll
-from fixpoint.convergence import ConvergenceWarning
+from fixpoint.engine.tolerance import ConvergenceWarning
 from fixpoint.layer import FixedPointLayer
 from fixpoint.solution import Solution
 from fixpoint.solve import solve

@@ -9,7 +9,7 @@ import torch
 
 import fixpoint
 from fixpoint import Anderson, Broyden, Picard, Status
-from fixpoint.problems import expansive, linear, tanh
+from fixpoint.bench.problems import expansive, linear, tanh
 from fixpoint.solvers.anderson import _Guard
 
 # Evaluations to a relative residual of 1e-5 in float32 that a scale-free sliding window of m = 5 and m = 10 differences

@@ -9,7 +9,7 @@ import torch
 
 import fixpoint
 from fixpoint import Broyden, Picard, Status
-from fixpoint.problems import expansive
+from fixpoint.bench.problems import expansive
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])

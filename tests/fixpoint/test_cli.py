@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fixpoint
-from fixpoint.cli import app
+from fixpoint.bench.cli import app
 
 
 def invoke(*arguments):
@@ -38,7 +38,7 @@ def test_bench_writes_results_pictures_and_page_and_prints_the_main_table(tmp_pa
 def test_bench_without_a_problem_runs_the_classical_ones(tmp_path):
     assert invoke("bench", "--solver", "broyden", "--max-evals", 3, "--out", tmp_path).exit_code == 0
     overview = json.loads((tmp_path / "results.json").read_text())["studies"][0]["blocks"][0]
-    assert [row[0] for row in overview["rows"]] == list(fixpoint.problems.CLASSICAL)
+    assert [row[0] for row in overview["rows"]] == list(fixpoint.bench.problems.CLASSICAL)
 
 
 def test_rtol_and_max_evals_reach_the_solves(tmp_path):
@@ -109,7 +109,7 @@ def test_a_missing_extra_is_named_in_one_line(missing, tmp_path):
     # torch itself imports tqdm where it can, so it comes first.
     code = (
         f"import sys, torch; sys.modules[{missing!r}] = None; sys.argv = ['fixpoint', 'bench', 'linear', '--out', '.'];"
-        "from fixpoint.cli import main; main()"
+        "from fixpoint.bench.cli import main; main()"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 1

@@ -11,9 +11,9 @@ import torch
 
 import fixpoint
 from fixpoint import Picard, Status
-from fixpoint.compaction import Compaction
-from fixpoint.evaluation import RowMap
-from fixpoint.structure import Layout
+from fixpoint.engine.compaction import Compaction
+from fixpoint.engine.evaluation import RowMap
+from fixpoint.engine.layout import Layout
 
 ROWS = 80
 

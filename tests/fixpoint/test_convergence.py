@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import fixpoint
-from fixpoint import Picard, Status, convergence
-from fixpoint.convergence import Tolerance, row_norm
+from fixpoint import Picard, Status
+from fixpoint.engine import tolerance as convergence
+from fixpoint.engine.tolerance import Tolerance, row_norm
 
 
 @pytest.mark.parametrize("status", list(Status))

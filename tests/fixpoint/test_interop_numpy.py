@@ -10,7 +10,7 @@ import scipy.optimize
 import torch
 
 import fixpoint
-from fixpoint.structure import paired_leaves
+from fixpoint.engine.layout import paired_leaves
 
 A = np.random.default_rng(0).uniform(-0.3, 0.3, size=(5, 5))
 

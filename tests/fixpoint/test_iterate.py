@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import fixpoint
 from fixpoint import Anderson, Picard, Status
-from fixpoint.convergence import Tolerance
-from fixpoint.iterate import advance, iterate
+from fixpoint.engine.loop import advance, iterate
+from fixpoint.engine.tolerance import Tolerance
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 

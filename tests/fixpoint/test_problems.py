@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fixpoint
-from fixpoint.problems import CLASSICAL, find_problem
-from fixpoint.specs import parse_spec
+from fixpoint.bench.problems import CLASSICAL
+from fixpoint.bench.registry import find_problem, parse_spec
 
 # Evaluations to relative residual 1e-5 of scale-free Anderson with 5 and 10 columns, as surveyed; None: more than 300.
 SURVEY = {
@@ -41,7 +41,7 @@ def register(monkeypatch):
                 setattr(module, name, content)
                 entries.append(metadata.EntryPoint(name, f"fake_plugin:{name}", "fixpoint.problems"))
         monkeypatch.setitem(sys.modules, "fake_plugin", module)
-        monkeypatch.setattr("fixpoint.problems.metadata.entry_points", lambda group: entries)
+        monkeypatch.setattr("fixpoint.bench.registry.metadata.entry_points", lambda group: entries)
 
     return add
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import fixpoint
 from fixpoint import IFT, JFB, Picard
-from fixpoint.surroundings import modules_of
+from fixpoint.engine.ambient import modules_of
 from tests.fixpoint.differentiated import gradients
 
 D = torch.float64

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fixpoint import bench, report
+from fixpoint import bench
+from fixpoint.bench import report
 
 
 def results(*studies, failures=()):

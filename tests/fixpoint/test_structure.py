@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fixpoint
-from fixpoint.structure import Layout, leaves, map_leaves
+from fixpoint.engine.layout import Layout, leaves, map_leaves
 
 Pair = namedtuple("Pair", ["left", "right"])
 

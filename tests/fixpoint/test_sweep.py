@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from fixpoint.solvers.sweep import Secants, sweep
+from fixpoint.chains.sweep import Secants, sweep
 
 
 def random_case(width: int, memory: int, diagonal: bool, seed: int = 0):

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import fixpoint
 from fixpoint import CausalQuasiNewton, Recurrence, Status
-from fixpoint.error_control import after_sweep
+from fixpoint.chains.error_control import after_sweep
 from tests.fixpoint.chains import Counted, gru, pendulum, relative_errors, solve
 
 
@@ -239,7 +239,7 @@ def test_chains_end_a_round_early_where_their_errors_fall_fast(monkeypatch):
     # Error of every sample at the end, and rounds, with the rule and without it.
     outcomes = {}
     for rule in (after_sweep, lambda error, error_before: error):
-        monkeypatch.setattr("fixpoint.error_control.after_sweep", rule)
+        monkeypatch.setattr("fixpoint.chains.error_control.after_sweep", rule)
         problem = gru(samples=40, steps=60)
         solution = solve(problem, rtol=1e-3)
         errors = relative_errors(solution.value, problem.sequential())
@@ -256,7 +256,7 @@ def test_the_residual_of_a_chain_that_ended_is_what_the_last_sweep_leaves(monkey
         seen.append((error, after_sweep(error, error_before)))
         return seen[-1][1]
 
-    monkeypatch.setattr("fixpoint.error_control.after_sweep", noting)
+    monkeypatch.setattr("fixpoint.chains.error_control.after_sweep", noting)
     inputs = torch.randn(200, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     chain = Recurrence(lambda x, u: x.sin() + u, torch.zeros_like(inputs[:, 0]), inputs=(inputs,))
     solution = solve(chain, rtol=1e-1)

@@ -57,11 +57,11 @@ def test_plugin_has_files_to_check() -> None:
     "source",
     [
         "import fixpoint.solvers.anderson",
-        "from fixpoint.iterate import iterate",
+        "from fixpoint.engine.loop import iterate",
         "from fixpoint import iterate",
         "import fixpoint\nfixpoint.solvers.anderson.Anderson()",
         "import fixpoint as fp\nfp.iterate.advance",
-        "import importlib\nimportlib.import_module('fixpoint.iterate')",
+        "import importlib\nimportlib.import_module('fixpoint.engine.loop')",
     ],
 )
 def test_the_check_sees_each_way_to_reach_into_the_core(source: str) -> None:

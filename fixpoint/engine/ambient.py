@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from fixpoint.transforms import plain
+from fixpoint.engine.transforms import plain
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import fixpoint
-from fixpoint import bench, report
+from fixpoint import bench
+from fixpoint.bench import report
 from fixpoint.plotting import EXTRA
 
 try:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fixpoint.recurrence import Chain, OneStep
+from fixpoint.chains.recurrence import Chain, OneStep
+from fixpoint.chains.sweep import Secants, sweep
+from fixpoint.engine.layout import Layout
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
-from fixpoint.solvers.past import Past
-from fixpoint.solvers.sweep import Secants, sweep
-from fixpoint.structure import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +96,25 @@ class CausalQuasiNewton(Solver):
 
     def step(self, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.init(z)
+
+
+class Past(NamedTuple):
+    """What is remembered of the last rounds, newest first: inputs and images of steps, ``(B, W, m, D)``."""
+
+    inputs: Tensor
+    images: Tensor
+    known: Tensor  # (B, W, m) bool
+
+    @classmethod
+    def empty(cls, rows: int, width: int, memory: int, dim: int, like: Tensor) -> Past:
+        nothing = like.new_zeros(rows, width, memory, dim)
+        return cls(nothing, nothing.clone(), torch.zeros(rows, width, memory, dtype=torch.bool, device=like.device))
+
+    def with_newest(self, inputs: Tensor, images: Tensor) -> Past:
+        """The same after one more round, the oldest forgotten."""
+        known = torch.ones_like(self.known[:, :, :1])
+        pairs = ((self.inputs, inputs[:, :, None]), (self.images, images[:, :, None]), (self.known, known))
+        return Past(*(torch.cat((new, old[:, :, :-1]), dim=2) for old, new in pairs))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Experiments: the default comparison of solvers on any problem, and the run of many with their results kept as data.
 
-Only torch and the standard library are needed here; ``fixpoint.report`` draws what comes out.
+Only torch and the standard library are needed here; ``fixpoint.bench.report`` draws what comes out.
 """
 
 from __future__ import annotations
@@ -16,34 +16,20 @@ from typing import Any
 
 import torch
 
-from fixpoint import provenance
-from fixpoint.blocks import Block, Cell, Images, Lines, Study, Table
-from fixpoint.convergence import row_norm
-from fixpoint.problems import CLASSICAL, Problem, find_problem, problem_names
+from fixpoint.bench import provenance
+from fixpoint.bench.problems import CLASSICAL
+from fixpoint.bench.registry import Problem, check_options, find_problem, parse_spec, problem_names, unknown
+from fixpoint.bench.results import Cell, Lines, Study, Table
+from fixpoint.chains.causal import CausalQuasiNewton
+from fixpoint.engine.layout import Layout
+from fixpoint.engine.tolerance import row_norm
 from fixpoint.solution import Solution
 from fixpoint.solve import solve
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.blockwise import Blockwise
 from fixpoint.solvers.broyden import Broyden
-from fixpoint.solvers.causal import CausalQuasiNewton
 from fixpoint.solvers.picard import Picard
-from fixpoint.specs import check_options, parse_spec, unknown
-from fixpoint.structure import Layout
-
-__all__ = [
-    "DEFAULT_SOLVERS",
-    "Block",
-    "Images",
-    "Lines",
-    "Study",
-    "Table",
-    "check",
-    "compare",
-    "make_solver",
-    "run",
-    "write",
-]
 
 DEFAULT_SOLVERS = ("picard", "anderson", "anderson:memory=10", "broyden")
 _COLUMNS = ("solver", "rtol", "evaluations", "seconds", "worst relative residual", "worst error", "converged", "rows")

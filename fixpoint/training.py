@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpoint.convergence import row_norm
-from fixpoint.evaluation import RowMap
+from fixpoint.engine.evaluation import RowMap
+from fixpoint.engine.layout import Layout
+from fixpoint.engine.tolerance import row_norm
 from fixpoint.solution import Solution
 from fixpoint.solvers.base import require_count
-from fixpoint.structure import Layout
 
 
 def jacobian_penalty(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpoint.transforms import plain
+from fixpoint.engine.transforms import plain
 
 
 def leaves(state: Any, path: str = "z") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fixpoint.convergence import Array
+from fixpoint.engine.tolerance import Array
 
 # States before the last are done at this share of the tolerance: later ones inherit and may enlarge what is left.
 _PRUDENCE = 4.0

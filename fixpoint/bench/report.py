@@ -10,8 +10,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from fixpoint.blocks import Block, Cell, Lines, Study, Table
-from fixpoint.pictures import draw_images, draw_lines
+from fixpoint.bench.pictures import draw_images, draw_lines
+from fixpoint.bench.results import Block, Cell, Lines, Study, Table
 
 
 def render(results: Mapping[str, Any], out_dir: str | Path) -> Path:

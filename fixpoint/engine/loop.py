@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.compaction import Compaction
-from fixpoint.convergence import Array, Status, Tolerance
+from fixpoint.engine.ambient import without_autocast
+from fixpoint.engine.compaction import Compaction
+from fixpoint.engine.tolerance import Array, Status, Tolerance
 from fixpoint.solvers.base import Solver
-from fixpoint.surroundings import without_autocast
 
 Map = Callable[[Tensor], Tensor]
 Watcher = Callable[[int, Tensor, int, Tensor], object]  # nfev, residual per row, rows not ended, z; true stops the loop

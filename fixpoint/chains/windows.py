@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.compaction import Compaction
-from fixpoint.convergence import Array, Status, Tolerance
-from fixpoint.error_control import accept, log_amplification, log_growth
-from fixpoint.iterate import Iterates, Map, Watcher, figures_like, iterate, like
+from fixpoint.chains.causal import CausalSweep, Past
+from fixpoint.chains.error_control import accept, log_amplification, log_growth
+from fixpoint.engine.ambient import without_autocast
+from fixpoint.engine.compaction import Compaction
+from fixpoint.engine.loop import Iterates, Map, Watcher, figures_like, iterate, like
+from fixpoint.engine.tolerance import Array, Status, Tolerance
 from fixpoint.solvers.base import Solver
-from fixpoint.solvers.causal import CausalSweep
-from fixpoint.solvers.past import Past
-from fixpoint.surroundings import without_autocast
 
 _ACTIVE = -1
 # A state so many times larger than all before it is a wrong model's, not the chain's.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fixpoint.structure import Layout, leaves, map_leaves
-from fixpoint.surroundings import Surroundings, version
-from fixpoint.transforms import ClosureError, plain, transformed
+from fixpoint.engine.ambient import Surroundings, version
+from fixpoint.engine.layout import Layout, leaves, map_leaves
+from fixpoint.engine.transforms import ClosureError, plain, transformed
 
 
 class RowMap:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fixpoint.blocks import Images, Lines
+from fixpoint.bench.results import Images, Lines
 from fixpoint.plotting import EXTRA
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.convergence import Array, Tolerance
-from fixpoint.evaluation import RowMap
+from fixpoint.engine.evaluation import RowMap
+from fixpoint.engine.tolerance import Array, Tolerance
 
 logger = logging.getLogger("fixpoint")
 

@@ -1,0 +1,202 @@
+"""Problems with a name: the protocol, the registry behind ``fixpoint bench``, and ``"name:key=value"`` in a command."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from fixpoint.bench.results import Study
+
+GROUP = "fixpoint.problems"
+Value = bool | int | float | str
+
+
+@runtime_checkable
+class Problem(Protocol):
+    """A map and where to start; ``fixpoint.solve(problem)`` needs no more.
+
+    Two further attributes are honoured if present: ``batch_dims`` (leading dimensions of ``z0`` that index independent
+    rows, else 1) and ``norm``, which takes a state structured like ``z0`` to one size per row, in the batch shape.
+
+    Example:
+        >>> class Cosine:
+        ...     z0 = torch.zeros(3)
+        ...     def __call__(self, z):
+        ...         return z.cos()
+        >>> isinstance(Cosine(), Problem)
+        True
+    """
+
+    @property
+    def z0(self) -> Any:
+        """Start: a tensor, or nested tuples, lists and dicts of tensors."""
+
+    def __call__(self, z: Any, /) -> Any:
+        """The image of ``z``, in the structure of ``z0``."""
+
+
+@dataclass(frozen=True)
+class RegisteredProblem:
+    """What an entry point of the group ``fixpoint.problems`` loads to. Calling it with options makes the problem.
+
+    Attributes:
+        make: Builds the problem from keyword options.
+        summary: One line for ``fixpoint problems``.
+        study: The problem's own experiment for ``fixpoint bench``: takes ``quick`` and returns a ``bench.Study``. None:
+            the solvers are compared on it.
+
+    Raises:
+        TypeError: When called with an option that ``make`` does not take.
+
+    Example:
+        >>> entry = RegisteredProblem(lambda *, rho=0.9: LinearProblem(rho * torch.eye(2), torch.ones(1, 2)), "scaled")
+        >>> entry(rho=0.5).solution
+        tensor([[2., 2.]])
+    """
+
+    make: Callable[..., Problem]
+    summary: str
+    study: Callable[[bool], Study] | None = None
+
+    def __call__(self, **options: Any) -> Problem:
+        self.check(options)
+        return self.make(**options)
+
+    def check(self, options: Mapping[str, Any], name: str = "") -> None:
+        """Raise ``TypeError``, with a suggestion, for an option that ``make`` does not take."""
+        check_options(f"problem {name!r}" if name else "the problem", self.make, options)
+
+
+def _entry_points() -> dict[str, metadata.EntryPoint]:
+    return {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
+
+
+def problem_names() -> list[str]:
+    """Names of all registered problems, sorted; nothing is imported."""
+    return sorted(_entry_points())
+
+
+def find_problem(name: str) -> RegisteredProblem:
+    """The registered problem of that name; no other is imported.
+
+    Raises:
+        LookupError: If nobody registered the name.
+        TypeError: If the entry point holds something else than a ``RegisteredProblem``.
+    """
+    entries = _entry_points()
+    if name not in entries:
+        raise unknown("problem", name, entries)
+    loaded = entries[name].load()
+    if not isinstance(loaded, RegisteredProblem):
+        raise TypeError(f"{entries[name].value} must be a fixpoint.RegisteredProblem, found {type(loaded).__name__}")
+    return loaded
+
+
+def available_problems() -> dict[str, RegisteredProblem]:
+    """All registered problems by name. One that cannot be loaded is left out with a warning that names it.
+
+    Example:
+        >>> available_problems()["linear"]().z0.shape
+        torch.Size([4, 200])
+    """
+    found = {}
+    for name in problem_names():
+        try:
+            found[name] = find_problem(name)
+        except Exception as error:
+            warnings.warn(f"problem {name!r} could not be loaded: {type(error).__name__}: {error}", stacklevel=2)
+    return found
+
+
+def load_problem(spec: str) -> Problem:
+    """Make the problem that ``"name:key=value,..."`` names.
+
+    Raises:
+        LookupError: If there is no such problem.
+        TypeError: If it does not take an option.
+        ValueError: If the text has another form, or an option's value is illegal.
+
+    Example:
+        >>> import fixpoint
+        >>> problem = fixpoint.load_problem("linear:rho=0.5,dim=20,dtype=float64")
+        >>> fixpoint.solve(problem, rtol=1e-10).converged.all()
+        tensor(True)
+    """
+    name, options = parse_spec(spec)
+    entry = find_problem(name)
+    entry.check(options, name)
+    return entry(**options)
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Value]]:
+    """Split ``"name:key=value,..."`` into the name and its options; values become bool, int, float or stay text.
+
+    Raises:
+        ValueError: If the text has another form.
+
+    Example:
+        >>> parse_spec("linear:rho=0.99,dim=50,dtype=float64")
+        ('linear', {'rho': 0.99, 'dim': 50, 'dtype': 'float64'})
+    """
+    name, colon, rest = spec.partition(":")
+    options: dict[str, Value] = {}
+    for item in rest.split(",") if colon else ():
+        key, equals, text = item.partition("=")
+        if not (key.strip() and equals and text.strip()):
+            raise ValueError(f"expected name:key=value,key=value, found {item!r} in {spec!r}")
+        options[key.strip()] = _value(text.strip())
+    if not name.strip():
+        raise ValueError(f"expected name:key=value,key=value, found no name in {spec!r}")
+    return name.strip(), options
+
+
+def _value(text: str) -> Value:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def hint(name: str, legal: Iterable[str]) -> str:
+    """``". Did you mean 'x'?"`` for a near miss, and the legal names in any case."""
+    names = sorted(legal)
+    near = difflib.get_close_matches(name, names, n=1)
+    return (f" Did you mean {near[0]!r}?" if near else "") + f" Legal: {', '.join(names) or 'none'}."
+
+
+def unknown(kind: str, name: str, legal: Collection[str]) -> LookupError:
+    """The error for a name that nobody registered.
+
+    Example:
+        >>> unknown("solver", "andersen", ["picard", "anderson"])
+        LookupError("unknown solver 'andersen'. Did you mean 'anderson'? Legal: anderson, picard.")
+    """
+    return LookupError(f"unknown {kind} {name!r}.{hint(name, legal)}")
+
+
+def check_options(owner: str, make: Callable[..., object], options: Collection[str], also: Iterable[str] = ()) -> None:
+    """Raise ``TypeError`` for an option that ``make`` does not take by keyword; ``also`` names further legal ones.
+
+    Example:
+        >>> check_options("problem 'p'", lambda *, rho=0.9: None, {"roh": 1})
+        Traceback (most recent call last):
+        TypeError: problem 'p' has no option 'roh'. Did you mean 'rho'? Legal: rho.
+    """
+    parameters = inspect.signature(make).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    legal = [*(parameter.name for parameter in parameters if parameter.kind in by_keyword), *also]
+    for name in options:
+        if name not in legal:
+            raise TypeError(f"{owner} has no option {name!r}.{hint(name, legal)}")

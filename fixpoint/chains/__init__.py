@@ -1,0 +1,1 @@
+"""Chains: recurrences whose states are solved for all at once, and their solver."""
