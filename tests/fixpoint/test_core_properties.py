@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import fixpoint
@@ -124,9 +124,12 @@ def test_splitting_a_state_into_leaves_changes_no_figure(make, rho, seed, solver
 def test_a_fixed_depth_is_a_prefix_of_the_solve(make, counted, dim, rho, seed, solver, depth):
     f = make(2, dim, rho, seed, squash=torch.tanh)
     counting = counted(f)
-    solve(counting, solver, z0=f.z0, rtol=0.0, max_evals=depth + 1)
+    sol = solve(counting, solver, z0=f.z0, rtol=0.0, max_evals=depth + 1)
     prefix = solve(f, solver, depth=depth, backward=None)
-    torch.testing.assert_close(prefix.value, counting.seen[depth], rtol=0, atol=0)
+    # A row that rounding stopped earlier stays where it ended; with a fixed depth it goes on.
+    going = sol.evals > depth
+    assume(going.any())
+    torch.testing.assert_close(prefix.value[going], counting.seen[depth][going], rtol=0, atol=0)
 
 
 @given(dim=DIMS, rho=st.floats(0.1, 0.8), seed=SEEDS, solver=SOLVERS)
