@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from fixpoint.engine.layout import Layout
 from fixpoint.engine.loop import LoopResult
-from fixpoint.engine.tolerance import Status
+from fixpoint.engine.tolerance import OnFailure, Status
 from fixpoint.engine.transforms import plain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Progress:
     """What a callback is shown after an evaluation; returning something true from it stops the solve.
 
@@ -23,7 +24,7 @@ class Progress:
         max_evals: Evaluations granted.
         residual: ``||f(z) - z||`` of the state just evaluated, in the batch shape.
         active: Number of rows that have not ended.
-        value: The state just evaluated, in the structure of z0.
+        value: A copy of the state just evaluated, in the structure of z0.
     """
 
     nfev: int
@@ -36,26 +37,41 @@ class Progress:
 class AdjointSlot:
     """A place for the figures of a backward solve, which exist once backward has run."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, layout: Layout | None = None, report: Callable[[Solution, OnFailure], None] | None = None
+    ) -> None:
         self.solution: Solution | None = None
+        self._layout = layout
+        self._report = report
+
+    def fill(self, result: LoopResult, on_failure: OnFailure) -> None:
+        """Take in the outcome of a backward solve, and report rows that did not converge."""
+        layout = self._layout
+        if layout is None or len(result.z) != layout.rows:  # a batch of torch.vmap arrives as further rows
+            layout = Layout.of(result.z, 1)
+        self.solution = Solution.of(result, layout, result.z)
+        if self._report is not None:
+            self._report(self.solution, on_failure)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Solution:
     """A solved state and how good it is, per row. Where z0 held NumPy arrays, what is a tensor here is an array.
 
     Attributes:
-        value: The best verified state, in the structure of z0. With gradients attached, what the backward rule made of
-            it (IFT: one more application of f); the figures below stay those of the verified state.
+        value: The best verified state, in the structure of z0; with gradients attached too. After a run of fixed depth,
+            the last state.
         converged: Which rows met the tolerance; bool, batch shape.
         status: Why each row ended, as ``fixpoint.Status`` numbers; batch shape.
-        residual: ``||f(z*) - z*||`` per row; NaN after a fixed-depth run, whose last state nobody has evaluated.
+        residual: ``||f(z*) - z*||`` per row, by the norm of the solve; of the leaf farthest from its tolerance with
+            ``norm="leafwise"``. NaN where nobody has evaluated f at the value.
         relative_residual: ``residual / ||f(z*)||`` per row.
         evals: Evaluations until the row ended.
         nfev: Batched evaluations of f in the solve; a backward rule's own are not in it.
         trace: ``(nfev, *batch)`` residuals if recorded, else None. A row that has ended keeps its final residual.
         states: What ``keep`` asked for, by number of evaluations: the states reached before the solve ended. With
             gradients attached, each is one more application of f, with the gradient of JFB.
+        aux: What f returned beside the state when it was evaluated at the value, with ``has_aux=True``; else None.
     """
 
     value: Any
@@ -67,15 +83,16 @@ class Solution:
     nfev: int
     trace: Tensor | None = None
     states: dict[int, Any] = field(default_factory=dict)
-    _later: AdjointSlot = field(default_factory=AdjointSlot)
+    aux: Any = None
+    _adjoint: AdjointSlot = field(default_factory=AdjointSlot)
 
     @property
     def adjoint(self) -> Solution | None:
         """The same figures of the backward solve, once backward has run through a rule that solves one (IFT)."""
-        return self._later.solution
+        return self._adjoint.solution
 
     @classmethod
-    def of(cls, result: LoopResult, layout: Layout, value: Tensor, later: AdjointSlot | None = None) -> Solution:
+    def of(cls, result: LoopResult, layout: Layout, value: Tensor, adjoint: AdjointSlot | None = None) -> Solution:
         """Put the figures of ``result`` into the caller's shapes; ``value`` ``(rows, dim)`` is what to return."""
         real = torch.float64 if layout.dtype in (torch.float64, torch.complex128) else torch.float32
 
@@ -94,7 +111,7 @@ class Solution:
             evals=batch(result.evals),
             nfev=result.nfev,
             trace=None if trace is None else trace.detach().reshape(len(trace), *layout.batch_shape).to(real),
-            _later=later or AdjointSlot(),
+            _adjoint=adjoint or AdjointSlot(),
         )
 
     def complaint(self, what: str = "row") -> str:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
-from typing import Any, get_args
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fixpoint.backward.attachment import hand_over
 from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.backward.ift import IFT
+from fixpoint.engine.ambient import autocast_dtype
 from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.compiling import outside_graphs
 from fixpoint.engine.evaluation import RowMap
-from fixpoint.engine.layout import Layout
-from fixpoint.engine.loop import BestSoFar, LoopResult
-from fixpoint.engine.tolerance import ConvergenceError, ConvergenceWarning, OnFailure, Tolerance, row_norm
+from fixpoint.engine.layout import Layout, map_leaves
+from fixpoint.engine.loop import LoopResult, result_of
+from fixpoint.engine.tolerance import Array, ConvergenceError, ConvergenceWarning, OnFailure, Tolerance
 from fixpoint.engine.transforms import transformed
 from fixpoint.interop.numpy import accepts_arrays
 from fixpoint.solution import AdjointSlot, Progress, Solution
 from fixpoint.solvers.anderson import Anderson
-from fixpoint.solvers.base import Solver, require_count
+from fixpoint.solvers.base import Solver
+
+Norm = Callable[[Any], Tensor] | Literal["leafwise"]
 
 
 @outside_graphs
@@ -35,8 +42,9 @@ def solve(
     *,
     solver: Solver = Anderson(),  # noqa: B008 - immutable
     backward: Backward | None = IFT(),  # noqa: B008 - immutable
-    rtol: float = 1e-4,
-    atol: float = 0.0,
+    rtol: float | Tensor = 1e-4,
+    atol: float | Tensor = 0.0,
+    norm: Norm | None = None,
     max_evals: int = 100,
     batch_dims: int | None = None,
     on_failure: OnFailure = "warn",
@@ -46,42 +54,49 @@ def solve(
     depth: int | None = None,
     compact: bool = True,
     keep: Collection[int] = (),
+    has_aux: bool = False,
 ) -> Solution:
     """Solve ``z = f(z, *args)``, row by row, and attach gradients to the solution.
 
     Args:
         f: Maps a state to a state of the same structure, shapes, dtype and device; must not change its input in place.
             A problem (an object with ``z0``, and optionally ``batch_dims`` and ``norm``) can be passed alone.
-        z0: Where to start: a tensor, or nested tuples, lists and dicts of tensors, floating point or complex. Where it
-            holds NumPy arrays, f is a NumPy function, the solution holds arrays, and gradients are off.
-        args: Further arguments of f.
+        z0: Where to start: a tensor, or nested tuples, lists and dicts of tensors, floating point or complex. A start
+            and nothing else: its graph plays no part, unless the backward rule says that it differentiates through it.
+            Under autocast, a z0 in autocast's dtype is taken to float32, and so is the state. Where z0 holds NumPy
+            arrays, f is a NumPy function, the solution holds arrays, and gradients are off.
+        args: A tuple or list of further arguments of f.
         solver: The update rule.
         backward: How gradients are attached, when grad mode is on and f's output requires grad; None detaches.
-        rtol, atol: A row is done when ``||f(z) - z|| <= atol + rtol * ||f(z)||``.
+        rtol, atol: A row is done when ``||f(z) - z|| <= atol + rtol * ||f(z)||``. Numbers, or tensors with one for each
+            row. A row that tends to zero is done when its residual has fallen to ``1e-16 rtol`` of its start.
+        norm: Takes a state to one value for each row, in place of the Euclidean norm. ``"leafwise"``: every leaf must
+            meet the tolerance by itself, in its own Euclidean norm; for states of mixed units. None: the problem's own.
         max_evals: Evaluations of f granted, counted alike for every solver; at least 1.
         batch_dims: Leading dimensions that index independent problems (rows); 0 makes the whole state one problem.
-            None: the problem's own, else 1, or 0 when a leaf is a scalar.
+            None: the problem's own; else 1, but 0 where no leaf has more than one dimension, or a leaf is a scalar.
         on_failure: What to do when rows do not converge: "warn", "raise" or "ignore".
-        check_every: Look at the residuals after the first evaluation, then once in so many: the host waits for the
-            device at a look, and rows end at a look only.
+        check_every: Check the residuals after the first evaluation, then once in so many: the host waits for the
+            device at a check, and rows end at a check only.
         record: Keep the residual of every evaluation in ``Solution.trace``; the host then waits at each.
-        callback: Called with a ``Progress`` at each look; returning something true stops the solve. Not called in runs
+        callback: Called with a ``Progress`` at each check; returning something true stops the solve. Not called in runs
             of fixed depth.
         depth: If given, apply exactly so many solver updates, in as many evaluations, and hand over the last state
             unverified; tolerance, ``max_evals`` and ``on_failure`` then play no part.
-        compact: Leave rows that are done out of what f sees, once more than a sixteenth of them are, where an argument
-            has the batch's one dimension. f is tried before it is relied on, and sees all rows when it couples them.
-            Set it to False for an f that must always see the same batch size.
+        compact: Leave rows that are done out of what f sees, where an argument has the batch's one dimension, and not
+            where f is seen to be compiled or has hooks. What is found in this way is confirmed by an evaluation of all
+            rows. Set it to False for an f that must always see the same batch size.
         keep: Numbers of evaluations whose states go into ``Solution.states``, for ``fixpoint.correction_loss``. Needs
             ``check_every=1`` and turns ``compact`` off; runs of fixed depth keep none.
+        has_aux: f returns ``(state, aux)``. The aux of one more evaluation, at the solution, is in ``Solution.aux``.
 
     Returns:
         Solution: the state and how good it is, per row.
 
     Raises:
-        TypeError, ValueError: At once or at the first evaluation, for a state or an output of f that cannot work: other
-            structure, shape, dtype or device, a change in place, non-finite or integer z0, an output without gradient
-            where an argument or a parameter requires one.
+        TypeError, ValueError: At once or at the first evaluation, for an option, a state or an output of f that cannot
+            work: other structure, shape, dtype or device, a change in place, non-finite or integer z0, an output
+            without gradient where an argument or a parameter requires one.
         ConvergenceError: With ``on_failure="raise"``, when rows did not converge; holds the solution.
         BaseException: Whatever f or the callback raises, Ctrl-C too, comes through as it is. When f has been evaluated
             by then, the error carries the state so far as ``error.solution``, with ``MAX_EVALS`` for rows not done.
@@ -95,9 +110,11 @@ def solve(
         >>> sol.converged
         tensor([True, True])
     """
-    check_options(
+    options = check_options(
+        args=args,
         solver=solver,
         backward=backward,
+        norm=norm,
         max_evals=max_evals,
         on_failure=on_failure,
         check_every=check_every,
@@ -105,95 +122,153 @@ def solve(
         keep=keep,
     )
     problem_z0 = getattr(f, "z0", None)
-    if batch_dims is None and problem_z0 is not None:
-        batch_dims = getattr(f, "batch_dims", None)
+    if problem_z0 is not None:
+        batch_dims = getattr(f, "batch_dims", None) if batch_dims is None else batch_dims
+        norm = _norm_of(f) if norm is None else norm
     start = problem_z0 if z0 is None else z0
     if start is None:
         raise TypeError("z0 is missing: pass a starting state, or a problem that has one as its attribute z0")
+    start = _above_autocast(start)
     layout = Layout.of(start, batch_dims)
+    problem = f
     f, solver = solver.bind(f, layout)
-    later = AdjointSlot()
-    records: list[BestSoFar] = []
-    kept: dict[int, Tensor] = {}
-
-    def watch(nfev: int, residual: Tensor, active: int, z: Tensor) -> object:
-        if nfev in keep:
-            kept[nfev] = z
-        if callback is None:
-            return None
-        shaped = residual.reshape(layout.batch_shape)
-        return callback(Progress(nfev, max_evals, shaped, active, layout.unflatten(z)))
-
-    def report_adjoint(result: LoopResult, on_failure: OnFailure) -> None:
-        # A batch of torch.vmap arrives as further rows.
-        flat = layout if len(result.z) == layout.rows else Layout.of(result.z, 1)
-        later.solution = Solution.of(result, flat, result.z)
-        report(later.solution, on_failure, "adjoint row")
-
     gradients = backward is not None and torch.is_grad_enabled()
-    rows = RowMap(f, args, layout, gradients=gradients)
+    rows = RowMap(f, args, layout, gradients=gradients, has_aux=has_aux)
     flat = layout.flatten(start).clone(memory_format=torch.contiguous_format)
+    if backward is None or not backward.uses_start:
+        flat = flat.detach()
+    adjoint = AdjointSlot(layout, _report_adjoint)
+    watch = _Watch(layout, options.max_evals, callback, options.keep) if callback or options.keep else None
     run = ForwardSolve(
         f=rows,
         z0=flat,
         solver=solver,
-        tolerance=Tolerance(rtol=rtol, atol=atol, norm=_norm(f, layout), rounding=rows.ambient.rounding),
-        max_evals=max_evals,
-        check_every=check_every,
+        tolerance=Tolerance(
+            rtol=_tolerance("rtol", rtol, layout),
+            atol=_tolerance("atol", atol, layout),
+            norm=partial(_norm_of_rows, norm, layout) if callable(norm) else None,
+            leaves=layout.leaf_sizes if norm == "leafwise" else None,
+            rounding=rows.ambient.rounding,
+        ),
+        max_evals=options.max_evals,
+        check_every=options.check_every,
         record=record,
-        watch=watch if callback or keep else None,
-        depth=depth,
-        inputs=rows.inputs,
+        watch=watch,
+        depth=options.depth,
+        problem=problem,
         transformed=transformed(flat, *rows.inputs),
-        report_adjoint=report_adjoint,
+        report_adjoint=adjoint.fill,
         compaction=Compaction(rows) if compact and not keep and rows.can_take else None,
-        announce=records.append,
     )
     if run.watch and run.transformed:
         raise ValueError("callback and keep do not work under torch.func or forward-mode differentiation")
     try:
         if backward is not None and rows.differentiates(run.z0):
-            value, result = backward.attach(run)
-            kept = {nfev: rows(z) for nfev, z in kept.items()}
+            attached, result = backward.attach(run)
+            value = hand_over(result, attached)
+            states = watch.states(rows) if watch else {}
         else:
             result = run.solve()
             value = result.z
+            states = watch.states(lambda z: z) if watch else {}
+        aux = _aux(rows, value) if has_aux else None
     except BaseException as error:
-        if records and records[-1].nfev:
-            _hand_over(records[-1].outcome, layout, error)
+        result_so_far = result_of(error) or next(reversed(run.results), None)
+        if result_so_far is not None:
+            _hand_over_so_far(error, layout, result_so_far)
         raise
-    solution = replace(
-        Solution.of(result, layout, value, later), states={nfev: layout.unflatten(z) for nfev, z in kept.items()}
-    )
+    solution = replace(Solution.of(result, layout, value, adjoint), states=states, aux=aux)
     rows.ambient.end()
-    if rows.ambient.couples_rows and layout.rows > 1:
-        warnings.warn(_COUPLED, stacklevel=4)
+    if layout.rows > 1 and (result.coupled or rows.ambient.couples_rows):
+        warnings.warn(_NORMALISED if rows.ambient.couples_rows else _COUPLED, stacklevel=4)
     if not result.fixed_depth:
         report(solution, on_failure)
     return solution
 
 
-_COUPLED = (
+_NORMALISED = (
     "f normalises by the statistics of the batch, so no row is solved for itself: each depends on what stands beside "
     "it, and so does its convergence. Batch normalisation in eval mode, nn.GroupNorm and nn.LayerNorm keep rows apart."
 )
+_COUPLED = (
+    "f couples rows: a row that had converged was seen to have another image while others went on. They were solved "
+    "together. Pass batch_dims=0 if the whole state is one problem, or fewer batch_dims."
+)
 
 
-def _hand_over(outcome: Callable[[], LoopResult], layout: Layout, error: BaseException) -> None:
+class _Watch:
+    """What a loop shows its states to: keeps some for the solution, and calls the caller's callback."""
+
+    def __init__(
+        self, layout: Layout, max_evals: int, callback: Callable[[Progress], object] | None, keep: Collection[int]
+    ) -> None:
+        self._layout, self._max_evals, self._callback, self._keep = layout, max_evals, callback, keep
+        self._kept: dict[int, Tensor] = {}
+
+    def __call__(self, nfev: int, residual: Tensor, active: int, z: Tensor) -> object:
+        if nfev in self._keep:
+            self._kept[nfev] = z
+        if self._callback is None:
+            return None
+        # A copy: whoever is shown the state may scale it for display.
+        value = map_leaves(torch.clone, self._layout.unflatten(z))
+        return self._callback(
+            Progress(nfev, self._max_evals, residual.reshape(self._layout.batch_shape), active, value)
+        )
+
+    def states(self, apply: Callable[[Tensor], Tensor]) -> dict[int, Any]:
+        """The states that were kept, after one more application of ``apply`` to each."""
+        return {nfev: self._layout.unflatten(apply(z)) for nfev, z in self._kept.items()}
+
+
+def _aux(rows: RowMap, value: Tensor) -> Any:
+    rows(value)
+    return rows.aux
+
+
+def _hand_over_so_far(error: BaseException, layout: Layout, result: LoopResult) -> None:
     """Give ``error`` the state so far as its attribute ``solution``."""
     with contextlib.suppress(Exception):  # the device may be lost: nothing must hide the error itself
-        result = outcome()
-        solution = Solution.of(result, layout, result.z.detach())
-        error.solution = solution  # type: ignore[attr-defined]
+        error.solution = Solution.of(result, layout, result.z.detach())  # type: ignore[attr-defined]
         error.add_note(f"fixpoint.solve had made {result.nfev} evaluations: see this error's attribute 'solution'")
 
 
-def _norm(f: object, layout: Layout) -> Callable[[Tensor], Tensor]:
-    """The problem's own norm on rows if it brings one. A module's attribute of that name is a layer, not a norm."""
-    norm = getattr(f, "norm", None) if hasattr(f, "z0") else None
-    if norm is None or not callable(norm) or isinstance(norm, nn.Module):
-        return row_norm
-    return lambda flat: norm(layout.unflatten(flat)).reshape(layout.rows)
+def _above_autocast(start: Any) -> Any:
+    """Leaves in the dtype that autocast computes in, taken to float32: f returns either, and this one holds both."""
+
+    def widened(leaf: Any) -> Any:
+        lower = isinstance(leaf, Tensor) and leaf.dtype == autocast_dtype(leaf.device)
+        return leaf.float() if lower else leaf
+
+    return map_leaves(widened, start)
+
+
+def _norm_of(problem: object) -> Callable[[Any], Tensor] | None:
+    """The problem's own norm if it brings one. A module's attribute of that name is a layer, not a norm."""
+    norm = getattr(problem, "norm", None)
+    return norm if callable(norm) and not isinstance(norm, nn.Module) else None
+
+
+def _norm_of_rows(norm: Callable[[Any], Tensor], layout: Layout, flat: Tensor) -> Tensor:
+    """``norm`` on rows ``(rows, dim)``; under ``torch.vmap`` the rows of a solve come several times over."""
+    if len(flat) == layout.rows:
+        return norm(layout.unflatten(flat)).reshape(layout.rows)
+    return torch.cat([norm(layout.unflatten(part)).reshape(-1) for part in flat.split(layout.rows)])
+
+
+def _tolerance(name: str, value: Any, layout: Layout) -> float | Array:
+    """A tolerance as a number, or as one for each row."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim > 0:
+        if tuple(value.shape) != tuple(layout.batch_shape):
+            raise ValueError(
+                f"{name} must be a number or have the batch shape {tuple(layout.batch_shape)}, found shape "
+                f"{tuple(value.shape)}"
+            )
+        return torch.as_tensor(value).detach().double().cpu().numpy().reshape(-1)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or a tensor with the batch shape, found {value!r}") from None
 
 
 def report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None:
@@ -207,31 +282,66 @@ def report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None
         warnings.warn(complaint, ConvergenceWarning, stacklevel=5)
 
 
+def _report_adjoint(solution: Solution, on_failure: OnFailure) -> None:
+    report(solution, on_failure, "adjoint row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """The counts among the options of ``solve``, as Python's integers."""
+
+    max_evals: int = 1
+    check_every: int = 1
+    depth: int | None = None
+    keep: frozenset[int] = field(default_factory=frozenset)
+
+
 def check_options(
     *,
+    args: Any = (),
     solver: object = None,
     backward: object = None,
-    max_evals: int = 1,
+    norm: object = None,
+    max_evals: Any = 1,
     on_failure: str = "warn",
-    check_every: int = 1,
-    depth: int | None = None,
-    keep: Collection[int] = (),
-) -> None:
-    """Raise for an option of ``solve`` that cannot work, whatever the problem; others are looked at where they act."""
+    check_every: Any = 1,
+    depth: Any = None,
+    keep: Collection[Any] = (),
+) -> _Options:
+    """Raise for an option of ``solve`` that cannot work, whatever the problem; others are checked where they act."""
+    if not isinstance(args, tuple | list):
+        raise TypeError(f"args must be a tuple or list of f's further arguments, found {_kind(args)}: write args=(x,)")
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {solver!r}")
     if backward is not None and not isinstance(backward, Backward):
         raise TypeError(f"backward must be a fixpoint.Backward such as IFT(), or None, found {backward!r}")
-    for name, value, least in (("max_evals", max_evals, 1), ("check_every", check_every, 1), ("depth", depth, 0)):
-        if name == "depth" and value is None:
-            continue
-        if not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, found {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, found {value}")
-    for nfev in keep:
-        require_count("keep's entry", nfev)
-    if keep and (check_every > 1 or depth is not None):
+    if norm is not None and norm != "leafwise" and not callable(norm):
+        raise ValueError(f'norm must be a function of a state, "leafwise" or None, found {norm!r}')
+    options = _Options(
+        max_evals=_count("max_evals", max_evals, 1),
+        check_every=_count("check_every", check_every, 1),
+        depth=None if depth is None else _count("depth", depth, 0),
+        keep=frozenset(_count("keep's entry", nfev, 1) for nfev in keep),
+    )
+    if keep and (options.check_every > 1 or depth is not None):
         raise ValueError(f"keep needs check_every=1 and depth=None, found check_every={check_every}, depth={depth}")
     if on_failure not in get_args(OnFailure):
         raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, found {on_failure!r}")
+    return options
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    """``value`` as a whole number of at least ``least``."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, found {value!r}")
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, found {value!r}") from None
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, found {count}")
+    return count
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}"

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fixpoint.backward.explicit import Solve, solve_explicitly
+from fixpoint.backward.attachment import Solve, solve_functionally, without_gradient
 from fixpoint.engine.compaction import Compaction
-from fixpoint.engine.loop import BestSoFar, LoopResult, Map, Watcher, run_steps
+from fixpoint.engine.evaluation import RowMap
+from fixpoint.engine.layout import Layout
+from fixpoint.engine.loop import LoopResult, Map, Watcher, run_steps
 from fixpoint.engine.tolerance import OnFailure, Tolerance
-from fixpoint.engine.transforms import Explicit
+from fixpoint.engine.transforms import is_capturing
 from fixpoint.solvers.base import Solver
+
+# Images of the same row in two batches may differ by so many roundings.
+_SAME = 64.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +31,16 @@ class ForwardSolve:
         f: The map on rows, ``(rows, dim)`` to ``(rows, dim)``; records gradients when grad mode is on. Called
             ``f(z, *tensors)``, it puts the tensors in the place of ``inputs``.
         inputs: The tensors in the caller's args and, if f is a module, its parameters.
-        z0: Where to start, ``(rows, dim)``; keeps its graph if the caller's z0 had one.
+        z0: Where to start, ``(rows, dim)``; keeps its graph if the rule ``uses_start``.
+        solver, tolerance, max_evals, check_every, record, depth: As in ``fixpoint.solve``; the solver is bound.
+        problem: The caller's f.
         transformed: Whether torch.func or forward-mode differentiation works on z0 or the inputs.
         report_adjoint: Takes the outcome of a backward solve, which becomes ``Solution.adjoint``, and what to do about
             rows that did not converge: "warn", "raise" or "ignore".
+        results: The outcomes so far, for whoever meets an error in what comes after.
     """
 
-    f: Explicit
+    f: RowMap
     z0: Tensor
     solver: Solver
     tolerance: Tolerance
@@ -41,30 +50,68 @@ class ForwardSolve:
     watch: Watcher | None = None
     depth: int | None = None
     compaction: Compaction | None = None
-    announce: Callable[[BestSoFar], object] = lambda _: None
-    inputs: tuple[Tensor, ...] = ()
+    problem: Any = field(default=None, repr=False)
     transformed: bool = False
     report_adjoint: Callable[[LoopResult, OnFailure], None] = lambda result, on_failure: None
+    results: list[LoopResult] = field(default_factory=list, repr=False)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.f.inputs
+
+    @property
+    def layout(self) -> Layout:
+        """How the caller's state is laid out as rows."""
+        return self.f.layout
 
     def solve(self) -> LoopResult:
         """Solve without recording gradients: to the tolerance, or to the fixed depth that the caller asked for."""
         if self.transformed:
-            return self.solve_explicitly(None)
+            return self.solve_functionally(None)
         with torch.no_grad():
             result = self.unroll()
         # At depth 0 the state is z0, graph and all.
         return replace(result, z=result.z.detach()) if result.z.requires_grad else result
 
-    def solve_explicitly(self, linear: Solve | None) -> LoopResult:
+    def solve_functionally(self, linear: Solve | None) -> LoopResult:
         """Solve under the transformations of torch.func; with derivatives, if told how to solve their equations."""
 
         def solve(f: Map, z0: Tensor) -> LoopResult:
             with torch.no_grad():
-                return replace(self, f=f, z0=z0, compaction=None).unroll()
+                return replace(self, z0=z0, compaction=None)._run(f)
 
         if linear is None:
-            return solve_explicitly(self.f, solve, solve, self.z0.detach(), [x.detach() for x in self.inputs])
-        return solve_explicitly(self.f, solve, linear, self.z0, self.inputs)
+            return solve_functionally(self.f, solve, solve, self.z0.detach(), [x.detach() for x in self.inputs])
+        return solve_functionally(self.f, solve, linear, self.z0, self.inputs)
+
+    def run_steps(self, depth: int) -> LoopResult:
+        """Apply exactly ``depth`` solver updates to z0 without recording gradients, and hand over the last state."""
+        return replace(self, depth=depth).solve()
+
+    def unroll(self) -> LoopResult:
+        """The same as ``solve``, recording gradients through every update when grad mode is on."""
+        return self._run(self.f)
+
+    def _run(self, f: Map) -> LoopResult:
+        result = self._outcome(f)
+        if not torch.compiler.is_compiling():
+            self.results.append(replace(result, z=result.z.detach(), state=None))
+        return result
+
+    def _outcome(self, f: Map) -> LoopResult:
+        if self.depth is not None:
+            return run_steps(f, self.z0, self.solver, self.tolerance, depth=self.depth, record=self.record)
+        return self.solver.run(
+            f,
+            self.z0,
+            self.tolerance,
+            max_evals=self.max_evals,
+            check_every=self.check_every,
+            record=self.record,
+            watch=self.watch,
+            # What is recorded is recorded for all rows: a row left out would be missing from the graph.
+            compaction=None if torch.is_grad_enabled() else self.compaction,
+        )
 
     def measured(self, result: LoopResult, fz: Tensor) -> LoopResult:
         """``result`` with the figures that ``fz = f(state)`` gives, if its state was handed over unverified.
@@ -75,30 +122,58 @@ class ForwardSolve:
             return result
         return result.measured(fz.detach(), self.tolerance)
 
-    def run_steps(self, depth: int) -> LoopResult:
-        """Apply exactly ``depth`` solver updates to z0 without recording gradients, and hand over the last state."""
-        return replace(self, depth=depth).solve()
+    def recorded(
+        self,
+        apply: Callable[[RowMap, Tensor], Tensor],
+        z: Tensor,
+        out: Tensor | None = None,
+        failed: Tensor | None = None,
+    ) -> Tensor:
+        """``apply(f, z)``, recorded so that rows which fail leave the gradients of the others alone.
 
-    def unroll(self) -> LoopResult:
-        """The same as ``solve``, recording gradients through every update when grad mode is on."""
-        if self.depth is not None:
-            return run_steps(self.f, self.z0, self.solver, self.tolerance, depth=self.depth, record=self.record)
-        return self.solver.run(
-            self.f,
-            self.z0,
-            self.tolerance,
-            max_evals=self.max_evals,
-            check_every=self.check_every,
-            record=self.record,
-            watch=self.watch,
-            # What is recorded is recorded for all rows: a row left out would be missing from the graph.
-            compaction=None if torch.is_grad_enabled() else self.compaction,
-            announce=self.announce,
-        )
+        A row whose outcome is not finite would make NaN of every gradient that rows share, though its own incoming
+        gradient is zero. So it is recorded once more with the state and the arguments of another row in its place, if
+        that leaves the outcomes of the others as they were. Where the outcome is known already it is ``out``;
+        ``failed`` ``(rows,)`` says which rows have failed though it is finite.
+        """
+        out = apply(self.f, z) if out is None else out
+        if self.transformed or torch.compiler.is_compiling() or is_capturing(z):
+            return out
+        broken = ~torch.isfinite(out.detach()).all(dim=1)
+        failed = broken if failed is None else broken | failed
+        if not bool(failed.any()):
+            return out
+        if bool(failed.all()):
+            return without_gradient(out)
+        index = torch.arange(len(z), device=z.device)
+        index = torch.where(failed, index[~failed][0], index)
+        part = self.f.take(index, self.layout)
+        try:
+            other = apply(part, z.index_select(0, index))
+        except Exception:  # f knows its rows by number
+            return out
+        sound = ~failed[:, None]
+        difference = (other.detach() - out.detach()).abs()
+        close = _SAME * torch.finfo(out.dtype).eps * out.detach().abs().amax(dim=1, keepdim=True)
+        if not bool(torch.where(sound, difference <= close, True).all()):
+            return out
+        return torch.where(sound, other, out.detach())
+
+    def adjoint_solver(self, solver: Solver | None) -> Solver | None:
+        """``solver``, or else what suits the forward solver, made to suit ``u = v + J^T u``; None: any will do."""
+        if solver is None:
+            return self.solver.adjoint()
+        _, bound = solver.bind(self.problem, self.layout)
+        return bound.adjoint() or bound
 
 
 class Backward(abc.ABC):
     """A way to attach gradients to a solved state. Subclasses are frozen dataclasses.
+
+    Attributes:
+        uses_start: Whether the gradient also flows into z0. If not, nothing of z0's graph is kept.
+        runs_forward: Whether the rule decides itself how the forward solve runs, so that it has nothing to attach to a
+            state that was found elsewhere.
 
     Example:
         >>> import dataclasses, torch, fixpoint
@@ -108,18 +183,21 @@ class Backward(abc.ABC):
         ...         result = run.solve()
         ...         return run.f(run.f(result.z)), result
         >>> w = torch.tensor(0.5, requires_grad=True)
-        >>> sol = fixpoint.solve(lambda z: w * torch.cos(z), torch.zeros(3), backward=TwoSteps())
+        >>> sol = fixpoint.solve(lambda z: w * torch.cos(z), torch.zeros(3, 1), backward=TwoSteps())
         >>> sol.value.sum().backward()
         >>> w.grad is not None
         True
     """
 
+    uses_start: ClassVar[bool] = False
+    runs_forward: ClassVar[bool] = False
+
     @abc.abstractmethod
     def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
-        """Let ``run`` happen and return ``(value, result)``.
+        """Let ``run`` happen and return ``(attached, result)``. Called with grad mode on.
 
-        ``value`` ``(rows, dim)`` is what the caller gets, with the gradient that this rule gives it; ``result`` are
-        the figures of the forward solve. Called with grad mode on.
+        ``result`` is the outcome of the forward solve; the caller gets its state. ``attached`` ``(rows, dim)`` has the
+        graph through which the incoming gradient of that state is sent; its numbers play no part.
         """
 
     def can_be_compiled(self, depth: int | None) -> bool:

@@ -8,9 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fixpoint.backward.adjoint import attach_adjoint
+from fixpoint.backward.attachment import attach_adjoint, solve_functionally, vector_jacobian_product
 from fixpoint.backward.base import Backward, ForwardSolve
-from fixpoint.backward.explicit import solve_explicitly, vector_jacobian_product
 from fixpoint.engine.loop import LoopResult, Map
 from fixpoint.engine.tolerance import OnFailure, Status, Tolerance
 from fixpoint.engine.transforms import ClosureError, depends_on_nothing_else
@@ -82,24 +81,24 @@ class IFT(Backward):
             # The closure below lives until backward; what the solver remembered need not.
             result = replace(run.solve(), state=None)
 
-            def exact(v: Tensor) -> tuple[Tensor | None, ...] | None:
+            def double_backward(v: Tensor) -> tuple[Tensor | None, ...] | None:
                 if not depends_on_nothing_else(run.f, result.z, run.inputs):
                     return None
                 # The same state once more, attached by a solve that is done already.
-                known = solve_explicitly(run.f, lambda f, z: result, linear, result.z, run.inputs)
+                known = solve_functionally(run.f, lambda f, z: result, linear, result.z, run.inputs)
                 return vector_jacobian_product(run.f, linear, known.z, run.inputs, v)
 
-            return attach_adjoint(run, result, linear, exact)
+            return attach_adjoint(run, result, linear, double_backward)
         if not depends_on_nothing_else(run.f, run.z0, run.inputs):
             raise ClosureError
-        result = run.solve_explicitly(linear)
-        return run.f(result.z), result
+        result = run.solve_functionally(linear)
+        return result.z, result
 
     def _solve(self, image: Map, v: Tensor, run: ForwardSolve) -> LoopResult:
         """The fixed point of a linear map, started at ``v``, which rows that fail go back to."""
         rtol = max(self.rtol, torch.finfo(v.dtype).eps)
         tolerance = Tolerance(rtol=rtol, atol=0.0, rounding=run.tolerance.rounding)
-        solver = self.solver or run.solver.adjoint() or Anderson(memory=10)
+        solver = run.adjoint_solver(self.solver) or Anderson(memory=10)
         outcome = solver.run(
             image,
             v,

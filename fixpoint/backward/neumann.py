@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fixpoint.backward.adjoint import attach_adjoint
+from fixpoint.backward.attachment import attach_adjoint
 from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.engine.loop import LoopResult, Map, run_steps
 from fixpoint.solvers.base import require_count

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fixpoint.backward.base import Backward, ForwardSolve
-from fixpoint.engine.loop import LoopResult
+from fixpoint.engine.loop import LoopResult, Map
 from fixpoint.solvers.base import require_count
 
 
@@ -46,13 +46,15 @@ class Phantom(Backward):
 
     def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
         result = run.solve()
-        z = result.z
-        for step in range(self.steps):
-            fz = run.f(z)
-            if step == 0:
-                result = run.measured(result, fz)
-            z = fz if self.damping == 1 else (1 - self.damping) * z + self.damping * fz
-        return z, result
+        images: list[Tensor] = []
+
+        def steps(f: Map, z: Tensor) -> Tensor:
+            for _ in range(self.steps):
+                images.append(f(z))
+                z = images[-1] if self.damping == 1 else (1 - self.damping) * z + self.damping * images[-1]
+            return z
+
+        return run.recorded(steps, result.z), run.measured(result, images[0])
 
     def can_be_compiled(self, depth: int | None) -> bool:
         return depth is not None

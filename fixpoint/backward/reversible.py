@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpoint.backward.adjoint import refuse_second_order
+from fixpoint.backward.attachment import refuse_second_order
 from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.engine.loop import LoopResult, run_steps
-from fixpoint.engine.transforms import Explicit, depends_on_nothing_else
+from fixpoint.engine.transforms import Functional, depends_on_nothing_else
 from fixpoint.solvers.base import require_count, small_dtype
 from fixpoint.solvers.picard import Picard
 
@@ -86,7 +86,7 @@ class _Reversed(torch.autograd.Function):
     """The last z of the coupled iteration; two states and the inputs are all that it keeps."""
 
     @staticmethod
-    def forward(ctx: Any, f: Explicit, steps: int, damping: float, z0: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, f: Functional, steps: int, damping: float, z0: Tensor, *inputs: Tensor) -> Tensor:
         y = z = z0.to(small_dtype(z0))
         for _ in range(steps):
             y = torch.lerp(y, f(z.to(z0.dtype), *inputs).to(y.dtype), damping)
@@ -109,7 +109,7 @@ class _Reversed(torch.autograd.Function):
 
 
 def _run_backwards(
-    f: Explicit,
+    f: Functional,
     steps: int,
     damping: float,
     last: tuple[Tensor, Tensor],

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fixpoint.backward.adjoint import attach_adjoint
+from fixpoint.backward.attachment import attach_adjoint
 from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.engine.loop import LoopResult, Map, iterate
 from fixpoint.engine.tolerance import Tolerance

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fixpoint.backward.base import Backward, ForwardSolve
+from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.loop import LoopResult
+from fixpoint.engine.tolerance import Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +34,21 @@ class Unroll(Backward):
         4.0
     """
 
+    uses_start: ClassVar[bool] = True
+    runs_forward: ClassVar[bool] = True
+
     def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
         if run.transformed and run.depth is None:
             raise ValueError("under torch.func or forward-mode differentiation, Unroll() needs a fixed depth=")
         result = run.unroll()
-        return result.z, result
+        if run.transformed or torch.compiler.is_compiling():
+            return result.z, result
+
+        def unroll(f: RowMap, z: Tensor) -> Tensor:
+            return replace(run, f=f, z0=z, watch=None).unroll().z
+
+        failed = result.status == int(Status.NON_FINITE)
+        return run.recorded(unroll, run.z0, result.z, failed), result
 
     def can_be_compiled(self, depth: int | None) -> bool:
         return depth is not None

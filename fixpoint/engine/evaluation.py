@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,13 +17,23 @@ from fixpoint.engine.transforms import ClosureError, plain, transformed
 class RowMap:
     """``f(z, *args)`` on flat rows ``(rows, dim)``.
 
-    ``inputs`` are the tensors in args and, if f is a module, its parameters. Called with further tensors, it puts them
-    in the place of the inputs.
+    The first evaluation is checked: what f returns and, when gradients are wanted, whether it depends on anything that
+    requires them. It is an ordinary one, recorded by autograd where gradients are wanted. What f returns is copied
+    where f may write to it again. What f draws and updates beside its output is the business of ``ambient``; a map on
+    some of the rows shares that of the map on all.
 
-    The first evaluation checks what f returns and, when gradients are wanted, whether it depends on anything that
-    requires them. A first evaluation inside ``no_grad`` builds the graph to look at it, with nothing saved in it.
-    ``calls`` counts the evaluations that f completed. What f draws and updates beside its output is the business of
-    ``ambient``; a map on some of the rows shares those of the map on all.
+    Args:
+        f, args: The caller's.
+        layout: How states are laid out as rows.
+        gradients: Whether gradients are wanted.
+        has_aux: Whether f returns ``(state, aux)``.
+        ambient: That of a map on all rows.
+
+    Attributes:
+        inputs: The tensors in args and, if f is a module, its parameters. Called with further tensors, the map puts
+            them in the place of the inputs.
+        calls: Evaluations that f completed.
+        aux: What f returned beside the state when it was last evaluated.
     """
 
     def __init__(
@@ -32,34 +43,48 @@ class RowMap:
         layout: Layout,
         *,
         gradients: bool,
+        has_aux: bool = False,
         ambient: Ambient | None = None,
     ) -> None:
         self._f = f
         self._args = tuple(args)
+        self._has_aux = has_aux
         self.layout = layout
         self.calls = 0
+        self.aux: Any = None
         self._gradients = gradients
         parameters = dict(f.named_parameters()) if isinstance(f, nn.Module) else {}
         self._names = list(parameters)
         tensors = [leaf for _, leaf in leaves(self._args) if isinstance(leaf, Tensor)]
         self.inputs = (*tensors, *parameters.values())
         self._checked = torch.compiler.is_compiling()
-        self._probed: tuple[Tensor, Tensor] | None = None
+        self._first: tuple[Tensor, Tensor] | None = None  # a state and its image, until they are asked for
         self.ambient = ambient or Ambient(f, layout.device)
 
     @property
     def can_take(self) -> bool:
-        """Whether a part of the rows makes sense: one batch dimension, and an argument that has it too."""
-        return len(self.layout.batch_shape) == 1 and any(self._is_aligned(leaf) for _, leaf in leaves(self._args))
+        """Whether a part of the rows may be evaluated alone.
 
-    def take(self, index: Tensor) -> RowMap:
-        """f on the rows ``index`` alone, with those rows of the arguments that have the batch dimension."""
+        There must be one batch dimension, and an argument that has it too. A compiled f would be compiled again for
+        each number of rows, and a hook would see what no plain loop shows it. Off the CPU, an f that looks up rows by
+        number and reads past the end does not raise, it loses the device.
+        """
+        arguments = [leaf for _, leaf in leaves(self._args) if isinstance(leaf, Tensor)]
+        if len(self.layout.batch_shape) != 1 or not any(map(self._is_aligned, arguments)):
+            return False
+        if self.layout.device.type != "cpu" and not all(x.is_floating_point() or x.is_complex() for x in arguments):
+            return False
+        return not any(map(_is_watched_or_compiled, (self._f, *self.ambient.modules)))
+
+    def take(self, index: Tensor, layout: Layout | None = None) -> RowMap:
+        """f on the rows ``index``, with those rows of the arguments that have the batch dimension."""
 
         def pick(leaf: Any) -> Any:
             return leaf.index_select(0, index.to(leaf.device)) if self._is_aligned(leaf) else leaf
 
-        args, layout = map_leaves(pick, self._args), self.layout.with_rows(len(index))
-        return RowMap(self._f, args, layout, gradients=False, ambient=self.ambient)
+        args = map_leaves(pick, self._args)
+        layout = layout or self.layout.with_rows(len(index))
+        return RowMap(self._f, args, layout, gradients=False, has_aux=self._has_aux, ambient=self.ambient)
 
     def part(self, z: Tensor, row: Tensor, block: Tensor) -> Tensor:
         """Blocks ``block`` ``(N,)`` of rows ``row`` ``(N,)`` of ``f(z)``, as ``(N, dim)``: of T blocks a row.
@@ -72,7 +97,7 @@ class RowMap:
         if part is None or len(block) == len(state) * blocks or self.ambient.repeats:
             return self(z).reshape(len(z), blocks, -1)[row, block]
         self.calls += 1
-        return self._surrounded(lambda: part(state, row, block)).reshape(len(block), -1)
+        return self._surrounded(lambda: part(state, row, block), z).reshape(len(block), -1)
 
     def _is_aligned(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.layout.rows
@@ -87,67 +112,76 @@ class RowMap:
             return self._gradients
         with torch.enable_grad():
             fz = self._evaluate_checked(z)
-        self._probed = (z, fz)
+        self._first = (z, fz)
         return fz.requires_grad
 
     def __call__(self, z: Tensor, *inputs: Tensor) -> Tensor:
         if inputs:
             return self._evaluate(z, inputs) if self._checked else self._evaluate_checked(z, inputs)
-        if self._probed is not None:
-            at, fz = self._probed
-            self._probed = None
+        if self._first is not None:
+            (at, fz), self._first = self._first, None
             if at is z:
                 return fz if torch.is_grad_enabled() else fz.detach()
         if self._checked:
             return self._evaluate(z)
-        if self._gradients and not torch.is_grad_enabled():
-            with torch.enable_grad():
-                fz, requires_grad = self._look(z)
-        else:
+        if not self._gradients or torch.is_grad_enabled():
             fz = self._evaluate_checked(z)
-            requires_grad = fz.requires_grad
-        if self.must_differentiate() and not requires_grad:
-            raise ValueError(
-                "f's output does not depend on what requires grad: an argument or a parameter of f requires it, the "
-                "output does not. Look for detach(), no_grad() or NumPy inside f, or pass backward=None if no gradient "
-                "is wanted."
-            )
-        return fz
+            self._require_dependence(fz)
+            return fz
+        with torch.enable_grad():
+            fz = self._evaluate_checked(z)
+        self._require_dependence(fz)
+        return fz.detach()
 
-    def _look(self, z: Tensor) -> tuple[Tensor, bool]:
-        """f(z) without a graph, and whether it would have one; saves nothing for backward."""
-        with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: torch.empty(0)):
-            fz = self._evaluate_checked(z)
-        return fz.detach(), fz.requires_grad
+    def _require_dependence(self, fz: Tensor) -> None:
+        if self.must_differentiate() and not fz.requires_grad:
+            raise ValueError(
+                "f's output does not depend on what requires grad: an argument in args or a parameter of f requires "
+                "it, the output does not. Look for detach(), no_grad() or NumPy inside f, or pass backward=None if no "
+                "gradient is wanted."
+            )
 
     def _output(self, z: Tensor, inputs: Sequence[Tensor]) -> Any:
         state = self.layout.unflatten(z)
         if not inputs:
-            output = self._surrounded(lambda: self._f(state, *self._args))
+            output = self._surrounded(lambda: self._f(state, *self._args), z)
         else:
             given = iter(inputs)
             args = map_leaves(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, self._args)
             if isinstance(self._f, nn.Module):
                 f, parameters = self._f, dict(zip(self._names, given, strict=True))
-                output = self._surrounded(lambda: torch.func.functional_call(f, parameters, (state, *args)))
+                output = self._surrounded(lambda: torch.func.functional_call(f, parameters, (state, *args)), *inputs, z)
             else:
-                output = self._surrounded(lambda: self._f(state, *args))
+                output = self._surrounded(lambda: self._f(state, *args), *inputs, z)
         self.calls += 1
         return output
 
-    def _surrounded(self, evaluate: Callable[[], Any]) -> Any:
+    def _surrounded(self, evaluate: Callable[[], Any], *tensors: Tensor) -> Any:
         """What an evaluation of f returns, in the dtype of the state, with all beside its arguments as it should be."""
         if not self.ambient.needed:
-            return evaluate()
-        with self.ambient.evaluation():
             output = evaluate()
+        else:
+            output = self.ambient.evaluate(evaluate, wrapped=transformed(*tensors))
+        if self._has_aux:
+            output, self.aux = _without_aux(output)
         lower = self.ambient.lower
         if lower is None:
             return output
         return map_leaves(lambda x: x.to(self.layout.dtype) if getattr(x, "dtype", None) == lower else x, output)
 
     def _evaluate(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
-        return self.layout.flatten(self._output(z, inputs))
+        if torch.compiler.is_compiling():
+            return self.layout.flatten(self._output(z, inputs))
+        written = version(z)
+        output = self._output(z, inputs)
+        if version(z) != written:
+            raise ValueError(_CHANGED)
+        return self.layout.flatten(output) if torch.is_grad_enabled() or _is_own(output) else self._copied(output)
+
+    def _copied(self, output: Any) -> Tensor:
+        """Rows that f cannot write to: it may keep what it returned, as a buffer of its own does."""
+        rows = self.layout.flatten(output)
+        return rows if transformed(rows) else rows.clone()
 
     def _evaluate_checked(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
         before, written = z.detach().clone(), version(z)
@@ -155,9 +189,58 @@ class RowMap:
         self.layout.check_output(output)
         # The version tells of a change that altered no value, such as relu_() on zeros; .data escapes the version.
         if version(z) != written or not torch.equal(plain(before), plain(z.detach())):
-            raise ValueError("f changed its input in place (z += ..., z.relu_()): return a new tensor instead")
+            raise ValueError(_CHANGED)
         self._checked = True
-        fz = self.layout.flatten(output)
+        fz = self._copied(output)
         if transformed(fz) and not transformed(z, *self.inputs, *inputs):
             raise ClosureError
         return fz
+
+
+_CHANGED = "f changed its input in place (z += ..., z.relu_()): return a new tensor instead"
+
+
+def _without_aux(output: Any) -> tuple[Any, Any]:
+    if not isinstance(output, tuple) or len(output) != 2:
+        found = f"{len(output)} entries" if isinstance(output, tuple) else type(output).__name__
+        raise TypeError(f"with has_aux=True f must return (state, aux), found {found}")
+    return output
+
+
+def _is_watched_or_compiled(f: object) -> bool:
+    """Whether f is compiled, or a module with hooks of the caller's."""
+    if not isinstance(f, nn.Module):
+        return hasattr(f, "_torchdynamo_orig_callable")
+    return "_orig_mod" in f._modules or bool(f._forward_hooks or f._forward_pre_hooks)
+
+
+def _holders(x: Tensor) -> tuple[int, int]:
+    """How many hold the tensor, and how many its memory."""
+    return sys.getrefcount(x), torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+
+
+def _is_own(output: Any) -> bool:
+    """Whether nobody but the caller holds this output or its memory, so that nobody can write to it.
+
+    Known of tensors on the CPU alone: what CUDA graphs return may be overwritten without being held by anybody.
+    """
+    if not isinstance(output, Tensor) or not output.is_cpu or transformed(output):
+        return False
+    # Memory that torch cannot resize is somebody else's, NumPy's for one.
+    return output.untyped_storage().resizable() and _holders(output) == _HOLDERS_OF_OWN
+
+
+def _holders_of_own() -> tuple[int, int] | None:
+    """What ``_holders`` says, called as ``_is_own`` calls it, of an output that nobody else holds; None: unknown."""
+
+    def asked(output: Any) -> tuple[int, int]:
+        return _holders(output)
+
+    output = torch.zeros(1) + 1
+    try:
+        return asked(output)
+    except AttributeError:
+        return None
+
+
+_HOLDERS_OF_OWN = _holders_of_own()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -35,9 +36,13 @@ def paired_leaves(state: Any, like: Any, path: str = "z") -> Iterator[tuple[str,
 
 
 def map_leaves(function: Callable[[Any], Any], state: Any) -> Any:
-    """Rebuild ``state`` with ``function`` applied to each leaf."""
+    """Rebuild ``state`` with ``function`` applied to each leaf; dicts and named tuples keep their class."""
     if isinstance(state, dict):
-        return {key: map_leaves(function, child) for key, child in state.items()}
+        # A copy, for a subclass may hold more than its items.
+        rebuilt = {} if type(state) is dict else copy.copy(state)
+        for key, child in state.items():
+            rebuilt[key] = map_leaves(function, child)
+        return rebuilt
     if isinstance(state, (tuple, list)):
         children = [map_leaves(function, child) for child in state]
         return type(state)(*children) if hasattr(state, "_fields") else type(state)(children)
@@ -74,7 +79,8 @@ def _all_finite(leaf: Tensor) -> bool:
 class Layout:
     """How a nested state is laid out as real rows ``(rows, dim)``, one row per independent problem.
 
-    Complex leaves become pairs of real numbers, so solvers never see them.
+    Complex leaves become pairs of real numbers, so solvers never see them. The entries of a leaf stand in a row as they
+    stand in memory, so that f is shown the memory format of z0, such as ``torch.channels_last``.
     """
 
     example: Any  # the state that it was made from
@@ -87,14 +93,22 @@ class Layout:
 
     def __post_init__(self) -> None:
         # No cached properties: their lock keeps torch.compile out, before Python 3.12.
-        is_plain = isinstance(self.example, Tensor) and not self.example.is_complex()
+        batch_dims = len(self.batch_shape)
+        is_plain = (
+            isinstance(self.example, Tensor)
+            and not self.example.is_complex()
+            and _memory_order(self.example, batch_dims) is None
+        )
         object.__setattr__(self, "rows", math.prod(self.batch_shape))
         object.__setattr__(self, "_plain", is_plain)
         object.__setattr__(self, "_size", math.prod(self.example.shape[len(self.batch_shape) :]) if is_plain else 0)
 
     @classmethod
     def of(cls, state: Any, batch_dims: int | None) -> Layout:
-        """Check ``state`` and describe it; ``batch_dims=None`` means 1, or 0 when a leaf is a scalar."""
+        """Check ``state`` and describe it.
+
+        ``batch_dims=None`` means 1, but 0 where no leaf has more than one dimension, or one has none.
+        """
         tensors = list(leaves(state))
         if not tensors:
             raise ValueError("z0 holds no tensor")
@@ -105,7 +119,8 @@ class Layout:
                 raise TypeError(f"z0 must be floating point or complex: {path} is {leaf.dtype}")
         first_path, first = tensors[0]
         if batch_dims is None:
-            batch_dims = min(1, *(leaf.ndim for _, leaf in tensors), 1)
+            dims = [leaf.ndim for _, leaf in tensors]
+            batch_dims = 1 if max(dims) > 1 and min(dims) > 0 else 0
         if batch_dims < 0:
             raise ValueError(f"batch_dims must be at least 0, found {batch_dims}")
         batch_shape = first.shape[:batch_dims]
@@ -131,10 +146,18 @@ class Layout:
         if self._plain:
             return state if state.ndim == 2 == len(self.batch_shape) + 1 else state.reshape(self.rows, self._size)
         rows = []
-        for _, leaf, _ in paired_leaves(state, self.example):
+        for _, leaf, like in paired_leaves(state, self.example):
+            order = _memory_order(like, len(self.batch_shape))
+            leaf = leaf if order is None else leaf.permute(order)
             real = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
             rows.append(real.reshape(self.rows, math.prod(real.shape[len(self.batch_shape) :])))
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+    @property
+    def leaf_sizes(self) -> tuple[int, ...]:
+        """Length of each leaf's part of a row."""
+        dims = len(self.batch_shape)
+        return tuple(math.prod(leaf.shape[dims:]) * (2 if leaf.is_complex() else 1) for _, leaf in leaves(self.example))
 
     def unflatten(self, flat: Tensor) -> Any:
         """The state, structured like the example, that ``flat`` holds; views where possible."""
@@ -144,18 +167,27 @@ class Layout:
 
         def take(leaf: Tensor) -> Tensor:
             nonlocal start
-            shape = (*leaf.shape, 2) if leaf.is_complex() else leaf.shape
+            order = _memory_order(leaf, len(self.batch_shape))
+            stored = leaf.shape if order is None else tuple(leaf.shape[i] for i in order)
+            shape = (*stored, 2) if leaf.is_complex() else stored
             size = math.prod(shape[len(self.batch_shape) :])
             part = flat[:, start : start + size].reshape(shape)
             start += size
-            return torch.view_as_complex(part) if leaf.is_complex() else part
+            part = torch.view_as_complex(part.contiguous()) if leaf.is_complex() else part
+            return part if order is None else part.permute(_inverse(order))
 
         return map_leaves(take, self.example)
 
     def with_rows(self, rows: int) -> Layout:
         """The same layout for another number of rows, of at least one; for one batch dimension."""
-        example = map_leaves(lambda leaf: leaf[:1].expand(rows, *leaf.shape[1:]), self.example)
-        return replace(self, example=example, batch_shape=torch.Size([rows]))
+
+        def with_rows(leaf: Tensor) -> Tensor:
+            # Its numbers play no part, its shape and memory format do.
+            order = _memory_order(leaf, 1) or tuple(range(leaf.ndim))
+            stored = leaf.new_empty(tuple(leaf.shape[i] for i in order)[1:])
+            return stored.expand(rows, *stored.shape).permute(_inverse(order))
+
+        return replace(self, example=map_leaves(with_rows, self.example), batch_shape=torch.Size([rows]))
 
     def check_output(self, output: Any) -> None:
         """Raise unless ``output`` has the structure, shapes, dtype and device of the example."""
@@ -166,3 +198,17 @@ class Layout:
                 if here != there:
                     here, there = (tuple(here), tuple(there)) if name == "shape" else (here, there)
                     raise ValueError(f"f must keep the {name} of z0: {path} came back as {here}, expected {there}")
+
+
+def _memory_order(leaf: Tensor, batch_dims: int) -> tuple[int, ...] | None:
+    """The dimensions of a leaf as they lie in memory, batch first; None where that is their own order."""
+    if leaf.ndim - batch_dims < 2 or leaf.is_contiguous():
+        return None
+    strides = leaf.stride()
+    order = (*range(batch_dims), *sorted(range(batch_dims, leaf.ndim), key=lambda i: -strides[i]))
+    # What has gaps or repeats itself, such as an expanded tensor, is laid out in its own order.
+    return order if order != tuple(range(leaf.ndim)) and leaf.permute(order).is_contiguous() else None
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(order.index(i) for i in range(len(order)))

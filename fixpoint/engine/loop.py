@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Required, TypedDict
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.compaction import Compaction
-from fixpoint.engine.tolerance import Array, Status, Tolerance
+from fixpoint.engine.tolerance import Array, Figures, Status, Tolerance
 
 if TYPE_CHECKING:
     from fixpoint.solvers.base import Solver
@@ -21,10 +22,14 @@ Map = Callable[[Tensor], Tensor]
 Watcher = Callable[[int, Tensor, int, Tensor], object]  # nfev, residual per row, rows not ended, z; true stops the loop
 
 _ACTIVE = -1
-# A row has stagnated when its best residual is this near to rounding and did not fall for this many evaluations.
+# A row has stagnated when its best residual is this near to rounding, and neither so many evaluations nor so many
+# checks brought a smaller one.
 _ROUNDING_FLOOR = 50.0
 _PATIENCE = 10
+_PATIENT_CHECKS = 4
 _LARGEST_FLOOR = 0.05  # a row that is farther off has not been stopped by rounding, not even that of bfloat16
+# The same state, evaluated in the same batch, may differ by so many roundings.
+_SAME = 64.0
 
 
 @dataclass(frozen=True)
@@ -39,15 +44,16 @@ class LoopResult:
     nfev: int
     trace: Tensor | None = None  # (nfev, rows)
     fixed_depth: bool = False  # handed over as it came, not solved to a tolerance
+    coupled: bool = False  # the image of a row was seen to depend on other rows
     state: Any = None  # the solver's, as its last step left it
 
     def measured(self, fz: Tensor, tolerance: Tolerance) -> LoopResult:
         """The same run with the figures that ``fz = f(self.z)`` gives; for states handed over unverified."""
-        residual, scale = figures = tolerance.measure(self.z, fz)
-        status = np.where(tolerance.satisfied(residual, scale), Status.CONVERGED, self.status.cpu().numpy())
-        status = np.where(np.isfinite(residual), status, Status.NON_FINITE)
-        on_device = figures_like(self.z, figures)
-        return replace(self, residual=on_device[0], scale=on_device[1], status=like(self.z, status))
+        figures = tolerance.measure(self.z, fz)
+        status = np.where(tolerance.done(figures), Status.CONVERGED, self.status.cpu().numpy())
+        status = np.where(np.isfinite(figures.residual), status, Status.NON_FINITE)
+        residual, scale = figures_like(self.z, np.stack(figures[:2]))
+        return replace(self, residual=residual, scale=scale, status=like(self.z, status))
 
 
 class LoopOptions(TypedDict, total=False):
@@ -58,58 +64,106 @@ class LoopOptions(TypedDict, total=False):
     record: bool
     watch: Watcher | None
     compaction: Compaction | None
-    announce: Callable[[Any], object]
 
 
 class BestSoFar:
-    """Figures of every row so far, on the host: the best state that was evaluated, and whether the row has ended."""
+    """The best evaluated state of every row so far and its figures, kept on the host; and whether the row has ended."""
 
     def __init__(self, z: Tensor, rounding: float) -> None:
         rows = len(z)
-        self.z = z  # the best state of each row; tensors of the loop are never written to, so a reference will do
+        self.z = z  # tensors of the loop are never written to, so a reference will do
         self._own = False  # unless it was put together here
         self.residual = np.full(rows, np.inf)
         self.scale = np.full(rows, np.inf)
+        self.merit = np.full(rows, np.inf)
         self.status = np.full(rows, _ACTIVE)
         self.evals = np.zeros(rows, dtype=np.int64)
         self.improved_at = np.zeros(rows, dtype=np.int64)
+        self.unimproved_checks = np.zeros(rows, dtype=np.int64)
         self.active = np.ones(rows, dtype=bool)
         self.remaining = rows
+        self.together = False  # rows depend on one another: they end at the same check
         self.nfev = 0
         self.trace: list[Array] = []
-        self._floor = min(_ROUNDING_FLOOR * max(torch.finfo(z.dtype).eps, rounding), _LARGEST_FLOOR)
+        self._rounding = max(torch.finfo(z.dtype).eps, rounding)
+        self._floor = min(_ROUNDING_FLOOR * self._rounding, _LARGEST_FLOOR)
 
     def current(self, residual: Array) -> Array:
         """``residual`` of the rows that have not ended, and the final one of those that have."""
         return residual if self.remaining == len(residual) else np.where(self.active, residual, self.residual)
 
-    def update(self, z: Tensor, figures: Array, tolerance: Tolerance) -> bool:
-        """Take in the figures of ``z``, and say whether that ended rows."""
-        (residual, scale), (active, nfev) = figures, (self.active, self.nfev)
-        done, better, finite = tolerance.satisfied(residual, scale), residual < self.residual, np.isfinite(figures)
+    def update(self, z: Tensor, figures: Figures, tolerance: Tolerance, retreating: Array | None = None) -> bool:
+        """Take in the figures of ``z``, and say whether that ended rows.
+
+        The rows ``retreating`` go on although their image is not finite.
+        """
+        (residual, scale, merit), (active, nfev) = figures, (self.active, self.nfev)
+        done, finite = tolerance.done(figures), np.isfinite(residual) & np.isfinite(scale)
+        better = self._better(merit)
         rows = len(residual)
-        if self.remaining == np.count_nonzero(better) == rows and not np.count_nonzero(done | ~finite[1]):
-            # Nearly every look is one of these.
+        if self.remaining == np.count_nonzero(better) == rows and not np.count_nonzero(done | ~finite):
+            # Nearly every check is one of these.
             self._keep(z, better)
-            self.residual[:], self.scale[:], self.improved_at[:] = residual, scale, nfev
+            self.residual[:], self.scale[:], self.merit[:] = residual, scale, merit
+            self.improved_at[:], self.unimproved_checks[:] = nfev, 0
             return False
-        sound = finite[0] & finite[1]
-        done &= active & sound
+        done &= active & finite
+        if self.together and np.count_nonzero(done) < self.remaining:
+            done[:] = False
         # A row that meets the tolerance ends there, even when an earlier absolute residual was smaller.
         best = done | (active & better)
         self._keep(z, best)
-        for ours, new in ((self.residual, residual), (self.scale, scale), (self.improved_at, nfev)):
+        for ours, new in ((self.residual, residual), (self.scale, scale), (self.merit, merit)):
             np.copyto(ours, new, where=best)
-        stuck = active & (nfev - self.improved_at >= _PATIENCE) & (self.residual <= self._floor * self.scale)
-        ended = done | stuck | (active & ~sound)
+        self.improved_at[best] = nfev
+        self.unimproved_checks = np.where(best, 0, self.unimproved_checks + 1)
+        waited = (nfev - self.improved_at >= _PATIENCE) & (self.unimproved_checks >= _PATIENT_CHECKS)
+        stuck = active & waited & (self.residual <= self._floor * self.scale)
+        if self.together and np.count_nonzero(stuck) < self.remaining:
+            stuck[:] = False
+        broken = active & ~finite if retreating is None else active & ~finite & ~retreating
+        ended = done | stuck | broken
         if not np.count_nonzero(ended):
             return False
-        self.status[ended] = np.where(sound, Status.STAGNATED, Status.NON_FINITE)[ended]
+        self.status[ended] = np.where(finite, Status.STAGNATED, Status.NON_FINITE)[ended]
         self.status[done] = Status.CONVERGED
         self.evals[ended] = nfev
         self.active = active & ~ended
         self.remaining = int(np.count_nonzero(self.active))
         return True
+
+    def verify(self, figures: Figures, tolerance: Tolerance) -> bool:
+        """Compare the figures of the rows that have converged with those that all rows together have at their states.
+
+        Says whether these rows are what they were. Those that meet the tolerance no more go on.
+        """
+        ended = self.status == Status.CONVERGED
+        change = np.abs(figures.residual - self.residual)
+        moved = ended & ~(change <= _SAME * self._rounding * self.scale)
+        for ours, new in zip((self.residual, self.scale, self.merit), figures, strict=True):
+            np.copyto(ours, new, where=moved)
+        again = moved & ~tolerance.done(figures)
+        self.status[again] = _ACTIVE
+        self.improved_at[again], self.unimproved_checks[again] = self.nfev, 0
+        self.active = self.active | again
+        self.remaining = int(np.count_nonzero(self.active))
+        return not moved.any()
+
+    def couple(self) -> None:
+        """Rows are seen to depend on one another: from now on they are one problem, and what was best is void."""
+        self.together = True
+        again = self.status != Status.NON_FINITE
+        self.status[again] = _ACTIVE
+        self.active = again
+        self.remaining = int(np.count_nonzero(again))
+        self.merit[again] = np.inf
+
+    def _better(self, merit: Array) -> Array:
+        """Which rows have a better state now. Rows that depend on one another have it together or not at all."""
+        if not self.together:
+            return merit < self.merit
+        total, best = (float(np.square(np.where(self.active, x, 0)).sum()) for x in (merit, self.merit))
+        return np.full(len(merit), total < best)
 
     def _keep(self, z: Tensor, best: Array) -> None:
         """``z`` is the best state of the rows ``best``; those that have ended stand in ``z`` as they were left."""
@@ -123,13 +177,63 @@ class BestSoFar:
             else:
                 self.z, self._own = self.z.index_copy(0, index, z.index_select(0, index)), True
 
-    def outcome(self) -> LoopResult:
-        """What is known by now; rows that have not ended are called ``MAX_EVALS``."""
+    def result(self, otherwise: Status = Status.MAX_EVALS) -> LoopResult:
+        """What is known by now; ``otherwise`` is said of rows that have not ended."""
         residual, scale = figures_like(self.z, np.stack((self.residual, self.scale)))
-        status = like(self.z, np.where(self.active, Status.MAX_EVALS, self.status))
+        status = like(self.z, np.where(self.active, otherwise, self.status))
         evals = like(self.z, np.where(self.active, self.nfev, self.evals))
         trace = figures_like(self.z, np.stack(self.trace)) if self.trace else None
-        return LoopResult(self.z, residual, scale, status, evals, self.nfev, trace)
+        return LoopResult(self.z, residual, scale, status, evals, self.nfev, trace, coupled=self.together)
+
+
+class _Retreat:
+    """Rows whose accelerated step left the domain of f: back to the last good state, and on from there in plain steps.
+
+    A plain step goes to ``f(z)`` itself. Each time that a row leaves the domain it takes twice as many of them. Where
+    it was a plain step that led out, plain iteration fails as well, and so does the row.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._good: tuple[Tensor, Tensor] | None = None  # the last checked state and its image
+        self._left = np.zeros(rows, dtype=np.int64)  # plain steps still to take
+        self._price = np.ones(rows, dtype=np.int64)  # plain steps that the next failure costs
+        self._checked_at = 0
+
+    def rows(self, z: Tensor, figures: Figures, active: Array) -> Array | None:
+        """Which rows can go back; None if none has to."""
+        lost = active & ~(np.isfinite(figures.residual) & np.isfinite(figures.scale))
+        if self._good is None or not np.count_nonzero(lost):
+            return None
+        index = like(z, np.flatnonzero(lost))
+        before, image = (x.detach().index_select(0, index) for x in self._good)
+        sound = torch.isfinite(before).all(dim=1) & torch.isfinite(image).all(dim=1)
+        stepped_plainly = (z.detach().index_select(0, index) == image).all(dim=1)
+        lost[lost] = (sound & ~stepped_plainly).cpu().numpy()
+        return lost if np.count_nonzero(lost) else None
+
+    def back(self, z: Tensor, fz: Tensor, lost: Array | None, nfev: int) -> tuple[Tensor, Tensor]:
+        """State and image to go on with; remembered for the next check."""
+        if lost is not None:
+            assert self._good is not None
+            index = like(z, np.flatnonzero(lost))
+            z, fz = (
+                new.index_copy(0, index, old.index_select(0, index))
+                for new, old in zip((z, fz), self._good, strict=True)
+            )
+            # What the solver remembers of the row is spoilt if it has seen the broken image.
+            unseen = nfev - self._checked_at == 1
+            self._left[lost] = self._price[lost] if unseen else np.iinfo(np.int64).max
+            self._price[lost] *= 2
+        self._good, self._checked_at = (z, fz), nfev
+        return z, fz
+
+    def step(self, z_next: Tensor, fz: Tensor) -> Tensor:
+        """The next state, with plain steps where they are due."""
+        if not np.count_nonzero(self._left):
+            return z_next
+        index = like(z_next, np.flatnonzero(self._left))
+        self._left[self._left > 0] -= 1
+        return z_next.index_copy(0, index, fz.index_select(0, index))
 
 
 @without_autocast
@@ -144,46 +248,82 @@ def iterate(
     record: bool = False,
     watch: Watcher | None = None,
     compaction: Compaction | None = None,
-    announce: Callable[[BestSoFar], object] = lambda _: None,
 ) -> LoopResult:
     """Evaluate ``f`` and step the solver until every row of ``z`` ``(rows, dim)`` has ended.
 
-    The loop *looks* after the first evaluation, every ``check_every`` ones and the last: only then does it measure, do
+    The loop *checks* after the first evaluation, every ``check_every`` ones and the last: only then does it measure, do
     rows end, and does the host wait for the device, once. Rows that ended stay where they are and are shown to the
-    solver as solved, so it meets NaN or infinity from ``f`` between two looks at most. With a ``compaction``, rows that
-    ended are left out of what ``f`` sees. ``announce`` is given the record before it is filled.
+    solver as solved, so it meets NaN or infinity from ``f`` between two checks at most. A row that has converged and is
+    seen to have another image at the same state depends on other rows: then all of them go on, and end together.
+
+    With a ``compaction``, rows that ended are left out of what ``f`` sees. What came of that is taken for true when an
+    evaluation of all rows has confirmed it, which is part of ``max_evals``.
+
+    Whatever is raised on the way carries the result so far, see ``result_of``.
     """
-    state = solver.init(z)
     best = BestSoFar(z, tolerance.rounding)
-    announce(best)
+    with _handing_over(best):
+        return _iterate(f, z, solver, tolerance, best, max_evals, check_every, record, watch, compaction)
+
+
+def _iterate(
+    f: Map,
+    z: Tensor,
+    solver: Solver,
+    tolerance: Tolerance,
+    best: BestSoFar,
+    max_evals: int,
+    check_every: int,
+    record: bool,
+    watch: Watcher | None,
+    compaction: Compaction | None,
+) -> LoopResult:
+    state = solver.init(z)
+    retreat = _Retreat(len(z))
     frozen: tuple[Tensor, Tensor] | None = None  # the rows that have ended, and their states
     due = 1
     while True:
-        if compaction is None or frozen is None:
-            fz, spent = f(z), 1
+        spare = max_evals - best.nfev - 1
+        if compaction is None or frozen is None or spare < 1 or best.remaining == 0:
+            fz, spent, whole = f(z), 1, True
         else:
-            fz, spent = compaction(z, spare=max_evals - best.nfev - 1)
+            fz, spent, whole = compaction(z, best.active)
         best.nfev += spent
-        look = best.nfev >= due or best.nfev == max_evals
-        if look or record:
-            figures = tolerance.measure(z, fz, best.active)
-            residual = best.current(figures[0])
+        check = best.nfev >= due or best.nfev == max_evals or best.remaining == 0
+        if check or record:
+            figures = tolerance.measure(z, fz, True if whole else best.active)
+            if best.nfev == spent:
+                tolerance = tolerance.started(z, fz, figures)
+            residual = best.current(figures.residual)
             best.trace += [residual] * spent if record else []
-        if look:
+        if check:
             due = (best.nfev // check_every + 1) * check_every
-            ended = best.update(z, figures, tolerance)
+            reopened = False
+            if whole and frozen is not None and not best.verify(figures, tolerance):
+                reopened = True
+                if compaction is not None and compaction.begun:
+                    compaction.refuse("all rows together have other images")
+                else:
+                    best.couple()
+            lost = retreat.rows(z, figures, best.active)
+            ended = best.update(z, figures, tolerance, lost)
             stop = watch and watch(best.nfev, figures_like(z, residual), best.remaining, z.detach())
-            if stop or best.nfev == max_evals or best.remaining == 0:
-                return replace(best.outcome(), state=state)
-            if ended:
-                if compaction is not None:
-                    compaction.select(best.active, z, fz)
-                index = like(z, np.flatnonzero(~best.active))
-                frozen = index, best.z.index_select(0, index)
-                z = z.index_copy(0, *frozen)
+            confirmed = compaction is None or not compaction.begun or whole
+            if stop or best.nfev >= max_evals or (best.remaining == 0 and confirmed):
+                return replace(best.result(Status.STOPPED if stop else Status.MAX_EVALS), state=state)
+            z, fz = retreat.back(z, fz, lost, best.nfev)
+            if ended or reopened:
+                frozen = None
+                if best.remaining < len(z):
+                    index = like(z, np.flatnonzero(~best.active))
+                    frozen = index, best.z.index_select(0, index)
+                    z = z.index_copy(0, *frozen)
+            if best.remaining == 0:
+                continue  # one evaluation of all rows confirms what came of a part of them
         if frozen is not None:
             fz = fz.index_copy(0, *frozen)
         z, state = solver.step(z, fz, state)
+        z = retreat.step(z, fz)
         if frozen is not None:
             z = z.index_copy(0, *frozen)
 
@@ -201,12 +341,36 @@ def run_steps(
     for _ in range(depth):
         fz = f(z)
         if record:
-            trace.append(tolerance.measure(z, fz)[0])
+            trace.append(tolerance.measure(z, fz).residual)
         z, state = solver.step(z, fz, state)
     status = torch.where(torch.isfinite(z.detach()).all(dim=1), int(Status.MAX_EVALS), int(Status.NON_FINITE))
     unknown = figures_like(z, np.full(len(z), np.nan))
     recorded = figures_like(z, np.stack([*trace, np.empty(len(z))])[:-1]) if record else None
-    return LoopResult(z, unknown, unknown, status, torch.full_like(status, depth), depth, recorded, True, state)
+    return LoopResult(
+        z, unknown, unknown, status, torch.full_like(status, depth), depth, recorded, fixed_depth=True, state=state
+    )
+
+
+@contextlib.contextmanager
+def _handing_over(best: BestSoFar) -> Iterator[None]:
+    """Let what is raised, Ctrl-C too, carry the result so far."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(Exception):  # the device may be lost: nothing must hide the error itself
+            if best.nfev:
+                attach_result(error, best.result())
+        raise
+
+
+def attach_result(error: BaseException, result: LoopResult) -> None:
+    """Give ``error`` the result so far; the outermost solve's, where one stands inside another."""
+    error.fixpoint_result = result  # type: ignore[attr-defined]
+
+
+def result_of(error: BaseException) -> LoopResult | None:
+    """The result that ``attach_result`` gave to ``error``."""
+    return getattr(error, "fixpoint_result", None)
 
 
 def like(z: Tensor, array: Array) -> Tensor:

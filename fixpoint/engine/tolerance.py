@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ class Status(enum.IntEnum):
     MAX_EVALS = 1
     STAGNATED = 2
     NON_FINITE = 3
+    STOPPED = 4
 
     @property
     def advice(self) -> str:
@@ -42,6 +43,7 @@ _ADVICE = {
     Status.MAX_EVALS: "raise max_evals, loosen rtol or atol, or try another solver",
     Status.STAGNATED: "the tolerance lies below rounding: loosen rtol or atol, or use a wider dtype",
     Status.NON_FINITE: "f returned NaN or infinity: start nearer the solution, or damp the solver",
+    Status.STOPPED: "the callback returned true: return nothing to go on",
 }
 
 
@@ -96,41 +98,126 @@ _BLOCK = 1 << 18  # entries
 _LOW = {dtype: torch.finfo(dtype).tiny ** 0.4 for dtype in _WIDE}
 
 
+# What is left of a row that is this small beside its start, times rtol, is nothing.
+_NOTHING = 1e-16
+
+
+class Figures(NamedTuple):
+    """What was measured of a state, per row, as float64 ``(rows,)`` on the host.
+
+    Attributes:
+        residual: Norm of ``f(z) - z``; of the leaf farthest from its tolerance, where each has to meet its own.
+        scale: Norm of ``f(z)``, of the same leaf.
+        merit: What tells the better of two states of a row: the smaller.
+    """
+
+    residual: Array
+    scale: Array
+    merit: Array
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
     """A row is done when ``norm(f(z) - z) <= atol + rtol * norm(f(z))``.
 
-    ``rounding`` is the relative rounding of f where that is coarser than the state's. It alters no tolerance: it says
-    where a row that gets no better has stagnated.
+    Attributes:
+        rtol, atol: Numbers, or one for each row ``(rows,)``.
+        norm: Takes rows ``(rows, dim)`` to ``(rows,)``; None is the Euclidean norm.
+        leaves: Lengths of the parts of a row that must each meet the tolerance; None: the row as a whole.
+        rounding: The relative rounding of f where that is coarser than the state's. It alters no tolerance: it says
+            where a row that gets no better has stagnated.
     """
 
-    rtol: float
-    atol: float
-    norm: Callable[[Tensor], Tensor] = row_norm
+    rtol: float | Array
+    atol: float | Array
+    norm: Callable[[Tensor], Tensor] | None = None
+    leaves: tuple[int, ...] | None = None
     rounding: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, found {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (value >= 0 if isinstance(value, float | int) else np.all(value >= 0)):
+                raise ValueError(f"{name} must be at least 0, found {value}")
 
-    def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True) -> Array:
-        """``norm(fz - z)`` and ``norm(fz)`` as float64 ``(2, rows)`` on the host, brought there in one transfer.
+    def limit(self, scale: Array) -> Array | float:
+        """The largest residual that is done, where ``norm(f(z)) = scale``, ``(..., rows)``."""
+        atol, rtol = (_for_rows(x, scale.shape[-1]) for x in (self.atol, self.rtol))
+        if np.ndim(rtol) == 0:
+            return atol + rtol * scale if rtol else atol  # 0 times infinity would be NaN
+        with np.errstate(invalid="ignore"):
+            return np.where(np.asarray(rtol) > 0, atol + rtol * scale, atol)
+
+    def satisfied(self, residual: Array, scale: Array) -> Array:
+        """Which rows are done. False for NaN and infinity."""
+        return (residual <= self.limit(scale)) & np.isfinite(residual)
+
+    def done(self, figures: Figures) -> Array:
+        """Which rows are done, by what was measured."""
+        if self.leaves is not None:
+            return figures.merit <= 1
+        return self.satisfied(figures.residual, figures.scale)
+
+    def started(self, z: Tensor, fz: Tensor, figures: Figures) -> Tolerance:
+        """The same for a solve that starts at ``z`` with the image ``fz``: rows of which nothing is left are done, too.
+
+        A row that tends to zero never meets a relative tolerance, for its residual and its scale fall alike. So the
+        absolute tolerance is at least ``1e-16 rtol`` times the norm at the start: the smaller one of z and f(z).
+        """
+        if not np.any(self.rtol):
+            return self
+        z, fz = z.detach(), fz.detach()
+        if self.leaves is None:
+            size, scale = _to_host(row_norm(z) if self.norm is None else self.norm(z)), figures.scale
+        else:
+            pairs = zip(z.split(self.leaves, dim=1), fz.split(self.leaves, dim=1), strict=True)
+            size, scale = np.stack([_to_host(torch.stack([row_norm(x) for x in pair])) for pair in pairs], axis=1)
+        start = np.minimum(size, scale)
+        floor = _NOTHING * _for_rows(self.rtol, len(z)) * np.where(np.isfinite(start), start, 0)
+        return replace(self, atol=np.maximum(_for_rows(self.atol, len(z)), floor))
+
+    def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True) -> Figures:
+        """Figures of the states ``z`` with the images ``fz``, both ``(rows, dim)``; they come to the host at once.
 
         Rows whose squares leave the range of their dtype are summed again in float64; of the rows outside the mask
         ``among`` nobody wants to know.
         """
         if torch.is_grad_enabled():
             z, fz = z.detach(), fz.detach()
-        if self.norm is not row_norm:
-            return torch.stack((self.norm(fz - z), self.norm(fz))).detach().cpu().double().numpy()
-        both = torch.stack((_difference_norm(z, fz), row_norm(fz)))
-        return _repaired(both.cpu().numpy().astype(np.float64), z, fz, _LOW[both.dtype], among)
+        if self.leaves is not None:
+            return self._worst_leaf(z, fz)
+        if self.norm is not None:
+            residual, scale = _to_host(torch.stack((self.norm(fz - z), self.norm(fz))))
+        else:
+            residual, scale = _euclidean(z, fz, among)
+        return Figures(residual, scale, residual)
 
-    def satisfied(self, residual: Array, scale: Array) -> Array:
-        """Which rows are done. False for NaN and infinity."""
-        limit = self.atol + self.rtol * scale if self.rtol else self.atol  # 0 times infinity would be NaN
-        return (residual <= limit) & np.isfinite(residual)
+    def _worst_leaf(self, z: Tensor, fz: Tensor) -> Figures:
+        assert self.leaves is not None
+        parts = zip(z.split(self.leaves, dim=1), fz.split(self.leaves, dim=1), strict=True)
+        residual, scale = np.stack([_euclidean(ours, theirs, True) for ours, theirs in parts], axis=1)
+        with np.errstate(all="ignore"):
+            merit = np.where(residual == 0, 0, residual / self.limit(scale))
+        merit = np.where(np.isnan(merit) | ~np.isfinite(residual), np.inf, merit)
+        worst = merit.argmax(axis=0), np.arange(len(fz))
+        return Figures(residual[worst], scale[worst], merit[worst])
+
+
+def _for_rows(value: float | Array, rows: int) -> Any:
+    """A tolerance ``(..., rows)`` for so many rows; under ``torch.vmap`` the rows of a solve come several times."""
+    if isinstance(value, np.ndarray) and value.ndim and 0 < value.shape[-1] < rows:
+        return np.tile(value, rows // value.shape[-1])
+    return value
+
+
+def _to_host(x: Tensor) -> Array:
+    return x.detach().cpu().double().numpy()
+
+
+def _euclidean(z: Tensor, fz: Tensor, among: Array | bool) -> Array:
+    """Euclidean norms of ``fz - z`` and of ``fz``, ``(2, rows)``."""
+    both = torch.stack((_difference_norm(z, fz), row_norm(fz)))
+    return _repaired(both.cpu().numpy().astype(np.float64), z, fz, _LOW[both.dtype], among)
 
 
 def _repaired(figures: Array, z: Tensor, fz: Tensor, low: float, among: Array | bool) -> Array:

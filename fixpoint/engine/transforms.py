@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-Explicit = Callable[..., Tensor]  # f(z, *inputs), a map on rows that depends on nothing else
+Functional = Callable[..., Tensor]  # f(z, *inputs), a map on rows that depends on nothing else
 
 
 class ClosureError(ValueError):
@@ -32,12 +32,17 @@ def transformed(*tensors: Tensor) -> bool:
     return any(torch.func.debug_unwrap(x) is not x or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph records what is done on the tensor's device, so that nothing can be read from it."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def plain(x: Tensor) -> Tensor:
     """The numbers behind a tensor that torch.func has wrapped, to look at and not to compute with."""
     return x if torch.compiler.is_compiling() else torch.func.debug_unwrap(x)
 
 
-def depends_on_nothing_else(f: Explicit, z: Tensor, inputs: Sequence[Tensor]) -> bool:
+def depends_on_nothing_else(f: Functional, z: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether f(z, *inputs) carries no derivative and no batch but those of z and the inputs. Evaluates f once."""
     fixed = [x.detach() for x in (z, *inputs)]
     with torch.enable_grad():

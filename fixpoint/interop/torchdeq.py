@@ -103,6 +103,7 @@ class TorchDEQSolver:
             x0,
             solver=self.solver(**self._translated(options)),
             backward=None,
+            batch_dims=min(x0.ndim, 1),  # torchdeq takes a vector for that many scalar problems
             atol=tol if stop_mode == "abs" else 0.0,
             rtol=tol if stop_mode == "rel" else 0.0,
             max_evals=max(max_iter, 1),

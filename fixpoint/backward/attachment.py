@@ -1,0 +1,306 @@
+"""The ways to attach gradients: a functional solve with every input named, and one recorded application of f."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fixpoint.engine.ambient import version
+from fixpoint.engine.loop import LoopResult, Map
+from fixpoint.engine.tolerance import Status
+from fixpoint.engine.transforms import Functional, transformed
+
+if TYPE_CHECKING:
+    from fixpoint.backward.base import ForwardSolve
+
+Solve = Callable[[Map, Tensor], LoopResult]
+Report = Callable[[LoopResult], None]
+DoubleBackward = Callable[[Tensor], "tuple[Tensor | None, ...] | None"]
+
+
+def solve_functionally(f: Functional, solve: Solve, linear: Solve, z0: Tensor, inputs: Sequence[Tensor]) -> LoopResult:
+    """``solve(lambda z: f(z, *inputs), z0)``, which every transformation of torch.func can go through, to any order.
+
+    Args:
+        f: ``f(z, *inputs)`` on rows ``(rows, dim)``.
+        solve: Solves a map from a start, without gradients, on any number of rows.
+        linear: The same for the linear equations of the derivatives.
+
+    Source: the derivatives are those of the implicit function theorem; see the page on gradients.
+    """
+    outcome: list[LoopResult] = []
+    z, residual, scale, status, evals, trace = _Solve.apply(f, solve, linear, outcome.append, z0, *inputs)
+    recorded = None if outcome[-1].trace is None else trace.T
+    return replace(outcome[-1], z=z, residual=residual, scale=scale, status=status, evals=evals, trace=recorded)
+
+
+def vector_jacobian_product(
+    f: Functional, linear: Solve, z: Tensor, inputs: Sequence[Tensor], v: Tensor
+) -> tuple[Tensor | None, ...]:
+    """``v^T dz/dinputs`` at the solution ``z`` of ``z = f(z, *inputs)``, itself differentiable; None for integers."""
+
+    def adjoint(u: Tensor, z: Tensor, v: Tensor, *inputs: Tensor) -> Tensor:
+        pullback = torch.func.vjp(lambda z: f(z, *inputs), z)[1]
+        return v + pullback(u)[0]
+
+    u = solve_functionally(adjoint, linear, linear, v, (z, v, *inputs)).z
+    smooth = [i for i, x in enumerate(inputs) if x.is_floating_point() or x.is_complex()]
+    along, values = _in_places(f, inputs, smooth)
+    pullback = torch.func.vjp(partial(along, z), *values)[1]
+    products = dict(zip(smooth, pullback(u), strict=True))
+    return tuple(products.get(i) for i in range(len(inputs)))
+
+
+def _in_places(f: Functional, inputs: Sequence[Tensor], places: Sequence[int]) -> tuple[Functional, list[Tensor]]:
+    """f as a function of z and of the inputs at some places alone, and these inputs."""
+
+    def along(z: Tensor, *values: Tensor) -> Tensor:
+        placed = dict(zip(places, values, strict=True))
+        return f(z, *(placed.get(i, x) for i, x in enumerate(inputs)))
+
+    return along, [inputs[i] for i in places]
+
+
+class _Solve(torch.autograd.Function):
+    """``(z, residual, scale, status, evals, trace)`` of a solve; every tensor that f depends on is an argument."""
+
+    @staticmethod
+    def forward(
+        f: Functional, solve: Solve, linear: Solve, report: Report, z0: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        found = solve(lambda z: f(z, *inputs), z0)
+        report(replace(found, state=None))
+        trace = found.residual.new_empty(0, len(z0)) if found.trace is None else found.trace
+        return found.z.clone(), found.residual, found.scale, found.status, found.evals, trace.T
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.f, _, ctx.linear, _, _, *tensors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(output[0], *tensors)
+        ctx.save_for_forward(output[0], *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        z, *inputs = ctx.saved_tensors
+        return None, None, None, None, None, *vector_jacobian_product(ctx.f, ctx.linear, z, inputs, v)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        """``t = J t + df/dinputs dinputs``, solved from its constant term, as the adjoint is from v."""
+        z, *inputs = ctx.saved_tensors
+        moving = [i for i, tangent in enumerate(tangents[5:]) if tangent is not None]
+        n = len(inputs)
+
+        def image(t: Tensor, z: Tensor, *rest: Tensor) -> Tensor:
+            inputs, directions = rest[:n], rest[n:]
+            along, values = _in_places(ctx.f, inputs, moving)
+            # A transposed product, because forward-mode differentiation does not nest in itself outside torch.func.
+            pullback = torch.func.vjp(along, z, *values)[1]
+            pushforward = torch.func.vjp(pullback, torch.zeros_like(z))[1]
+            return pushforward((t, *directions))[0]
+
+        rest = (z, *inputs, *(tangents[5 + i] for i in moving))
+        start = image(torch.zeros_like(z), *rest)
+        return solve_functionally(image, ctx.linear, ctx.linear, start, rest).z, None, None, None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        f: Functional,
+        solve: Solve,
+        linear: Solve,
+        report: Report,
+        z0: Tensor,
+        *inputs: Tensor,
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """The batch becomes further rows, so each of its members has a status and stops when it is done."""
+        size, z0_dim, dims = info.batch_size, in_dims[4], in_dims[5:]
+        z0 = z0.expand(size, *z0.shape) if z0_dim is None else z0.movedim(z0_dim, 0)
+
+        def on_rows(z: Tensor, *inputs: Tensor) -> Tensor:
+            mapped = torch.vmap(f, in_dims=(0, *dims), randomness=info.randomness)
+            return mapped(z.reshape(z0.shape), *inputs).reshape(z.shape)
+
+        flat = _Solve.apply(on_rows, solve, linear, report, z0.reshape(-1, z0.shape[2]), *inputs)
+        return tuple(x.reshape(*z0.shape[:2], *x.shape[1:]) for x in flat), (0,) * len(flat)
+
+
+def hand_over(result: LoopResult, attached: Tensor) -> Tensor:
+    """The state of ``result``, with the gradient that flows through ``attached``: none for rows that have failed."""
+    if attached is result.z:
+        return attached
+    if torch.compiler.is_compiling():
+        return result.z.detach() + (attached - attached.detach())
+    return _HandedOver.apply(result.z.detach(), attached, result.status == int(Status.NON_FINITE))
+
+
+class _HandedOver(torch.autograd.Function):
+    """The first argument, with the derivatives of the second where the third does not say that the row has failed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, attached: Tensor, failed: Tensor) -> Tensor:
+        return z.clone()  # a view would forbid in-place use of the solution, by nn.ReLU(inplace=True) say
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        (failed,) = ctx.saved_tensors
+        return None, torch.where(failed[:, None], 0, v), None
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tangent: Tensor, __: Any) -> Tensor:
+        (failed,) = ctx.saved_tensors
+        return torch.where(failed[:, None], 0, tangent)
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        return None
+
+
+def without_gradient(x: Tensor) -> Tensor:
+    """``x``, still a part of the graph, through which nothing flows: not even zero times NaN."""
+    return _WithoutGradient.apply(x)
+
+
+def attach_adjoint(
+    run: ForwardSolve, result: LoopResult, adjoint: Solve, double_backward: DoubleBackward | None = None
+) -> tuple[Tensor, LoopResult]:
+    """``f(z*)``, recorded once, with a backward that answers the incoming gradient v with an adjoint u.
+
+    ``adjoint(image, v)`` finds it, where ``image(u) = v + J^T u``. It then flows through the recorded application to
+    parameters, inputs and whatever f closes over, with no list of them anywhere. That has no second derivative. A rule
+    that has one gives it as ``double_backward(v)``: gradients for ``run.inputs`` that are differentiable themselves, or
+    None where it cannot.
+    """
+    if run.transformed:
+        raise ValueError(
+            "this backward rule does not work under torch.func or forward-mode differentiation; IFT() and Phantom() do"
+        )
+    z = result.z.detach().requires_grad_()
+    fz = run.recorded(lambda f, z: f(z), z)
+    _warn_if_detached(run, z, fz)
+
+    def image(u: Tensor, v: Tensor) -> Tensor:
+        (product,) = torch.autograd.grad(fz, z, u, retain_graph=True, allow_unused=True)
+        return v if product is None else v + product
+
+    def answer(v: Tensor) -> Tensor:
+        if transformed(v):  # several gradients at once, by is_grads_batched=True
+            return solve_functionally(image, adjoint, adjoint, v, (v,)).z
+        return adjoint(lambda u: image(u, v), v).z
+
+    versions = [version(x) for x in run.inputs]
+
+    def answer_differentiably(v: Tensor) -> tuple[Tensor | None, ...]:
+        if [version(x) for x in run.inputs] != versions:
+            raise RuntimeError("an argument or a parameter of f was changed in place between forward and backward")
+        gradients = double_backward(v) if double_backward else None
+        if gradients is not None:
+            return None, *gradients
+        with torch.no_grad():
+            u = answer(v)
+        return refuse_second_order(u, v, fz), *(None for _ in run.inputs)
+
+    attached = _Attached.apply(fz, answer, answer_differentiably, *run.inputs)
+    return attached, run.measured(result, fz)
+
+
+def _warn_if_detached(run: ForwardSolve, z: Tensor, fz: Tensor) -> None:
+    """Warn of an f whose value depends on z and whose graph does not: its Jacobian passes for zero."""
+    if torch.compiler.is_compiling() or z.numel() == 0 or _reaches(fz, z):
+        return
+    with torch.no_grad():
+        nudge = torch.finfo(z.dtype).eps ** 0.5 * (1 + z.detach().abs())
+        depends = not torch.equal(run.f(z.detach() + nudge), run.f(z.detach()))
+    if depends:
+        warnings.warn(
+            "f's output depends on z, but not as far as autograd can see, so the gradient is that of a constant f: "
+            "look for z.detach(), no_grad() or NumPy inside f, or pass backward=None if no gradient is wanted.",
+            stacklevel=6,
+        )
+
+
+def _reaches(output: Tensor, leaf: Tensor) -> bool:
+    """Whether the graph of ``output`` leads to ``leaf``."""
+    seen, found = set(), [output.grad_fn]
+    while found:
+        node = found.pop()
+        if node is None or node in seen:
+            continue
+        if getattr(node, "variable", None) is leaf:
+            return True
+        seen.add(node)
+        found += [following for following, _ in node.next_functions]
+    return False
+
+
+class _Attached(torch.autograd.Function):
+    """Identity on f(z*). The inputs are there for derivatives of second order; the first takes its way through fz."""
+
+    @staticmethod
+    def forward(
+        fz: Tensor,
+        answer: Callable[[Tensor], Tensor],
+        answer_differentiably: Callable[[Tensor], tuple[Tensor | None, ...]],
+        *inputs: Tensor,
+    ) -> Tensor:
+        return fz.view_as(fz)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.answer, ctx.answer_differentiably, *_ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            through_fz, *gradients = ctx.answer_differentiably(v)
+        else:
+            through_fz, gradients = ctx.answer(v), [None] * (len(ctx.needs_input_grad) - 3)
+        return through_fz, None, None, *gradients
+
+
+def refuse_second_order(gradient: Tensor, *depends_on: Tensor) -> Tensor:
+    """``gradient``, with an error for whoever differentiates it.
+
+    ``once_differentiable`` would not do: ``torch.autograd.grad`` prunes its error, as it leads to no input. This one
+    leads to all that the gradient depends on.
+    """
+    return _FirstOrder.apply(gradient, *depends_on)
+
+
+class _FirstOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "this backward rule gives first derivatives only, found a second one asked for. IFT() has second "
+            "derivatives when all that requires grad in f is in args or a parameter of a module f; Phantom() and "
+            "Unroll() have them always."
+        )
