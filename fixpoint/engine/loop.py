@@ -208,7 +208,7 @@ class _Retreat:
         before, image = (x.detach().index_select(0, index) for x in self._good)
         sound = torch.isfinite(before).all(dim=1) & torch.isfinite(image).all(dim=1)
         stepped_plainly = (z.detach().index_select(0, index) == image).all(dim=1)
-        lost[lost] = (sound & ~stepped_plainly).cpu().numpy()
+        lost[lost] = (sound & ~stepped_plainly).cpu().numpy() & (self._left[lost] == 0)
         return lost if np.count_nonzero(lost) else None
 
     def back(self, z: Tensor, fz: Tensor, lost: Array | None, nfev: int) -> tuple[Tensor, Tensor]:
