@@ -14,7 +14,7 @@ from torch import Tensor
 from fixpoint.engine.ambient import version
 from fixpoint.engine.loop import LoopResult, Map
 from fixpoint.engine.tolerance import Status
-from fixpoint.engine.transforms import Functional, transformed
+from fixpoint.engine.transforms import Functional, alive, transformed
 
 if TYPE_CHECKING:
     from fixpoint.backward.base import ForwardSolve
@@ -88,13 +88,13 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        z, *inputs = ctx.saved_tensors
-        return None, None, None, None, None, *vector_jacobian_product(ctx.f, ctx.linear, z, inputs, v)
+        z, *inputs = map(alive, ctx.saved_tensors)
+        return None, None, None, None, None, *vector_jacobian_product(ctx.f, ctx.linear, z, inputs, alive(v))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         """``t = J t + df/dinputs dinputs``, solved from its constant term, as the adjoint is from v."""
-        z, *inputs = ctx.saved_tensors
+        z, *inputs = map(alive, ctx.saved_tensors)
         moving = [i for i, tangent in enumerate(tangents[5:]) if tangent is not None]
         n = len(inputs)
 

@@ -47,7 +47,8 @@ class RowMap:
         ambient: Ambient | None = None,
     ) -> None:
         self._f = f
-        self._args = tuple(args)
+        # Tensors of inference mode cannot be saved for backward, copies of them can.
+        self._args = map_leaves(_savable, tuple(args)) if gradients else tuple(args)
         self._has_aux = has_aux
         self.layout = layout
         self.calls = 0
@@ -198,6 +199,10 @@ class RowMap:
 
 
 _CHANGED = "f changed its input in place (z += ..., z.relu_()): return a new tensor instead"
+
+
+def _savable(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
 def _without_aux(output: Any) -> tuple[Any, Any]:

@@ -37,6 +37,16 @@ def is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def alive(x: Tensor) -> Tensor:
+    """``x`` without the wrappers of transformations that are over.
+
+    PyTorch takes off one of them at an operation and fails on what is below, where solves stand inside solves.
+    """
+    while (inner := torch._C._functorch.unwrap_if_dead(x)) is not x:
+        x = inner
+    return x
+
+
 def plain(x: Tensor) -> Tensor:
     """The numbers behind a tensor that torch.func has wrapped, to look at and not to compute with."""
     return x if torch.compiler.is_compiling() else torch.func.debug_unwrap(x)
