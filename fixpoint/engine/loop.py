@@ -132,17 +132,16 @@ class BestSoFar:
         self.remaining = int(np.count_nonzero(self.active))
         return True
 
-    def verify(self, figures: Figures, tolerance: Tolerance) -> bool:
-        """Compare the figures of the rows that have converged with those that all rows together have at their states.
+    def verify(self, figures: Figures, tolerance: Tolerance, known: Array) -> bool:
+        """Compare the figures of the rows ``known`` with those that all rows together have at the same states.
 
-        Says whether these rows are what they were. Those that meet the tolerance no more go on.
+        Says whether these rows are what they were. Those that had converged and meet the tolerance no more go on.
         """
-        ended = self.status == Status.CONVERGED
         change = np.abs(figures.residual - self.residual)
-        moved = ended & ~(change <= _SAME * self._rounding * self.scale)
+        moved = known & ~(change <= _SAME * self._rounding * self.scale)
         for ours, new in zip((self.residual, self.scale, self.merit), figures, strict=True):
             np.copyto(ours, new, where=moved)
-        again = moved & ~tolerance.done(figures)
+        again = moved & (self.status == Status.CONVERGED) & ~tolerance.done(figures)
         self.status[again] = _ACTIVE
         self.improved_at[again], self.unimproved_checks[again] = self.nfev, 0
         self.active = self.active | again
@@ -283,13 +282,17 @@ def _iterate(
     frozen: tuple[Tensor, Tensor] | None = None  # the rows that have ended, and their states
     due = 1
     while True:
-        spare = max_evals - best.nfev - 1
-        if compaction is None or frozen is None or spare < 1 or best.remaining == 0:
+        # What came of a part of the rows is confirmed by all of them: at the end, and with the last evaluation granted.
+        last = best.remaining == 0 or best.nfev + 1 >= max_evals
+        confirming = compaction is not None and compaction.begun and last
+        if confirming:
+            z = best.z
+        if compaction is None or frozen is None or last:
             fz, spent, whole = f(z), 1, True
         else:
             fz, spent, whole = compaction(z, best.active)
         best.nfev += spent
-        check = best.nfev >= due or best.nfev == max_evals or best.remaining == 0
+        check = best.nfev >= due or last or best.nfev >= max_evals
         if check or record:
             figures = tolerance.measure(z, fz, True if whole else best.active)
             if best.nfev == spent:
@@ -298,28 +301,29 @@ def _iterate(
             best.trace += [residual] * spent if record else []
         if check:
             due = (best.nfev // check_every + 1) * check_every
-            reopened = False
-            if whole and frozen is not None and not best.verify(figures, tolerance):
-                reopened = True
-                if compaction is not None and compaction.begun:
-                    compaction.refuse("all rows together have other images")
-                else:
-                    best.couple()
+            moved = False
+            if whole and frozen is not None:
+                known = best.status != Status.NON_FINITE if confirming else best.status == Status.CONVERGED
+                moved = not best.verify(figures, tolerance, known)
+            if moved and compaction is not None and compaction.begun:
+                compaction.refuse("all rows together have other images")
+            elif moved:
+                best.couple()
             lost = retreat.rows(z, figures, best.active)
             ended = best.update(z, figures, tolerance, lost)
             stop = watch and watch(best.nfev, figures_like(z, residual), best.remaining, z.detach())
-            confirmed = compaction is None or not compaction.begun or whole
-            if stop or best.nfev >= max_evals or (best.remaining == 0 and confirmed):
+            open_question = compaction is not None and compaction.begun and not whole
+            if stop or best.nfev >= max_evals or (best.remaining == 0 and not open_question):
                 return replace(best.result(Status.STOPPED if stop else Status.MAX_EVALS), state=state)
             z, fz = retreat.back(z, fz, lost, best.nfev)
-            if ended or reopened:
+            if ended or moved:
                 frozen = None
                 if best.remaining < len(z):
                     index = like(z, np.flatnonzero(~best.active))
                     frozen = index, best.z.index_select(0, index)
                     z = z.index_copy(0, *frozen)
             if best.remaining == 0:
-                continue  # one evaluation of all rows confirms what came of a part of them
+                continue
         if frozen is not None:
             fz = fz.index_copy(0, *frozen)
         z, state = solver.step(z, fz, state)
