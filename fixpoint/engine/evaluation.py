@@ -47,7 +47,8 @@ class RowMap:
     ) -> None:
         self._f = f
         # Tensors of inference mode cannot be saved for backward, copies of them can.
-        self._args = map_leaves(_savable, tuple(args)) if gradients else tuple(args)
+        compiling = torch.compiler.is_compiling()
+        self._args = map_leaves(_savable, tuple(args)) if gradients and not compiling else tuple(args)
         self._has_aux = has_aux
         self.layout = layout
         self.aux: Any = None
