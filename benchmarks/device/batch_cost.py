@@ -8,8 +8,9 @@ from benchmarks.device.common import DTYPES, Part, normal
 from benchmarks.device.networks import as_denoiser, transformer, unet
 
 ROWS = tuple(2**n for n in range(12))
-_SHARE = 0.15  # of what is left that one size may take
+_SHARE = 0.2  # of what is left that one size may take
 _REPEATS = 4
+_LONG = 0.1  # seconds of a call that is made once
 
 
 def main(part: Part) -> None:
@@ -30,12 +31,13 @@ def curve(part: Part, name: str, make: object, dtype: str) -> None:
     assert denoiser.sample_shape is not None
     seconds = 0.0
     for rows in ROWS[:3] if part.rehearse else ROWS:
-        # Twice the rows take twice the time at most, once the device is full.
-        if 2 * seconds * (_REPEATS + 1) > _SHARE * part.left and not part.rehearse:
+        repeats = _REPEATS if seconds < _LONG else 1
+        # Twice the rows take twice the time at most. One call warms up, one is for the memory.
+        if 2 * seconds * (repeats + 2) > _SHARE * part.left and not part.rehearse:
             part.leave_out(f"{name} in {dtype} from {rows} rows on", "a call would take too long")
             break
         x = normal(rows, *denoiser.sample_shape).to(part.device, torch.float32)
         t = torch.arange(rows, device=part.device) * 999 // max(rows - 1, 1)
-        seconds = part.time(lambda x=x, t=t: denoiser(x, t), repeats=_REPEATS)
+        seconds = part.time(lambda x=x, t=t: denoiser(x, t), repeats=repeats)
         peak = part.peak(lambda x=x, t=t: denoiser(x, t))
         part.add("curve", network=name, dtype=dtype, rows=rows, milliseconds=1e3 * seconds, peak_bytes=peak)

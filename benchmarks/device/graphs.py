@@ -144,6 +144,9 @@ class Sequential:
         chain: Its transitions, noise and start are those of the chain.
         denoiser: The chain's, or the same one compiled.
         capture: Turns a step into what replays it.
+
+    Attributes:
+        latent: Where the last run arrived, ``(B, *shape)``; overwritten by the next.
     """
 
     def __init__(self, chain: SamplingChain, denoiser: Any, capture: Callable[[Work], Work]) -> None:
@@ -157,24 +160,24 @@ class Sequential:
         self._transitions = dataclasses.replace(chain.transitions, **tensors)
         self._chain, self._denoiser = chain, denoiser
         self._samples = torch.arange(len(chain.x_T), device=device)
-        self._latent, self._step = chain.x_T.clone(), torch.zeros_like(self._samples)
+        self.latent, self._step = chain.x_T.clone(), torch.zeros_like(self._samples)
         for _ in range(min(_WARM_UPS, self.steps)):  # compiles, and lets libraries set themselves up
             self._advance()
         self._replay = capture(self._advance)
 
     def __call__(self, steps: int | None = None) -> Tensor:
         """The latents after all steps, or the first few, ``(B, *shape)``; overwritten by the next run."""
-        self._latent.copy_(self._chain.x_T)
+        self.latent.copy_(self._chain.x_T)
         self._step.zero_()
         for _ in range(steps or self.steps):
             self._replay()
-        return self._latent
+        return self.latent
 
     def _advance(self) -> None:
-        out = self._denoiser(self._latent, self._transitions.timesteps[self._step])
+        out = self._denoiser(self.latent, self._transitions.timesteps[self._step])
         noise = None if self._chain.noise is None else self._chain.noise[self._samples, self._step].double()
-        after = self._transitions.step(self._latent.double(), out.double(), self._step, noise)
-        self._latent.copy_(after)
+        after = self._transitions.step(self.latent.double(), out.double(), self._step, noise)
+        self.latent.copy_(after)
         self._step.add_(1)
 
 

@@ -147,7 +147,9 @@ def times(part: Part, size: Size, runs: dict[str, Any]) -> None:
     tasks = {name: timed(run, f, z0, size.evals) for name, run in {"f": f_alone, **runs}.items()}
     for name, solver in SHORT.items():
         tasks[f"{name} step, plain"] = partial(_stepping, solver.step, solver, f, z0, size.evals)
-        tasks[f"{name} step, graphed"] = partial(_replaying, GraphedSteps(solver, f, z0, capture(part)), f, size.evals)
+        with part.attempt(f"{name}: graphs at {size}"):
+            graphs = GraphedSteps(solver, f, z0, capture(part))
+            tasks[f"{name} step, graphed"] = partial(_replaying, graphs, f, size.evals)
     _add_times(part, size, tasks)
 
 

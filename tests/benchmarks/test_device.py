@@ -1,4 +1,4 @@
-"""The script for GPUs, rehearsed on the CPU: every part runs and writes, none stops the next, pictures need JSON alone."""
+"""The script for GPUs, rehearsed on the CPU: every part runs and writes, and none stops the next."""
 
 from __future__ import annotations
 
@@ -112,7 +112,9 @@ def test_costs_and_training_steps(documents: dict[str, Any]) -> None:
 def test_pictures_and_table_come_from_json_alone(rehearsed: Path, tmp_path: Path) -> None:
     for path in rehearsed.glob("*.json"):
         shutil.copy(path, tmp_path)
-    code = "import sys; from benchmarks.device import report; report.main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from benchmarks.device import report; report.main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert (rehearsed / "summary.txt").read_text() in done.stdout
@@ -121,25 +123,27 @@ def test_pictures_and_table_come_from_json_alone(rehearsed: Path, tmp_path: Path
 
 
 def test_parts_that_fail_or_run_out_of_time_do_not_stop_the_next(tmp_path: Path) -> None:
-    def job(name: str, code: str) -> conductor.Job:
-        return conductor.Job(name, 1.0, (sys.executable, "-c", code))
+    def job(name: str, share: float, code: str) -> conductor.Job:
+        return conductor.Job(name, share, (sys.executable, "-c", code))
 
-    hang = f"import pathlib, time; pathlib.Path({str(tmp_path / 'hangs.json')!r}).write_text('{{}}'); time.sleep(3600)"
-    last = f"import pathlib; pathlib.Path({str(tmp_path / 'last.json')!r}).write_text('{{\"errors\": [1]}}')"
-    jobs = [job("fails", "raise SystemExit(3)"), job("hangs", hang), job("last", last)]
-    # A third of a half is long for nothing to be done, and the last one has what is left.
-    outcomes = conductor.conduct([jobs[0], conductor.Job("hangs", 0.1, jobs[1].command), jobs[2]], tmp_path, 60)
-    assert [each["status"] for each in outcomes.values()] == ["failed (exit status 3)", "out of time", "done, with errors"]
+    write = f"import pathlib; pathlib.Path({str(tmp_path / 'last.json')!r}).write_text('{{\"errors\": [1]}}')"
+    jobs = [job("fails", 1, "raise SystemExit(3)"), job("hangs", 0.1, "import time; time.sleep(3600)")]
+    outcomes = conductor.conduct([*jobs, job("last", 1, write)], tmp_path, 60)
+    endings = ["failed (exit status 3)", "out of time", "done, with errors"]
+    assert [each["status"] for each in outcomes.values()] == endings
+    assert outcomes["hangs"]["limit"] < outcomes["last"]["limit"]  # what the others left goes to the last one
 
 
-def test_the_processes_of_a_part_end_with_it(tmp_path: Path) -> None:
-    alive = tmp_path / "alive"
-    child = f"import pathlib, time; time.sleep(6); pathlib.Path({str(alive)!r}).touch()"
-    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(3600)"
-    job = conductor.Job("parent", 1.0, (sys.executable, "-c", code))
-    assert conductor.conduct([job], tmp_path, 4)["parent"]["status"] == "out of time"
-    subprocess.run([sys.executable, "-c", "import time; time.sleep(5)"], check=True)
-    assert not alive.exists()
+def test_the_processes_that_a_part_started_end_with_it(tmp_path: Path) -> None:
+    fifo = tmp_path / "alive"
+    os.mkfifo(fifo)
+    child = f"import time; file = open({str(fifo)!r}, 'w'); print(flush=True); time.sleep(3600)"
+    code = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE)"
+    job = conductor.Job("parent", 1.0, (sys.executable, "-c", f"{code}; p.stdout.readline()", child))
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    assert conductor.conduct([job], tmp_path, 60)["parent"]["status"] == "done"
+    assert os.read(reader, 1) == b""  # the end of the file: nobody holds it open to write; else this would block
+    os.close(reader)
 
 
 def test_figures_are_written_as_they_come_and_failures_beside_them(tmp_path: Path) -> None:
@@ -177,9 +181,8 @@ def test_wheels_are_installed_for_the_run_alone_and_a_bad_one_costs_itself(tmp_p
         wheel.writestr(f"{info}/RECORD", "")
     python = tmp_path / "python"
     show = "import probe_of_wheels as p, benchmarks.device as d; print(p.__file__); print(d.__file__)"
-    python.write_text(
-        f'#!/bin/sh\n[ "$2" = benchmarks.device ] && exec "{sys.executable}" -c "{show}"\nexec "{sys.executable}" "$@"\n'
-    )
+    real = f'exec "{sys.executable}"'
+    python.write_text(f'#!/bin/sh\n[ "$2" = benchmarks.device ] && {real} -c "{show}"\n{real} "$@"\n')
     python.chmod(0o755)
     command = ["bash", str(SCRIPT), "--wheels", str(wheels)]
     environment = os.environ | {"PYTHON": str(python)}
@@ -264,6 +267,20 @@ def test_what_a_test_makes_lies_on_the_device() -> None:
     assert torch.zeros(2).device.type == "cpu"
     with OnDevice("cpu"):
         assert torch.ones(2).numpy().tolist() == [1, 1]
+
+
+def test_tests_that_fail_there_are_listed_with_their_error(tmp_path: Path) -> None:
+    file = tmp_path / "test_some.py"
+    file.write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2\ndef test_worse(): raise ValueError('it')\n")
+    part = Part("correct", tmp_path, 1e4, True)
+    correct.tests(part, (str(file),))
+    (tests,) = part.document["tests"]
+    assert (tests["passed"], tests["failed"], tests["ended"]) == (1, 2, "of themselves")
+    bad, worse = part.document["failed_tests"]
+    assert bad["test"].endswith("test_bad")
+    assert "assert 1 == 2" in bad["error"]
+    assert "ValueError: it" in worse["error"]
+    assert not part.document["errors"]
 
 
 @pytest.fixture
