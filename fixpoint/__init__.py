@@ -1,7 +1,7 @@
 """Fixed points in PyTorch: solve ``z = f(z)``, batched and on any device, and differentiate through the solution."""
 
 from fixpoint import bench
-from fixpoint.backward.base import Backward, Run
+from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.backward.ift import IFT
 from fixpoint.backward.neumann import Neumann
 from fixpoint.backward.phantom import JFB, Phantom
@@ -41,6 +41,7 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "FixedPointLayer",
+    "ForwardSolve",
     "MemoryEstimate",
     "MultiStepJFB",
     "Neumann",
@@ -52,7 +53,6 @@ __all__ = [
     "Recurrence",
     "RegisteredProblem",
     "Reversible",
-    "Run",
     "Solution",
     "Solver",
     "Status",

@@ -70,7 +70,7 @@ def estimate_memory(
     shapes = map_leaves(lambda leaf: torch.as_tensor(leaf).detach().to("meta"), z0)
     layout = Layout.of(shapes, batch_dims)
     flat = layout.flatten(shapes)
-    _, solver = solver.pose(None, layout)
+    _, solver = solver.bind(None, layout)
     held = rose_at = 0
     with torch.no_grad(), LiveBytes() as live:
         z = torch.empty_like(flat)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpoint.backward.base import Backward, Run
+from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.backward.ift import IFT
 from fixpoint.engine.compiling import outside_graphs
 from fixpoint.engine.layout import Layout, map_leaves, paired_leaves
-from fixpoint.engine.loop import Iterates
+from fixpoint.engine.loop import LoopResult
 from fixpoint.engine.tolerance import Status, row_norm
 from fixpoint.interop.numpy import accepts_arrays
 from fixpoint.solution import Progress, Solution
@@ -190,9 +190,9 @@ class _AtRoot(Backward):
 
     rule: Backward
 
-    def attach(self, run: Run) -> tuple[Tensor, Iterates]:
-        value, iterates = self.rule.attach(run)
-        return iterates.z.detach() + (value - value.detach()), iterates
+    def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
+        value, result = self.rule.attach(run)
+        return result.z.detach() + (value - value.detach()), result
 
 
 def _times(state: Any, factor: Tensor) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fixpoint.engine.layout import Layout
-from fixpoint.engine.loop import Iterates
+from fixpoint.engine.loop import LoopResult
 from fixpoint.engine.tolerance import Status
 from fixpoint.engine.transforms import plain
 
@@ -33,7 +33,7 @@ class Progress:
     value: Any
 
 
-class Later:
+class AdjointSlot:
     """A place for the figures of a backward solve, which exist once backward has run."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Solution:
     nfev: int
     trace: Tensor | None = None
     states: dict[int, Any] = field(default_factory=dict)
-    _later: Later = field(default_factory=Later)
+    _later: AdjointSlot = field(default_factory=AdjointSlot)
 
     @property
     def adjoint(self) -> Solution | None:
@@ -75,26 +75,26 @@ class Solution:
         return self._later.solution
 
     @classmethod
-    def of(cls, iterates: Iterates, layout: Layout, value: Tensor, later: Later | None = None) -> Solution:
-        """Put the figures of ``iterates`` into the caller's shapes; ``value`` ``(rows, dim)`` is what to return."""
+    def of(cls, result: LoopResult, layout: Layout, value: Tensor, later: AdjointSlot | None = None) -> Solution:
+        """Put the figures of ``result`` into the caller's shapes; ``value`` ``(rows, dim)`` is what to return."""
         real = torch.float64 if layout.dtype in (torch.float64, torch.complex128) else torch.float32
 
         def batch(x: Tensor) -> Tensor:
             return x.detach().reshape(layout.batch_shape)
 
-        residual, scale = iterates.residual, iterates.scale
+        residual, scale = result.residual, result.scale
         relative = torch.where(residual == 0, 0, residual / scale)
-        trace = iterates.trace
+        trace = result.trace
         return cls(
             value=layout.unflatten(value),
-            converged=batch(iterates.status == int(Status.CONVERGED)),
-            status=batch(iterates.status),
+            converged=batch(result.status == int(Status.CONVERGED)),
+            status=batch(result.status),
             residual=batch(residual).to(real),
             relative_residual=batch(relative).to(real),
-            evals=batch(iterates.evals),
-            nfev=iterates.nfev,
+            evals=batch(result.evals),
+            nfev=result.nfev,
             trace=None if trace is None else trace.detach().reshape(len(trace), *layout.batch_shape).to(real),
-            _later=later or Later(),
+            _later=later or AdjointSlot(),
         )
 
     def complaint(self, what: str = "row") -> str:

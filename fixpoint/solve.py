@@ -11,17 +11,17 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from fixpoint.backward.base import Backward, Run
+from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.backward.ift import IFT
 from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.compiling import outside_graphs
 from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.layout import Layout
-from fixpoint.engine.loop import Iterates, Record
+from fixpoint.engine.loop import BestSoFar, LoopResult
 from fixpoint.engine.tolerance import ConvergenceError, ConvergenceWarning, OnFailure, Tolerance, row_norm
 from fixpoint.engine.transforms import transformed
 from fixpoint.interop.numpy import accepts_arrays
-from fixpoint.solution import Later, Progress, Solution
+from fixpoint.solution import AdjointSlot, Progress, Solution
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver, require_count
 
@@ -111,9 +111,9 @@ def solve(
     if start is None:
         raise TypeError("z0 is missing: pass a starting state, or a problem that has one as its attribute z0")
     layout = Layout.of(start, batch_dims)
-    f, solver = solver.pose(f, layout)
-    later = Later()
-    records: list[Record] = []
+    f, solver = solver.bind(f, layout)
+    later = AdjointSlot()
+    records: list[BestSoFar] = []
     kept: dict[int, Tensor] = {}
 
     def watch(nfev: int, residual: Tensor, active: int, z: Tensor) -> object:
@@ -124,20 +124,20 @@ def solve(
         shaped = residual.reshape(layout.batch_shape)
         return callback(Progress(nfev, max_evals, shaped, active, layout.unflatten(z)))
 
-    def report_adjoint(iterates: Iterates, on_failure: OnFailure) -> None:
+    def report_adjoint(result: LoopResult, on_failure: OnFailure) -> None:
         # A batch of torch.vmap arrives as further rows.
-        flat = layout if len(iterates.z) == layout.rows else Layout.of(iterates.z, 1)
-        later.solution = Solution.of(iterates, flat, iterates.z)
+        flat = layout if len(result.z) == layout.rows else Layout.of(result.z, 1)
+        later.solution = Solution.of(result, flat, result.z)
         report(later.solution, on_failure, "adjoint row")
 
     gradients = backward is not None and torch.is_grad_enabled()
     rows = RowMap(f, args, layout, gradients=gradients)
     flat = layout.flatten(start).clone(memory_format=torch.contiguous_format)
-    run = Run(
+    run = ForwardSolve(
         f=rows,
         z0=flat,
         solver=solver,
-        tolerance=Tolerance(rtol=rtol, atol=atol, norm=_norm(f, layout), rounding=rows.surroundings.rounding),
+        tolerance=Tolerance(rtol=rtol, atol=atol, norm=_norm(f, layout), rounding=rows.ambient.rounding),
         max_evals=max_evals,
         check_every=check_every,
         record=record,
@@ -153,22 +153,22 @@ def solve(
         raise ValueError("callback and keep do not work under torch.func or forward-mode differentiation")
     try:
         if backward is not None and rows.differentiates(run.z0):
-            value, iterates = backward.attach(run)
+            value, result = backward.attach(run)
             kept = {nfev: rows(z) for nfev, z in kept.items()}
         else:
-            iterates = run.solve()
-            value = iterates.z
+            result = run.solve()
+            value = result.z
     except BaseException as error:
         if records and records[-1].nfev:
             _hand_over(records[-1].outcome, layout, error)
         raise
     solution = replace(
-        Solution.of(iterates, layout, value, later), states={nfev: layout.unflatten(z) for nfev, z in kept.items()}
+        Solution.of(result, layout, value, later), states={nfev: layout.unflatten(z) for nfev, z in kept.items()}
     )
-    rows.surroundings.end()
-    if rows.surroundings.couples_rows and layout.rows > 1:
+    rows.ambient.end()
+    if rows.ambient.couples_rows and layout.rows > 1:
         warnings.warn(_COUPLED, stacklevel=4)
-    if not iterates.fixed_depth:
+    if not result.fixed_depth:
         report(solution, on_failure)
     return solution
 
@@ -179,13 +179,13 @@ _COUPLED = (
 )
 
 
-def _hand_over(outcome: Callable[[], Iterates], layout: Layout, error: BaseException) -> None:
+def _hand_over(outcome: Callable[[], LoopResult], layout: Layout, error: BaseException) -> None:
     """Give ``error`` the state so far as its attribute ``solution``."""
     with contextlib.suppress(Exception):  # the device may be lost: nothing must hide the error itself
-        iterates = outcome()
-        solution = Solution.of(iterates, layout, iterates.z.detach())
+        result = outcome()
+        solution = Solution.of(result, layout, result.z.detach())
         error.solution = solution  # type: ignore[attr-defined]
-        error.add_note(f"fixpoint.solve had made {iterates.nfev} evaluations: see this error's attribute 'solution'")
+        error.add_note(f"fixpoint.solve had made {result.nfev} evaluations: see this error's attribute 'solution'")
 
 
 def _norm(f: object, layout: Layout) -> Callable[[Tensor], Tensor]:

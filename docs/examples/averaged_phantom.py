@@ -15,7 +15,7 @@ class AveragedPhantom(fixpoint.Backward):
 
     steps: int = 4
 
-    def attach(self, run: fixpoint.Run):
+    def attach(self, run: fixpoint.ForwardSolve):
         iterates = run.solve()
         states = [iterates.z]
         for _ in range(self.steps):

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpoint.backward.base import Run
+from fixpoint.backward.base import ForwardSolve
 from fixpoint.backward.explicit import Solve, solve_explicitly
-from fixpoint.engine.loop import Iterates
+from fixpoint.engine.loop import LoopResult
 from fixpoint.engine.transforms import transformed
 
 Exact = Callable[[Tensor], "tuple[Tensor | None, ...] | None"]
 
 
-def attach_adjoint(run: Run, iterates: Iterates, adjoint: Solve, exact: Exact | None = None) -> tuple[Tensor, Iterates]:
+def attach_adjoint(
+    run: ForwardSolve, result: LoopResult, adjoint: Solve, exact: Exact | None = None
+) -> tuple[Tensor, LoopResult]:
     """``f(z*)``, recorded once, with a backward that answers the incoming gradient v with an adjoint u.
 
     ``adjoint(image, v)`` finds it, where ``image(u) = v + J^T u``. It then flows through the recorded application to
@@ -28,7 +30,7 @@ def attach_adjoint(run: Run, iterates: Iterates, adjoint: Solve, exact: Exact | 
         raise ValueError(
             "this backward rule does not work under torch.func or forward-mode differentiation; IFT() and Phantom() do"
         )
-    z = iterates.z.detach().requires_grad_()
+    z = result.z.detach().requires_grad_()
     fz = run.f(z)
 
     def image(u: Tensor, v: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ def attach_adjoint(run: Run, iterates: Iterates, adjoint: Solve, exact: Exact | 
             u = answer(v)
         return refuse_second_order(u, v, fz), *(None for _ in run.inputs)
 
-    return _Attached.apply(fz, answer, answer_differentiably, *run.inputs), run.measured(iterates, fz)
+    return _Attached.apply(fz, answer, answer_differentiably, *run.inputs), run.measured(result, fz)
 
 
 class _Attached(torch.autograd.Function):

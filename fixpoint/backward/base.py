@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from fixpoint.backward.explicit import Solve, solve_explicitly
-from fixpoint.chains.windows import drive
 from fixpoint.engine.compaction import Compaction
-from fixpoint.engine.loop import Iterates, Map, Record, Watcher, advance
+from fixpoint.engine.loop import BestSoFar, LoopResult, Map, Watcher, run_steps
 from fixpoint.engine.tolerance import OnFailure, Tolerance
 from fixpoint.engine.transforms import Explicit
 from fixpoint.solvers.base import Solver
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class ForwardSolve:
     """A forward solve that has not happened yet, with the means to let it happen.
 
     Attributes:
@@ -42,24 +41,24 @@ class Run:
     watch: Watcher | None = None
     depth: int | None = None
     compaction: Compaction | None = None
-    announce: Callable[[Record], object] = lambda _: None
+    announce: Callable[[BestSoFar], object] = lambda _: None
     inputs: tuple[Tensor, ...] = ()
     transformed: bool = False
-    report_adjoint: Callable[[Iterates, OnFailure], None] = lambda iterates, on_failure: None
+    report_adjoint: Callable[[LoopResult, OnFailure], None] = lambda result, on_failure: None
 
-    def solve(self) -> Iterates:
+    def solve(self) -> LoopResult:
         """Solve without recording gradients: to the tolerance, or to the fixed depth that the caller asked for."""
         if self.transformed:
             return self.solve_explicitly(None)
         with torch.no_grad():
-            iterates = self.unroll()
+            result = self.unroll()
         # At depth 0 the state is z0, graph and all.
-        return replace(iterates, z=iterates.z.detach()) if iterates.z.requires_grad else iterates
+        return replace(result, z=result.z.detach()) if result.z.requires_grad else result
 
-    def solve_explicitly(self, linear: Solve | None) -> Iterates:
+    def solve_explicitly(self, linear: Solve | None) -> LoopResult:
         """Solve under the transformations of torch.func; with derivatives, if told how to solve their equations."""
 
-        def solve(f: Map, z0: Tensor) -> Iterates:
+        def solve(f: Map, z0: Tensor) -> LoopResult:
             with torch.no_grad():
                 return replace(self, f=f, z0=z0, compaction=None).unroll()
 
@@ -67,27 +66,26 @@ class Run:
             return solve_explicitly(self.f, solve, solve, self.z0.detach(), [x.detach() for x in self.inputs])
         return solve_explicitly(self.f, solve, linear, self.z0, self.inputs)
 
-    def measured(self, iterates: Iterates, fz: Tensor) -> Iterates:
-        """``iterates`` with the figures that ``fz = f(state)`` gives, if its state was handed over unverified.
+    def measured(self, result: LoopResult, fz: Tensor) -> LoopResult:
+        """``result`` with the figures that ``fz = f(state)`` gives, if its state was handed over unverified.
 
         Under torch.func nobody can look at them, and they stay unknown; nor can a graph that is being compiled whole.
         """
-        if not iterates.fixed_depth or self.transformed or torch.compiler.is_compiling():
-            return iterates
-        return iterates.measured(fz.detach(), self.tolerance)
+        if not result.fixed_depth or self.transformed or torch.compiler.is_compiling():
+            return result
+        return result.measured(fz.detach(), self.tolerance)
 
-    def advance(self, depth: int) -> Iterates:
+    def run_steps(self, depth: int) -> LoopResult:
         """Apply exactly ``depth`` solver updates to z0 without recording gradients, and hand over the last state."""
         return replace(self, depth=depth).solve()
 
-    def unroll(self) -> Iterates:
+    def unroll(self) -> LoopResult:
         """The same as ``solve``, recording gradients through every update when grad mode is on."""
         if self.depth is not None:
-            return advance(self.f, self.z0, self.solver, self.tolerance, depth=self.depth, record=self.record)
-        return drive(
+            return run_steps(self.f, self.z0, self.solver, self.tolerance, depth=self.depth, record=self.record)
+        return self.solver.run(
             self.f,
             self.z0,
-            self.solver,
             self.tolerance,
             max_evals=self.max_evals,
             check_every=self.check_every,
@@ -107,8 +105,8 @@ class Backward(abc.ABC):
         >>> @dataclasses.dataclass(frozen=True)
         ... class TwoSteps(fixpoint.Backward):
         ...     def attach(self, run):
-        ...         iterates = run.solve()
-        ...         return run.f(run.f(iterates.z)), iterates
+        ...         result = run.solve()
+        ...         return run.f(run.f(result.z)), result
         >>> w = torch.tensor(0.5, requires_grad=True)
         >>> sol = fixpoint.solve(lambda z: w * torch.cos(z), torch.zeros(3), backward=TwoSteps())
         >>> sol.value.sum().backward()
@@ -117,10 +115,10 @@ class Backward(abc.ABC):
     """
 
     @abc.abstractmethod
-    def attach(self, run: Run) -> tuple[Tensor, Iterates]:
-        """Let ``run`` happen and return ``(value, iterates)``.
+    def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
+        """Let ``run`` happen and return ``(value, result)``.
 
-        ``value`` ``(rows, dim)`` is what the caller gets, with the gradient that this rule gives it; ``iterates`` are
+        ``value`` ``(rows, dim)`` is what the caller gets, with the gradient that this rule gives it; ``result`` are
         the figures of the forward solve. Called with grad mode on.
         """
 

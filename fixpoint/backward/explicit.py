@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpoint.engine.loop import Iterates, Map
+from fixpoint.engine.loop import LoopResult, Map
 from fixpoint.engine.transforms import Explicit
 
-Solve = Callable[[Map, Tensor], Iterates]
-Report = Callable[[Iterates], None]
+Solve = Callable[[Map, Tensor], LoopResult]
+Report = Callable[[LoopResult], None]
 
 
-def solve_explicitly(f: Explicit, solve: Solve, linear: Solve, z0: Tensor, inputs: Sequence[Tensor]) -> Iterates:
+def solve_explicitly(f: Explicit, solve: Solve, linear: Solve, z0: Tensor, inputs: Sequence[Tensor]) -> LoopResult:
     """``solve(lambda z: f(z, *inputs), z0)``, which every transformation of torch.func can go through, to any order.
 
     Args:
@@ -27,7 +27,7 @@ def solve_explicitly(f: Explicit, solve: Solve, linear: Solve, z0: Tensor, input
 
     Source: the derivatives are those of the implicit function theorem; see the page on gradients.
     """
-    outcome: list[Iterates] = []
+    outcome: list[LoopResult] = []
     z, residual, scale, status, evals, trace = _Solve.apply(f, solve, linear, outcome.append, z0, *inputs)
     recorded = None if outcome[-1].trace is None else trace.T
     return replace(outcome[-1], z=z, residual=residual, scale=scale, status=status, evals=evals, trace=recorded)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from fixpoint.backward.adjoint import attach_adjoint
-from fixpoint.backward.base import Backward, Run
+from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.backward.explicit import solve_explicitly, vector_jacobian_product
-from fixpoint.chains.windows import drive
-from fixpoint.engine.loop import Iterates, Map
+from fixpoint.engine.loop import LoopResult, Map
 from fixpoint.engine.tolerance import OnFailure, Status, Tolerance
 from fixpoint.engine.transforms import ClosureError, depends_on_nothing_else
 from fixpoint.solvers.anderson import Anderson
@@ -75,35 +74,35 @@ class IFT(Backward):
         if self.on_failure not in get_args(FailedRows):
             raise ValueError(f"on_failure must be one of {get_args(FailedRows)}, found {self.on_failure!r}")
 
-    def attach(self, run: Run) -> tuple[Tensor, Iterates]:
-        def linear(image: Map, v: Tensor) -> Iterates:
+    def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
+        def linear(image: Map, v: Tensor) -> LoopResult:
             return self._solve(image, v, run)
 
         if not run.transformed:
             # The closure below lives until backward; what the solver remembered need not.
-            iterates = replace(run.solve(), state=None)
+            result = replace(run.solve(), state=None)
 
             def exact(v: Tensor) -> tuple[Tensor | None, ...] | None:
-                if not depends_on_nothing_else(run.f, iterates.z, run.inputs):
+                if not depends_on_nothing_else(run.f, result.z, run.inputs):
                     return None
                 # The same state once more, attached by a solve that is done already.
-                known = solve_explicitly(run.f, lambda f, z: iterates, linear, iterates.z, run.inputs)
+                known = solve_explicitly(run.f, lambda f, z: result, linear, result.z, run.inputs)
                 return vector_jacobian_product(run.f, linear, known.z, run.inputs, v)
 
-            return attach_adjoint(run, iterates, linear, exact)
+            return attach_adjoint(run, result, linear, exact)
         if not depends_on_nothing_else(run.f, run.z0, run.inputs):
             raise ClosureError
-        iterates = run.solve_explicitly(linear)
-        return run.f(iterates.z), iterates
+        result = run.solve_explicitly(linear)
+        return run.f(result.z), result
 
-    def _solve(self, image: Map, v: Tensor, run: Run) -> Iterates:
+    def _solve(self, image: Map, v: Tensor, run: ForwardSolve) -> LoopResult:
         """The fixed point of a linear map, started at ``v``, which rows that fail go back to."""
         rtol = max(self.rtol, torch.finfo(v.dtype).eps)
         tolerance = Tolerance(rtol=rtol, atol=0.0, rounding=run.tolerance.rounding)
-        outcome = drive(
+        solver = self.solver or run.solver.adjoint() or Anderson(memory=10)
+        outcome = solver.run(
             image,
             v,
-            self.solver or run.solver.adjoint() or Anderson(memory=10),
             tolerance,
             max_evals=self.max_evals,
             check_every=run.check_every,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fixpoint.backward.adjoint import attach_adjoint
-from fixpoint.backward.base import Backward, Run
-from fixpoint.engine.loop import Iterates, Map, advance
+from fixpoint.backward.base import Backward, ForwardSolve
+from fixpoint.engine.loop import LoopResult, Map, run_steps
 from fixpoint.solvers.base import require_count
 from fixpoint.solvers.picard import Picard
 
@@ -45,8 +45,8 @@ class Neumann(Backward):
     def __post_init__(self) -> None:
         require_count("terms", self.terms)
 
-    def attach(self, run: Run) -> tuple[Tensor, Iterates]:
-        def adjoint(image: Map, v: Tensor) -> Iterates:
-            return advance(image, v, Picard(), run.tolerance, depth=self.terms - 1)
+    def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
+        def adjoint(image: Map, v: Tensor) -> LoopResult:
+            return run_steps(image, v, Picard(), run.tolerance, depth=self.terms - 1)
 
         return attach_adjoint(run, run.solve(), adjoint)

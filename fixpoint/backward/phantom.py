@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fixpoint.backward.base import Backward, Run
-from fixpoint.engine.loop import Iterates
+from fixpoint.backward.base import Backward, ForwardSolve
+from fixpoint.engine.loop import LoopResult
 from fixpoint.solvers.base import require_count
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phantom(Backward):
-    """Record ``steps`` damped steps ``z <- (1 - damping) z + damping f(z)`` and differentiate them.
+    """BestSoFar ``steps`` damped steps ``z <- (1 - damping) z + damping f(z)`` and differentiate them.
 
     The gradient is the Neumann series of the exact one cut after ``steps`` terms: biased, but it needs no second solve
     and its memory is ``steps`` applications of f.
@@ -44,15 +44,15 @@ class Phantom(Backward):
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], found {self.damping}")
 
-    def attach(self, run: Run) -> tuple[Tensor, Iterates]:
-        iterates = run.solve()
-        z = iterates.z
+    def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
+        result = run.solve()
+        z = result.z
         for step in range(self.steps):
             fz = run.f(z)
             if step == 0:
-                iterates = run.measured(iterates, fz)
+                result = run.measured(result, fz)
             z = fz if self.damping == 1 else (1 - self.damping) * z + self.damping * fz
-        return z, iterates
+        return z, result
 
     def can_be_compiled(self, depth: int | None) -> bool:
         return depth is not None

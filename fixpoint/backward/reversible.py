@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fixpoint.backward.adjoint import refuse_second_order
-from fixpoint.backward.base import Backward, Run
-from fixpoint.engine.loop import Iterates, advance
+from fixpoint.backward.base import Backward, ForwardSolve
+from fixpoint.engine.loop import LoopResult, run_steps
 from fixpoint.engine.transforms import Explicit, depends_on_nothing_else
 from fixpoint.solvers.base import require_count, small_dtype
 from fixpoint.solvers.picard import Picard
@@ -58,7 +58,7 @@ class Reversible(Backward):
         if not 0 < self.damping < 2 or self.damping == 1:
             raise ValueError(f"damping must lie in (0, 2) and not be 1, found {self.damping}")
 
-    def attach(self, run: Run) -> tuple[Tensor, Iterates]:
+    def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
         if run.depth is not None:
             raise ValueError(f"Reversible(steps=...) has a depth of its own, found depth={run.depth}")
         if run.transformed:
@@ -69,9 +69,9 @@ class Reversible(Backward):
                 "closes over something more"
             )
         value = _Reversed.apply(run.f, self.steps, self.damping, run.z0, *run.inputs)
-        handed_over = advance(run.f, value.detach(), Picard(), run.tolerance, depth=0)
+        handed_over = run_steps(run.f, value.detach(), Picard(), run.tolerance, depth=0)
         evals = torch.full_like(handed_over.evals, 2 * self.steps)
-        return value, Iterates(
+        return value, LoopResult(
             handed_over.z,
             handed_over.residual,
             handed_over.scale,

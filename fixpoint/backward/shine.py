@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from fixpoint.backward.adjoint import attach_adjoint
-from fixpoint.backward.base import Backward, Run
-from fixpoint.engine.loop import Iterates, Map, iterate
+from fixpoint.backward.base import Backward, ForwardSolve
+from fixpoint.engine.loop import LoopResult, Map, iterate
 from fixpoint.engine.tolerance import Tolerance
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.broyden import Broyden
@@ -59,19 +59,19 @@ class SHINE(Backward):
         if self.refine < 0:
             raise ValueError(f"refine must be at least 0, found {self.refine}")
 
-    def attach(self, run: Run) -> tuple[Tensor, Iterates]:
+    def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
         if not isinstance(run.solver, Broyden):
             raise TypeError(f"SHINE reuses the inverse that Broyden() builds, found solver={run.solver!r}")
-        iterates = run.solve()
-        inverse = partial(run.solver.transposed_inverse, iterates.state)
+        result = run.solve()
+        inverse = partial(run.solver.transposed_inverse, result.state)
 
-        def adjoint(image: Map, v: Tensor) -> Iterates:
+        def adjoint(image: Map, v: Tensor) -> LoopResult:
             solver = _Preconditioned(inverse=inverse, solver=Broyden(memory=self.refine + 1))
             outcome = iterate(image, v, solver, Tolerance(rtol=0, atol=0), max_evals=self.refine + 2, record=run.record)
             run.report_adjoint(outcome, "ignore")
             return outcome
 
-        return attach_adjoint(run, iterates, adjoint)
+        return attach_adjoint(run, result, adjoint)
 
 
 @dataclass(frozen=True, kw_only=True)

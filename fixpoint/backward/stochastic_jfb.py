@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fixpoint.backward.base import Backward, Run
-from fixpoint.engine.loop import Iterates
+from fixpoint.backward.base import Backward, ForwardSolve
+from fixpoint.engine.loop import LoopResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +58,17 @@ class StochasticJFB(Backward):
                 raise ValueError(f"pass seed or generator, found both: seed={self.seed}")
             object.__setattr__(self, "generator", torch.Generator().manual_seed(self.seed))
 
-    def attach(self, run: Run) -> tuple[Tensor, Iterates]:
+    def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
         n = self._draw(self.min_no_grad, self.max_no_grad)
         m = self._draw(self.min_grad, self.max_grad)
-        iterates = run.advance(n)
-        z = run.z0 if n == 0 and self.attach_start else iterates.z
+        result = run.run_steps(n)
+        z = run.z0 if n == 0 and self.attach_start else result.z
         for step in range(m):
             fz = run.f(z)
             if step == 0:
-                iterates = run.measured(iterates, fz)
+                result = run.measured(result, fz)
             z = fz
-        return z, iterates
+        return z, result
 
     def can_be_compiled(self, depth: int | None) -> bool:
         return self.min_no_grad == self.max_no_grad and self.min_grad == self.max_grad

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fixpoint.backward.base import Backward, Run
-from fixpoint.engine.loop import Iterates
+from fixpoint.backward.base import Backward, ForwardSolve
+from fixpoint.engine.loop import LoopResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,11 @@ class Unroll(Backward):
         4.0
     """
 
-    def attach(self, run: Run) -> tuple[Tensor, Iterates]:
+    def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
         if run.transformed and run.depth is None:
             raise ValueError("under torch.func or forward-mode differentiation, Unroll() needs a fixed depth=")
-        iterates = run.unroll()
-        return iterates.z, iterates
+        result = run.unroll()
+        return result.z, result
 
     def can_be_compiled(self, depth: int | None) -> bool:
         return depth is not None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from fixpoint.chains.recurrence import Chain, OneStep
-from fixpoint.chains.sweep import Secants, sweep
+from fixpoint.chains.sweep import Past, Secants, sweep
+from fixpoint.chains.windows import iterate_windows
 from fixpoint.engine.layout import Layout
+from fixpoint.engine.loop import LoopOptions, LoopResult, Map
+from fixpoint.engine.tolerance import Tolerance
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
 
 
@@ -68,7 +71,7 @@ class CausalQuasiNewton(Solver):
             if getattr(self, name) is not None:
                 require_count(name, getattr(self, name))
 
-    def pose(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
+    def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
         shape = layout.example.shape[len(layout.batch_shape) :] if isinstance(layout.example, Tensor) else ()
         if not shape or layout.example.is_complex():
             raise ValueError(
@@ -98,25 +101,6 @@ class CausalQuasiNewton(Solver):
         return self.init(z)
 
 
-class Past(NamedTuple):
-    """What is remembered of the last rounds, newest first: inputs and images of steps, ``(B, W, m, D)``."""
-
-    inputs: Tensor
-    images: Tensor
-    known: Tensor  # (B, W, m) bool
-
-    @classmethod
-    def empty(cls, rows: int, width: int, memory: int, dim: int, like: Tensor) -> Past:
-        nothing = like.new_zeros(rows, width, memory, dim)
-        return cls(nothing, nothing.clone(), torch.zeros(rows, width, memory, dtype=torch.bool, device=like.device))
-
-    def with_newest(self, inputs: Tensor, images: Tensor) -> Past:
-        """The same after one more round, the oldest forgotten."""
-        known = torch.ones_like(self.known[:, :, :1])
-        pairs = ((self.inputs, inputs[:, :, None]), (self.images, images[:, :, None]), (self.known, known))
-        return Past(*(torch.cat((new, old[:, :, :-1]), dim=2) for old, new in pairs))
-
-
 @dataclass(frozen=True)
 class CausalSweep(Solver):
     """A ``CausalQuasiNewton`` that knows its problem. Slopes are ``(T, 1 or D)``."""
@@ -126,6 +110,12 @@ class CausalSweep(Solver):
     slopes: Tensor | None = None
     basis: Tensor | None = None
     backwards: bool = field(default=False)  # later rows come first: the adjoint of a chain
+
+    def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
+        """In windows; what is recorded for gradients is recorded for all rows, in the ordinary loop."""
+        if torch.is_grad_enabled():
+            return super().run(f, z, tolerance, **options)
+        return iterate_windows(f, z, self, tolerance, **options)
 
     def init(self, z: Tensor) -> Past:
         states = self.split(z)

@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.chains.causal import CausalSweep, Past
 from fixpoint.chains.error_control import accept, log_amplification, log_growth
+from fixpoint.chains.sweep import Past
 from fixpoint.engine.ambient import without_autocast
-from fixpoint.engine.compaction import Compaction
-from fixpoint.engine.loop import Iterates, Map, Watcher, figures_like, iterate, like
+from fixpoint.engine.loop import LoopResult, Map, Watcher, figures_like, like
 from fixpoint.engine.tolerance import Array, Status, Tolerance
-from fixpoint.solvers.base import Solver
+
+if TYPE_CHECKING:
+    from fixpoint.chains.causal import CausalSweep
 
 _ACTIVE = -1
 # A state so many times larger than all before it is a wrong model's, not the chain's.
 _WILD = 100.0
-
-
-def drive(
-    f: Map,
-    z: Tensor,
-    solver: Solver,
-    tolerance: Tolerance,
-    *,
-    check_every: int = 1,
-    compaction: Compaction | None = None,
-    **options: Any,
-) -> Iterates:
-    """Solve in the loop that suits the solver; what is recorded for gradients is recorded for all rows, in ``iterate``.
-
-    Options as for ``iterate``. Chains are looked at after every evaluation and leave out what is done by themselves.
-    """
-    if isinstance(solver, CausalSweep) and not torch.is_grad_enabled():
-        return iterate_windows(f, z, solver, tolerance, **options)
-    return iterate(f, z, solver, tolerance, check_every=check_every, compaction=compaction, **options)
 
 
 @without_autocast
@@ -52,15 +34,19 @@ def iterate_windows(
     record: bool = False,
     watch: Watcher | None = None,
     announce: Callable[[Any], object] = lambda _: None,
-) -> Iterates:
-    """Evaluate windows of ``f`` and sweep along them until every row of ``z`` ``(B, T * D)`` has ended."""
+    **_: Any,
+) -> LoopResult:
+    """Evaluate windows of ``f`` and sweep along them until every row of ``z`` ``(B, T * D)`` has ended.
+
+    Options as for ``iterate``. Chains are checked after every evaluation and leave out what is done by themselves.
+    """
     chains = _Chains(z, sweeper, tolerance)
     announce(chains)
     while chains.remaining and chains.nfev < max_evals:
         if chains.swept:
             chains.certify(f)
         elif chains.width == 1:
-            chains.advance(f)
+            chains.run_steps(f)
         else:
             chains.round(f)
         chains.trace += [chains.residual()] if record else []
@@ -111,7 +97,7 @@ class _Chains:
         """Norm of the predicted error of each row: infinity while a state has not been seen."""
         return np.sqrt(np.square(self._error).sum(axis=1))
 
-    def outcome(self) -> Iterates:
+    def outcome(self) -> LoopResult:
         """What is known by now; rows that have not ended are called ``MAX_EVALS``."""
         active = self.status == _ACTIVE
         residual = figures_like(self._like, np.where(self.status == Status.NON_FINITE, np.inf, self.residual()))
@@ -119,7 +105,7 @@ class _Chains:
         status = like(self._like, np.where(active, Status.MAX_EVALS, self.status))
         evals = like(self._like, np.where(active, self.nfev, self.evals))
         trace = figures_like(self._like, np.stack(self.trace)) if self.trace else None
-        return Iterates(self.rows, residual, scale, status, evals, self.nfev, trace)
+        return LoopResult(self.rows, residual, scale, status, evals, self.nfev, trace)
 
     def round(self, f: Map) -> None:
         """Evaluate the windows, sweep along them, and move them on."""
@@ -230,7 +216,7 @@ class _Chains:
         self._scale[rows[row], step[row, place]] = scale[row, place]
         self._end_rows(rows, done, failed)
 
-    def advance(self, f: Map) -> None:
+    def run_steps(self, f: Map) -> None:
         """One exact step of each row, where no more may be in a window: nothing is predicted."""
         self.nfev += 1
         rows = self._waiting()

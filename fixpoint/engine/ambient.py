@@ -18,7 +18,7 @@ from fixpoint.engine.transforms import plain
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
-class Surroundings:
+class Ambient:
     """Makes f the same map at every evaluation of a solve and of its backward.
 
     The first evaluation shows whether f draws from torch's global random state, on the CPU or on the state's device. If
@@ -28,7 +28,7 @@ class Surroundings:
     after ``end()`` leave them alone. The autocast that was on going forward is on at each of them.
 
     Attributes:
-        needed: Whether the next evaluation must stand in ``with surroundings.evaluation()``.
+        needed: Whether the next evaluation must stand in ``with ambient.evaluation()``.
         lower: The dtype that autocast lets f return in place of the state's, if it is on.
         repeats: Whether f draws or updates something; each evaluation must then see all rows.
         couples_rows: Whether f normalises by the statistics of its batch.

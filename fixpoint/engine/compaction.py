@@ -59,7 +59,7 @@ class Compaction:
         """Take note that rows have ended: which have not, and their images ``fz`` of ``z``."""
         seen = len(active) if self._index is None else len(self._index)
         rows = np.flatnonzero(active)
-        if self._refused or self._f.surroundings.repeats or (seen - len(rows)) * _SHARE <= seen:
+        if self._refused or self._f.ambient.repeats or (seen - len(rows)) * _SHARE <= seen:
             return
         self._index, self._proven = torch.from_numpy(rows).to(z.device), False
         if self._witnesses is None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fixpoint.engine.ambient import Surroundings, version
+from fixpoint.engine.ambient import Ambient, version
 from fixpoint.engine.layout import Layout, leaves, map_leaves
 from fixpoint.engine.transforms import ClosureError, plain, transformed
 
@@ -22,7 +22,7 @@ class RowMap:
     The first evaluation checks what f returns and, when gradients are wanted, whether it depends on anything that
     requires them. A first evaluation inside ``no_grad`` builds the graph to look at it, with nothing saved in it.
     ``calls`` counts the evaluations that f completed. What f draws and updates beside its output is the business of
-    ``surroundings``; a map on some of the rows shares those of the map on all.
+    ``ambient``; a map on some of the rows shares those of the map on all.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class RowMap:
         layout: Layout,
         *,
         gradients: bool,
-        surroundings: Surroundings | None = None,
+        ambient: Ambient | None = None,
     ) -> None:
         self._f = f
         self._args = tuple(args)
@@ -45,7 +45,7 @@ class RowMap:
         self.inputs = (*tensors, *parameters.values())
         self._checked = torch.compiler.is_compiling()
         self._probed: tuple[Tensor, Tensor] | None = None
-        self.surroundings = surroundings or Surroundings(f, layout.device)
+        self.ambient = ambient or Ambient(f, layout.device)
 
     @property
     def can_take(self) -> bool:
@@ -59,7 +59,7 @@ class RowMap:
             return leaf.index_select(0, index.to(leaf.device)) if self._is_aligned(leaf) else leaf
 
         args, layout = map_leaves(pick, self._args), self.layout.with_rows(len(index))
-        return RowMap(self._f, args, layout, gradients=False, surroundings=self.surroundings)
+        return RowMap(self._f, args, layout, gradients=False, ambient=self.ambient)
 
     def part(self, z: Tensor, row: Tensor, block: Tensor) -> Tensor:
         """Blocks ``block`` ``(N,)`` of rows ``row`` ``(N,)`` of ``f(z)``, as ``(N, dim)``: of T blocks a row.
@@ -69,7 +69,7 @@ class RowMap:
         state = self.layout.unflatten(z)
         blocks = state.shape[1]
         part = getattr(self._f, "part", None)
-        if part is None or len(block) == len(state) * blocks or self.surroundings.repeats:
+        if part is None or len(block) == len(state) * blocks or self.ambient.repeats:
             return self(z).reshape(len(z), blocks, -1)[row, block]
         self.calls += 1
         return self._surrounded(lambda: part(state, row, block)).reshape(len(block), -1)
@@ -137,11 +137,11 @@ class RowMap:
 
     def _surrounded(self, evaluate: Callable[[], Any]) -> Any:
         """What an evaluation of f returns, in the dtype of the state, with all beside its arguments as it should be."""
-        if not self.surroundings.needed:
+        if not self.ambient.needed:
             return evaluate()
-        with self.surroundings.evaluation():
+        with self.ambient.evaluation():
             output = evaluate()
-        lower = self.surroundings.lower
+        lower = self.ambient.lower
         if lower is None:
             return output
         return map_leaves(lambda x: x.to(self.layout.dtype) if getattr(x, "dtype", None) == lower else x, output)

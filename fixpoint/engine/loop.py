@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.tolerance import Array, Status, Tolerance
-from fixpoint.solvers.base import Solver
+
+if TYPE_CHECKING:
+    from fixpoint.solvers.base import Solver
 
 Map = Callable[[Tensor], Tensor]
 Watcher = Callable[[int, Tensor, int, Tensor], object]  # nfev, residual per row, rows not ended, z; true stops the loop
@@ -26,7 +28,7 @@ _LARGEST_FLOOR = 0.05  # a row that is farther off has not been stopped by round
 
 
 @dataclass(frozen=True)
-class Iterates:
+class LoopResult:
     """Outcome of a run on ``rows`` rows: the state ``z`` ``(rows, dim)`` and, per row, how good it is."""
 
     z: Tensor
@@ -39,7 +41,7 @@ class Iterates:
     fixed_depth: bool = False  # handed over as it came, not solved to a tolerance
     state: Any = None  # the solver's, as its last step left it
 
-    def measured(self, fz: Tensor, tolerance: Tolerance) -> Iterates:
+    def measured(self, fz: Tensor, tolerance: Tolerance) -> LoopResult:
         """The same run with the figures that ``fz = f(self.z)`` gives; for states handed over unverified."""
         residual, scale = figures = tolerance.measure(self.z, fz)
         status = np.where(tolerance.satisfied(residual, scale), Status.CONVERGED, self.status.cpu().numpy())
@@ -48,7 +50,18 @@ class Iterates:
         return replace(self, residual=on_device[0], scale=on_device[1], status=like(self.z, status))
 
 
-class Record:
+class LoopOptions(TypedDict, total=False):
+    """Options of a loop beside the map, the start, the solver and the tolerance; see ``iterate``."""
+
+    max_evals: Required[int]
+    check_every: int
+    record: bool
+    watch: Watcher | None
+    compaction: Compaction | None
+    announce: Callable[[Any], object]
+
+
+class BestSoFar:
     """Figures of every row so far, on the host: the best state that was evaluated, and whether the row has ended."""
 
     def __init__(self, z: Tensor, rounding: float) -> None:
@@ -110,13 +123,13 @@ class Record:
             else:
                 self.z, self._own = self.z.index_copy(0, index, z.index_select(0, index)), True
 
-    def outcome(self) -> Iterates:
+    def outcome(self) -> LoopResult:
         """What is known by now; rows that have not ended are called ``MAX_EVALS``."""
         residual, scale = figures_like(self.z, np.stack((self.residual, self.scale)))
         status = like(self.z, np.where(self.active, Status.MAX_EVALS, self.status))
         evals = like(self.z, np.where(self.active, self.nfev, self.evals))
         trace = figures_like(self.z, np.stack(self.trace)) if self.trace else None
-        return Iterates(self.z, residual, scale, status, evals, self.nfev, trace)
+        return LoopResult(self.z, residual, scale, status, evals, self.nfev, trace)
 
 
 @without_autocast
@@ -131,8 +144,8 @@ def iterate(
     record: bool = False,
     watch: Watcher | None = None,
     compaction: Compaction | None = None,
-    announce: Callable[[Record], object] = lambda _: None,
-) -> Iterates:
+    announce: Callable[[BestSoFar], object] = lambda _: None,
+) -> LoopResult:
     """Evaluate ``f`` and step the solver until every row of ``z`` ``(rows, dim)`` has ended.
 
     The loop *looks* after the first evaluation, every ``check_every`` ones and the last: only then does it measure, do
@@ -141,7 +154,7 @@ def iterate(
     ended are left out of what ``f`` sees. ``announce`` is given the record before it is filled.
     """
     state = solver.init(z)
-    best = Record(z, tolerance.rounding)
+    best = BestSoFar(z, tolerance.rounding)
     announce(best)
     frozen: tuple[Tensor, Tensor] | None = None  # the rows that have ended, and their states
     due = 1
@@ -176,7 +189,9 @@ def iterate(
 
 
 @without_autocast
-def advance(f: Map, z: Tensor, solver: Solver, tolerance: Tolerance, *, depth: int, record: bool = False) -> Iterates:
+def run_steps(
+    f: Map, z: Tensor, solver: Solver, tolerance: Tolerance, *, depth: int, record: bool = False
+) -> LoopResult:
     """Apply exactly ``depth`` updates of the solver to ``z``: ``depth`` evaluations, the last state handed over.
 
     Nothing is verified: the residual of that state is not known (NaN) until somebody evaluates ``f`` there.
@@ -191,7 +206,7 @@ def advance(f: Map, z: Tensor, solver: Solver, tolerance: Tolerance, *, depth: i
     status = torch.where(torch.isfinite(z.detach()).all(dim=1), int(Status.MAX_EVALS), int(Status.NON_FINITE))
     unknown = figures_like(z, np.full(len(z), np.nan))
     recorded = figures_like(z, np.stack([*trace, np.empty(len(z))])[:-1]) if record else None
-    return Iterates(z, unknown, unknown, status, torch.full_like(status, depth), depth, recorded, True, state)
+    return LoopResult(z, unknown, unknown, status, torch.full_like(status, depth), depth, recorded, True, state)
 
 
 def like(z: Tensor, array: Array) -> Tensor:

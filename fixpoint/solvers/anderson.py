@@ -97,7 +97,7 @@ class AndersonState(NamedTuple):
 class Anderson(Solver):
     """Anderson acceleration (type II), kept honest by restarts that it decides on itself.
 
-    With ``g = f(z) - z`` and the differences of successive iterates as columns of ``dG`` and ``dF``, a step is
+    With ``g = f(z) - z`` and the differences of successive result as columns of ``dG`` and ``dF``, a step is
     ``gamma = argmin |g - dG gamma|``, ``z_next = f(z) - dF gamma - (1 - damping) (g - dG gamma)``. Each new
     difference is made orthogonal to the ``memory`` before it, so there is no system to solve and nothing to regularise:
     scaling a problem changes nothing, and on a linear symmetric map a short memory does what an unlimited one would. A

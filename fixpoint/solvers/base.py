@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
+
+from fixpoint.engine.loop import LoopOptions, LoopResult, Map, iterate
+from fixpoint.engine.tolerance import Tolerance
 
 if TYPE_CHECKING:
     from fixpoint.engine.layout import Layout
@@ -39,15 +42,19 @@ class Solver(abc.ABC):
     def step(self, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
         """``(z_next, state)`` from the rows ``z`` and their images ``fz = f(z)``, both ``(rows, dim)``."""
 
-    def pose(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
-        """The map to evaluate and the solver to run on it, for solvers that must know the state's shape or its problem.
+    def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
+        """The map to evaluate and the solver to run on it, for a solver that must know its problem.
 
-        ``f`` is the caller's, ``layout`` describes its state. Most solvers need neither.
+        Called once before each solve. ``f`` is the caller's, ``layout`` describes its state. Most solvers need neither.
         """
         return f, self
 
+    def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
+        """Solve from the rows ``z`` ``(rows, dim)``; only a solver that needs a loop of its own overrides it."""
+        return iterate(f, z, self, tolerance, **options)
+
     def adjoint(self) -> Solver | None:
-        """A solver that suits ``u = v + J^T u`` because this one, posed, suits f; None: any will do."""
+        """A solver that suits ``u = v + J^T u`` because this one, bound, suits f; None: any will do."""
         return None
 
 

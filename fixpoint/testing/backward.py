@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from fixpoint.backward.base import Backward, Run
-from fixpoint.engine.loop import Iterates
+from fixpoint.backward.base import Backward, ForwardSolve
+from fixpoint.engine.loop import LoopResult
 from fixpoint.engine.tolerance import ConvergenceWarning, Status
 from fixpoint.solution import Solution
 from fixpoint.solve import solve
@@ -58,7 +58,7 @@ class _Watched(Backward):
     rule: Backward
     returned: list[Any] = field(default_factory=list)
 
-    def attach(self, run: Run) -> tuple[Tensor, Iterates]:
+    def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
         self.returned.append(self.rule.attach(run))
         return self.returned[-1]
 
@@ -105,12 +105,12 @@ class BackwardContract(OptionsContract):
         assert returned[0].requires_grad, "attach returned a value that does not require grad"
         found, expected = (value.shape, value.dtype), (f.z0.shape, f.z0.dtype)
         assert found == expected, f"attach must keep shape and dtype {expected}, found {found}"
-        iterates = returned[1]
-        assert isinstance(iterates, Iterates), f"attach must return (value, iterates), found a {type(iterates)}"
-        known = ~iterates.residual.isnan()  # NaN: nobody has evaluated that state
-        residual = torch.linalg.vector_norm(f(iterates.z, f.x) - iterates.z, dim=1)
-        assert_close(iterates.residual[known], residual[known].detach(), rtol=1e-9, atol=1e-12)
-        done = iterates.status == Status.CONVERGED
+        result = returned[1]
+        assert isinstance(result, LoopResult), f"attach must return (value, result), found a {type(result)}"
+        known = ~result.residual.isnan()  # NaN: nobody has evaluated that state
+        residual = torch.linalg.vector_norm(f(result.z, f.x) - result.z, dim=1)
+        assert_close(result.residual[known], residual[known].detach(), rtol=1e-9, atol=1e-12)
+        done = result.status == Status.CONVERGED
         assert_close(value[done], f.exact()[done], rtol=1e-7, atol=1e-8)
 
     def test_every_precision_is_kept(self) -> None:
