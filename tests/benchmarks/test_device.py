@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -142,7 +143,9 @@ def test_the_processes_that_a_part_started_end_with_it(tmp_path: Path) -> None:
     job = conductor.Job("parent", 1.0, (sys.executable, "-c", f"{code}; p.stdout.readline()", child))
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     assert conductor.conduct([job], tmp_path, 60)["parent"]["status"] == "done"
-    assert os.read(reader, 1) == b""  # the end of the file: nobody holds it open to write; else this would block
+    readable, _, _ = select.select([reader], [], [], 60)  # at once when nobody holds it open any more
+    assert readable
+    assert os.read(reader, 1) == b""
     os.close(reader)
 
 
@@ -259,12 +262,14 @@ def test_cells_come_in_order_of_worth() -> None:
 
 def test_what_a_test_makes_lies_on_the_device() -> None:
     generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
     with OnDevice("meta"):
         assert torch.zeros(2).device.type == "meta"
         assert torch.randn(2, generator=generator).device.type == "meta"
         assert torch.zeros(2, device="cpu").device.type == "cpu"
         assert torch.eye(2, dtype=torch.float64).dtype == torch.float64
     assert torch.zeros(2).device.type == "cpu"
+    assert not torch.equal(state, generator.get_state())  # drawn on the CPU
     with OnDevice("cpu"):
         assert torch.ones(2).numpy().tolist() == [1, 1]
 
