@@ -93,6 +93,19 @@ def test_classical_problems_equal_scipys_roots_in_any_units(name, units):
     np.testing.assert_allclose(sol.value, scipy.optimize.root(g, x0, tol=1e-12).x, rtol=1e-6, atol=1e-6)
 
 
+def test_a_row_whose_steps_grow_beyond_all_bounds_stops_no_other(normal):
+    """Rosenbrock's equations from about the origin: the steps grow to 1e20, and ratios of them vanish."""
+
+    def g(x):
+        return torch.stack([10 * (x[:, 1::2] - x[:, ::2] ** 2), 1 - x[:, ::2]], dim=2).flatten(1)
+
+    x0 = 1e-15 * normal(50, 2).repeat(1, 5)
+    x0[3] = 0.9
+    sol = fixpoint.root(g, x0, on_failure="ignore")
+    assert sol.converged[3]
+    assert sol.value.isfinite().all()
+
+
 def test_where_the_jacobian_is_singular_at_the_root_the_figures_stay_honest():
     x0 = np.tile([3.0, -1, 0, 1], 3)
     sol = fixpoint.root(powell_singular, x0, batch_dims=0, on_failure="ignore")
