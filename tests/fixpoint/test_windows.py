@@ -14,7 +14,7 @@ from fixpoint.chains.error_control import after_sweep
 from tests.fixpoint.chains import Counted, gru, pendulum, relative_errors, solve
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(window=st.integers(1, 40), max_rows=st.integers(1, 60))
 def test_windows_and_budgets_change_no_result(window, max_rows):
     problem = gru(samples=4, steps=30, kind=Counted)
