@@ -163,7 +163,9 @@ def solve(
     if run.watch and run.transformed:
         raise ValueError("callback and keep do not work under torch.func or forward-mode differentiation")
     try:
-        if backward is not None and rows.differentiates(run.z0):
+        # Code that is compiled whole cannot solve to a tolerance: a rule with steps of its own takes these.
+        own_steps = torch.compiler.is_compiling() and options.depth is None
+        if backward is not None and (rows.differentiates(run.z0) or own_steps):
             attached, result = backward.attach(run)
             value = hand_over(result, attached)
             states = watch.states(rows) if watch else {}
