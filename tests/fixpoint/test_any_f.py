@@ -1,4 +1,4 @@
-"""What f may do: take gradients, write into buffers of its own, be handed tensors of inference mode, detach its input."""
+"""What f may do: take gradients, write into buffers of its own, be handed inference tensors, detach its input."""
 
 from __future__ import annotations
 
