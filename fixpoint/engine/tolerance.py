@@ -30,6 +30,7 @@ class Status(enum.IntEnum):
     MAX_EVALS = 1
     STAGNATED = 2
     NON_FINITE = 3
+    STOPPED = 4
 
     @property
     def advice(self) -> str:
@@ -42,6 +43,7 @@ _ADVICE = {
     Status.MAX_EVALS: "raise max_evals, loosen rtol or atol, or try another solver",
     Status.STAGNATED: "the tolerance lies below rounding: loosen rtol or atol, or use a wider dtype",
     Status.NON_FINITE: "f returned NaN or infinity: start nearer the solution, or damp the solver",
+    Status.STOPPED: "a callback stopped the solve",
 }
 
 
