@@ -116,13 +116,14 @@ def solve(
     records: list[BestSoFar] = []
     kept: dict[int, Tensor] = {}
 
-    def watch(nfev: int, residual: Tensor, active: int, z: Tensor) -> object:
+    def watch(nfev: int, residual: Tensor, active: int, z: Tensor, predicted_error: Tensor | None = None, /) -> object:
         if nfev in keep:
             kept[nfev] = z
         if callback is None:
             return None
         shaped = residual.reshape(layout.batch_shape)
-        return callback(Progress(nfev, max_evals, shaped, active, layout.unflatten(z)))
+        predicted = None if predicted_error is None else predicted_error.reshape(layout.batch_shape)
+        return callback(Progress(nfev, max_evals, shaped, active, layout.unflatten(z), predicted))
 
     def report_adjoint(result: LoopResult, on_failure: OnFailure) -> None:
         # A batch of torch.vmap arrives as further rows.

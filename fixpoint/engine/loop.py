@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Required, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, Required, TypedDict
 
 import numpy as np
 import torch
@@ -18,13 +18,21 @@ if TYPE_CHECKING:
     from fixpoint.solvers.base import Solver
 
 Map = Callable[[Tensor], Tensor]
-Watcher = Callable[[int, Tensor, int, Tensor], object]  # nfev, residual per row, rows not ended, z; true stops the loop
 
 _ACTIVE = -1
 # A row has stagnated when its best residual is this near to rounding and did not fall for this many evaluations.
 _ROUNDING_FLOOR = 50.0
 _PATIENCE = 10
 _LARGEST_FLOOR = 0.05  # a row that is farther off has not been stopped by rounding, not even that of bfloat16
+
+
+class Watcher(Protocol):
+    """Called at each check; returning something true stops the loop."""
+
+    def __call__(
+        self, nfev: int, residual: Tensor, active: int, z: Tensor, predicted_error: Tensor | None = None, /
+    ) -> object:
+        """``residual`` per row, rows that have not ended, the state ``(rows, dim)``, predicted error per row if any."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class LoopResult:
     trace: Tensor | None = None  # (nfev, rows)
     fixed_depth: bool = False  # handed over as it came, not solved to a tolerance
     state: Any = None  # the solver's, as its last step left it
+    predicted_error: Tensor | None = None  # of solvers that judge by one; the residual is NaN unless it was measured
 
     def measured(self, fz: Tensor, tolerance: Tolerance) -> LoopResult:
         """The same run with the figures that ``fz = f(self.z)`` gives; for states handed over unverified."""
