@@ -11,6 +11,7 @@ from torch import Tensor
 from fixpoint.backward.adjoint import attach_adjoint
 from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.backward.explicit import solve_explicitly, vector_jacobian_product
+from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.loop import LoopResult, Map
 from fixpoint.engine.tolerance import OnFailure, Status, Tolerance
 from fixpoint.engine.transforms import ClosureError, depends_on_nothing_else
@@ -99,7 +100,12 @@ class IFT(Backward):
         """The fixed point of a linear map, started at ``v``, which rows that fail go back to."""
         rtol = max(self.rtol, torch.finfo(v.dtype).eps)
         tolerance = Tolerance(rtol=rtol, atol=0.0, rounding=run.tolerance.rounding)
-        solver = self.solver or run.solver.adjoint() or Anderson(memory=10)
+        solver = run.solver.adjoint() or Anderson(memory=10)
+        if self.solver is not None:
+            rows = run.f
+            assert isinstance(rows, RowMap)
+            bound = self.solver.bind(rows.caller, rows.layout)[1]
+            solver = bound.adjoint() or bound
         outcome = solver.run(
             image,
             v,

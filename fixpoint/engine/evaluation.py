@@ -48,6 +48,11 @@ class RowMap:
         self.ambient = ambient or Ambient(f, layout.device)
 
     @property
+    def caller(self) -> Callable[..., Any]:
+        """The caller's own f."""
+        return self._f
+
+    @property
     def can_take(self) -> bool:
         """Whether a part of the rows makes sense: one batch dimension, and an argument that has it too."""
         return len(self.layout.batch_shape) == 1 and any(self._is_aligned(leaf) for _, leaf in leaves(self._args))
