@@ -29,20 +29,17 @@ class CausalQuasiNewton(Solver):
     slope (the problem's own, or measured) plus what the last ``memory`` rounds showed of the step. The first state
     whose input is exact becomes exact whatever ``M`` is, so T rounds always do; a good ``M`` needs far fewer.
 
-    How it stops depends on what it can evaluate:
+    ``N - X`` is the error that the model predicts of X. A state is done, and is not evaluated again, when it and all
+    before it have a predicted error of at most ``atol + rtol * ||N_k||``, the error enlarged by as much as later steps
+    are seen to enlarge it. A row of the batch has converged when its whole chain has; at the end, errors that fell to a
+    third in the last round count half. ``Solution.predicted_error`` is the norm of the predicted errors. The residual
+    is not measured, and ``Solution.residual`` is NaN. With ``certify`` the whole chain is evaluated once more at the
+    states that are handed over: the residual is measured, and a row has converged only if it meets the tolerance.
 
-    - Of a :class:`~fixpoint.Recurrence` or another :class:`~fixpoint.Chain` it evaluates only the steps that it needs,
-      in windows. ``N - X`` is the error that the model predicts of X. A state is done, and is not evaluated again, when
-      it and all before it have a predicted error of at most ``atol + rtol * ||N_k||``, the error enlarged by as much as
-      later steps are seen to enlarge it. A row of the batch has converged when its whole chain has.
-      ``Solution.predicted_error`` is the norm of the predicted errors; nothing is measured, so ``Solution.residual`` is
-      NaN. With ``certify`` the whole chain is evaluated once more at the states that are handed over, and
-      ``Solution.residual`` is measured.
-    - Any other f with a state ``(B, T, *shape)`` is evaluated whole in every round, so its residual is measured in
-      every round and decides, as for every other solver. ``window``, ``max_rows`` and ``certify`` have no effect. If f
-      is strictly causal in the second dimension, T + 1 evaluations always do. If it is not, more may be needed, or it
-      does not converge, but it never stops at a wrong state. The adjoint of a chain is solved like this as well, and so
-      is a solve whose updates are recorded (``Unroll``).
+    It serves a :class:`~fixpoint.Recurrence` and any other :class:`~fixpoint.Chain`, of which it evaluates only the
+    steps that it needs. Any other f with a state ``(B, T, *shape)`` is evaluated whole in each round (``max_rows`` has
+    no effect), and is always certified. If it is strictly causal in the second dimension, T + 1 evaluations always do.
+    If it is not, it may take many more or not converge, but it does not pass for converged at a wrong state.
 
     Args:
         memory: Rounds that are remembered of each step.
@@ -99,8 +96,11 @@ class CausalQuasiNewton(Solver):
             slopes = slopes[:, None] if slopes.ndim == 1 else slopes
         if basis is not None:
             basis = basis.detach().to(layout.device, wide)
-        f = OneStep(f) if isinstance(f, Chain) and not isinstance(f, OneStep) else f
-        return f, CausalSweep(self, steps, dim, slopes, basis, in_parts=isinstance(f, OneStep))
+        if isinstance(f, Chain):
+            f = OneStep(f)
+        # Nobody promises that another f is causal: what it gives is measured.
+        options = self if isinstance(f, OneStep) else replace(self, certify=True, max_rows=None)
+        return f, CausalSweep(options, steps, dim, slopes, basis)
 
     def init(self, z: Tensor) -> Any:
         raise TypeError(
@@ -128,7 +128,6 @@ class CausalSweep(Solver):
     Attributes:
         slopes: ``(T, 1 or D)``, in the coordinates that the columns of ``basis`` ``(D, D)`` give.
         backwards: Whether row k depends on later rows, as in the adjoint of a chain.
-        in_parts: Whether single steps of the map can be evaluated.
     """
 
     options: CausalQuasiNewton
@@ -137,11 +136,10 @@ class CausalSweep(Solver):
     slopes: Tensor | None = None
     basis: Tensor | None = None
     backwards: bool = False
-    in_parts: bool = False
 
     def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
-        """In windows where steps can be had alone; in the ordinary loop where not, or where gradients are recorded."""
-        if not self.in_parts or torch.is_grad_enabled() or not hasattr(f, "part"):
+        """In windows; in the ordinary loop, all rows whole, where gradients are recorded."""
+        if torch.is_grad_enabled():
             return super().run(f, z, tolerance, **options)
         return iterate_windows(f, z, self, tolerance, **options)
 
@@ -215,11 +213,15 @@ class CausalSweep(Solver):
         return torch.where(known, shown, torch.where(count > 0, mean, 1))
 
     def adjoint(self) -> CausalSweep:
-        """The same for ``u = v + J^T u``, a chain that runs from the last row to the first."""
+        """The same for ``u = v + J^T u``, a chain that runs from the last row to the first.
+
+        A product with ``J^T`` is one of all steps, so there is nothing to be saved by windows.
+        """
         slopes = self.slopes
         if slopes is not None:
             slopes = torch.cat((slopes[:1], slopes[1:].flip(0)))
-        return replace(self, slopes=slopes, backwards=not self.backwards, in_parts=False)
+        options = replace(self.options, window=None, max_rows=None)
+        return replace(self, options=options, slopes=slopes, backwards=not self.backwards)
 
     def split(self, z: Tensor) -> Tensor:
         """Rows ``(B, T * D)`` as states ``(B, T, D)`` in the order of the chain, in at least float32."""

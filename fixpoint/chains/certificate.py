@@ -66,8 +66,8 @@ class Certificate:
     def judge(self, sweeper: CausalSweep, states: Tensor, allowed: tuple[Array, Array]) -> Findings:
         """Compare the images with the states.
 
-        A chain passes when each state has a defect within its tolerance, and by the problem's slopes inherits no larger
-        error from those before it. The share of atol that a state may use is such that the whole row keeps to atol.
+        A chain passes when the defect of each state is within ``atol + rtol * ||image||``, and so is the error that it
+        has and inherits by the problem's slopes. ``allowed`` holds atol and rtol of each chain, ``(B,)``.
         """
         rows, steps = len(self.rows), sweeper.steps
         images = self.images.reshape(rows, steps, -1)
@@ -77,7 +77,7 @@ class Certificate:
         norms = [torch.linalg.vector_norm(x, dim=2) for x in (defects, images, errors)]
         defect, scale, error = torch.stack(norms).cpu().double().numpy()
         atol, rtol = (limit[self.rows, None] for limit in allowed)
-        bound = atol / steps**0.5 + rtol * scale
+        bound = atol + rtol * scale
         fits = defect <= bound
         good = fits & (error <= bound)
         finite = np.isfinite(defect).all(axis=1)
