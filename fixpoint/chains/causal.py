@@ -176,7 +176,7 @@ class CausalSweep(Solver):
         return Swept(after, corrections, sound, past.with_newest(inputs.detach(), images.detach(), finite & sound))
 
     def inherited(self, defects: Tensor, step: Tensor) -> Tensor:
-        """What the defects ``(B, W, D)`` of states add up to further down, by the problem's slopes; 0 without slopes."""
+        """What states inherit of the defects ``(B, W, D)`` before them by the problem's slopes; 0 without slopes."""
         if self.slopes is None:
             return torch.zeros_like(defects)
         return self.from_basis(sweep(self.to_basis(defects), self.slopes[step].to(defects.dtype), None))

@@ -250,8 +250,8 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     images[like(z, chosen)] = evaluate(run, f, on_host.ravel()[chosen])
     images = images.reshape(*on_host.shape, -1)
     states, inputs = run.states[places], run.states[like(z, windows.places(run.steps, before=True))]
-    finite = torch.isfinite(images).all(dim=2)
-    swept = run.sweeper.swept(states, inputs, images, finite, step, Past(*(x[kept] for x in run.past)))
+    known = torch.isfinite(images).all(dim=2)
+    swept = run.sweeper.swept(states, inputs, images, known, step, Past(*(x[kept] for x in run.past)))
     change = swept.states - states
     before = torch.cat((torch.zeros_like(change[:, :1]), change[:, :-1]), dim=1)
     run.write(run.states, places, swept.states)
@@ -261,8 +261,9 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     number = torch.arange(len(rows), device=change.device)
     run.moved[rows] += torch.stack((change[number, last], before[number, last]), dim=1)
     norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, swept.states, swept.corrections, before)]
-    figures = torch.stack([*norms, swept.sound, finite]).cpu().double().numpy()  # one transfer a round
-    settle(run, windows, Norms(*figures[:4], sound=figures[4] > 0, finite=figures[5] > 0))
+    figures = torch.stack([*norms, swept.sound, known]).cpu().double().numpy()  # one transfer a round
+    sound, finite = figures[4:] > 0
+    settle(run, windows, Norms(*figures[:4], sound, finite))
 
 
 def settle(run: ChainRun, windows: Windows, norms: Norms) -> None:

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 import fixpoint
 from fixpoint import CausalQuasiNewton, Recurrence, Status
+from fixpoint.engine.layout import Layout
 from tests.fixpoint.chains import gru, pendulum, relative_errors, solve
 
 
@@ -210,6 +211,47 @@ def test_one_step():
     solution = solve(chain)
     assert solution.nfev == 1
     assert (solution.value == 2).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 1}, {"max_rows": 3}, {"certify": True}], ids=str)
+@pytest.mark.parametrize(("samples", "steps"), [(0, 5), (2, 0), (0, 0)])
+def test_an_empty_chain_is_solved_at_once(samples, steps, options):
+    def never(x):
+        raise AssertionError("nothing is to be evaluated")
+
+    solver = CausalQuasiNewton(**options)
+    chain = Recurrence(never, torch.zeros(samples, 3), steps=steps)
+    solution = solve(chain, solver, record=True)
+    assert solution.nfev == 0
+    assert solution.converged.shape == (samples,)
+    assert solution.converged.all()
+    assert solution.value.shape == (samples, steps, 3)
+    assert "converged" in repr(solution)
+    plain = solve(lambda z: 0.5 * z, solver, z0=torch.zeros(samples, steps, 3))
+    assert plain.converged.all()
+    assert plain.nfev <= 1
+    assert Recurrence(never, torch.zeros(samples, 3), steps=0).sequential().shape == (samples, 0, 3)
+
+
+def test_a_solver_that_is_bound_makes_steps_by_itself():
+    chain = gru(samples=2, steps=12)
+    f, solver = CausalQuasiNewton().bind(chain, Layout.of(chain.z0, 1))
+    z = chain.z0.flatten(1)
+    state = solver.init(z)
+    for _ in range(12):
+        z, state = solver.step(z, f(z.reshape(chain.z0.shape)).flatten(1), state)
+    assert_close(z, chain.sequential().flatten(1), rtol=1e-12, atol=1e-15)
+
+
+def test_a_short_window_beside_a_long_one_is_what_it_is_alone():
+    # Chains that are done at other times have windows of other lengths at the end; what pads them must not count.
+    problem = gru(samples=4, steps=60)
+    problem.inputs[0][1:] *= torch.tensor([3.0, 0.1, 10.0], dtype=torch.float64)[:, None, None]
+    solver = CausalQuasiNewton(window=25)
+    together = solve(problem, solver, rtol=1e-3)
+    for row in range(4):
+        one = Recurrence(problem.step, problem.start[row : row + 1], inputs=(problem.inputs[0][row : row + 1],))
+        assert_close(solve(one, solver, rtol=1e-3).value[0], together.value[row], rtol=1e-9, atol=1e-11)
 
 
 def test_what_does_not_fit_is_refused_at_once():

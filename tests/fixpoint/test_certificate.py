@@ -95,7 +95,11 @@ def findings(defects, slope, rtol=1e-2):
     ("defects", "slope", "first_wrong"),
     [
         ([0.0, 0.005, 0.02, 0.0], 0.5, 2),  # too large by itself
-        ([0.009, 0.018, 0.018, 0.018], -1.0, 1),  # half of it cancels what it inherits, and it is too large all the same
+        (
+            [0.009, 0.018, 0.018, 0.018],
+            -1.0,
+            1,
+        ),  # hidden by what it inherits
         ([0.0, 0.0, 0.006, 0.006], 1.0, 2),  # the last one inherits too much: from where the first error is
     ],
 )
