@@ -262,8 +262,8 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     run.moved[rows] += torch.stack((change[number, last], before[number, last]), dim=1)
     norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, swept.states, swept.corrections, before)]
     figures = torch.stack([*norms, swept.sound, known]).cpu().double().numpy()  # one transfer a round
-    sound, finite = figures[4:] > 0
-    settle(run, windows, Norms(*figures[:4], sound, finite))
+    error, scale, grown, met, sound, finite = figures
+    settle(run, windows, Norms(error, scale, grown, met, sound > 0, finite > 0))
 
 
 def settle(run: ChainRun, windows: Windows, norms: Norms) -> None:

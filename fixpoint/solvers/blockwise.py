@@ -19,8 +19,8 @@ class Blockwise(Solver):
     DEQ-DDIM with one set of Anderson coefficients per timestep.
 
     A solver that must know its problem, such as ``CausalQuasiNewton``, is told the shape of a block. Of a state
-    ``(B, T, *shape)`` that is ``(T / blocks, *shape)`` if ``blocks`` divides T, else one step, ``(1, length)``. What f says
-    of itself (slopes, basis) holds for the whole row and not for a block: the solver does without it.
+    ``(B, T, *shape)`` that is ``(T / blocks, *shape)`` if ``blocks`` divides T, else one step, ``(1, length)``. What f
+    says of itself (slopes, basis) holds for the whole row and not for a block: the solver does without it.
 
     Args:
         solver: The update rule for each part.

@@ -245,13 +245,13 @@ def test_a_solver_that_is_bound_makes_steps_by_itself():
 
 def test_a_short_window_beside_a_long_one_is_what_it_is_alone():
     # Chains that are done at other times have windows of other lengths at the end; what pads them must not count.
-    problem = gru(samples=4, steps=60)
+    problem = gru(samples=4, steps=80)
     problem.inputs[0][1:] *= torch.tensor([3.0, 0.1, 10.0], dtype=torch.float64)[:, None, None]
-    solver = CausalQuasiNewton(window=25)
-    together = solve(problem, solver, rtol=1e-3)
+    solver = CausalQuasiNewton(window=40)
+    together = solve(problem, solver, rtol=1e-4)
     for row in range(4):
         one = Recurrence(problem.step, problem.start[row : row + 1], inputs=(problem.inputs[0][row : row + 1],))
-        assert_close(solve(one, solver, rtol=1e-3).value[0], together.value[row], rtol=1e-9, atol=1e-11)
+        assert_close(solve(one, solver, rtol=1e-4).value[0], together.value[row], rtol=1e-9, atol=1e-11)
 
 
 def test_what_does_not_fit_is_refused_at_once():
