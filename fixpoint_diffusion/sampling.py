@@ -23,7 +23,8 @@ class SamplingResult:
     Attributes:
         images: ``(B, *shape)``, the x_0 of each sample: the last row of the trajectory.
         trajectory: all latents, ``(B, T, *shape)``; row k is the latent after step k.
-        solution: the solve's own account: ``converged``, ``status``, ``residual`` and ``evals`` per sample, ``trace``.
+        solution: the solve's own account: ``converged``, ``status`` and ``evals`` per sample, ``trace``, and ``residual``
+            or, where ``CausalQuasiNewton`` judged by that, ``predicted_error``.
         rounds: batched denoiser calls of this run.
         evals: denoiser rows of this run.
     """
@@ -72,7 +73,7 @@ def sample(
             ``"x_T"``; ``"zeros"``; or latents of shape ``(B, T, *shape)``, such as a neighbour's. None: ``"prior"`` for
             ``CausalQuasiNewton``, else ``"x_T"``, as in the paper.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"`` when samples do not converge.
-        record: keep the residual of every evaluation in ``solution.trace``.
+        record: keep the residual (or the predicted error) after every evaluation in ``solution.trace``.
         progress: show a bar of the latents that are settled, with rounds, samples that are done and denoiser rows.
         callback: called with a ``fixpoint.Progress`` after every evaluation; returning something true stops the run.
 

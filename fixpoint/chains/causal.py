@@ -96,11 +96,11 @@ class CausalQuasiNewton(Solver):
             slopes = slopes[:, None] if slopes.ndim == 1 else slopes
         if basis is not None:
             basis = basis.detach().to(layout.device, wide)
-        if isinstance(f, Chain):
-            f = OneStep(f)
+        f = OneStep(f) if isinstance(f, Chain) else f
+        single_steps = isinstance(f, OneStep)
         # Nobody promises that another f is causal: what it gives is measured.
-        options = self if isinstance(f, OneStep) else replace(self, certify=True, max_rows=None)
-        return f, CausalSweep(options, steps, dim, slopes, basis)
+        options = self if single_steps else replace(self, certify=True, max_rows=None)
+        return f, CausalSweep(options, steps, dim, slopes, basis, single_steps=single_steps)
 
     def init(self, z: Tensor) -> Any:
         raise TypeError(
@@ -128,6 +128,7 @@ class CausalSweep(Solver):
     Attributes:
         slopes: ``(T, 1 or D)``, in the coordinates that the columns of ``basis`` ``(D, D)`` give.
         backwards: Whether row k depends on later rows, as in the adjoint of a chain.
+        single_steps: Whether the map can be asked for single steps, by its method ``part``.
     """
 
     options: CausalQuasiNewton
@@ -136,6 +137,7 @@ class CausalSweep(Solver):
     slopes: Tensor | None = None
     basis: Tensor | None = None
     backwards: bool = False
+    single_steps: bool = False
 
     def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
         """In windows; in the ordinary loop, all rows whole, where gradients are recorded."""
@@ -221,7 +223,7 @@ class CausalSweep(Solver):
         if slopes is not None:
             slopes = torch.cat((slopes[:1], slopes[1:].flip(0)))
         options = replace(self.options, window=None, max_rows=None)
-        return replace(self, options=options, slopes=slopes, backwards=not self.backwards)
+        return replace(self, options=options, slopes=slopes, backwards=not self.backwards, single_steps=False)
 
     def split(self, z: Tensor) -> Tensor:
         """Rows ``(B, T * D)`` as states ``(B, T, D)`` in the order of the chain, in at least float32."""

@@ -187,12 +187,13 @@ def advance(run: ChainRun, f: Map) -> None:
 
 def evaluate(run: ChainRun, f: Map, places: Array) -> Tensor:
     """Images ``(N, D)`` of the states at these places ``(N,)``."""
-    part = getattr(f, "part", None)
-    if part is None:
-        images = run.sweeper.split(f(run.rows())).flatten(0, 1)[like(run.like, places)]
-    else:
+    part = getattr(f, "part", None)  # torch.func leaves none
+    if run.sweeper.single_steps and part is not None:
         row, step = np.divmod(places, run.steps)
         images = part(run.rows(), like(run.like, row), like(run.like, step))
+    else:
+        every = f(run.rows().clone())  # f may keep what it got
+        images = run.sweeper.split(every).flatten(0, 1)[like(run.like, places)]
     run.nfev += 1
     return images.to(run.states.dtype)
 

@@ -110,7 +110,14 @@ def test_any_strictly_causal_map_is_served():
         expected[:, k] = row
     assert solution.converged.all()
     assert len(calls) == solution.nfev <= 20
+    assert len({float(z.sum()) for z in calls}) == len(calls)  # what f was given stays as it was
     assert_close(solution.value, expected, rtol=1e-5, atol=1e-5)
+    for batch_dims, z0 in ((0, torch.zeros_like(push[0])), (2, torch.zeros_like(push)[None])):
+        shaped = solve(
+            lambda z: torch.tanh(weight @ z) + (push[0] if z.ndim == 2 else push), z0=z0, batch_dims=batch_dims
+        )
+        assert shaped.converged.all()
+        assert_close(shaped.value.reshape(-1, 20, 3), expected[: shaped.value.numel() // 60], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("solver", [CausalQuasiNewton(), CausalQuasiNewton(window=20)], ids=["all", "window"])
@@ -257,7 +264,7 @@ def test_a_short_window_beside_a_long_one_is_what_it_is_alone():
 def test_what_does_not_fit_is_refused_at_once():
     solver = CausalQuasiNewton()
     with pytest.raises(ValueError, match="a dimension for the steps"):
-        fixpoint.solve(torch.cos, torch.zeros(3), solver=solver)
+        fixpoint.solve(torch.cos, torch.zeros(3), solver=solver, batch_dims=1)
     with pytest.raises(ValueError, match="nested state"):
         fixpoint.solve(lambda z: z, (torch.zeros(3, 2),), solver=solver)
     chain = pendulum()
