@@ -23,7 +23,7 @@ class SamplingResult:
     Attributes:
         images: ``(B, *shape)``, the x_0 of each sample: the last row of the trajectory.
         trajectory: all latents, ``(B, T, *shape)``; row k is the latent after step k.
-        solution: the solve's own account: ``converged``, ``status`` and ``evals`` per sample, ``trace``, and ``residual``
+        solution: the solve's own account: ``converged``, ``status`` and ``evals`` per sample, ``trace``, ``residual``
             or, where ``CausalQuasiNewton`` judged by that, ``predicted_error``.
         rounds: batched denoiser calls of this run.
         evals: denoiser rows of this run.
