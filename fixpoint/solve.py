@@ -207,16 +207,18 @@ class _Watch:
         self._layout, self._max_evals, self._callback, self._keep = layout, max_evals, callback, keep
         self._kept: dict[int, Tensor] = {}
 
-    def __call__(self, nfev: int, residual: Tensor, active: int, z: Tensor) -> object:
+    def __call__(
+        self, nfev: int, residual: Tensor, active: int, z: Tensor, predicted_error: Tensor | None = None, /
+    ) -> object:
         if nfev in self._keep:
             self._kept[nfev] = z
         if self._callback is None:
             return None
         # A copy: whoever is shown the state may scale it for display.
         value = map_leaves(torch.clone, self._layout.unflatten(z))
-        return self._callback(
-            Progress(nfev, self._max_evals, residual.reshape(self._layout.batch_shape), active, value)
-        )
+        shape = self._layout.batch_shape
+        predicted = None if predicted_error is None else predicted_error.reshape(shape)
+        return self._callback(Progress(nfev, self._max_evals, residual.reshape(shape), active, value, predicted))
 
     def states(self, apply: Callable[[Tensor], Tensor]) -> dict[int, Any]:
         """The states that were kept, after one more application of ``apply`` to each."""

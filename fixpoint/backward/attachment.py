@@ -37,7 +37,8 @@ def solve_functionally(f: Functional, solve: Solve, linear: Solve, z0: Tensor, i
     outcome: list[LoopResult] = []
     z, residual, scale, status, evals, trace = _Solve.apply(f, solve, linear, outcome.append, z0, *inputs)
     recorded = None if outcome[-1].trace is None else trace.T
-    return replace(outcome[-1], z=z, residual=residual, scale=scale, status=status, evals=evals, trace=recorded)
+    figures = {"residual": residual, "scale": scale, "status": status, "evals": evals, "trace": recorded}
+    return replace(outcome[-1], z=z, predicted_error=None, **figures)
 
 
 def vector_jacobian_product(
