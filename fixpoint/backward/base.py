@@ -122,6 +122,11 @@ class Backward(abc.ABC):
         the figures of the forward solve. Called with grad mode on.
         """
 
+    @property
+    def uses_start(self) -> bool:
+        """Whether gradients flow into z0. If not, z0 is a start and nothing else."""
+        return False
+
     def can_be_compiled(self, depth: int | None) -> bool:
         """Whether ``torch.compile`` may trace a solve with this rule and this ``depth``.
 
