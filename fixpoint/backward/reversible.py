@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -191,12 +191,11 @@ class _Transposed:
         size = torch.stack((*first, second)).abs().amax(dim=0)
         return (bars, totals) if _agree((after, at), first, size, self._accuracy) else None
 
-    def _replay(
-        self, first: Pair, last: Pair, count: int, bars: Pair, reach: float
-    ) -> tuple[Pair, list[Tensor]]:
-        """Gradients by running forward again, from ``first`` and then from pairs of states that this leaves behind.
+    def _replay(self, first: Pair, last: Pair, count: int, bars: Pair, reach: float) -> tuple[Pair, list[Tensor]]:
+        """Gradients by running forward again and keeping some pairs of states.
 
-        Between these, states are recovered if ``reach`` promises it, and kept otherwise.
+        Between these, states are recovered if ``reach`` promises it, and otherwise computed once more and kept: of n
+        evaluations, about the square root of n states at a time.
         """
         length = math.isqrt(count - 1) + 1
         if reach >= length:
@@ -212,18 +211,23 @@ class _Transposed:
                 "and for randomness from other sources than torch's global state."
             )
         totals, end = self._zeros(), last
-        for index in reversed(range(len(states))):
-            start, size = states[index], min(length, count - index * length)
-            found = self._reverse(start, end, size, bars) if size <= reach else None
+        while states:
+            start = states.pop()
+            number = min(length, count - len(states) * length)
+            found = self._reverse(start, end, number, bars) if number <= reach else None
             if found is None:
-                part = self._zeros()
-                for at, _ in reversed(list(self._forward(start, size - 1, 1))):
-                    _, bars = self._pull(at, bars, part)
-            else:
-                bars, part = found
+                reach, found = 0, self._unroll(start, number, bars)
+            bars, part = found
             for total, more in zip(totals, part, strict=True):
                 total += more
             end = start
+        return bars, totals
+
+    def _unroll(self, first: Pair, count: int, bars: Pair) -> tuple[Pair, list[Tensor]]:
+        """Gradients by running forward from ``first`` and keeping every state."""
+        totals = self._zeros()
+        for at, _ in reversed(list(self._forward(first, count - 1, 1))):
+            _, bars = self._pull(at, bars, totals)
         return bars, totals
 
     def _forward(self, pair: Pair, count: int, every: int) -> Iterator[Pair]:

@@ -61,7 +61,6 @@ class StochasticJFB(Backward):
     seed: int | None = None
     generator: torch.Generator | None = field(default=None, compare=False, repr=False)
     attach_start: bool = False
-    _draws: Draws = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, least in (("no_grad", 0), ("grad", 1)):
@@ -75,6 +74,7 @@ class StochasticJFB(Backward):
                 raise ValueError(f"pass seed or generator, found both: seed={self.seed}")
             object.__setattr__(self, "seed", operator.index(self.seed))
             generator = torch.Generator().manual_seed(self.seed)
+        self._draws: Draws  # no field: neither an option nor part of what the rule is
         object.__setattr__(self, "_draws", Draws(generator))
 
     @property

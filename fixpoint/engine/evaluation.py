@@ -165,7 +165,7 @@ Place = tuple[dict[str, Any], str, int]  # a module's dictionary of parameters, 
 
 def _parameters(module: nn.Module) -> tuple[list[Tensor], list[Place]]:
     """The parameters of a module, each once, and all places where they stand."""
-    parameters = list(module.parameters())
+    parameters: list[Tensor] = list(module.parameters())
     index = {id(x): i for i, x in enumerate(parameters)}
     own = [m._parameters for m in module.modules()]
     return parameters, [(place, key, index[id(x)]) for place in own for key, x in place.items() if x is not None]

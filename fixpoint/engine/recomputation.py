@@ -67,7 +67,7 @@ def _checkpoints() -> tuple[Any, Any, list[Any]]:
 
     Each is found by the hook that it has set for tensors saved by autograd; PyTorch has no public way to ask.
     """
-    running = []
+    running: list[Any] = []
     for pack in _saving_hooks():
         names = inspect.getclosurevars(pack).nonlocals
         target = names.get("target_frame_ref")
@@ -80,7 +80,7 @@ def _checkpoints() -> tuple[Any, Any, list[Any]]:
 
 def _saving_hooks() -> list[Callable[..., Any]]:
     """The functions that ``torch.autograd.graph.saved_tensors_hooks`` has set, the innermost first."""
-    autograd = torch._C._autograd
+    autograd: Any = torch._C._autograd
     top = getattr(autograd, "_top_saved_tensors_default_hooks", None)  # since PyTorch 2.8
     if top is None or not autograd._saved_tensors_hooks_is_enabled():
         return []
