@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,10 +54,9 @@ class RowMap:
         self.layout = layout
         self.aux: Any = None
         self._gradients = gradients
-        parameters = dict(f.named_parameters()) if isinstance(f, nn.Module) else {}
-        self._names = list(parameters)
+        parameters, self._places = _parameters(f) if isinstance(f, nn.Module) else ([], [])
         tensors = [leaf for _, leaf in leaves(self._args) if isinstance(leaf, Tensor)]
-        self.inputs = (*tensors, *parameters.values())
+        self.inputs = (*tensors, *parameters)
         self._checked = torch.compiler.is_compiling()
         self._first: tuple[Tensor, Tensor] | None = None  # a state and its image, until they are asked for
         self.ambient = ambient or Ambient(f, layout.device)
@@ -147,10 +147,7 @@ class RowMap:
         else:
             given = iter(inputs)
             args = map_leaves(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, self._args)
-            if isinstance(self._f, nn.Module):
-                f, parameters = self._f, dict(zip(self._names, given, strict=True))
-                output = self._surrounded(lambda: torch.func.functional_call(f, parameters, (state, *args)), *inputs, z)
-            else:
+            with _replaced(self._places, list(given)):
                 output = self._surrounded(lambda: self._f(state, *args), *inputs, z)
         return output
 
@@ -244,3 +241,27 @@ def _holders_of_own() -> tuple[int, int] | None:
 
 
 _HOLDERS_OF_OWN = _holders_of_own()
+
+
+Place = tuple[dict[str, Any], str, int]  # a module's dictionary of parameters, the name in there, and which one it is
+
+
+def _parameters(module: nn.Module) -> tuple[list[Tensor], list[Place]]:
+    """The parameters of a module, each once, and all places where they stand."""
+    parameters: list[Tensor] = list(module.parameters())
+    index = {id(x): i for i, x in enumerate(parameters)}
+    own = [m._parameters for m in module.modules()]
+    return parameters, [(place, key, index[id(x)]) for place in own for key, x in place.items() if x is not None]
+
+
+@contextlib.contextmanager
+def _replaced(places: Sequence[Place], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Tensors in the places of parameters. A module that stands in two places would keep what functional_call puts."""
+    found = [place[key] for place, key, _ in places]
+    try:
+        for place, key, index in places:
+            place[key] = tensors[index]
+        yield
+    finally:
+        for (place, key, _), parameter in zip(places, found, strict=True):
+            place[key] = parameter

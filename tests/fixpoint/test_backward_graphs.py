@@ -55,8 +55,7 @@ def test_sjfb_is_n_solver_steps_and_a_series_of_m_terms(linear_problem, solver, 
     for _ in range(m):
         expected = expected @ A.T + b
     torch.testing.assert_close(sol.value, expected)
-    first = (start @ A.T + b - start).detach()
-    torch.testing.assert_close(sol.residual, torch.linalg.vector_norm(first, dim=1))
+    assert sol.residual.isnan().all()
     for found, wanted in zip(
         torch.autograd.grad(sol.value.square().sum(), (A, b)),
         torch.autograd.grad(expected.square().sum(), (A, b)),
