@@ -172,7 +172,8 @@ class RowMap:
         output = self._output(z, inputs)
         if version(z) != written:
             raise ValueError(_CHANGED)
-        return self.layout.flatten(output) if torch.is_grad_enabled() or _is_own(output) else self._copied(output)
+        own = torch.is_grad_enabled() or _is_own(output, sys.getrefcount(output))
+        return self.layout.flatten(output) if own else self._copied(output)
 
     def _copied(self, output: Any) -> Tensor:
         """Rows that f cannot write to: it may keep what it returned, as a buffer of its own does."""
@@ -211,36 +212,26 @@ def _without_aux(output: Any) -> tuple[Any, Any]:
     return output
 
 
-def _holders(x: Tensor) -> tuple[int, int]:
-    """How many hold the tensor, and how many its memory."""
-    return sys.getrefcount(x), torch._C._storage_Use_Count(x.untyped_storage()._cdata)
-
-
-def _is_own(output: Any) -> bool:
+def _is_own(output: Any, references: int) -> bool:
     """Whether nobody but the caller holds this output or its memory, so that nobody can write to it.
 
     Known of tensors on the CPU alone: what CUDA graphs return may be overwritten without being held by anybody.
+    ``references`` is what ``sys.getrefcount`` says where the output is a local variable: a call in between would count,
+    or not, as the interpreter likes.
     """
-    if not isinstance(output, Tensor) or not output.is_cpu or transformed(output):
+    if references != _OWN or not isinstance(output, Tensor) or not output.is_cpu or transformed(output):
         return False
-    # Memory that torch cannot resize is somebody else's, NumPy's for one.
-    return output.untyped_storage().resizable() and _holders(output) == _HOLDERS_OF_OWN
+    memory = output.untyped_storage()
+    # Memory that torch cannot resize is somebody else's, NumPy's for one. The second holder is ``memory``.
+    return memory.resizable() and torch._C._storage_Use_Count(memory._cdata) == 2
 
 
-def _holders_of_own() -> tuple[int, int] | None:
-    """What ``_holders`` says, called as ``_is_own`` calls it, of an output that nobody else holds; None: unknown."""
-
-    def asked(output: Any) -> tuple[int, int]:
-        return _holders(output)
-
+def _references_of_own() -> int:
     output = torch.zeros(1) + 1
-    try:
-        return asked(output)
-    except AttributeError:
-        return None
+    return sys.getrefcount(output)
 
 
-_HOLDERS_OF_OWN = _holders_of_own()
+_OWN = _references_of_own()
 
 
 Place = tuple[dict[str, Any], str, int]  # a module's dictionary of parameters, the name in there, and which one it is
