@@ -172,7 +172,8 @@ class RowMap:
         output = self._output(z, inputs)
         if version(z) != written:
             raise ValueError(_CHANGED)
-        own = torch.is_grad_enabled() or _is_own(output, sys.getrefcount(output))
+        references = sys.getrefcount(output)
+        own = torch.is_grad_enabled() or _is_own(output, references)
         return self.layout.flatten(output) if own else self._copied(output)
 
     def _copied(self, output: Any) -> Tensor:
