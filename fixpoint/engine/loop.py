@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.compaction import Compaction
-from fixpoint.engine.tolerance import Array, Figures, Status, Tolerance
+from fixpoint.engine.tolerance import Array, Figures, Status, Tolerance, plain_norms
 
 if TYPE_CHECKING:
     from fixpoint.solvers.base import Solver
@@ -88,10 +88,18 @@ class BestSoFar:
         self.trace: list[Array] = []
         self._rounding = max(torch.finfo(z.dtype).eps, rounding)
         self._floor = min(_ROUNDING_FLOOR * self._rounding, _LARGEST_FLOOR)
+        low, self._high = plain_norms(z.dtype)
+        self._low = low / (_SAME * self._rounding)  # of a row above, squares that are lost change nothing that counts
 
     def current(self, residual: Array) -> Array:
         """``residual`` of the rows that have not ended, and the final one of those that have."""
         return residual if self.remaining == len(residual) else np.where(self.active, residual, self.residual)
+
+    @property
+    def closely(self) -> Array:
+        """The rows to be measured to the last digit. Whether another one has moved is seen without."""
+        ordinary = (self.scale > self._low) & (self.scale < self._high) | (self.scale == 0)
+        return self.active | ~ordinary
 
     def update(
         self, z: Tensor, figures: Figures, tolerance: Tolerance, retreating: Array | None = None, *, whole: bool = True
@@ -305,13 +313,14 @@ def _iterate(
         best.nfev += spent
         check = confirming or best.nfev >= due or best.nfev == max_evals
         if check or record:
-            figures = tolerance.measure(z, fz, True if whole else best.active)
+            among = True if frozen is None else best.closely if whole else best.active
+            figures = tolerance.measure(z, fz, among)
             if check and not whole and not np.isfinite(figures.residual[best.active]).all():
                 assert compaction is not None
                 compaction.refuse("a row has no finite image")  # which may be due to what f was shown
                 fz, spent, whole = f(z), spent + 1, True
                 best.nfev += 1
-                figures = tolerance.measure(z, fz)
+                figures = tolerance.measure(z, fz, best.closely)
             if best.nfev == spent:
                 tolerance = tolerance.started(z, fz, figures)
             residual = best.current(figures.residual)
