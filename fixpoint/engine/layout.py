@@ -139,7 +139,9 @@ class Layout:
                 )
             if not (torch.compiler.is_compiling() or leaf.is_meta or _all_finite(leaf)):
                 raise ValueError(f"z0 must be finite: {path} holds NaN or infinity")
-        return cls(example=state, batch_shape=batch_shape, dtype=first.dtype, device=first.device)
+        # Without its graph, which would live as long as the solution's.
+        example = map_leaves(lambda leaf: leaf.detach(), state)
+        return cls(example=example, batch_shape=batch_shape, dtype=first.dtype, device=first.device)
 
     def flatten(self, state: Any) -> Tensor:
         """``(rows, dim)`` real tensor that holds ``state``; differentiable."""

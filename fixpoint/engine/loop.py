@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Required, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, Required, TypedDict
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from fixpoint.solvers.base import Solver
 
 Map = Callable[[Tensor], Tensor]
-Watcher = Callable[[int, Tensor, int, Tensor], object]  # nfev, residual per row, rows not ended, z; true stops the loop
 
 _ACTIVE = -1
 # A row has stagnated when its best residual is this near to rounding, and neither so many evaluations nor so many
@@ -30,6 +29,15 @@ _PATIENT_CHECKS = 4
 _LARGEST_FLOOR = 0.05  # a row that is farther off has not been stopped by rounding, not even that of bfloat16
 # The same state, evaluated in the same batch, may differ by so many roundings.
 _SAME = 64.0
+
+
+class Watcher(Protocol):
+    """Called at each check; returning something true stops the loop."""
+
+    def __call__(
+        self, nfev: int, residual: Tensor, active: int, z: Tensor, predicted_error: Tensor | None = None, /
+    ) -> object:
+        """``residual`` per row, rows that have not ended, the state ``(rows, dim)``, predicted error per row if any."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class LoopResult:
     fixed_depth: bool = False  # handed over as it came, not solved to a tolerance
     coupled: bool = False  # the image of a row was seen to depend on other rows
     state: Any = None  # the solver's, as its last step left it
+    predicted_error: Tensor | None = None  # of solvers that judge by one; the residual is NaN unless it was measured
 
     def measured(self, fz: Tensor, tolerance: Tolerance) -> LoopResult:
         """The same run with the figures that ``fz = f(self.z)`` gives; for states handed over unverified."""
@@ -279,7 +288,7 @@ def iterate(
     Whatever is raised on the way carries the result so far, see ``result_of``.
     """
     best = BestSoFar(z, tolerance.rounding)
-    with _handing_over(best):
+    with handing_over(best.result):
         return _iterate(f, z, solver, tolerance, best, max_evals, check_every, record, watch, compaction)
 
 
@@ -382,24 +391,20 @@ def run_steps(
 
 
 @contextlib.contextmanager
-def _handing_over(best: BestSoFar) -> Iterator[None]:
-    """Let what is raised, Ctrl-C too, carry the result so far."""
+def handing_over(so_far: Callable[[], LoopResult]) -> Iterator[None]:
+    """Let what is raised, Ctrl-C too, carry the result so far, if f has been evaluated; see ``result_of``."""
     try:
         yield
     except BaseException as error:
         with contextlib.suppress(Exception):  # the device may be lost: nothing must hide the error itself
-            if best.nfev:
-                attach_result(error, best.result())
+            result = so_far()
+            if result.nfev:
+                error.fixpoint_result = result  # type: ignore[attr-defined]
         raise
 
 
-def attach_result(error: BaseException, result: LoopResult) -> None:
-    """Give ``error`` the result so far; the outermost solve's, where one stands inside another."""
-    error.fixpoint_result = result  # type: ignore[attr-defined]
-
-
 def result_of(error: BaseException) -> LoopResult | None:
-    """The result that ``attach_result`` gave to ``error``."""
+    """The result so far of the outermost loop that ``error`` has come through."""
     return getattr(error, "fixpoint_result", None)
 
 

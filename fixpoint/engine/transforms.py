@@ -37,6 +37,29 @@ def is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def alive(x: Tensor) -> Tensor:
+    """``x`` without the wrappers of transformations that are over.
+
+    PyTorch takes off one of them at an operation and fails on what is below, where solves stand inside solves.
+    """
+    while (inner := torch._C._functorch.unwrap_if_dead(x)) is not x:
+        x = inner
+    return x
+
+
+def unbatched(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """``x`` with its batch in front, and the way back, inside ``torch.autograd.grad(..., is_grads_batched=True)``.
+
+    That hides the batch in a way of its own, older than that of ``torch.func``. None outside of it.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    if level < 1:
+        return None
+    front = torch._remove_batch_dim(x, level, 1, 0)
+    return front, lambda y: torch._add_batch_dim(y, 0, level)
+
+
 def plain(x: Tensor) -> Tensor:
     """The numbers behind a tensor that torch.func has wrapped, to look at and not to compute with."""
     return x if torch.compiler.is_compiling() else torch.func.debug_unwrap(x)
