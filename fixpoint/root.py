@@ -24,6 +24,7 @@ from fixpoint.solution import AdjointSlot, Progress, Solution
 from fixpoint.solve import check_options, report, solve
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.broyden import Broyden
+from fixpoint.solvers.picard import Picard
 from fixpoint.solvers.rescaled import Rescaled, inverse_slopes, row_norms
 
 
@@ -135,8 +136,8 @@ def root(
 class _State(NamedTuple):
     """What the solve works on, each leaf in the dtype of x.
 
-    ``scale`` ``(*batch)`` is the s of the relaxation ``x - s g(x)``, 0 while it is unknown; the solver sets it before
-    each evaluation. ``size`` ``(*batch)`` is ``||g(x)||`` in the image, and nothing in the state.
+    ``scale`` ``(*batch)`` is the s of the relaxation ``x - s g(x)``, 0 while it is unknown, and ``size`` ``(*batch)``
+    is ``||g(x)||`` in an image; ``Rescaled`` says more of them.
     """
 
     x: Any
@@ -205,25 +206,27 @@ class _AtRoot(Backward):
     def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
         result = run.solve()
         assert isinstance(run.solver, Rescaled)
-        z = _with_scale(run.solver, run.f, result.z)
-        attached, _ = self.rule.attach(dataclasses.replace(run, z0=z, depth=0, results=[]))
+        z = _for_gradients(run.solver, run.f, result.z)
+        # Picard stays where it is, in rules that take further steps.
+        attached, _ = self.rule.attach(dataclasses.replace(run, z0=z, depth=0, solver=Picard(), results=[]))
         return attached, result
 
 
 @torch.no_grad()
-def _with_scale(solver: Rescaled, f: Map, z: Tensor) -> Tensor:
-    """``z`` with a scale for the rows that have none: those that were done at x0."""
-    scale = z[:, -2 * solver.width]
-    if not bool((plain(scale) == 0).any()):
-        return z
-    x, g, found = solver.parts(z, f(z))
-    length = torch.finfo(z.dtype).eps ** 0.5 * row_norms(x, 1).clamp(min=1)
-    nudge = length[:, None] / x.shape[1] ** 0.5 * torch.ones_like(x)
-    nudged = solver.join(z, x + nudge, found)
-    _, g_nudged, _ = solver.parts(nudged, f(nudged))
-    newest, _ = inverse_slopes(nudge, g_nudged - g)
-    newest = torch.where(torch.isfinite(newest), newest, found).to(z.dtype)
-    return solver.join(z, x, torch.where(scale == 0, newest, scale))
+def _for_gradients(solver: Rescaled, f: Map, z: Tensor) -> Tensor:
+    """``z`` with the scale that the solver worked with; rows that were done at x0 have none yet and are given one."""
+    working = z[:, -solver.width]
+    x, unknown = z[:, : -2 * solver.width], working == 0
+    if bool(plain(unknown).any()):
+        _, g, found = solver.parts(z, f(z))
+        length = torch.finfo(z.dtype).eps ** 0.5 * row_norms(x, 1).clamp(min=1).to(z.dtype)
+        nudge = length[:, None] / x.shape[1] ** 0.5 * torch.ones_like(x)
+        nudged = solver.join(z, x + nudge, found, found)
+        _, g_nudged, _ = solver.parts(nudged, f(nudged))
+        longer, shorter = inverse_slopes(nudge.to(g.dtype), g_nudged - g)
+        shorter = torch.where(torch.isfinite(shorter) & (shorter != 0), shorter, longer)
+        working = torch.where(unknown, torch.where(torch.isfinite(shorter), shorter, found).to(z.dtype), working)
+    return solver.join(z, x, working, working)
 
 
 class _AdjointOfX(AdjointSlot):

@@ -1,7 +1,8 @@
 """Zeros of g by a solver for fixed points: ``x - s g(x)``, with an s that is learnt on the way.
 
-Each row ends with two numbers beside x. In a state, the first is the scale s, or 0 while it is unknown: then f chooses
-one, which comes back in the image. The second is ``||g(x)||`` in an image, and has no meaning in a state.
+Each row ends with two numbers beside x. In a state, the first is the s that f is to use, or 0 while nothing is known of
+g: then f chooses one, which comes back in the image. The second is ``||g(x)||`` in an image; in a state, it is the s
+that the solver works with, or 0.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fixpoint.solvers.base import Solver, gram_dtype
 
 # What is this small beside x0 counts as nothing, as in other solves.
 _NOTHING = 1e-16
-# g may have grown since x0 by rounding: by so many roundings of what it would be if x were 100% off.
+# Where g(x0) is this small already, it need not fall: so many roundings of what g would be if x were 100% off.
 _ROUNDINGS = 64.0
 # The slope of g is the smallest of so many steps.
 _SLOPES = 3
@@ -58,8 +59,8 @@ class NaturalTolerance(Tolerance):
         residual, length, scale = host
         with np.errstate(all="ignore"):
             natural = np.maximum(length, self.nothing) / scale
-            # While the slope is unknown, and where g has grown since x0, nothing says how good x is: 100% off.
-            known = (scale > 0) & (residual <= np.maximum(self.first, self._noise(z) * natural))
+            # While the slope is unknown, or g has hardly fallen since x0, nothing says how good x is: 100% off.
+            known = (scale > 0) & (residual <= np.maximum(0.5 * self.first, self._noise(z) * natural))
             natural = np.where(known, natural, residual)
         return Figures(residual, natural, residual)
 
@@ -82,7 +83,15 @@ class _Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Rescaled(Solver):
-    """Steps of ``solver`` on ``x - s g(x)``, with s from what the last steps have shown of the slope of g."""
+    """Steps of ``solver`` on ``x - s g(x)``, with s from what the last steps have shown of the slope of g.
+
+    A state's scale is the largest inverse slope of the last steps: by that its g is judged. The solver works with one
+    scale for as long as that fits; a row whose slope has left it far behind starts over with another.
+
+    Attributes:
+        solver: The update rule for x.
+        width: Columns of a number: 2 where states are complex.
+    """
 
     solver: Solver
     width: int = 1
@@ -106,7 +115,8 @@ class Rescaled(Solver):
         if state is None:
             # A step that is short enough to tell the slope along g; its scale is not known yet.
             x_next = x - torch.finfo(z.dtype).eps ** 0.5 * scale[:, None] * g
-            return self.join(z, x_next, torch.zeros_like(scale)), _Memory(x, g)
+            unknown = torch.zeros_like(scale)
+            return self.join(z, x_next, unknown, unknown), _Memory(x, g)
         secant, fitting = inverse_slopes(x - state.x, g - state.g)
         if state.scales is None:
             return self._first_step(z, x, g, secant, fitting, state)
@@ -117,7 +127,10 @@ class Rescaled(Solver):
         unfit = (ratio.amin(dim=1) > _UNFIT) | (ratio.amax(dim=1) < 1 / _UNFIT)
         forgotten = self.solver.forget(inner, unfit)
         if forgotten is not None:
-            inner, inner_scale = forgotten, torch.where(unfit, _bounded(fitting, secant, x, g), inner_scale)
+            inner, inner_scale = (
+                forgotten,
+                torch.where(unfit, _bounded(fitting, secant, 2 * _largest_scale(x, g)), inner_scale),
+            )
         return self._step(z, x, g, scales, inner_scale, inner)
 
     def _first_step(
@@ -129,14 +142,14 @@ class Rescaled(Solver):
         largest = _largest_scale(x, g)
         secant = torch.where(torch.isfinite(secant), secant, largest)
         scales = secant[:, None].repeat(1, _SLOPES)
-        return self._step(z, x, g, scales, _bounded(fitting, largest, x, g), self.solver.init(x))
+        return self._step(z, x, g, scales, _bounded(fitting, largest, largest), self.solver.init(x))
 
     def _step(
         self, z: Tensor, x: Tensor, g: Tensor, scales: Tensor, inner_scale: Tensor, inner: Any
     ) -> tuple[Tensor, _Memory]:
         x_next, inner = self.solver.step(x, x - inner_scale[:, None] * g, inner)
         scale = torch.copysign(scales.abs().amax(dim=1), scales[:, 0])
-        return self.join(z, x_next, scale), _Memory(x, g, scales, inner_scale, inner)
+        return self.join(z, x_next, scale, inner_scale), _Memory(x, g, scales, inner_scale, inner)
 
     def parts(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x and g(x), both ``(rows, dim)``, and the scale ``(rows,)`` between them in f, in at least float32."""
@@ -145,9 +158,10 @@ class Rescaled(Solver):
         scale = torch.where(scale == 0, 1, scale)  # a row that ended before it had one
         return x, (x - image) / scale[:, None], scale
 
-    def join(self, z: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    def join(self, z: Tensor, x: Tensor, scale: Tensor, working: Tensor) -> Tensor:
+        """A state like ``z``; the numbers in it are ``(rows,)``."""
         numbers = torch.zeros_like(z[:, -2 * self.width :])
-        numbers[:, 0] = scale.to(z.dtype)
+        numbers[:, 0], numbers[:, self.width] = scale.to(z.dtype), working.to(z.dtype)
         return torch.cat((x.to(z.dtype), numbers), dim=1)
 
 
@@ -165,7 +179,7 @@ def _largest_scale(x: Tensor, g: Tensor) -> Tensor:
     return 0.5 * row_norms(x, 1).clamp(min=1) / row_norms(g, 1)
 
 
-def _bounded(scale: Tensor, otherwise: Tensor, x: Tensor, g: Tensor) -> Tensor:
+def _bounded(scale: Tensor, otherwise: Tensor, largest: Tensor) -> Tensor:
     scale = torch.where(torch.isfinite(scale) & (scale != 0), scale, otherwise)
-    bounded = torch.copysign(torch.minimum(scale.abs(), _largest_scale(x, g)), scale)
+    bounded = torch.copysign(torch.minimum(scale.abs(), largest), scale)
     return torch.where(torch.isfinite(bounded), bounded, scale)  # g may be zero
