@@ -1,6 +1,7 @@
 """Fixed points in PyTorch: solve ``z = f(z)``, batched and on any device, and differentiate through the solution."""
 
 from fixpoint import bench
+from fixpoint.attach import attach
 from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.backward.ift import IFT
 from fixpoint.backward.neumann import Neumann
@@ -12,7 +13,9 @@ from fixpoint.backward.unroll import Unroll
 from fixpoint.bench.registry import Problem, RegisteredProblem, available_problems, load_problem
 from fixpoint.chains.causal import CausalQuasiNewton
 from fixpoint.chains.recurrence import Chain, Recurrence
-from fixpoint.engine.tolerance import ConvergenceError, ConvergenceWarning, Status
+from fixpoint.engine.layout import Layout
+from fixpoint.engine.loop import LoopResult
+from fixpoint.engine.tolerance import ConvergenceError, ConvergenceWarning, Status, Tolerance
 from fixpoint.layer import FixedPointLayer
 from fixpoint.memory import MemoryEstimate, estimate_memory
 from fixpoint.progress import ProgressBar
@@ -42,6 +45,8 @@ __all__ = [
     "ConvergenceWarning",
     "FixedPointLayer",
     "ForwardSolve",
+    "Layout",
+    "LoopResult",
     "MemoryEstimate",
     "MultiStepJFB",
     "Neumann",
@@ -57,7 +62,9 @@ __all__ = [
     "Solver",
     "Status",
     "StochasticJFB",
+    "Tolerance",
     "Unroll",
+    "attach",
     "available_problems",
     "bench",
     "correction_loss",

@@ -12,7 +12,8 @@ from fixpoint.solution import Progress
 
 
 class ProgressBar:
-    """A tqdm bar to pass as ``callback``: evaluations so far, rows that have not ended, the worst row's residual.
+    """A tqdm bar to pass as ``callback``: evaluations so far, rows that have not ended, the worst row's residual,
+    or its predicted error where the solver judges by that.
 
     The bar closes itself when the solve has run its course, and the next solve opens another. A ``with`` block closes
     it also where a solve is interrupted.
@@ -36,9 +37,11 @@ class ProgressBar:
     def __call__(self, progress: Progress) -> None:
         if self._bar is None:
             self._bar = _tqdm()(total=progress.max_evals, desc=self._description, unit="eval")
-        residuals = np.asarray(progress.residual.tolist())
-        worst = f"{residuals.max():.1e}" if residuals.size else "-"
-        self._bar.set_postfix(rows=progress.active, residual=worst, refresh=False)
+        predicted = progress.predicted_error
+        name, per_row = ("residual", progress.residual) if predicted is None else ("predicted_error", predicted)
+        figures = np.asarray(per_row.tolist())
+        worst = f"{figures.max():.1e}" if figures.size else "-"
+        self._bar.set_postfix(rows=progress.active, refresh=False, **{name: worst})
         self._bar.update(progress.nfev - self._bar.n)
         if progress.active == 0 or progress.nfev == progress.max_evals:
             self.close()

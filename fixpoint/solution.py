@@ -25,6 +25,8 @@ class Progress:
         residual: ``||f(z) - z||`` of the state just evaluated, in the batch shape.
         active: Number of rows that have not ended.
         value: A copy of the state just evaluated, in the structure of z0.
+        predicted_error: What the solver predicts for the error of each row, where it judges by that and measures no
+            residual (``CausalQuasiNewton`` on a chain; ``residual`` is then NaN). None for all other solvers.
     """
 
     nfev: int
@@ -32,6 +34,7 @@ class Progress:
     residual: Tensor
     active: int
     value: Any
+    predicted_error: Tensor | None = None
 
 
 class AdjointSlot:
@@ -64,14 +67,18 @@ class Solution:
         converged: Which rows met the tolerance; bool, batch shape.
         status: Why each row ended, as ``fixpoint.Status`` numbers; batch shape.
         residual: ``||f(z*) - z*||`` per row, by the norm of the solve; of the leaf farthest from its tolerance with
-            ``norm="leafwise"``. NaN where nobody has evaluated f at the value.
+            ``norm="leafwise"``. NaN where nobody has evaluated f at the value, as after a run of fixed depth and
+            where a solver judged by predicted errors instead.
         relative_residual: ``residual / ||f(z*)||`` per row.
         evals: Evaluations until the row ended.
         nfev: Batched evaluations of f in the solve; a backward rule's own are not in it.
-        trace: ``(nfev, *batch)`` residuals if recorded, else None. A row that has ended keeps its final residual.
+        trace: ``(nfev, *batch)`` residuals if recorded, else None; predicted errors where ``predicted_error`` is not
+            None. A row that has ended keeps its final figure.
         states: What ``keep`` asked for, by number of evaluations: the states reached before the solve ended. With
             gradients attached, each is one more application of f, with the gradient of JFB.
         aux: What f returned beside the state when it was evaluated at the value, with ``has_aux=True``; else None.
+        predicted_error: Norm of the predicted errors of each row, from a solver that judges by them
+            (``CausalQuasiNewton`` on a chain); None for all others.
     """
 
     value: Any
@@ -84,6 +91,7 @@ class Solution:
     trace: Tensor | None = None
     states: dict[int, Any] = field(default_factory=dict)
     aux: Any = None
+    predicted_error: Tensor | None = None
     _adjoint: AdjointSlot = field(default_factory=AdjointSlot)
 
     @property
@@ -111,12 +119,13 @@ class Solution:
             evals=batch(result.evals),
             nfev=result.nfev,
             trace=None if trace is None else trace.detach().reshape(len(trace), *layout.batch_shape).to(real),
+            predicted_error=None if result.predicted_error is None else batch(result.predicted_error).to(real),
             _adjoint=adjoint or AdjointSlot(),
         )
 
     def complaint(self, what: str = "row") -> str:
         """One line: how many rows did not converge, why, and what to change; empty if all did."""
-        status, relative = (plain(torch.as_tensor(x)) for x in (self.status, self.relative_residual))
+        status = plain(torch.as_tensor(self.status))
         failed = status[status != Status.CONVERGED]
         if failed.numel() == 0:
             return ""
@@ -125,14 +134,21 @@ class Solution:
             for status in Status
             if (failed == status).any()
         )
-        worst = float(relative.nan_to_num(nan=torch.inf).max())
         return (
             f"{failed.numel()} of {status.numel()} {what}s did not converge in {self.nfev} evaluations, "
-            f"worst relative residual {worst:.1e}: {causes}"
+            f"{self._worst()}: {causes}"
         )
 
     def __repr__(self) -> str:
-        converged, relative = (plain(torch.as_tensor(x)) for x in (self.converged, self.relative_residual))
+        converged = plain(torch.as_tensor(self.converged))
         done, total = int(converged.sum()), converged.numel()
-        worst = float(relative.max()) if total else 0.0
-        return f"Solution({done} of {total} rows converged, nfev={self.nfev}, worst relative residual {worst:.1e})"
+        return f"Solution({done} of {total} rows converged, nfev={self.nfev}, {self._worst()})"
+
+    def _worst(self) -> str:
+        """The worst row's relative residual; its predicted error where no residual was measured of some row."""
+        relative = plain(torch.as_tensor(self.relative_residual))
+        name, figures = "relative residual", relative
+        if self.predicted_error is not None and bool(relative.isnan().any()):
+            name, figures = "predicted error", plain(torch.as_tensor(self.predicted_error))
+        worst = float(figures.nan_to_num(nan=torch.inf).max()) if figures.numel() else 0.0
+        return f"worst {name} {worst:.1e}"

@@ -163,7 +163,9 @@ def solve(
     if run.watch and run.transformed:
         raise ValueError("callback and keep do not work under torch.func or forward-mode differentiation")
     try:
-        if backward is not None and rows.differentiates(run.z0):
+        # Code that is compiled whole cannot solve to a tolerance: a rule with steps of its own takes these.
+        own_steps = torch.compiler.is_compiling() and options.depth is None
+        if backward is not None and (rows.differentiates(run.z0) or own_steps):
             attached, result = backward.attach(run)
             value = hand_over(result, attached)
             states = watch.states(rows) if watch else {}
@@ -205,16 +207,18 @@ class _Watch:
         self._layout, self._max_evals, self._callback, self._keep = layout, max_evals, callback, keep
         self._kept: dict[int, Tensor] = {}
 
-    def __call__(self, nfev: int, residual: Tensor, active: int, z: Tensor) -> object:
+    def __call__(
+        self, nfev: int, residual: Tensor, active: int, z: Tensor, predicted_error: Tensor | None = None, /
+    ) -> object:
         if nfev in self._keep:
             self._kept[nfev] = z
         if self._callback is None:
             return None
         # A copy: whoever is shown the state may scale it for display.
         value = map_leaves(torch.clone, self._layout.unflatten(z))
-        return self._callback(
-            Progress(nfev, self._max_evals, residual.reshape(self._layout.batch_shape), active, value)
-        )
+        shape = self._layout.batch_shape
+        predicted = None if predicted_error is None else predicted_error.reshape(shape)
+        return self._callback(Progress(nfev, self._max_evals, residual.reshape(shape), active, value, predicted))
 
     def states(self, apply: Callable[[Tensor], Tensor]) -> dict[int, Any]:
         """The states that were kept, after one more application of ``apply`` to each."""

@@ -23,7 +23,8 @@ class SamplingResult:
     Attributes:
         images: ``(B, *shape)``, the x_0 of each sample: the last row of the trajectory.
         trajectory: all latents, ``(B, T, *shape)``; row k is the latent after step k.
-        solution: the solve's own account: ``converged``, ``status``, ``residual`` and ``evals`` per sample, ``trace``.
+        solution: the solve's own account: ``converged``, ``status`` and ``evals`` per sample, ``trace``, ``residual``
+            or, where ``CausalQuasiNewton`` judged by that, ``predicted_error``.
         rounds: batched denoiser calls of this run.
         evals: denoiser rows of this run.
     """
@@ -67,12 +68,12 @@ def sample(
         rtol, atol: a sample is done when ``||chain(z) - z|| <= atol + rtol ||chain(z)||`` over its whole trajectory;
             with ``CausalQuasiNewton``, when every latent's predicted error is at most ``atol + rtol ||latent||``.
         max_evals: most evaluations of the chain; by default T + 1, enough for plain iteration to be exact and know it,
-            and as often T as samples have to take turns under ``max_rows``.
+            and as often T as samples have to take turns under ``max_rows``, and a certificate in as many parts.
         init: where to start: ``"prior"``, the latents that the chain's Gaussian prior expects; every latent equal to
             ``"x_T"``; ``"zeros"``; or latents of shape ``(B, T, *shape)``, such as a neighbour's. None: ``"prior"`` for
             ``CausalQuasiNewton``, else ``"x_T"``, as in the paper.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"`` when samples do not converge.
-        record: keep the residual of every evaluation in ``solution.trace``.
+        record: keep the residual (or the predicted error) after every evaluation in ``solution.trace``.
         progress: show a bar of the latents that are settled, with rounds, samples that are done and denoiser rows.
         callback: called with a ``fixpoint.Progress`` after every evaluation; returning something true stops the run.
 
@@ -91,14 +92,16 @@ def sample(
         >>> torch.allclose(result.images, chain.sequential()[:, -1], rtol=1e-2)
         True
     """
-    samples, waves = len(chain.x_T), 1
+    samples, waves, certificates = len(chain.x_T), 1, 1
     if isinstance(solver, CausalQuasiNewton):
         solver = _with_budget(solver, chain)
         waves = math.ceil(samples / (solver.max_rows or samples)) if samples else 1
+        if solver.certify and solver.max_rows:
+            certificates = math.ceil(samples * chain.steps / solver.max_rows)
         if init is None and solver.window != 1:  # a window of one has no use for a guess
             init = "prior"
     rounds, evals = chain.rounds, chain.evals
-    max_evals = waves * chain.steps + 1 if max_evals is None else max_evals
+    max_evals = waves * chain.steps + certificates if max_evals is None else max_evals
     settled = _Settled()
     latents = samples * chain.steps
     with torch.no_grad(), tqdm(total=latents, desc="sampling", unit="latent", disable=not progress) as bar:

@@ -1,8 +1,9 @@
 """Compare our sweep with the other parallel samplers; say which targets are met.
 
-    python -m benchmarks.chains [--only rounds] [--only speed] [--only quality] [--out benchmarks/results] [--quick]
+    python -m benchmarks.chains [--only PART] [--out benchmarks/results] [--quick]
 
-Each part writes its own ``chains-PART.json`` and ``chains-PART.txt``, and ``rounds`` two pictures beside.
+Parts are ``rounds``, ``speed``, ``quality`` and ``honesty``. Each writes its own ``chains-PART.json`` and
+``chains-PART.txt``, and ``rounds`` two pictures beside.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.chains import quality, rounds, speed
+from benchmarks.chains import honesty, quality, rounds, speed
 from benchmarks.chains.cases import FULL, QUICK
 from benchmarks.solvers.report import targets_text
 from benchmarks.solvers.standings import Target
@@ -49,7 +50,18 @@ def run_quality(quick: bool, out: Path) -> Part:
     return quality.text(results, images), quality.as_json(results, images), []
 
 
-PARTS: dict[str, Callable[[bool, Path], Part]] = {"rounds": run_rounds, "speed": run_speed, "quality": run_quality}
+def run_honesty(quick: bool, out: Path) -> Part:
+    """How often a chain that is said to have converged misses the tolerance."""
+    tallies = honesty.measure(range(1 if quick else 36))
+    return honesty.table(tallies), honesty.as_json(tallies), honesty.targets(tallies)
+
+
+PARTS: dict[str, Callable[[bool, Path], Part]] = {
+    "rounds": run_rounds,
+    "speed": run_speed,
+    "quality": run_quality,
+    "honesty": run_honesty,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

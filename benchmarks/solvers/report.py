@@ -9,7 +9,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from benchmarks.solvers.runners import Runner
 from benchmarks.solvers.standings import Result, Target, above_floor, geometric_mean, in_hindsight, performance_profile
@@ -84,6 +83,8 @@ def plot_profile(results: Sequence[Result], runners: Sequence[Runner], path: Pat
     factors = np.geomspace(1, 20, 400)
     shares = performance_profile(_matrix(results, runners), [float(factor) for factor in factors])
     order = np.argsort(-shares.mean(axis=0))
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5.2), layout="constrained")
     axes = figure.add_subplot()
     for place, column in enumerate(order):

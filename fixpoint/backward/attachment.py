@@ -14,7 +14,7 @@ from torch import Tensor
 from fixpoint.engine.ambient import version
 from fixpoint.engine.loop import LoopResult, Map
 from fixpoint.engine.tolerance import Status
-from fixpoint.engine.transforms import Functional, alive, transformed
+from fixpoint.engine.transforms import Functional, alive, transformed, unbatched
 
 if TYPE_CHECKING:
     from fixpoint.backward.base import ForwardSolve
@@ -37,7 +37,8 @@ def solve_functionally(f: Functional, solve: Solve, linear: Solve, z0: Tensor, i
     outcome: list[LoopResult] = []
     z, residual, scale, status, evals, trace = _Solve.apply(f, solve, linear, outcome.append, z0, *inputs)
     recorded = None if outcome[-1].trace is None else trace.T
-    return replace(outcome[-1], z=z, residual=residual, scale=scale, status=status, evals=evals, trace=recorded)
+    figures = {"residual": residual, "scale": scale, "status": status, "evals": evals, "trace": recorded}
+    return replace(outcome[-1], z=z, predicted_error=None, **figures)
 
 
 def vector_jacobian_product(
@@ -205,7 +206,14 @@ def attach_adjoint(
         return v if product is None else v + product
 
     def answer(v: Tensor) -> Tensor:
-        if transformed(v):  # several gradients at once, by is_grads_batched=True
+        batch = unbatched(v)
+        if batch is not None:  # several gradients at once: further rows
+            v, batched = batch
+            u = adjoint(
+                lambda u: torch.cat([image(*each) for each in zip(u.reshape(v.shape), v, strict=True)]), v.flatten(0, 1)
+            ).z
+            return batched(u.reshape(v.shape))
+        if transformed(v):
             return solve_functionally(image, adjoint, adjoint, v, (v,)).z
         return adjoint(lambda u: image(u, v), v).z
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -52,6 +52,7 @@ class SHINE(Backward):
     """
 
     refine: int = 0
+    runs_forward: ClassVar[bool] = True  # by Broyden, whose inverse it reuses
 
     def __post_init__(self) -> None:
         if not isinstance(self.refine, int):

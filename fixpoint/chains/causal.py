@@ -1,49 +1,52 @@
-"""Quasi-Newton sweeps for chains: row i's image depends on earlier rows only."""
+"""Quasi-Newton sweeps for chains, where each state's image depends on earlier states only."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any, Unpack
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from fixpoint.chains.recurrence import Chain, OneStep
-from fixpoint.chains.sweep import Past, Secants, sweep
+from fixpoint.chains.sweep import Past, Secants, held_back, sweep
 from fixpoint.chains.windows import iterate_windows
 from fixpoint.engine.layout import Layout
 from fixpoint.engine.loop import LoopOptions, LoopResult, Map
 from fixpoint.engine.tolerance import Tolerance
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
 
+_RIDGE = 1e-3  # relative weight that keeps nearly dependent changes of a step's input apart
+
 
 @dataclass(frozen=True, kw_only=True)
 class CausalQuasiNewton(Solver):
     """All T states of a chain at once, by sweeps along it with estimated Jacobians.
 
-    Given the states X and their images ``P_k = Phi_k(X_{k-1})``, a round hands down the whole chain what the images
-    change: ``N_k = P_k + M_k (N_{k-1} - X_{k-1})``. ``M_k`` is a slope (what the problem supplies, else measured) plus
-    what the last ``memory`` rounds showed of the step. It needs no evaluation. The first state whose input is exact
-    becomes exact whatever ``M`` is, so T rounds always do; a good ``M`` needs far fewer.
+    A round evaluates all images ``P_k = Phi_k(X_{k-1})`` of the states X. A sweep then hands their errors down the
+    chain, without an evaluation: ``N_k = P_k + M_k (N_{k-1} - X_{k-1})``. ``M_k`` estimates the Jacobian of step k: a
+    slope (the problem's own, or measured) plus what the last ``memory`` rounds showed of the step. The first state
+    whose input is exact becomes exact whatever ``M`` is, so T rounds always do; a good ``M`` needs far fewer.
 
-    ``N - X`` is the error that this model predicts of X, and so for the tolerance: a state is done, and is not
-    evaluated any more, when it and all before it have a predicted error of at most ``atol + rtol * ||N_k||``, the
-    error enlarged by as much as later steps are seen to enlarge it. A row of the batch has converged when its whole
-    chain has; at the end, errors that fell to a third in the last round count half. ``Solution.residual`` is then the
-    norm of the predicted errors; with ``certify`` it is what it is for every solver, ``||f(z) - z||``, and the whole
-    chain was evaluated at the states that are handed over.
+    ``N - X`` is the error that the model predicts of X. A state is done, and is not evaluated again, when it and all
+    before it have a predicted error of at most ``atol + rtol * ||N_k||``, the error enlarged by as much as later steps
+    are seen to enlarge it. A row of the batch has converged when its whole chain has; at the end, errors that fell to a
+    third in the last round count half. ``Solution.predicted_error`` is the norm of the predicted errors. The residual
+    is not measured, and ``Solution.residual`` is NaN. With ``certify`` the whole chain is evaluated once more at the
+    states that are handed over: the residual is measured, and a row has converged only if it meets the tolerance.
 
-    It serves a :class:`~fixpoint.Recurrence`, any other :class:`~fixpoint.Chain`, and any f whose state
-    ``(B, T, *shape)`` is strictly causal in its second dimension. Only a chain can be evaluated in part: otherwise
-    every round evaluates all of f.
+    It serves a :class:`~fixpoint.Recurrence` and any other :class:`~fixpoint.Chain`, of which it evaluates only the
+    steps that it needs. Any other f with a state ``(B, T, *shape)`` is evaluated whole in each round (``max_rows`` has
+    no effect), and is always certified. If it is strictly causal in the second dimension, T + 1 evaluations always do.
+    If it is not, it may take many more or not converge, but it does not pass for converged at a wrong state.
 
     Args:
         memory: Rounds that are remembered of each step.
         window: Most states of a row that are worked on at a time, from the first that is not done; what the solver
             holds grows with it. None: all.
         max_rows: Most steps evaluated in a round, in all rows of the batch together; rows that find no room wait for
-            others to be done. None: no limit.
+            others to be done. The certificate keeps to it too, in as many evaluations as it takes. None: no limit.
         certify: Evaluate the whole chain once more at the end, and go on if a state misses the tolerance.
 
     Raises:
@@ -72,6 +75,7 @@ class CausalQuasiNewton(Solver):
                 require_count(name, getattr(self, name))
 
     def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
+        """For a chain, the map with single steps to be had; and the sweep over so many steps, with f's slopes."""
         shape = layout.example.shape[len(layout.batch_shape) :] if isinstance(layout.example, Tensor) else ()
         if not shape or layout.example.is_complex():
             raise ValueError(
@@ -88,102 +92,148 @@ class CausalQuasiNewton(Solver):
             raise ValueError(f"basis must have shape (D, D) = ({dim}, {dim}), found {tuple(basis.shape)}")
         wide = torch.promote_types(layout.dtype, torch.float32)
         if slopes is not None:
-            slopes = slopes.detach().reshape(steps, -1).to(layout.device, wide)
+            slopes = slopes.detach().to(layout.device, wide)
+            slopes = slopes[:, None] if slopes.ndim == 1 else slopes
         if basis is not None:
             basis = basis.detach().to(layout.device, wide)
-        sweeper = CausalSweep(self, steps=steps, slopes=slopes, basis=basis)
-        return (OneStep(f) if isinstance(f, Chain) else f), sweeper
+        f = OneStep(f) if isinstance(f, Chain) else f
+        single_steps = isinstance(f, OneStep)
+        # Nobody promises that another f is causal: what it gives is measured.
+        options = self if single_steps else replace(self, certify=True, max_rows=None)
+        return f, CausalSweep(options, steps, dim, slopes, basis, single_steps=single_steps)
 
     def init(self, z: Tensor) -> Any:
-        raise TypeError("CausalQuasiNewton learns from solve() how many steps a row has; it makes no steps by itself")
+        raise TypeError(
+            "CausalQuasiNewton does not know yet how many steps a row has. solve() tells it; to step it yourself, take "
+            "the solver that CausalQuasiNewton().bind(f, layout)[1] returns"
+        )
 
     def step(self, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.init(z)
 
 
+class Swept(NamedTuple):
+    """What a sweep makes of the states of some windows."""
+
+    states: Tensor  # (B, W, D)
+    corrections: Tensor  # (B, W, D), what was added to the images
+    sound: Tensor  # (B, W) bool: false from the first state on that had to be held back
+    past: Past  # with this round
+
+
 @dataclass(frozen=True)
 class CausalSweep(Solver):
-    """A ``CausalQuasiNewton`` that knows its problem. Slopes are ``(T, 1 or D)``."""
+    """A ``CausalQuasiNewton`` that is bound to its problem: rows are chains of ``steps`` states with ``dim`` entries.
+
+    Attributes:
+        slopes: ``(T, 1 or D)``, in the coordinates that the columns of ``basis`` ``(D, D)`` give.
+        backwards: Whether row k depends on later rows, as in the adjoint of a chain.
+        single_steps: Whether the map can be asked for single steps, by its method ``part``.
+    """
 
     options: CausalQuasiNewton
     steps: int
+    dim: int
     slopes: Tensor | None = None
     basis: Tensor | None = None
-    backwards: bool = field(default=False)  # later rows come first: the adjoint of a chain
+    backwards: bool = False
+    single_steps: bool = False
 
     def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
-        """In windows; what is recorded for gradients is recorded for all rows, in the ordinary loop."""
+        """In windows; in the ordinary loop, all rows whole, where gradients are recorded."""
         if torch.is_grad_enabled():
             return super().run(f, z, tolerance, **options)
         return iterate_windows(f, z, self, tolerance, **options)
 
     def init(self, z: Tensor) -> Past:
-        states = self.split(z)
-        return Past.empty(len(z), self.steps, self.options.memory, states.shape[2], states)
+        return Past.empty((len(z), self.steps), self.options.memory, self.dim, self.split(z))
 
     def step(self, z: Tensor, fz: Tensor, state: Past) -> tuple[Tensor, Past]:
         states, images = self.split(z), self.split(fz)
-        nothing = torch.zeros_like(states[:, :1])
-        inputs = torch.cat((nothing, states[:, :-1]), dim=1)
+        inputs = torch.cat((torch.zeros_like(states[:, :1]), states), dim=1)[:, :-1]
         step = torch.arange(self.steps, device=z.device).expand(len(z), -1)
-        states = images + self.carry(inputs, images, images - states, step, state)
-        return self.join(states, z), state.with_newest(inputs, images)
+        swept = self.swept(states, inputs, images, torch.isfinite(images).all(dim=2), step, state)
+        return self.join(swept.states, z), swept.past
 
-    def carry(self, inputs: Tensor, images: Tensor, defects: Tensor, step: Tensor, past: Past) -> Tensor:
-        """``M_k (N_{k-1} - X_{k-1})`` for the steps ``step`` ``(B, W)`` of a window, from what they are given."""
-        newer_inputs = torch.cat((inputs[:, :, None], past.inputs[:, :, :-1]), dim=2)
-        newer_images = torch.cat((images[:, :, None], past.images[:, :, :-1]), dim=2)
-        moved = self.to_basis(torch.where(past.known[..., None], newer_inputs - past.inputs, 0))
-        shifted = self.to_basis(torch.where(past.known[..., None], newer_images - past.images, 0))
-        slopes = self._slopes_at(step, moved, shifted)
-        return self.from_basis(sweep(self.to_basis(defects), slopes, Secants.of(moved, shifted, slopes, _RIDGE)))
+    def swept(self, states: Tensor, inputs: Tensor, images: Tensor, finite: Tensor, step: Tensor, past: Past) -> Swept:
+        """Sweep along windows.
+
+        Args:
+            states: ``(B, W, D)``.
+            inputs: ``(B, W, D)``, of their steps: the states before them.
+            images: ``(B, W, D)``, what the steps make of the inputs.
+            finite: ``(B, W)``, which images count; the others may be anything.
+            step: ``(B, W)``, number of each step.
+            past: of these steps.
+        """
+        images = torch.where(finite[..., None], images, states)
+        # The model is a constant where gradients are recorded. Its own derivative is that of quotients of ever smaller
+        # changes; it would not vanish as the solve converges, although its effect on the states does.
+        with torch.no_grad():
+            input_changes, image_changes = (self.to_basis(x) for x in past.changes(inputs, images))
+            slopes = self._slopes_at(step, input_changes, image_changes)
+            secants = Secants.of(input_changes, image_changes, slopes, _RIDGE)
+        corrections = self.from_basis(sweep(self.to_basis(images - states), slopes, secants))
+        after, sound = held_back(images + corrections, finite)
+        return Swept(after, corrections, sound, past.with_newest(inputs.detach(), images.detach(), finite & sound))
+
+    def inherited(self, defects: Tensor, step: Tensor) -> Tensor:
+        """What states inherit of the defects ``(B, W, D)`` before them by the problem's slopes; 0 without slopes."""
+        if self.slopes is None:
+            return torch.zeros_like(defects)
+        return self.from_basis(sweep(self.to_basis(defects), self.slopes[step].to(defects.dtype), None))
 
     def follow(self, step: Tensor, moved: Tensor, moved_before: Tensor) -> Tensor:
-        """Displacements ``(B, W, D)`` after the steps ``(B, W)``, from those of the last two states, ``(B, D)`` each.
+        """By how much to move the guesses of states that enter a window: ``(B, W, D)``.
 
-        Each step does what its slope says and drifts as the last one did: by so much that one differed from what the
-        guess had expected. A guess without slopes expects nothing.
+        The two states in front of the window have moved from their guesses by ``moved_before`` and ``moved``,
+        ``(B, D)`` each, the last one by ``moved``. A slope says how a state should follow the one before it. What the
+        last state did beyond that, each new state is taken to do as well. Without slopes, all new states move alike.
         """
         if self.slopes is None:
             return moved[:, None].expand(-1, step.shape[1], -1)
         moved, moved_before = self.to_basis(moved), self.to_basis(moved_before)
-        drift = moved - self.slopes[(step[:, 0] - 1).clamp(min=0)].to(moved.dtype) * moved_before
+        beyond = moved - self.slopes[(step[:, 0] - 1).clamp(min=0)].to(moved.dtype) * moved_before
         slopes = self.slopes[step].to(moved.dtype).expand(len(moved), step.shape[1], -1)
-        added = drift[:, None].repeat(1, step.shape[1], 1)
+        added = beyond[:, None].repeat(1, step.shape[1], 1)
         added[:, 0] += slopes[:, 0] * moved
         return self.from_basis(added + sweep(added, slopes, None))
 
-    def _slopes_at(self, step: Tensor, moved: Tensor, shifted: Tensor) -> Tensor:
+    def _slopes_at(self, step: Tensor, input_changes: Tensor, image_changes: Tensor) -> Tensor:
         """``(B, W, 1 or D)``: the problem's, or else what the last round showed, within [-1, 1].
 
-        A step of which nothing is known takes the others' mean, or 1.
+        A step of which nothing is known takes the mean of the others, or 1.
         """
         if self.slopes is not None:
-            return self.slopes[step].to(moved.dtype)
-        square = moved[:, :, 0].square().sum(dim=2, keepdim=True)
+            return self.slopes[step].to(input_changes.dtype)
+        square = input_changes[:, :, 0].square().sum(dim=2, keepdim=True)
         known = square > 0
-        product = (moved[:, :, 0] * shifted[:, :, 0]).sum(dim=2, keepdim=True)
+        product = (input_changes[:, :, 0] * image_changes[:, :, 0]).sum(dim=2, keepdim=True)
         shown = (product / torch.where(known, square, 1)).clamp(-1, 1)
         count = known.sum(dim=1, keepdim=True)
         mean = torch.where(known, shown, 0).sum(dim=1, keepdim=True) / count.clamp(min=1)
         return torch.where(known, shown, torch.where(count > 0, mean, 1))
 
     def adjoint(self) -> CausalSweep:
-        """The same for ``u = v + J^T u``, a chain that runs from the last row to the first."""
+        """The same for ``u = v + J^T u``, a chain that runs from the last row to the first.
+
+        A product with ``J^T`` is one of all steps, so there is nothing to be saved by windows.
+        """
         slopes = self.slopes
         if slopes is not None:
             slopes = torch.cat((slopes[:1], slopes[1:].flip(0)))
-        return replace(self, slopes=slopes, backwards=not self.backwards)
+        options = replace(self.options, window=None, max_rows=None)
+        return replace(self, options=options, slopes=slopes, backwards=not self.backwards, single_steps=False)
 
     def split(self, z: Tensor) -> Tensor:
         """Rows ``(B, T * D)`` as states ``(B, T, D)`` in the order of the chain, in at least float32."""
-        states = z.reshape(len(z), self.steps, -1).to(gram_dtype(z))
+        states = z.reshape(len(z), self.steps, self.dim).to(gram_dtype(z))
         return states.flip(1) if self.backwards else states
 
     def join(self, states: Tensor, like: Tensor) -> Tensor:
         """The inverse of ``split``, in the dtype of ``like``."""
         states = states.flip(1) if self.backwards else states
-        return states.reshape(len(states), -1).to(like.dtype)
+        return states.reshape(like.shape).to(like.dtype)
 
     def to_basis(self, x: Tensor) -> Tensor:
         """Coordinates of ``(..., D)`` in which the slopes count."""
@@ -192,6 +242,3 @@ class CausalSweep(Solver):
     def from_basis(self, x: Tensor) -> Tensor:
         """The inverse of ``to_basis``."""
         return x if self.basis is None else x @ self.basis.mT.to(x.dtype)
-
-
-_RIDGE = 1e-3  # relative weight that keeps nearly dependent displacements of a step apart

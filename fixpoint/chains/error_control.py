@@ -1,6 +1,8 @@
-"""What the predicted errors of a chain's states say: which are done, and what becomes of the errors that are left."""
+"""Which states of a chain are done, judged by their predicted errors. Small arrays on the host, no tensors."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,8 +10,56 @@ from fixpoint.engine.tolerance import Array
 
 # States before the last are done at this share of the tolerance: later ones inherit and may enlarge what is left.
 _PRUDENCE = 4.0
-# A predicted error that falls to a third in every round will sum to half of itself over all that are to come.
+# A predicted error that falls to a third in every round will sum to half of itself over all rounds to come.
 _FALLING = 3.0
+_LARGEST_LOG = 700.0  # of what float64 can hold
+
+
+class Norms(NamedTuple):
+    """Norms ``(B, W)`` that a sweep over windows leaves, and what it says of each state."""
+
+    error: Array  # of what the sweep changed in each state: the predicted error of the state before it
+    scale: Array  # of the new state
+    grown: Array  # of what each step made of an error of its input
+    met: Array  # of that error of its input
+    sound: Array  # bool: whether the prediction can be trusted
+    finite: Array  # bool: whether the image was finite
+
+
+class Verdict(NamedTuple):
+    """What a round settles."""
+
+    done: Array  # (B,) states from the first of the window on that are done
+    error: Array  # (B, W) predicted errors of the new states, infinity where none can be trusted
+    growth: Array  # (B,) logarithm of what the states that are done make of a relative error
+    failed: Array  # (B,) whether the chain is lost: the image of a state with an exact input was not finite
+
+
+def judge(
+    norms: Norms, inside: Array, error_before: Array, allowed: tuple[Array, Array], pace: Array, at_end: Array
+) -> Verdict:
+    """Decide which states of each window are done.
+
+    Args:
+        norms: of the sweep.
+        inside: ``(B, W)``, which states are in the window; the first always is, and its input is exact.
+        error_before: ``(B, W)``, predicted errors a round earlier, infinity where there were none.
+        allowed: atol and rtol ``(B,)`` for each state.
+        pace: ``(B,)``, logarithm of the growth of relative errors to be expected between the window and the chain's
+            end, at least 0.
+        at_end: ``(B,)``, whether the window reaches the end of its chain.
+    """
+    error, scale = np.where(inside, norms.error, 0), np.where(inside, norms.scale, 1)
+    error[:, 0] = 0.0
+    failed = ~norms.finite[:, 0]
+    growth = log_growth(norms.grown, norms.met, scale, inside)
+    ahead = np.minimum(log_amplification(growth) + pace[:, None], _LARGEST_LOG)
+    atol, rtol = allowed
+    limit = (atol[:, None] + rtol[:, None] * scale) / np.exp(ahead)
+    done, error = accept(error, error_before, np.where(norms.sound, limit, -1), inside, at_end)
+    done[failed] = 0
+    total = np.where(np.arange(growth.shape[1]) < done[:, None], growth, 0).sum(axis=1)
+    return Verdict(done, np.where(norms.sound, error, np.inf), total, failed)
 
 
 def accept(error: Array, error_before: Array, allowed: Array, inside: Array, at_end: Array) -> tuple[Array, Array]:
@@ -31,22 +81,22 @@ def accept(error: Array, error_before: Array, allowed: Array, inside: Array, at_
 
 
 def after_sweep(error: Array, error_before: Array) -> Array:
-    """``(B, W)``: predicted error of the states after a sweep, from that of the states before it and a round earlier.
+    """Predicted errors ``(B, W)`` of the states after a sweep, from those of the states before it and a round earlier.
 
-    That is the same again, to be safe, unless a round is seen to do better.
+    The same again, to be safe, unless the last round was seen to do better.
     """
     falling = np.isfinite(error_before) & (error <= error_before / _FALLING)
     return np.where(falling, error / 2, error)
 
 
-def log_growth(stretch: Array, scale: Array, inside: Array) -> Array:
-    """``(B, W)``: logarithm of what each step makes of a relative error.
+def log_growth(grown: Array, met: Array, scale: Array, inside: Array) -> Array:
+    """``(B, W)``: logarithm of what each step makes of a relative error of its input.
 
-    ``stretch`` are the norms of what each step was seen to make of a displacement, and of that displacement.
+    ``grown`` and ``met`` are norms of what each step was seen to make of an error, and of that error. 0 if unknown.
     """
     with np.errstate(all="ignore"):
         before = np.concatenate((scale[:, :1], scale[:, :-1]), axis=1)
-        growth = np.log(stretch[0] / stretch[1] * before / scale)
+        growth = np.log(grown / met * before / scale)
     return np.where(np.isfinite(growth) & inside, growth, 0)
 
 

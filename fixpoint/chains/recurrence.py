@@ -45,7 +45,7 @@ class Recurrence:
             of ``inputs`` the rows ``(N, ...)`` that belong to them; returns ``(N, *shape)``. Must treat rows alone.
         start: ``(B, *shape)``, the state before the first step.
         inputs: tensors ``(B, T, ...)``, such as the sequence a network reads, or the time of each step.
-        steps: T; may be left out where an input tells.
+        steps: T; may be left out where an input tells. A chain without samples or without steps is solved at once.
         slopes: what each step does to a small displacement, ``(T,)`` or, one for each entry of a state, ``(T, D)``;
             None: found on the way.
 
@@ -80,8 +80,8 @@ class Recurrence:
         if steps is None and not inputs:
             raise ValueError("steps is missing: pass it, or inputs of shape (B, T, ...)")
         self.steps = inputs[0].shape[1] if steps is None else steps
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, found {self.steps}")
+        if self.steps < 0:
+            raise ValueError(f"steps must be at least 0, found {self.steps}")
         for number, given in enumerate(inputs):
             if tuple(given.shape[:2]) != (len(start), self.steps):
                 raise ValueError(
@@ -112,23 +112,28 @@ class Recurrence:
         for k in range(self.steps):
             x = self.step(x, *(given[:, k] for given in self.inputs))
             states.append(x)
-        return torch.stack(states, dim=1)
+        return torch.stack(states, dim=1) if states else self.z0
 
 
 class OneStep:
-    """A chain as the map that takes one step from every state, with parts of it to be had alone."""
+    """A chain as the map that takes one step from every state, of which single steps can be evaluated."""
 
     batch_dims = 1
 
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
         self.z0 = chain.z0
+        self.slopes = getattr(chain, "slopes", None)
+        self.basis = getattr(chain, "basis", None)
 
     def __call__(self, z: Tensor) -> Tensor:
         return one_step(self.chain, z)
 
     def part(self, z: Tensor, sample: Tensor, step: Tensor) -> Tensor:
-        """Rows ``step`` ``(N,)`` of samples ``sample`` ``(N,)`` of what ``z`` ``(B, T, *shape)`` is mapped to."""
+        """States ``(N, *shape)`` after the steps ``step`` ``(N,)`` of samples ``sample`` ``(N,)``, from the states z.
+
+        ``z`` is ``(B, T, *shape)``; step k starts from state k - 1 of it, the first from the chain's start.
+        """
         first = (step == 0).reshape(-1, *[1] * (z.ndim - 2))
         before = z[sample, (step - 1).clamp(min=0)]
         x = torch.where(first, self.chain.start.to(z.dtype)[sample], before)
@@ -146,7 +151,7 @@ def one_step(chain: Chain, z: Tensor) -> Tensor:
     expected = (len(start), chain.steps, *start.shape[1:])
     if tuple(z.shape) != expected:
         raise ValueError(f"a chain's state has shape (B, T, *shape) = {expected}, found {tuple(z.shape)}")
-    x = torch.cat((start.unsqueeze(1).to(z.dtype), z[:, :-1]), dim=1)
+    x = torch.cat((start.unsqueeze(1).to(z.dtype), z), dim=1)[:, : chain.steps]
     sample, step = all_pairs(len(z), chain.steps, z.device)
     return chain.transition(x.flatten(0, 1), sample, step).reshape(z.shape)
 

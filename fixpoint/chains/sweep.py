@@ -1,4 +1,4 @@
-"""Forward substitution along a chain whose Jacobians are scalar (or diagonal) slopes plus a few secants."""
+"""One sweep along a chain whose steps are modelled as affine: a slope plus a few secants for each step."""
 
 from __future__ import annotations
 
@@ -13,50 +13,70 @@ from fixpoint.solvers.base import small_dtype
 # systems small. The number of chunks is what the host loops over.
 _CHUNK = 32
 _SMALLEST_SLOPE = 1e-4
+# A state so many times larger than all before it comes from a wrong model, not from the chain.
+_WILD = 100.0
 
 
 class Past(NamedTuple):
-    """What is remembered of the last rounds, newest first: inputs and images of steps, ``(B, W, m, D)``."""
+    """Inputs and images of steps in the last ``m`` rounds, newest first: ``(..., m, D)``."""
 
     inputs: Tensor
     images: Tensor
-    known: Tensor  # (B, W, m) bool
+    known: Tensor  # (..., m) bool: which of them there are
 
     @classmethod
-    def empty(cls, rows: int, width: int, memory: int, dim: int, like: Tensor) -> Past:
-        nothing = like.new_zeros(rows, width, memory, dim)
-        return cls(nothing, nothing.clone(), torch.zeros(rows, width, memory, dtype=torch.bool, device=like.device))
+    def empty(cls, shape: tuple[int, ...], memory: int, dim: int, like: Tensor) -> Past:
+        """No round seen yet, for steps of the given shape."""
+        nothing = like.new_zeros(*shape, memory, dim)
+        return cls(nothing, nothing.clone(), torch.zeros(*shape, memory, dtype=torch.bool, device=like.device))
 
-    def with_newest(self, inputs: Tensor, images: Tensor) -> Past:
-        """The same after one more round, the oldest forgotten."""
-        known = torch.ones_like(self.known[:, :, :1])
-        pairs = ((self.inputs, inputs[:, :, None]), (self.images, images[:, :, None]), (self.known, known))
-        return Past(*(torch.cat((new, old[:, :, :-1]), dim=2) for old, new in pairs))
+    def changes(self, inputs: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Changes from each round to the next, the newest being ``inputs`` and ``images`` ``(..., D)``; 0 if unknown.
+
+        Returns:
+            The changes of the inputs and those of the images, ``(..., m, D)`` each.
+        """
+
+        def change(newest: Tensor, older: Tensor) -> Tensor:
+            newer = torch.cat((newest[..., None, :], older[..., :-1, :]), dim=-2)
+            return torch.where(self.known[..., None], newer - older, 0)
+
+        return change(inputs, self.inputs), change(images, self.images)
+
+    def with_newest(self, inputs: Tensor, images: Tensor, sound: Tensor) -> Past:
+        """The same one round later. Nothing is kept of steps that are not ``sound`` ``(...)``."""
+
+        def shift(newest: Tensor, older: Tensor) -> Tensor:
+            return torch.cat((newest[..., None, :], older[..., :-1, :]), dim=-2)
+
+        known = torch.cat((torch.ones_like(self.known[..., :1]), self.known[..., :-1]), dim=-1) & sound[..., None]
+        return Past(shift(inputs, self.inputs), shift(images, self.images), known)
 
 
 class Secants(NamedTuple):
-    """What each step is known to do to ``m`` displacements of its input, beyond its slope.
+    """What each step is known to do to ``m`` changes of its input, beyond its slope.
 
     Attributes:
-        weights: ``(B, W, m, D)``: products of these with a displacement are its coefficients ``c``.
-        images: ``(B, W, m, D)``: the step adds ``sum c images`` to what the slope makes of the displacement.
+        weights: ``(B, W, m, D)``: products of these with a change of the input are its coefficients ``c``.
+        images: ``(B, W, m, D)``: the step adds ``sum c images`` to what the slope makes of the change.
     """
 
     weights: Tensor
     images: Tensor
 
     @classmethod
-    def of(cls, moved: Tensor, images: Tensor, slopes: Tensor, ridge: float) -> Secants:
-        """From displacements ``moved`` of the inputs and ``images`` of the outputs, both ``(B, W, m, D)``.
+    def of(cls, input_changes: Tensor, image_changes: Tensor, slopes: Tensor, ridge: float) -> Secants:
+        """From changes of the inputs and of the images, both ``(B, W, m, D)``.
 
-        ``ridge`` is relative to the mean square of a step's displacements. What did not move tells nothing.
+        ``ridge`` is relative to the mean square of a step's changes. An input that did not change tells nothing.
         """
-        excess = images - slopes[:, :, None] * moved
-        gram = moved @ moved.mT
+        excess = image_changes - slopes[:, :, None] * input_changes
+        gram = input_changes @ input_changes.mT
         size = gram.diagonal(dim1=2, dim2=3).mean(dim=2)[:, :, None, None]
         unit = torch.eye(gram.shape[2], dtype=gram.dtype, device=gram.device)
         known = size > 0
-        weights = torch.linalg.solve(torch.where(known, gram + ridge * size * unit, unit), moved)
+        # A singular system is its own step's matter: no check that raises for all of them.
+        weights = torch.linalg.solve_ex(torch.where(known, gram + ridge * size * unit, unit), input_changes)[0]
         sound = (
             known & torch.isfinite(weights).all(dim=3, keepdim=True) & torch.isfinite(excess).all(dim=3, keepdim=True)
         )
@@ -64,52 +84,53 @@ class Secants(NamedTuple):
 
 
 def sweep(defects: Tensor, slopes: Tensor, secants: Secants | None) -> Tensor:
-    """``carried_k = slopes_k * d_{k-1} + sum c_k images_k`` with ``c_k = weights_k . d_{k-1}``, for all k.
+    """``c_k = slopes_k * e_{k-1} + secants_k(e_{k-1})`` with ``e_k = defects_k + c_k`` and ``e_{-1} = 0``, for all k.
 
-    ``d_k = defects_k + carried_k`` and ``d_{-1} = 0``: the displacement that corrects latent k, if every step is the
-    affine map that slopes and secants describe. A triangular system, solved in chunks without a loop over k.
+    ``e_k`` is the error of state k, if every step is the affine map that slopes and secants describe: its own defect
+    and what it inherits from the error before it. A triangular system, solved in chunks without a loop over k.
 
     Args:
-        defects: ``(B, W, D)``, image minus latent of each step of the window.
+        defects: ``(B, W, D)``, image minus state for each step of the window.
         slopes: ``(B, W, D)``, or broadcasting to it.
         secants: of every step, or None.
 
     Returns:
-        ``carried``, ``(B, W, D)``: what the images are to be corrected by.
+        The corrections ``c``, ``(B, W, D)``: what is to be added to the images.
     """
     before = torch.zeros_like(defects[:, 0])
     parts = []
     for start in range(0, defects.shape[1], _CHUNK):
         chunk = slice(start, start + _CHUNK)
         known = None if secants is None else Secants(secants.weights[:, chunk], secants.images[:, chunk])
-        carried = _sweep_chunk(before, defects[:, chunk], slopes[:, chunk], known)
-        parts.append(carried)
-        before = carried[:, -1] + defects[:, chunk][:, -1]
+        corrections = _sweep_chunk(before, defects[:, chunk], slopes[:, chunk], known)
+        parts.append(corrections)
+        before = corrections[:, -1] + defects[:, chunk][:, -1]
     return torch.cat(parts, dim=1)
 
 
 def _sweep_chunk(before: Tensor, defects: Tensor, slopes: Tensor, secants: Secants | None) -> Tensor:
-    """The same for a few steps, the first of which meets the displacement ``before`` ``(B, D)``.
+    """Corrections of a few steps, where ``before`` ``(B, D)`` is the error of the state in front of them.
 
-    With ``C_k`` the product of the slopes up to k, the part without secants is
-    ``C_k (before + sum_j defects_j / C_j)``; the coefficients of the secants solve a unit lower triangular system.
+    With ``C_k`` the product of the slopes up to k, the error after step k without secants is
+    ``C_k (before + sum_{j<=k} defects_j / C_j)``. What the secants of a step add counts as a further defect there;
+    their coefficients solve a unit lower triangular system.
     """
     dtype, wide = defects.dtype, small_dtype(defects)
     before, defects, slopes = before.to(wide), defects.to(wide), slopes.to(wide)
     tiny = slopes.abs() < _SMALLEST_SLOPE
     growth = torch.where(tiny, torch.where(slopes < 0, -_SMALLEST_SLOPE, _SMALLEST_SLOPE), slopes).cumprod(dim=1)
 
-    def displacements(added: Tensor) -> Tensor:
-        """``d`` before each step, with ``added`` put in after each."""
+    def errors_before(added: Tensor) -> Tensor:
+        """The error in front of each step, where ``added`` comes in after each."""
         after = growth * (before[:, None] + (added / growth).cumsum(dim=1))
         return torch.cat((before[:, None], after[:, :-1]), dim=1)
 
-    met = displacements(defects)
+    errors = errors_before(defects)
     if secants is None:
-        return (slopes * met).to(dtype)
+        return (slopes * errors).to(dtype)
     weights, images = (x.to(wide) for x in secants)
     shape = weights.shape[:3]
-    target = (weights * met[:, :, None]).sum(dim=3).flatten(1, 2)
+    target = (weights * errors[:, :, None]).sum(dim=3).flatten(1, 2)
     # How the coefficient of one step shows in the products of a later one.
     reach = torch.cat((torch.ones_like(growth[:, :1]), growth[:, :-1]), dim=1)
     left, right = (weights * reach[:, :, None]).flatten(1, 2), (images / growth[:, :, None]).flatten(1, 2)
@@ -117,7 +138,22 @@ def _sweep_chunk(before: Tensor, defects: Tensor, slopes: Tensor, secants: Secan
     coupling = (left @ right.mT) * (step[:, None] > step)
     unit = torch.eye(len(step), dtype=wide, device=before.device)
     solved = torch.linalg.solve_triangular(unit - coupling, target[..., None], upper=False, unitriangular=True)
-    coefficients = solved.reshape(*shape, 1)
-    bent = (coefficients * images).sum(dim=2)
-    met = displacements(defects + bent)
-    return (slopes * met + bent).to(dtype)
+    added = (solved.reshape(*shape, 1) * images).sum(dim=2)
+    return (slopes * errors_before(defects + added) + added).to(dtype)
+
+
+def held_back(states: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """``states`` ``(B, W, D)`` without those that a wrong model has thrown far out, and which were sound ``(B, W)``.
+
+    From the first state on that is not finite, whose image was not (``finite`` ``(B, W)``), or that is a hundred times
+    larger than all before it, every state is replaced by the last one before. The first state of a window is exact
+    and always kept, so each round still makes at least one more state exact.
+    """
+    size = torch.linalg.vector_norm(states.detach(), dim=2)
+    largest = size.cummax(dim=1).values
+    sane = torch.isfinite(size) & finite
+    sane[:, 1:] &= size[:, 1:] <= _WILD * largest[:, :-1]
+    sane[:, 0] = True
+    sound = sane.cumprod(dim=1).bool()
+    index = torch.minimum(torch.arange(states.shape[1], device=states.device), sound.sum(dim=1, keepdim=True) - 1)
+    return states.gather(1, index[..., None].expand_as(states)), sound

@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.chains.error_control import accept, log_amplification, log_growth
+from fixpoint.chains.certificate import Certificate
+from fixpoint.chains.error_control import Norms, judge
 from fixpoint.chains.sweep import Past
 from fixpoint.engine.ambient import without_autocast
-from fixpoint.engine.loop import LoopResult, Map, Watcher, figures_like, like
+from fixpoint.engine.loop import LoopResult, Map, Watcher, figures_like, handing_over, like
 from fixpoint.engine.tolerance import Array, Status, Tolerance
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
 
 _ACTIVE = -1
-# A state so many times larger than all before it is a wrong model's, not the chain's.
-_WILD = 100.0
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Some states of some chains: a stretch of each, padded to a common width W. On the host.
+
+    Attributes:
+        rows: ``(R,)``, numbers of the chains.
+        count: ``(R,)``, states of each.
+        step: ``(R, W)``, numbers of the states; 0 where padded.
+        inside: ``(R, W)``, false where padded.
+    """
+
+    rows: Array
+    count: Array
+    step: Array
+    inside: Array
+
+    @classmethod
+    def of(cls, rows: Array, first: Array, count: Array) -> Windows:
+        """``count`` states from the state ``first`` on, ``(R,)`` each."""
+        offset = np.arange(count.max(initial=0))
+        inside = offset < count[:, None]
+        return cls(rows, count, np.where(inside, first[:, None] + offset, 0), inside)
+
+    def places(self, length: int, *, before: bool = False) -> Array:
+        """Where the states are kept, ``(R, W)``, if ``length`` places are kept for each chain; -1 where padded.
+
+        ``before`` asks for the states before them instead, and finds -1 for those before the first as well.
+        """
+        step = self.step - before
+        return np.where(self.inside & (step >= 0), self.rows[:, None] * length + step % length, -1)
 
 
 @without_autocast
@@ -33,278 +64,238 @@ def iterate_windows(
     max_evals: int,
     record: bool = False,
     watch: Watcher | None = None,
-    announce: Callable[[Any], object] = lambda _: None,
     **_: Any,
 ) -> LoopResult:
     """Evaluate windows of ``f`` and sweep along them until every row of ``z`` ``(B, T * D)`` has ended.
 
-    Options as for ``iterate``. Chains are checked after every evaluation and leave out what is done by themselves.
+    Options as for ``iterate``. Chains are checked after every evaluation, and what is done is not evaluated again.
     """
-    chains = _Chains(z, sweeper, tolerance)
-    announce(chains)
-    while chains.remaining and chains.nfev < max_evals:
-        if chains.swept:
-            chains.certify(f)
-        elif chains.width == 1:
-            chains.run_steps(f)
-        else:
-            chains.round(f)
-        chains.trace += [chains.residual()] if record else []
-        # A copy: the states are written to in the next round.
-        if watch and watch(chains.nfev, figures_like(z, chains.residual()), chains.remaining, chains.rows.clone()):
-            break
-    return chains.outcome()
+    run = ChainRun(z, sweeper, tolerance)
+    with handing_over(run.outcome):
+        while run.remaining and run.nfev < max_evals:
+            advance(run, f)
+            predicted = run.predicted_error()
+            run.trace += [predicted] if record else []
+            figures = figures_like(z, run.residual), figures_like(z, predicted)
+            if watch and watch(run.nfev, figures[0], run.remaining, run.rows().clone(), figures[1]):
+                run.ended_early = Status.STOPPED
+                break
+    return run.outcome()
 
 
-class _Chains:
-    """States, windows and figures of all rows. Figures and windows are kept on the host, as small arrays."""
+class ChainRun:
+    """Chains while they are solved: their states on the device, their figures on the host as small arrays.
+
+    What is kept for each state lies in one tensor ``(places + 1, ...)``. The last place is scratch: padded windows
+    read zeros there, and what they write is wiped.
+    """
 
     def __init__(self, z: Tensor, sweeper: CausalSweep, tolerance: Tolerance) -> None:
-        self._like, self._sweeper, self._tolerance = z, sweeper, tolerance
-        self.states = sweeper.split(z).clone()
-        rows, steps, dim = self.states.shape
+        self.like, self.sweeper = z, sweeper
+        states = sweeper.split(z)
+        rows, steps, dim = states.shape
         options = sweeper.options
         self.width = min(options.window or steps, options.max_rows or steps, steps)
-        self._past = Past.empty(rows, self.width, options.memory, dim, self.states)
-        # How far the last two states of each window are from their guess.
-        self._moved, self._moved_before = self.states.new_zeros(2, rows, dim).unbind(0)
+        self.states = torch.cat((states.reshape(rows * steps, dim), states.new_zeros(1, dim)))
+        # A window of one needs no model.
+        self.past = Past.empty((rows * self.width + 1 if self.width > 1 else 1,), options.memory, dim, states)
+        # How far the last state of each window has moved from its guess, and the state before that: (B, 2, D).
+        self.moved = states.new_zeros(rows, 2, dim)
+        # What is certified is a row: its states share atol, so that all together keep to it.
+        share = max(steps, 1) ** -0.5 if options.certify else 1.0
+        self.allowed = share * per_row(tolerance.atol, rows), per_row(tolerance.rtol, rows)
         self.done = np.zeros(rows, dtype=np.int64)  # states that are done
-        self._end = np.zeros(rows, dtype=np.int64)  # states that are, or were, in the window
-        self._error = np.full((rows, steps), np.inf)  # predicted error of each state, and its norm
-        self._scale = np.ones((rows, steps))
-        self.status = np.full(rows, _ACTIVE)
+        self.end = np.zeros(rows, dtype=np.int64)  # states that are, or were, in the window
+        self.error = np.full((rows, steps), np.inf)  # predicted error of each state
+        self.scale = np.ones((rows, steps))  # and its norm
+        self.residual = np.full(rows, np.nan)  # ||f(z) - z||, where it was measured
+        self.growth = np.zeros(rows)  # logarithm of what the states that are done have made of relative errors
+        self.status = np.full(rows, _ACTIVE if steps else Status.CONVERGED)
         self.evals = np.zeros(rows, dtype=np.int64)
-        self._grown = np.zeros(rows)  # logarithm of what the steps done have made of relative errors
+        self.ended_early = Status.MAX_EVALS  # what rows are called that have not ended
+        self.certificate: Certificate | None = None
         self.nfev = 0
         self.trace: list[Array] = []
 
     @property
-    def rows(self) -> Tensor:
-        """The states as rows ``(B, T * D)``."""
-        return self._sweeper.join(self.states, self._like)
+    def steps(self) -> int:
+        """T."""
+        return self.sweeper.steps
 
     @property
     def remaining(self) -> int:
         """Rows that have not ended."""
         return int(np.count_nonzero(self.status == _ACTIVE))
 
-    @property
-    def swept(self) -> bool:
-        """Whether every row that has not ended waits for its certificate alone."""
-        return bool((self.done[self.status == _ACTIVE] == self._sweeper.steps).all())
+    def rows(self) -> Tensor:
+        """The states as rows ``(B, T * D)``; may share their memory, which the next round writes to."""
+        return self.sweeper.join(self.states[:-1].reshape(len(self.like), self.steps, self.sweeper.dim), self.like)
 
-    def residual(self) -> Array:
-        """Norm of the predicted error of each row: infinity while a state has not been seen."""
-        return np.sqrt(np.square(self._error).sum(axis=1))
+    def predicted_error(self) -> Array:
+        """Norm of the predicted errors of each row: infinity while a state has not been seen, or cannot be trusted."""
+        return np.where(self.status == Status.NON_FINITE, np.inf, np.sqrt(np.square(self.error).sum(axis=1)))
 
     def outcome(self) -> LoopResult:
-        """What is known by now; rows that have not ended are called ``MAX_EVALS``."""
-        active = self.status == _ACTIVE
-        residual = figures_like(self._like, np.where(self.status == Status.NON_FINITE, np.inf, self.residual()))
-        scale = figures_like(self._like, np.sqrt(np.square(self._scale).sum(axis=1)))
-        status = like(self._like, np.where(active, Status.MAX_EVALS, self.status))
-        evals = like(self._like, np.where(active, self.nfev, self.evals))
-        trace = figures_like(self._like, np.stack(self.trace)) if self.trace else None
-        return LoopResult(self.rows, residual, scale, status, evals, self.nfev, trace)
-
-    def round(self, f: Map) -> None:
-        """Evaluate the windows, sweep along them, and move them on."""
-        rows, count = self._open_windows()
-        step = self.done[rows, None] + np.arange(count.max())
-        inside = np.arange(count.max()) < count[:, None]
-        place = _Place(self._like, rows, step, inside, self.width)
-        images = place.spread(self._evaluate(f, place))
-        inputs = torch.where(place.first, 0, self.states[place.row, (place.step - 1).clamp(min=0)])
-        states = self.states[place.row, place.step]
-        finite = torch.isfinite(images).all(dim=2, keepdim=True)
-        known = finite & place.inside[..., None]
-        images = torch.where(known, images, states)
-        past = Past(*(x[place.row, place.slot] for x in self._past))
-        carried = self._sweeper.carry(inputs, images, images - states, place.step, past)
-        after = images + carried
-        after, sound = _held(after, finite)
-        change = after - states
-        before = torch.cat((torch.zeros_like(change[:, :1]), change[:, :-1]), dim=1)
-        norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, after, carried, before)]
-        error, scale, stretched, met, trusted, finite_ = (
-            torch.stack([*norms, sound, finite[..., 0]]).cpu().double().numpy()
+        """What is known by now."""
+        z, active = self.like, self.status == _ACTIVE
+        return LoopResult(
+            z=self.rows().clone(),
+            residual=figures_like(z, self.residual),
+            scale=figures_like(z, np.sqrt(np.square(self.scale).sum(axis=1))),
+            status=like(z, np.where(active, self.ended_early, self.status)),
+            evals=like(z, np.where(active, self.nfev, self.evals)),
+            nfev=self.nfev,
+            trace=figures_like(z, np.stack(self.trace)) if self.trace else None,
+            predicted_error=figures_like(z, self.predicted_error()),
         )
 
-        self.states.index_put_(place.where, after[place.chosen])
-        newest = past.with_newest(inputs, images)
-        for ours, new in zip(self._past, newest, strict=True):
-            new = new & known & sound[..., None] if new.dtype == torch.bool else new
-            ours.index_put_(place.kept_where, new[place.chosen])
-        last, number = like(self._like, count - 1), torch.arange(len(rows), device=change.device)
-        self._moved.index_add_(0, place.rows, change[number, last])
-        self._moved_before.index_add_(0, place.rows, before[number, last])
-        self._settle(rows, step, inside, error, scale, np.stack((stretched, met)), trusted > 0, finite_ > 0)
+    def write(self, kept: Tensor, places: Tensor, values: Tensor) -> None:
+        """Put ``values`` at their places, and wipe the scratch place."""
+        kept[places] = values
+        kept[-1] = 0
 
-    def _evaluate(self, f: Map, place: _Place) -> Tensor:
-        """Images ``(N, D)`` of what is inside the windows."""
-        self.nfev += 1
-        return self._part(f, place.where)
-
-    def _part(self, f: Map, where: tuple[Tensor, Tensor]) -> Tensor:
-        """Rows and steps ``where``, ``(N,)`` each, of ``f``: ``(N, D)``."""
-        part = getattr(f, "part", None)
-        images = self._sweeper.split(f(self.rows))[where] if part is None else part(self.rows, *where)
-        return images.to(self.states.dtype)
-
-    def _waiting(self) -> Array:
-        """Rows that have states to do, as many as there is room for."""
-        rows = np.flatnonzero((self.status == _ACTIVE) & (self.done < self._sweeper.steps))
-        return rows[: self._sweeper.options.max_rows]
-
-    def _open_windows(self) -> tuple[Array, Array]:
-        """Rows with a window in this round, and how many states each has; new states are moved from their guess."""
-        steps, limit = self._sweeper.steps, self._sweeper.options.max_rows
-        rows = self._waiting()
-        share = self.width if limit is None else min(self.width, limit // len(rows))
-        end = np.maximum(self._end[rows], np.minimum(self.done[rows] + share, steps))
-        self._move_guesses(rows, end)
-        self._end[rows] = end
-        return rows, end - self.done[rows]
-
-    def _move_guesses(self, rows: Array, end: Array) -> None:
-        """Take the states that enter the windows along with the last state before them, as their slopes would."""
-        new = end - self._end[rows]
-        if not new.any() or not self._end[rows].any():
-            return
-        step = self._end[rows, None] + np.arange(new.max())
-        place = _Place(self._like, rows, step, np.arange(new.max()) < new[:, None], self.width)
-        previous, before = self._moved[place.rows], self._moved_before[place.rows]
-        moved = self._sweeper.follow(place.step, previous, before)
-        self.states.index_put_(place.where, moved[place.chosen], accumulate=True)
-        last = like(self._like, np.maximum(new - 1, 0))
-        number = torch.arange(len(rows), device=moved.device)
-        entered = like(self._like, new > 0)[:, None]
-        moved = torch.cat((previous[:, None], moved), dim=1)
-        self._moved.index_copy_(0, place.rows, torch.where(entered, moved[number, last + 1], previous))
-        self._moved_before.index_copy_(0, place.rows, torch.where(entered, moved[number, last], before))
-        # What these slots of the memory told was about other steps.
-        self._past.known.index_put_(place.kept_where, self._past.known.new_zeros(()))
-
-    def _settle(
-        self,
-        rows: Array,
-        step: Array,
-        inside: Array,
-        error: Array,
-        scale: Array,
-        stretch: Array,
-        trusted: Array,
-        finite: Array,
-    ) -> None:
-        """Decide which states are done and which rows have ended, from the norms of this round's windows."""
-        error, scale = np.where(inside, error, 0), np.where(inside, scale, 1)
-        failed = ~finite[:, 0]  # the input of a window's first state is exact
-        limit = self._tolerance.atol + self._tolerance.rtol * scale
-        error[:, 0] = 0.0
-        growth = log_growth(stretch, scale, inside)
-        # Beyond the window, errors are taken to grow at the pace seen so far.
-        pace = np.maximum(self._grown[rows], 0) / np.maximum(self.done[rows], 1)
-        beyond = pace * (self._sweeper.steps - self._end[rows])
-        ahead = np.minimum(log_amplification(growth) + beyond[:, None], 700)
-        allowed = np.where(trusted, limit / np.exp(ahead), -1)
-        before = self._error[rows[:, None], np.minimum(step, self._sweeper.steps - 1)]
-        done, error = accept(error, before, allowed, inside, self._end[rows] == self._sweeper.steps)
-        done[failed] = 0
-        self._grown[rows] += np.where(np.arange(growth.shape[1]) < done[:, None], growth, 0).sum(axis=1)
-        row, place = np.nonzero(inside)
-        self._error[rows[row], step[row, place]] = np.where(trusted, error, np.inf)[row, place]
-        self._scale[rows[row], step[row, place]] = scale[row, place]
-        self._end_rows(rows, done, failed)
-
-    def run_steps(self, f: Map) -> None:
-        """One exact step of each row, where no more may be in a window: nothing is predicted."""
-        self.nfev += 1
-        rows = self._waiting()
-        step = self.done[rows]
-        where = like(self._like, rows), like(self._like, step)
-        images = self._part(f, where)
-        self.states.index_put_(where, images)
-        scale = torch.linalg.vector_norm(images, dim=1).cpu().double().numpy()
-        finite = np.isfinite(scale)
-        self._error[rows, step] = np.where(finite, 0.0, np.inf)
-        self._scale[rows, step] = scale
-        self._end_rows(rows, finite.astype(np.int64), ~finite)
-
-    def _end_rows(self, rows: Array, done: Array, failed: Array) -> None:
-        """Count the states that are ``done`` now, and end the rows that have no more or have failed."""
-        self.done[rows] += done
+    def end_rows(self, rows: Array, failed: Array, finished: Array) -> None:
+        """Of the given rows, some have failed and some have converged."""
+        self.status[rows[finished]] = Status.CONVERGED
         self.status[rows[failed]] = Status.NON_FINITE
-        if not self._sweeper.options.certify:
-            self.status[rows[self.done[rows] == self._sweeper.steps]] = Status.CONVERGED
-        self.evals[rows[self.status[rows] != _ACTIVE]] = self.nfev
-
-    def certify(self, f: Map) -> None:
-        """Evaluate whole chains once more: rows whose every state meets the tolerance have converged, others go on."""
-        rows = np.flatnonzero(self.status == _ACTIVE)
-        steps = self._sweeper.steps
-        step = np.tile(np.arange(steps), (len(rows), 1))
-        place = _Place(self._like, rows, step, np.ones_like(step, dtype=bool), steps)
-        images = place.spread(self._evaluate(f, place))
-        inputs = torch.cat((torch.zeros_like(self.states[:, :1]), self.states[:, :-1]), dim=1)[place.rows]
-        defects = images - self.states[place.rows]
-        if self._sweeper.slopes is None:
-            carried = torch.zeros_like(defects)  # nothing is known of how they add up
-        else:
-            past = Past.empty(len(rows), steps, 1, defects.shape[2], defects)
-            carried = self._sweeper.carry(inputs, images, defects, place.step, past)
-        norms = [torch.linalg.vector_norm(x, dim=2) for x in (defects, images, defects + carried)]
-        defect, scale, error = torch.stack(norms).cpu().double().numpy()
-        bound = self._tolerance.atol + self._tolerance.rtol * scale
-        good = np.isfinite(defect) & (error <= bound)
-        failed = ~np.isfinite(defect).all(axis=1)
-        passed = good.all(axis=1)
-        self._error[rows], self._scale[rows] = defect, scale
-        self.status[rows[passed]] = Status.CONVERGED
-        self.status[rows[failed]] = Status.NON_FINITE
-        self.evals[rows[passed | failed]] = self.nfev
-        again = rows[~passed & ~failed]
-        self.done[again] = np.argmin(good[~passed & ~failed], axis=1)
-        self._end[again] = steps if self.width == steps else self.done[again]
-        self._past.known[like(self._like, again)] = False
-        for moved in (self._moved, self._moved_before):
-            moved[like(self._like, again)] = 0
+        self.evals[rows[failed | finished]] = self.nfev
 
 
-class _Place:
-    """Where the states of some windows are, as tensors on the device of the states."""
-
-    def __init__(self, z: Tensor, rows: Array, step: Array, inside: Array, width: int) -> None:
-        self.rows = like(z, rows)
-        self.inside = like(z, inside)
-        step = np.where(inside, step, 0)
-        self.step = like(z, step)
-        self.slot = like(z, step % width)
-        self.row = like(z, np.tile(rows[:, None], (1, step.shape[1])))
-        self.first = like(z, (step == 0)[..., None])
-        # Found on the host: a mask as an index would make it wait for the device.
-        line, column = np.nonzero(inside)
-        self.chosen = like(z, line), like(z, column)  # of a window's states, those that are inside
-        self.where = like(z, rows[line]), like(z, step[line, column])  # those among all states
-        self.kept_where = self.where[0], like(z, step[line, column] % width)  # and among what is remembered
-
-    def spread(self, values: Tensor) -> Tensor:
-        """``(N, D)`` of what is inside, as ``(B, W, D)`` with zeros elsewhere."""
-        out = values.new_zeros(*self.step.shape, values.shape[1])
-        out[self.chosen] = values
-        return out
+def per_row(limit: Any, rows: int) -> Array:
+    """A number, or one for each row, as ``(rows,)`` on the host."""
+    return torch.as_tensor(limit, dtype=torch.float64).cpu().reshape(-1).expand(rows).numpy()
 
 
-def _held(after: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """States ``(B, W, D)`` without those that a wrong model has thrown far out, and which are sound ``(B, W)``.
+def advance(run: ChainRun, f: Map) -> None:
+    """Make one evaluation of ``f``, and whatever follows from it."""
+    active = np.flatnonzero(run.status == _ACTIVE)
+    unfinished = active[run.done[active] < run.steps][: run.sweeper.options.max_rows]
+    if not unfinished.size:
+        certify(run, f, active)
+    elif run.width == 1:
+        take_steps(run, f, unfinished)
+    else:
+        sweep_windows(run, f, open_windows(run, unfinished))
 
-    From the first state on that is not finite, or a hundred times larger than all before it, the chain starts over
-    from the state before: one exact state more in each round is certain in any case.
-    """
-    size = torch.linalg.vector_norm(after, dim=2)
-    largest = size.cummax(dim=1).values
-    sane = torch.isfinite(size) & finite[..., 0]
-    sane[:, 1:] &= size[:, 1:] <= _WILD * largest[:, :-1]
-    sane[:, 0] = True
-    sound = sane.cumprod(dim=1).bool()
-    index = torch.minimum(torch.arange(after.shape[1], device=after.device), sound.sum(dim=1, keepdim=True) - 1)
-    return after.gather(1, index[..., None].expand_as(after)), sound
+
+def evaluate(run: ChainRun, f: Map, places: Array) -> Tensor:
+    """Images ``(N, D)`` of the states at these places ``(N,)``."""
+    part = getattr(f, "part", None)  # torch.func leaves none
+    if run.sweeper.single_steps and part is not None:
+        row, step = np.divmod(places, run.steps)
+        images = part(run.rows(), like(run.like, row), like(run.like, step))
+    else:
+        every = f(run.rows().clone())  # f may keep what it got
+        images = run.sweeper.split(every).flatten(0, 1)[like(run.like, places)]
+    run.nfev += 1
+    return images.to(run.states.dtype)
+
+
+def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
+    """One exact step of each row, where a window holds no more: the ordinary, sequential run."""
+    step = run.done[rows]
+    places = rows * run.steps + step
+    images = evaluate(run, f, places)
+    run.states[like(run.like, places)] = images
+    scale = torch.linalg.vector_norm(images, dim=1).cpu().double().numpy()
+    finite = np.isfinite(scale)
+    run.error[rows, step] = np.where(finite, 0.0, np.inf)
+    run.scale[rows, step] = scale
+    run.done[rows] += finite
+    last = run.done[rows] == run.steps
+    run.residual[rows[last]] = 0.0  # f was evaluated at each of these states, and they are what it returned
+    run.end_rows(rows, ~finite, last & (not run.sweeper.options.certify))
+
+
+def open_windows(run: ChainRun, rows: Array) -> Windows:
+    """Windows of the given rows, from the first state that is not done; new states are moved from their guesses."""
+    limit = run.sweeper.options.max_rows
+    share = run.width if limit is None else min(run.width, limit // len(rows))
+    end = np.maximum(run.end[rows], np.minimum(run.done[rows] + share, run.steps))
+    new = end - run.end[rows]
+    if new.any() and run.end[rows].any():
+        move_guesses(run, Windows.of(rows, run.end[rows], new))
+    run.end[rows] = end
+    return Windows.of(rows, run.done[rows], end - run.done[rows])
+
+
+def move_guesses(run: ChainRun, new: Windows) -> None:
+    """Move the states that enter the windows as the states before them have moved."""
+    rows, step = like(run.like, new.rows), like(run.like, new.step)
+    last, before = run.moved[rows].unbind(1)
+    moved = run.sweeper.follow(step, last, before)
+    places = like(run.like, new.places(run.steps))
+    run.write(run.states, places, run.states[places] + moved)
+    # The last two of the states before the windows and those that have entered.
+    moved = torch.cat((before[:, None], last[:, None], moved), dim=1)
+    number, count = torch.arange(len(rows), device=moved.device), like(run.like, new.count)
+    run.moved[rows] = torch.stack((moved[number, count + 1], moved[number, count]), dim=1)
+    # What these places remember was of other steps.
+    run.past.known[like(run.like, new.places(run.width))] = False
+
+
+def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
+    """Evaluate the windows, sweep along them, and see which states are done."""
+    z, on_host = run.like, windows.places(run.steps)
+    places, step = like(z, on_host), like(z, windows.step)
+    kept = like(z, windows.places(run.width))
+    images = run.states.new_zeros(on_host.size, run.states.shape[1])
+    chosen = np.flatnonzero(windows.inside)
+    images[like(z, chosen)] = evaluate(run, f, on_host.ravel()[chosen])
+    images = images.reshape(*on_host.shape, -1)
+    states, inputs = run.states[places], run.states[like(z, windows.places(run.steps, before=True))]
+    known = torch.isfinite(images).all(dim=2)
+    swept = run.sweeper.swept(states, inputs, images, known, step, Past(*(x[kept] for x in run.past)))
+    change = swept.states - states
+    before = torch.cat((torch.zeros_like(change[:, :1]), change[:, :-1]), dim=1)
+    run.write(run.states, places, swept.states)
+    for ours, new in zip(run.past, swept.past, strict=True):
+        run.write(ours, kept, new)
+    rows, last = like(z, windows.rows), like(z, windows.count - 1)
+    number = torch.arange(len(rows), device=change.device)
+    run.moved[rows] += torch.stack((change[number, last], before[number, last]), dim=1)
+    norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, swept.states, swept.corrections, before)]
+    figures = torch.stack([*norms, swept.sound, known]).cpu().double().numpy()  # one transfer a round
+    error, scale, grown, met, sound, finite = figures
+    settle(run, windows, Norms(error, scale, grown, met, sound > 0, finite > 0))
+
+
+def settle(run: ChainRun, windows: Windows, norms: Norms) -> None:
+    """Note what a round has shown of its windows, and end the rows that are done or lost."""
+    rows, inside = windows.rows, windows.inside
+    # Beyond the window, errors are taken to grow at the pace at which they grew so far.
+    pace = np.maximum(run.growth[rows], 0) / np.maximum(run.done[rows], 1) * (run.steps - run.end[rows])
+    allowed = run.allowed[0][rows], run.allowed[1][rows]
+    error_before = run.error[rows[:, None], windows.step]
+    verdict = judge(norms, inside, error_before, allowed, pace, run.end[rows] == run.steps)
+    row, step = np.broadcast_to(rows[:, None], inside.shape)[inside], windows.step[inside]
+    run.error[row, step] = verdict.error[inside]
+    run.scale[row, step] = norms.scale[inside]
+    run.residual[rows] = np.nan  # the states are others now
+    run.growth[rows] += verdict.growth
+    run.done[rows] += verdict.done
+    finished = (run.done[rows] == run.steps) & (not run.sweeper.options.certify)
+    run.end_rows(rows, verdict.failed, finished)
+
+
+def certify(run: ChainRun, f: Map, rows: Array) -> None:
+    """Evaluate more of the given chains at the states that are to be handed over; once all is, judge them."""
+    if run.certificate is None:
+        run.certificate = Certificate.empty(run.states, rows, run.steps)
+    pending = run.certificate.pending(run.sweeper.options.max_rows)
+    run.certificate.take(pending, evaluate(run, f, pending))
+    if not run.certificate.complete:
+        return
+    findings = run.certificate.judge(run.sweeper, run.states, run.allowed)
+    run.certificate = None
+    run.residual[rows] = findings.residual
+    run.scale[rows] = findings.scale
+    passed, again = findings.passed, ~findings.passed & ~findings.failed
+    run.end_rows(rows, findings.failed, passed)
+    # Chains that did not pass go on from their first wrong state, with nothing remembered.
+    rows = rows[again]
+    run.error[rows] = findings.defect[again]
+    run.done[rows] = findings.first_wrong[again]
+    run.end[rows] = run.steps if run.width == run.steps else run.done[rows]
+    run.past.known[:] = False
+    run.moved[like(run.like, rows)] = 0

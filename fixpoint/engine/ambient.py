@@ -41,12 +41,14 @@ class Ambient:
         repeats: Whether f draws or updates something; each evaluation must then see all rows.
         couples_rows: Whether f normalises by the statistics of its batch.
         modules: The modules that f holds.
+        calls: Evaluations that f completed.
     """
 
     def __init__(self, f: Callable[..., Any], device: torch.device) -> None:
         self.needed, self.repeats, self.couples_rows = not torch.compiler.is_compiling(), False, False
         self.lower: torch.dtype | None = None
         self.modules: list[nn.Module] = []
+        self.calls = 0
         self._began = self._ended = False
         if not self.needed:
             return
@@ -203,10 +205,24 @@ def _set_training(modules: list[nn.Module], flags: list[bool]) -> None:
 
 
 def modules_of(f: object) -> Iterator[nn.Module]:
-    """The modules that f is, is bound to, closes over or names as globals, each once.
+    """The modules that f is, is bound to, closes over or names as globals, each once; see ``_parts_of``."""
+    return (part for part in _parts_of(f) if isinstance(part, nn.Module))
 
-    They are looked for through bound methods, ``functools.partial``, closures within closures, and among the attributes
-    of an object and of objects that it holds; not in lists and dicts, nor deeper.
+
+def is_compiled(f: object) -> bool:
+    """Whether f or a part of it is compiled by ``torch.compile``."""
+    return any(
+        "_orig_mod" in part._modules if isinstance(part, nn.Module) else hasattr(part, "_torchdynamo_orig_callable")
+        for part in _parts_of(f)
+    )
+
+
+def _parts_of(f: object) -> Iterator[object]:
+    """What f is made of, each once.
+
+    Parts are looked for through bound methods, ``functools.partial``, closures within closures, and among the
+    attributes of an object and of objects that it holds; not in lists and dicts, nor deeper. Of the globals that f
+    names, modules and compiled functions count.
     """
     seen: set[int] = set()
     found = [(f, 2)]
@@ -215,6 +231,8 @@ def modules_of(f: object) -> Iterator[nn.Module]:
         if id(x) in seen:
             continue
         seen.add(id(x))
+        if not isinstance(x, nn.Module):
+            yield x
         match x:
             case nn.Module():
                 for module in x.modules():
@@ -228,7 +246,7 @@ def modules_of(f: object) -> Iterator[nn.Module]:
             case types.FunctionType():
                 found += [(cell.cell_contents, depth) for cell in x.__closure__ or () if cell != types.CellType()]
                 named = (x.__globals__.get(name) for name in x.__code__.co_names)
-                found += [(module, 0) for module in named if isinstance(module, nn.Module)]
+                found += [(x, 0) for x in named if isinstance(x, nn.Module) or hasattr(x, "_torchdynamo_orig_callable")]
             case _ if depth and not isinstance(x, type):
                 found += [(part, depth - 1) for part in getattr(x, "__dict__", {}).values()]
 

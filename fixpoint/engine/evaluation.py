@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fixpoint.engine.ambient import Ambient, version
+from fixpoint.engine.ambient import Ambient, is_compiled, version
 from fixpoint.engine.layout import Layout, leaves, map_leaves
 from fixpoint.engine.transforms import ClosureError, plain, transformed
 
@@ -32,7 +32,6 @@ class RowMap:
     Attributes:
         inputs: The tensors in args and, if f is a module, its parameters. Called with further tensors, the map puts
             them in the place of the inputs.
-        calls: Evaluations that f completed.
         aux: What f returned beside the state when it was last evaluated.
     """
 
@@ -48,10 +47,10 @@ class RowMap:
     ) -> None:
         self._f = f
         # Tensors of inference mode cannot be saved for backward, copies of them can.
-        self._args = map_leaves(_savable, tuple(args)) if gradients else tuple(args)
+        compiling = torch.compiler.is_compiling()
+        self._args = map_leaves(_savable, tuple(args)) if gradients and not compiling else tuple(args)
         self._has_aux = has_aux
         self.layout = layout
-        self.calls = 0
         self.aux: Any = None
         self._gradients = gradients
         parameters = dict(f.named_parameters()) if isinstance(f, nn.Module) else {}
@@ -75,7 +74,7 @@ class RowMap:
             return False
         if self.layout.device.type != "cpu" and not all(x.is_floating_point() or x.is_complex() for x in arguments):
             return False
-        return not any(map(_is_watched_or_compiled, (self._f, *self.ambient.modules)))
+        return not (is_compiled(self._f) or any(m._forward_hooks or m._forward_pre_hooks for m in self.ambient.modules))
 
     def take(self, index: Tensor, layout: Layout | None = None) -> RowMap:
         """f on the rows ``index``, with those rows of the arguments that have the batch dimension."""
@@ -97,7 +96,6 @@ class RowMap:
         part = getattr(self._f, "part", None)
         if part is None or len(block) == len(state) * blocks or self.ambient.repeats:
             return self(z).reshape(len(z), blocks, -1)[row, block]
-        self.calls += 1
         return self._surrounded(lambda: part(state, row, block), z).reshape(len(block), -1)
 
     def _is_aligned(self, leaf: Any) -> bool:
@@ -154,7 +152,6 @@ class RowMap:
                 output = self._surrounded(lambda: torch.func.functional_call(f, parameters, (state, *args)), *inputs, z)
             else:
                 output = self._surrounded(lambda: self._f(state, *args), *inputs, z)
-        self.calls += 1
         return output
 
     def _surrounded(self, evaluate: Callable[[], Any], *tensors: Tensor) -> Any:
@@ -163,6 +160,7 @@ class RowMap:
             output = evaluate()
         else:
             output = self.ambient.evaluate(evaluate, wrapped=transformed(*tensors))
+        self.ambient.calls += 1
         if self._has_aux:
             output, self.aux = _without_aux(output)
         lower = self.ambient.lower
@@ -186,7 +184,11 @@ class RowMap:
 
     def _evaluate_checked(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
         before, written = z.detach().clone(), version(z)
-        output = self._output(z, inputs)
+        try:
+            output = self._output(z, inputs)
+        except TypeError as error:
+            error.add_note(f"f is called as f(z, *args), here with {len(self._args)} further arguments from args")
+            raise
         self.layout.check_output(output)
         # The version tells of a change that altered no value, such as relu_() on zeros; .data escapes the version.
         if version(z) != written or not torch.equal(plain(before), plain(z.detach())):
@@ -210,13 +212,6 @@ def _without_aux(output: Any) -> tuple[Any, Any]:
         found = f"{len(output)} entries" if isinstance(output, tuple) else type(output).__name__
         raise TypeError(f"with has_aux=True f must return (state, aux), found {found}")
     return output
-
-
-def _is_watched_or_compiled(f: object) -> bool:
-    """Whether f is compiled, or a module with hooks of the caller's."""
-    if not isinstance(f, nn.Module):
-        return hasattr(f, "_torchdynamo_orig_callable")
-    return "_orig_mod" in f._modules or bool(f._forward_hooks or f._forward_pre_hooks)
 
 
 def _holders(x: Tensor) -> tuple[int, int]:

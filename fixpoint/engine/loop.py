@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Required, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, Required, TypedDict
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from fixpoint.solvers.base import Solver
 
 Map = Callable[[Tensor], Tensor]
-Watcher = Callable[[int, Tensor, int, Tensor], object]  # nfev, residual per row, rows not ended, z; true stops the loop
 
 _ACTIVE = -1
 # A row has stagnated when its best residual is this near to rounding, and neither so many evaluations nor so many
@@ -30,6 +29,15 @@ _PATIENT_CHECKS = 4
 _LARGEST_FLOOR = 0.05  # a row that is farther off has not been stopped by rounding, not even that of bfloat16
 # The same state, evaluated in the same batch, may differ by so many roundings.
 _SAME = 64.0
+
+
+class Watcher(Protocol):
+    """Called at each check; returning something true stops the loop."""
+
+    def __call__(
+        self, nfev: int, residual: Tensor, active: int, z: Tensor, predicted_error: Tensor | None = None, /
+    ) -> object:
+        """``residual`` per row, rows that have not ended, the state ``(rows, dim)``, predicted error per row if any."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class LoopResult:
     fixed_depth: bool = False  # handed over as it came, not solved to a tolerance
     coupled: bool = False  # the image of a row was seen to depend on other rows
     state: Any = None  # the solver's, as its last step left it
+    predicted_error: Tensor | None = None  # of solvers that judge by one; the residual is NaN unless it was measured
 
     def measured(self, fz: Tensor, tolerance: Tolerance) -> LoopResult:
         """The same run with the figures that ``fz = f(self.z)`` gives; for states handed over unverified."""
@@ -132,17 +141,16 @@ class BestSoFar:
         self.remaining = int(np.count_nonzero(self.active))
         return True
 
-    def verify(self, figures: Figures, tolerance: Tolerance) -> bool:
-        """Compare the figures of the rows that have converged with those that all rows together have at their states.
+    def verify(self, figures: Figures, tolerance: Tolerance, known: Array) -> bool:
+        """Compare the figures of the rows ``known`` with those that all rows together have at the same states.
 
-        Says whether these rows are what they were. Those that meet the tolerance no more go on.
+        Says whether these rows are what they were. Those that had converged and meet the tolerance no more go on.
         """
-        ended = self.status == Status.CONVERGED
         change = np.abs(figures.residual - self.residual)
-        moved = ended & ~(change <= _SAME * self._rounding * self.scale)
+        moved = known & ~(change <= _SAME * self._rounding * self.scale)
         for ours, new in zip((self.residual, self.scale, self.merit), figures, strict=True):
             np.copyto(ours, new, where=moved)
-        again = moved & ~tolerance.done(figures)
+        again = moved & (self.status == Status.CONVERGED) & ~tolerance.done(figures)
         self.status[again] = _ACTIVE
         self.improved_at[again], self.unimproved_checks[again] = self.nfev, 0
         self.active = self.active | again
@@ -262,7 +270,7 @@ def iterate(
     Whatever is raised on the way carries the result so far, see ``result_of``.
     """
     best = BestSoFar(z, tolerance.rounding)
-    with _handing_over(best):
+    with handing_over(best.result):
         return _iterate(f, z, solver, tolerance, best, max_evals, check_every, record, watch, compaction)
 
 
@@ -283,13 +291,17 @@ def _iterate(
     frozen: tuple[Tensor, Tensor] | None = None  # the rows that have ended, and their states
     due = 1
     while True:
-        spare = max_evals - best.nfev - 1
-        if compaction is None or frozen is None or spare < 1 or best.remaining == 0:
+        # What came of a part of the rows is confirmed by all of them: at the end, and with the last evaluation granted.
+        last = best.remaining == 0 or best.nfev + 1 >= max_evals
+        confirming = compaction is not None and compaction.begun and last
+        if confirming:
+            z = best.z
+        if compaction is None or frozen is None or last:
             fz, spent, whole = f(z), 1, True
         else:
             fz, spent, whole = compaction(z, best.active)
         best.nfev += spent
-        check = best.nfev >= due or best.nfev == max_evals or best.remaining == 0
+        check = best.nfev >= due or last or best.nfev >= max_evals
         if check or record:
             figures = tolerance.measure(z, fz, True if whole else best.active)
             if best.nfev == spent:
@@ -298,28 +310,29 @@ def _iterate(
             best.trace += [residual] * spent if record else []
         if check:
             due = (best.nfev // check_every + 1) * check_every
-            reopened = False
-            if whole and frozen is not None and not best.verify(figures, tolerance):
-                reopened = True
-                if compaction is not None and compaction.begun:
-                    compaction.refuse("all rows together have other images")
-                else:
-                    best.couple()
+            moved = False
+            if whole and frozen is not None:
+                known = best.status != Status.NON_FINITE if confirming else best.status == Status.CONVERGED
+                moved = not best.verify(figures, tolerance, known)
+            if moved and compaction is not None and compaction.begun:
+                compaction.refuse("all rows together have other images")
+            elif moved:
+                best.couple()
             lost = retreat.rows(z, figures, best.active)
             ended = best.update(z, figures, tolerance, lost)
             stop = watch and watch(best.nfev, figures_like(z, residual), best.remaining, z.detach())
-            confirmed = compaction is None or not compaction.begun or whole
-            if stop or best.nfev >= max_evals or (best.remaining == 0 and confirmed):
+            open_question = compaction is not None and compaction.begun and not whole
+            if stop or best.nfev >= max_evals or (best.remaining == 0 and not open_question):
                 return replace(best.result(Status.STOPPED if stop else Status.MAX_EVALS), state=state)
             z, fz = retreat.back(z, fz, lost, best.nfev)
-            if ended or reopened:
+            if ended or moved:
                 frozen = None
                 if best.remaining < len(z):
                     index = like(z, np.flatnonzero(~best.active))
                     frozen = index, best.z.index_select(0, index)
                     z = z.index_copy(0, *frozen)
             if best.remaining == 0:
-                continue  # one evaluation of all rows confirms what came of a part of them
+                continue
         if frozen is not None:
             fz = fz.index_copy(0, *frozen)
         z, state = solver.step(z, fz, state)
@@ -352,24 +365,20 @@ def run_steps(
 
 
 @contextlib.contextmanager
-def _handing_over(best: BestSoFar) -> Iterator[None]:
-    """Let what is raised, Ctrl-C too, carry the result so far."""
+def handing_over(so_far: Callable[[], LoopResult]) -> Iterator[None]:
+    """Let what is raised, Ctrl-C too, carry the result so far, if f has been evaluated; see ``result_of``."""
     try:
         yield
     except BaseException as error:
         with contextlib.suppress(Exception):  # the device may be lost: nothing must hide the error itself
-            if best.nfev:
-                attach_result(error, best.result())
+            result = so_far()
+            if result.nfev:
+                error.fixpoint_result = result  # type: ignore[attr-defined]
         raise
 
 
-def attach_result(error: BaseException, result: LoopResult) -> None:
-    """Give ``error`` the result so far; the outermost solve's, where one stands inside another."""
-    error.fixpoint_result = result  # type: ignore[attr-defined]
-
-
 def result_of(error: BaseException) -> LoopResult | None:
-    """The result that ``attach_result`` gave to ``error``."""
+    """The result so far of the outermost loop that ``error`` has come through."""
     return getattr(error, "fixpoint_result", None)
 
 

@@ -47,6 +47,19 @@ def alive(x: Tensor) -> Tensor:
     return x
 
 
+def unbatched(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """``x`` with its batch in front, and the way back, inside ``torch.autograd.grad(..., is_grads_batched=True)``.
+
+    That hides the batch in a way of its own, older than that of ``torch.func``. None outside of it.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    if level < 1:
+        return None
+    front = torch._remove_batch_dim(x, level, 1, 0)
+    return front, lambda y: torch._add_batch_dim(y, 0, level)
+
+
 def plain(x: Tensor) -> Tensor:
     """The numbers behind a tensor that torch.func has wrapped, to look at and not to compute with."""
     return x if torch.compiler.is_compiling() else torch.func.debug_unwrap(x)

@@ -133,10 +133,13 @@ def everywhere(mask: Small) -> bool:
 
 
 def solve_lower(matrix: Small, target: Small) -> Small:
-    """``x`` ``(rows, n)`` with ``matrix x = target``; ``matrix`` ``(rows, n, n)`` is lower triangular and regular."""
+    """``x`` ``(rows, n)`` with ``matrix x = target``; ``matrix`` ``(rows, n, n)`` is lower triangular and regular.
+
+    By substitution for arrays too: NumPy's solver exchanges rows, and raises for all where that makes one singular.
+    """
     if isinstance(matrix, Tensor):
         return torch.linalg.solve_triangular(matrix, target[..., None], upper=False)[..., 0]
-    return np.linalg.solve(matrix, target[..., None])[..., 0]
+    return solve_lower(torch.from_numpy(matrix), torch.from_numpy(target)).numpy()
 
 
 def silent(x: Small) -> contextlib.AbstractContextManager[object]:

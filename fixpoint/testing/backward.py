@@ -132,12 +132,13 @@ class BackwardContract(OptionsContract):
         self._check_descent(found)
 
     def test_a_row_depends_on_no_other_row(self) -> None:
-        f = self._problem()
-        value = self._solve(f).value
+        # Rounding, which depends on the size of the batch, reaches the slopes of secants by 1e-16 / rtol.
+        f, rtol = self._problem(), 1e-6
+        value = self._solve(f, rtol=rtol).value
         found = self._gradients(f, value)["argument"]
         for index in ([2, 0, 3, 1], [1]):
             part = self._problem(rows=index)
-            part_value = self._solve(part).value
+            part_value = self._solve(part, rtol=rtol).value
             assert_close(part_value, value[index], rtol=1e-9, atol=1e-10)
             assert_close(self._gradients(part, part_value)["argument"], found[index], rtol=1e-7, atol=1e-8)
 

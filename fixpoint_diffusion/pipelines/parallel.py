@@ -41,8 +41,8 @@ class ParallelImagePipelineOutput(ImagePipelineOutput):
         images: PIL images, or an array or tensor of them.
         rounds: batched calls of the network.
         evals: rows in them; with guidance, the network sees two for each.
-        solution: the solve's own account: ``converged``, ``status``, ``residual`` and ``evals`` per image; its
-            ``value`` are all latents, ``(B, T, *shape)``.
+        solution: the solve's own account: ``converged``, ``status``, ``evals`` per image, and ``residual`` or
+            ``predicted_error``; its ``value`` are all latents, ``(B, T, *shape)``.
     """
 
     rounds: int

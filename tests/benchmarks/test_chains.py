@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_chains
 from benchmarks.chains import __main__ as cli
 from benchmarks.chains import curves, quality, rounds, speed
 from benchmarks.chains.cases import FULL, Setting, batch, chain
@@ -108,25 +107,6 @@ def test_every_part_runs_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     document = json.loads((tmp_path / "chains-rounds.json").read_text())
     assert {"machine", "versions", "commit", "targets", "outcomes"} <= set(document)
     assert "ParaTAA" in (tmp_path / "chains-rounds.txt").read_text()
-
-
-def test_the_script_for_gpus_runs_small_or_says_why_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert gpu_chains.main(["--tiny", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "gpu_chains.json").read_text())["rows"]
-    assert {(row["network"], row["dtype"], row["batch"]) for row in rows} == {
-        (network, dtype, count)
-        for network in ("UNet2DModel", "DiTTransformer2DModel")
-        for dtype in ("float32", "bfloat16")
-        for count in (1, 2)
-    }
-    assert all(row["error"] < 1e-3 for row in rows if row["dtype"] == "float32")
-    assert "Random weights" in capsys.readouterr().out
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_chains.main(["--out", str(tmp_path / "none")]) == 0
-    assert "no CUDA device" in capsys.readouterr().out
-    assert not (tmp_path / "none").exists()
 
 
 def test_quality_measures_batches_and_single_images_and_leaves_out_what_it_is_told_to() -> None:

@@ -1,4 +1,4 @@
-"""The overhead benchmark counts what it says, and the device script's graphs hold together without a device."""
+"""The overhead benchmark counts what it says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fixpoint
-from benchmarks import device, overhead
+from benchmarks import overhead
 from benchmarks.overhead import PEERS, SIZES, SOLVERS, Figures, Measured, Size, histories
 
 TINY = (Size(rows=1, dim=10, evals=6, rounds=2), Size(rows=3, dim=8, evals=5, rounds=2))
@@ -199,109 +199,6 @@ def test_the_command_prints_and_writes_what_it_measured(
         assert found["torchdeq Broyden"]["floor_bytes"] is None
 
 
-def test_without_a_device_the_script_says_so_and_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device.main(["--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == "no CUDA device: nothing measured\n"
-    assert not list(tmp_path.iterdir())
-
-
-class Recorded(TorchDispatchMode):
-    """A graph's likeness: operations are noted with their tensors, undone, and done again on the same tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, dict[str, Any], Any]] = []
-        self.before: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function._schema.is_mutable:
-            written = kwargs.get("out", args[0])
-            self.before.append((written, written.clone()))
-        output = function(*args, **kwargs)
-        if not function.is_view:
-            self.calls.append((function, args, kwargs, output))
-        return output
-
-    def undo(self) -> None:
-        """Bring back what was overwritten."""
-        for written, value in reversed(self.before):
-            written.copy_(value)
-
-    def replay(self) -> None:
-        """Do all of it again, with what the tensors hold now."""
-        for function, args, kwargs, output in self.calls:
-            value = function(*args, **kwargs)
-            if isinstance(output, Tensor) and not function._schema.is_mutable:
-                output.copy_(value)
-
-
-def recorded(work: Callable[[], None]) -> Callable[[], None]:
-    """In place of a capture: afterwards nothing has happened, and what is returned makes it happen."""
-    with Recorded() as graph:
-        work()
-    graph.undo()
-    return graph.replay
-
-
-@pytest.fixture
-def likeness(monkeypatch: pytest.MonkeyPatch) -> device.Device:
-    """The CPU in a CUDA device's place: small systems are tensors, as they are there."""
-    for name in ("anderson", "broyden"):
-        monkeypatch.setattr(f"fixpoint.solvers.{name}.small", lambda x: x)
-    return device.Device(name="cpu", backend="eager", capture=recorded, wait=lambda: None)
-
-
-@pytest.mark.parametrize(
-    ("solver", "graphs"),
-    [
-        (fixpoint.Picard(), 1),
-        (fixpoint.Anderson(), 10),
-        (fixpoint.Anderson(memory=4), 4),
-        (fixpoint.Broyden(), 18),
-        (fixpoint.Broyden(memory=5), 3),
-    ],
-    ids=repr,
-)
-def test_replayed_steps_equal_plain_ones(solver: fixpoint.Solver, graphs: int, likeness: device.Device) -> None:
-    f, z0 = overhead.affine(TINY[1], dtype=torch.float64)
-    with torch.no_grad():
-        assert device.GraphedSteps(solver, f, z0, recorded).graphs == graphs
-        f, z0 = overhead.affine(device.CHECKED, dtype=torch.float64)
-        aim = device.graphed_agrees("it", solver, f, z0, likeness)
-    assert (aim.met, aim.measured) == (True, "differs by 0.0e+00")
-
-
-@pytest.mark.parametrize("name", device.SHORT)
-def test_compiled_steps_equal_plain_ones_within_the_limit_of_versions(name: str, likeness: device.Device) -> None:
-    f, z0 = overhead.affine(device.CHECKED, dtype=torch.float64)
-    with torch.no_grad():
-        aim = device.compiled_agrees(name, device.SHORT[name], f, z0, likeness)
-    assert aim.met, aim.measured
-
-
-def test_what_fails_or_is_not_finite_does_not_agree() -> None:
-    def broken() -> list[Tensor]:
-        raise RuntimeError("operation not permitted\nand more")
-
-    aim = device._agreement("it", broken, [torch.ones(1)])
-    assert (aim.met, aim.measured) == (False, "RuntimeError: operation not permitted")
-    assert not device._agreement("it", lambda: [torch.tensor([math.nan])], [torch.ones(1)]).met
-    assert not device._agreement("it", lambda: [torch.ones(1), torch.zeros(1)], [torch.ones(1)] * 2).met
-
-
-@pytest.mark.parametrize(("evals", "check_every"), [(40, 1), (40, 8), (41, 8), (7, 8), (1, 1), (8, 8)])
-def test_looks_are_those_of_the_loop(evals: int, check_every: int) -> None:
-    seen: list[int] = []
-    f, z0 = overhead.affine(TINY[0], dtype=torch.float64)
-    options = {"rtol": 0, "max_evals": evals, "check_every": check_every, "on_failure": "ignore", "backward": None}
-    fixpoint.solve(f, z0, solver=fixpoint.Picard(), callback=lambda progress: seen.append(progress.nfev), **options)
-    assert device.looks(evals, check_every) == len(seen)
-
-
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=repr)
 def test_a_step_off_the_host_meets_no_tensor_on_it(solver: fixpoint.Solver) -> None:
     """A transfer makes the host wait, and reading a number cannot be done on the meta device at all."""
@@ -319,25 +216,3 @@ def test_a_step_off_the_host_meets_no_tensor_on_it(solver: fixpoint.Solver) -> N
         for _ in range(45):
             z, state = solver.step(z, torch.empty_like(z), state)
     assert places == {"meta"}
-
-
-def test_times_of_a_device_and_their_table(likeness: device.Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    def once(tasks: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
-        assert {task() for task in tasks.values()} == {TINY[1].evals, TINY[1].evals + 1}
-        return dict.fromkeys(tasks, 5.0) | {"f": 2.0}
-
-    waits: list[None] = []
-    monkeypatch.setattr(device, "fastest", once)
-    with torch.no_grad():
-        found = device.milliseconds(TINY[1], replace(likeness, wait=lambda: waits.append(None)))
-    assert len(waits) == 1 + 1 + len(found)
-    assert set(found.values()) == {3000}
-    assert set(found) == {
-        *PEERS,
-        *PEERS.values(),
-        *(f"{name} step, {how}" for name in device.SHORT for how in ("plain", "compiled", "graphed")),
-    }
-    lines = device.table([(TINY[0], dict.fromkeys(found, 1.0)), (TINY[1], dict.fromkeys(found, 0.5))]).splitlines()
-    assert lines[0].split() == ["1", "x", "10", "3", "x", "8"]
-    assert all(line.split()[-2:] == ["1.0000", "0.5000"] for line in lines[1:])
-    assert len(lines) == 1 + len(found)

@@ -9,14 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
 from torch import Tensor
 
 import fixpoint
-
-# The same examples in every run: a failure in CI is a failure here.
-settings.register_profile("fixpoint", derandomize=True, deadline=None, max_examples=40)
-settings.load_profile("fixpoint")
 
 
 @dataclass(frozen=True)
@@ -224,10 +219,3 @@ def bias() -> Tensor:
 def x() -> Tensor:
     """What a cell of four is fed; a leaf."""
     return make_normal(6, 4).requires_grad_()
-
-
-@pytest.fixture(autouse=True)
-def one_thread_and_seed() -> None:
-    """What a test draws does not depend on the tests before it."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """One process of a distributed run: the gradients of every rule, trained on this rank's share of the rows.
 
-``python distributed_worker.py RANK WORLD_SIZE STORE OUT``; imported, it offers the same run without processes.
+``python -m tests.fixpoint.distributed_worker RANK WORLD_SIZE STORE OUT``; imported, the same run without processes.
 """
 
 from __future__ import annotations

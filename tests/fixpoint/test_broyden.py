@@ -10,6 +10,7 @@ import torch
 import fixpoint
 from fixpoint import Broyden, Picard, Status
 from fixpoint.bench.problems import expansive
+from fixpoint.solvers.history import solve_lower
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
@@ -138,3 +139,9 @@ def test_steps_past_a_restart_can_be_differentiated(contraction):
         return fixpoint.solve(f, problem.z0, solver=Broyden(memory=3), backward=rule, depth=6).value
 
     assert torch.autograd.gradcheck(last_state, (shift.requires_grad_(),))
+
+
+def test_substitution_needs_no_more_than_entries_on_the_diagonal():
+    matrix, target = np.array([[[1.0, 0.0], [1e300, 1e-300]]]), np.array([[0.0, 1e-300]])
+    for kind in (np.asarray, torch.from_numpy):
+        np.testing.assert_array_equal(solve_lower(kind(matrix), kind(target)), [[0.0, 1.0]])

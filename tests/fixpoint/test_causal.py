@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 import fixpoint
 from fixpoint import CausalQuasiNewton, Recurrence, Status
+from fixpoint.engine.layout import Layout
 from tests.fixpoint.chains import gru, pendulum, relative_errors, solve
 
 
@@ -109,7 +110,14 @@ def test_any_strictly_causal_map_is_served():
         expected[:, k] = row
     assert solution.converged.all()
     assert len(calls) == solution.nfev <= 20
+    assert len({float(z.sum()) for z in calls}) == len(calls)  # what f was given stays as it was
     assert_close(solution.value, expected, rtol=1e-5, atol=1e-5)
+    for batch_dims, z0 in ((0, torch.zeros_like(push[0])), (2, torch.zeros_like(push)[None])):
+        shaped = solve(
+            lambda z: torch.tanh(weight @ z) + (push[0] if z.ndim == 2 else push), z0=z0, batch_dims=batch_dims
+        )
+        assert shaped.converged.all()
+        assert_close(shaped.value.reshape(-1, 20, 3), expected[: shaped.value.numel() // 60], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("solver", [CausalQuasiNewton(), CausalQuasiNewton(window=20)], ids=["all", "window"])
@@ -130,7 +138,8 @@ def test_a_row_that_is_lost_harms_no_other():
     problem.inputs = (poisoned,)
     solution = solve(problem, on_failure="ignore")
     assert solution.status.tolist() == [Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
-    assert solution.residual.isinf().tolist() == [False, True, False]
+    assert solution.predicted_error.isinf().tolist() == [False, True, False]
+    assert solution.residual.isnan().all()  # nothing was measured
     expected = problem.sequential()
     assert_close(solution.value[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-5)
     assert_close(solution.value[1, :17], expected[1, :17], rtol=1e-5, atol=1e-5)  # what came before is kept
@@ -185,7 +194,7 @@ def test_stopping_and_errors_hand_over_what_there_is():
 
     solution = solve(problem, callback=callback, on_failure="ignore", record=True)
     assert solution.nfev == len(seen) == 3
-    assert (solution.status == Status.MAX_EVALS).all()
+    assert (solution.status == Status.STOPPED).all()
     assert solution.trace.shape == (3, 3)
     assert seen[-1].value.shape == problem.z0.shape
 
@@ -211,10 +220,51 @@ def test_one_step():
     assert (solution.value == 2).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 1}, {"max_rows": 3}, {"certify": True}], ids=str)
+@pytest.mark.parametrize(("samples", "steps"), [(0, 5), (2, 0), (0, 0)])
+def test_an_empty_chain_is_solved_at_once(samples, steps, options):
+    def never(x):
+        raise AssertionError("nothing is to be evaluated")
+
+    solver = CausalQuasiNewton(**options)
+    chain = Recurrence(never, torch.zeros(samples, 3), steps=steps)
+    solution = solve(chain, solver, record=True)
+    assert solution.nfev == 0
+    assert solution.converged.shape == (samples,)
+    assert solution.converged.all()
+    assert solution.value.shape == (samples, steps, 3)
+    assert "converged" in repr(solution)
+    plain = solve(lambda z: 0.5 * z, solver, z0=torch.zeros(samples, steps, 3))
+    assert plain.converged.all()
+    assert plain.nfev <= 1
+    assert Recurrence(never, torch.zeros(samples, 3), steps=0).sequential().shape == (samples, 0, 3)
+
+
+def test_a_solver_that_is_bound_makes_steps_by_itself():
+    chain = gru(samples=2, steps=12)
+    f, solver = CausalQuasiNewton().bind(chain, Layout.of(chain.z0, 1))
+    z = chain.z0.flatten(1)
+    state = solver.init(z)
+    for _ in range(12):
+        z, state = solver.step(z, f(z.reshape(chain.z0.shape)).flatten(1), state)
+    assert_close(z, chain.sequential().flatten(1), rtol=1e-12, atol=1e-15)
+
+
+def test_a_short_window_beside_a_long_one_is_what_it_is_alone():
+    # Chains that are done at other times have windows of other lengths at the end; what pads them must not count.
+    problem = gru(samples=4, steps=80)
+    problem.inputs[0][1:] *= torch.tensor([3.0, 0.1, 10.0], dtype=torch.float64)[:, None, None]
+    solver = CausalQuasiNewton(window=40)
+    together = solve(problem, solver, rtol=1e-4)
+    for row in range(4):
+        one = Recurrence(problem.step, problem.start[row : row + 1], inputs=(problem.inputs[0][row : row + 1],))
+        assert_close(solve(one, solver, rtol=1e-4).value[0], together.value[row], rtol=1e-9, atol=1e-11)
+
+
 def test_what_does_not_fit_is_refused_at_once():
     solver = CausalQuasiNewton()
     with pytest.raises(ValueError, match="a dimension for the steps"):
-        fixpoint.solve(torch.cos, torch.zeros(3), solver=solver)
+        fixpoint.solve(torch.cos, torch.zeros(3), solver=solver, batch_dims=1)
     with pytest.raises(ValueError, match="nested state"):
         fixpoint.solve(lambda z: z, (torch.zeros(3, 2),), solver=solver)
     chain = pendulum()
@@ -225,7 +275,7 @@ def test_what_does_not_fit_is_refused_at_once():
     chain.basis = torch.eye(3)
     with pytest.raises(ValueError, match=r"basis.*\(2, 2\)"):
         solve(chain)
-    with pytest.raises(TypeError, match="learns from solve"):
+    with pytest.raises(TypeError, match=r"how many steps a row has.*bind\(f, layout\)"):
         solver.init(torch.zeros(1, 2))
     for option in ("memory", "window", "max_rows"):
         with pytest.raises(ValueError, match=option):

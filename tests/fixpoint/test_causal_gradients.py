@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import fixpoint
-from fixpoint import CausalQuasiNewton, Recurrence
+from fixpoint import Anderson, Blockwise, CausalQuasiNewton, Recurrence
 from tests.fixpoint.chains import gru, relative_errors, solve
 
 
@@ -65,3 +65,116 @@ def test_rounds_recorded_for_gradients_are_the_same_rounds(memory):
     assert recorded.value.requires_grad
     assert recorded.nfev <= plain.nfev + 1
     assert float(relative_errors(recorded.value.detach(), plain.value).max()) < 1e-5
+
+
+def tanh_network(scale=1.0, samples=2, steps=60, dim=8):
+    generator = torch.Generator().manual_seed(0)
+    weight = scale * torch.randn(dim, dim, generator=generator, dtype=torch.float64) / dim**0.5
+    inputs = torch.randn(samples, steps, dim, generator=generator, dtype=torch.float64)
+    weight.requires_grad_()
+    start = torch.zeros(samples, dim, dtype=torch.float64)
+    return weight, Recurrence(lambda x, u: torch.tanh(x @ weight + u), start, inputs=(inputs,))
+
+
+def slow_network(dim=20, steps=200):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(dim, dim, generator=generator, dtype=torch.float64) / dim**0.5
+    start = torch.randn(2, dim, generator=generator, dtype=torch.float64)
+    weight.requires_grad_()
+    return weight, Recurrence(lambda x: x + 0.05 * torch.tanh(x @ weight), start, steps=steps)
+
+
+@pytest.mark.parametrize("network", [tanh_network, slow_network])
+@pytest.mark.parametrize("memory", [1, 2])
+def test_the_gradient_of_recorded_sweeps_tends_to_that_of_the_sequential_run(network, memory):
+    weight, chain = network()
+    (expected,) = torch.autograd.grad(chain.sequential().square().sum(), weight)
+    errors = []
+    for rtol in (1e-4, 1e-8, 1e-12):
+        solver = CausalQuasiNewton(memory=memory)
+        solution = fixpoint.solve(chain, solver=solver, rtol=rtol, backward=fixpoint.Unroll())
+        (found,) = torch.autograd.grad(solution.value.square().sum(), weight)
+        errors.append(float((found - expected).norm() / expected.norm()))
+    assert errors[1] < 1e-3 * errors[0]
+    assert errors[2] < 1e-8
+
+
+def test_recorded_sweeps_have_second_derivatives():
+    weight, chain = tanh_network(steps=12, dim=3)
+    seconds = []
+    for value in (
+        fixpoint.solve(chain, solver=CausalQuasiNewton(), rtol=1e-13, backward=fixpoint.Unroll()).value,
+        chain.sequential(),
+    ):
+        (first,) = torch.autograd.grad(value.square().sum(), weight, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), weight)[0])
+    assert_close(*seconds, rtol=1e-6, atol=1e-8)
+
+
+ADJOINTS = [
+    CausalQuasiNewton(),
+    CausalQuasiNewton(window=5, max_rows=7, certify=True),
+    Blockwise(CausalQuasiNewton(), blocks=1),
+    Blockwise(CausalQuasiNewton(), blocks=3),
+]
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+@pytest.mark.parametrize("forward", [Anderson(), CausalQuasiNewton(max_rows=9)], ids=["anderson", "causal"])
+def test_the_adjoint_can_be_told_to_sweep(forward, adjoint):
+    weight, chain = tanh_network(steps=18, dim=3)
+    chain.slopes = torch.full((18,), 0.3)  # fit no block, and are left out there
+    rule = fixpoint.IFT(solver=adjoint, rtol=1e-10)
+    solution = fixpoint.solve(chain, solver=forward, rtol=1e-12, max_evals=300, backward=rule)
+    (found,) = torch.autograd.grad(solution.value.square().sum(), weight)
+    (expected,) = torch.autograd.grad(chain.sequential().square().sum(), weight)
+    assert_close(found, expected, rtol=1e-7, atol=1e-10)
+    assert solution.adjoint.converged.all()
+    assert solution.adjoint.nfev <= 20
+
+
+def test_the_adjoint_of_a_solver_in_one_block_is_that_of_the_solver():
+    weight, chain = tanh_network(steps=18, dim=3)
+    found = []
+    for solver in (
+        CausalQuasiNewton(),
+        Blockwise(CausalQuasiNewton(), blocks=1),
+        Blockwise(CausalQuasiNewton(), blocks=6),
+    ):
+        solution = fixpoint.solve(chain, solver=solver, rtol=1e-11, backward=fixpoint.IFT(rtol=1e-10))
+        found.append(torch.autograd.grad(solution.value.square().sum(), weight)[0])
+    assert_close(found[1], found[0], rtol=0, atol=0)
+    assert_close(found[2], found[0], rtol=1e-7, atol=1e-10)
+
+
+def test_an_adjoint_that_sweeps_is_right_for_an_f_that_is_not_causal():
+    a = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    rule = fixpoint.IFT(solver=CausalQuasiNewton(), rtol=1e-10)
+    start = torch.zeros(2, 3, dtype=torch.float64)
+    solution = fixpoint.solve(lambda z: a * z.cos(), start, solver=Anderson(), rtol=1e-12, backward=rule)
+    (found,) = torch.autograd.grad(solution.value.sum(), a)
+    z = solution.value.detach()
+    assert_close(found, (z.cos() / (1 + a.detach() * z.sin())).sum(), rtol=1e-8, atol=0)
+
+
+def test_the_steps_of_an_adjoint_are_not_rationed():
+    # A product with the transposed Jacobian is one of all steps, whatever the forward solve was told of rows.
+    _, chain = tanh_network()
+    products = []
+    for solver in (CausalQuasiNewton(), CausalQuasiNewton(window=4), CausalQuasiNewton(max_rows=6)):
+        rule = fixpoint.IFT(rtol=1e-9)
+        solution = fixpoint.solve(chain, solver=solver, rtol=1e-12, max_evals=500, backward=rule)
+        solution.value.sum().backward()
+        assert solution.adjoint.converged.all()
+        products.append(solution.adjoint.nfev)
+    assert max(products) <= min(products) + 1
+
+
+@pytest.mark.parametrize("rule", [fixpoint.IFT(), fixpoint.JFB(), fixpoint.Neumann(terms=2)], ids=repr)
+@pytest.mark.parametrize(("samples", "steps"), [(0, 5), (2, 0), (0, 0)])
+def test_gradients_of_an_empty_chain_are_zero(rule, samples, steps):
+    weight, chain = tanh_network(samples=samples, steps=steps)
+    solution = fixpoint.solve(chain, solver=CausalQuasiNewton(), backward=rule)
+    assert solution.value.shape == (samples, steps, 8)
+    solution.value.sum().backward()
+    assert (weight.grad == 0).all()

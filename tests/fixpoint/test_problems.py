@@ -46,7 +46,7 @@ def register(monkeypatch):
     return add
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rho=st.floats(0.05, 0.999), dim=st.integers(1, 40), seed=st.integers(0, 1000))
 def test_linear_has_the_spectral_radius_it_is_asked_for_and_a_symmetric_matrix(rho, dim, seed):
     matrix = find_problem("linear")(rho=rho, dim=dim, seed=seed, dtype="float64").matrix.numpy()

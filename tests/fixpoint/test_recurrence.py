@@ -31,8 +31,8 @@ def test_arguments_that_do_not_fit():
     start = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="steps is missing"):
         Recurrence(torch.cos, start)
-    with pytest.raises(ValueError, match="at least 1"):
-        Recurrence(torch.cos, start, steps=0)
+    with pytest.raises(ValueError, match="at least 0"):
+        Recurrence(torch.cos, start, steps=-1)
     with pytest.raises(ValueError, match=r"inputs\[1\].*\(2, 5, ...\), found \(2, 4, 3\)"):
         Recurrence(torch.cos, start, inputs=(torch.zeros(2, 5), torch.zeros(2, 4, 3)))
     with pytest.raises(TypeError, match="start"):

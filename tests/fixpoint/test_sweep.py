@@ -33,7 +33,7 @@ def by_loop(defects: torch.Tensor, slopes: torch.Tensor, secants: Secants | None
     return torch.stack(carried, dim=1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(width=st.integers(1, 100), memory=st.integers(1, 3), diagonal=st.booleans(), seed=st.integers(0, 1000))
 def test_a_sweep_is_the_recurrence(width, memory, diagonal, seed):
     defects, slopes, secants = random_case(width, memory, diagonal, seed)

@@ -14,7 +14,7 @@ from fixpoint.chains.error_control import after_sweep
 from tests.fixpoint.chains import Counted, gru, pendulum, relative_errors, solve
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(window=st.integers(1, 40), max_rows=st.integers(1, 60))
 def test_windows_and_budgets_change_no_result(window, max_rows):
     problem = gru(samples=4, steps=30, kind=Counted)
@@ -154,7 +154,7 @@ def test_no_state_is_evaluated_far_from_all_before_it():
             sizes = [float(x.norm()) for (row, _), x in zip(asked, inputs, strict=True) if row == sample]
             assert max(sizes, default=0.0) < 1e3
     stopped = solve(problem, rtol=1e-9, max_evals=3, on_failure="ignore")
-    assert stopped.residual.isinf().all()  # nothing is predicted of states that were taken back
+    assert stopped.predicted_error.isinf().all()  # nothing is predicted of states that were taken back
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_chains_end_a_round_early_where_their_errors_fall_fast(monkeypatch):
     assert error < 1e-3
 
 
-def test_the_residual_of_a_chain_that_ended_is_what_the_last_sweep_leaves(monkeypatch):
+def test_the_predicted_error_of_a_chain_that_ended_is_what_the_last_sweep_leaves(monkeypatch):
     seen = []
 
     def noting(error, error_before):
@@ -264,4 +264,4 @@ def test_the_residual_of_a_chain_that_ended_is_what_the_last_sweep_leaves(monkey
     ended = (solution.evals == 2).numpy()
     error, left = (figures[ended, 1] for figures in seen[1])
     assert (left < error).any()
-    assert_close(solution.residual[ended], torch.from_numpy(left))
+    assert_close(solution.predicted_error[ended], torch.from_numpy(left))

@@ -57,8 +57,3 @@ def mixture() -> Callable[..., MixtureDenoiser]:
         return MixtureDenoiser(schedule=schedule, means=means, variance=0.05, prediction_type=prediction_type)
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)

@@ -161,7 +161,7 @@ def test_training_draws_from_the_bounds_of_the_configuration() -> None:
 
 
 @given(depth=st.integers(0, 6), given_start=st.booleans())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_depth_k_is_k_applications_of_f(depth: int, given_start: bool) -> None:
     model = lively()
     x, t = batch()

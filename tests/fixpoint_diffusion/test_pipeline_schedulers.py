@@ -60,7 +60,7 @@ def assert_equal_to_the_loop(scheduler: Any, **options: Any) -> None:
     torch.testing.assert_close(chain(expected), expected, rtol=1e-8, atol=1e-8)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     spacing=SPACINGS,
     prediction_type=PREDICTIONS,
@@ -93,7 +93,7 @@ def test_ddim_steps_are_those_of_diffusers(
     assert_equal_to_the_loop(in_float64(scheduler), eta=eta, use_clipped_model_output=use_clipped_model_output)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(
     spacing=SPACINGS,
     prediction_type=PREDICTIONS,

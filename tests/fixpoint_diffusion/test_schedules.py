@@ -104,7 +104,7 @@ def test_offset_moves_leading_timesteps_as_in_diffusers() -> None:
         NoiseSchedule.from_diffusers(scheduler).timesteps(1000)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.data(), st.integers(1, 400), st.sampled_from(TIMESTEP_SPACINGS))
 def test_timesteps_are_distinct_descending_and_within_the_schedule(data: st.DataObject, n: int, spacing: str) -> None:
     steps = data.draw(st.integers(1, n))

@@ -177,7 +177,7 @@ def test_loss_of_a_perfect_prediction_is_zero(prediction_type: str, weighting: s
     assert float(diffusion_loss(Perfect(), x_0, t, noise, SCHEDULE, config)) == pytest.approx(0, abs=1e-25)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(a=st.floats(1e-6, 1 - 1e-6), gamma=st.floats(0.1, 50), error=st.floats(-2, 2))
 def test_min_snr_weighs_the_same_error_of_x0_alike_in_every_prediction_type(
     a: float, gamma: float, error: float

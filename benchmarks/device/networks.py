@@ -1,0 +1,123 @@
+"""The networks whose chains are timed: a U-Net of CIFAR10's size, a transformer of DiT-XL/2's, and trained ones."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.device.common import Part
+from fixpoint_diffusion import NoiseSchedule
+from fixpoint_diffusion.data import load_digits
+from fixpoint_diffusion.denoisers import DiffusersDenoiser
+from fixpoint_diffusion.fpdm.blocks import DiTBlock, Head, TimestepEmbedding, sincos_positions
+
+TRAINING_SECONDS = 60.0
+_XL = {"width": 1152, "heads": 16, "depth": 28}
+
+
+class Transformer(nn.Module):
+    """A plain diffusion transformer (DiT) from this package's blocks, for latents ``(4, size, size)`` in patches of 2.
+
+    Random where a new DiT is zero (gates and head), so that it computes something.
+    """
+
+    positions: Tensor
+
+    def __init__(self, *, width: int, heads: int, depth: int, size: int = 32, learn_sigma: bool = True) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(in_channels=4, sample_size=size)
+        self.patches = nn.Conv2d(4, width, kernel_size=2, stride=2)
+        self.register_buffer("positions", sincos_positions(size // 2, width), persistent=False)
+        self.time = TimestepEmbedding(width)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, 4.0, conditional=True) for _ in range(depth))
+        self.head = Head(width, 2, 8 if learn_sigma else 4, conditional=True)
+        for parameter in self.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """``(N, 4, size, size)`` at timesteps ``(N,)`` to ``(N, 8, size, size)``: mean and variance."""
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        condition = self.time(t.expand(len(x)))
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        return self.head(tokens, condition)
+
+
+def dit_sizes(tiny: bool) -> dict[str, int]:
+    """Width, heads, depth and size of latents: of DiT-XL/2 for images of 256 x 256, or tiny."""
+    return {"width": 32, "heads": 2, "depth": 2, "size": 8} if tiny else {**_XL, "size": 32}
+
+
+def transformer(tiny: bool) -> nn.Module:
+    """DiT-XL/2's size (674 M with its table of classes, which plays no part here), random weights."""
+    return _made(lambda: Transformer(**dit_sizes(tiny)))
+
+
+def unet(tiny: bool) -> nn.Module:
+    """The U-Net of Ho et al. for CIFAR10 (35.7 M), random weights; needs diffusers."""
+    from diffusers import UNet2DModel
+
+    if tiny:
+        options: dict[str, Any] = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1}
+        options |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "norm_num_groups": 4}
+        options |= {"up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8}
+    else:
+        options = {"sample_size": 32, "block_out_channels": (128, 256, 256, 256), "layers_per_block": 2}
+        options |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")}
+        options |= {"up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")}
+        options |= {"attention_head_dim": None}
+    return _made(lambda: UNet2DModel(in_channels=3, out_channels=3, **options))
+
+
+def _made(make: Any) -> nn.Module:
+    """The same weights in every run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval().requires_grad_(False)
+
+
+def as_denoiser(part: Part, network: nn.Module, dtype: torch.dtype, prior: Any = None) -> DiffusersDenoiser:
+    """On the part's device, in a precision of its own; latents keep theirs."""
+    return DiffusersDenoiser(network.to(part.device, dtype), prior=prior)
+
+
+def trained(part: Part, network: nn.Module, seconds: float) -> tuple[nn.Module, dict[str, Any]]:
+    """The network trained to denoise digits, enlarged to its size and three channels, for so long or one step.
+
+    Random networks are no denoisers: how many rounds a chain needs depends on what was learnt.
+    """
+    sample = network.config
+    images = load_digits().images.expand(-1, sample.in_channels, -1, -1)
+    images = nn.functional.interpolate(images, size=(sample.sample_size,) * 2, mode="bilinear").to(part.device)
+    alphas = NoiseSchedule.linear().alphas_cumprod.to(part.device, torch.float32)
+    network = network.to(part.device, torch.float32).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4)
+    batch = 4 if part.rehearse else 128
+    losses: list[Tensor] = []
+    with torch.random.fork_rng(devices=[0] if part.device == "cuda" else []):
+        torch.manual_seed(0)
+        start = time.monotonic()
+        while not losses or (not part.rehearse and time.monotonic() - start < seconds):
+            x_0 = images[torch.randint(len(images), (batch,), device=part.device)]
+            t = torch.randint(len(alphas), (batch,), device=part.device)
+            noise = torch.randn_like(x_0)
+            a = alphas[t][:, None, None, None]
+            with torch.autocast(part.device, torch.bfloat16):
+                out = network(a.sqrt() * x_0 + (1 - a).sqrt() * noise, t)
+            out = (out if isinstance(out, Tensor) else out.sample)[:, : x_0.shape[1]]
+            loss = (out.float() - noise).square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.detach())
+            if len(losses) % 20 == 0:
+                part.wait()  # the host must not run ahead of its clock
+    figures = {"steps": len(losses), "seconds": time.monotonic() - start, "batch": batch}
+    figures |= {"first_loss": float(losses[0]), "last_loss": float(torch.stack(losses[-20:]).mean())}
+    return network.eval().requires_grad_(False), figures

@@ -1,0 +1,344 @@
+"""What a step costs a device, counted without one: array calls, launches and waits of the host.
+
+    python -m benchmarks.launches [--out benchmarks/results]
+
+Tensors that claim to lie on a device carry their numbers on the host. A dispatch mode lends these numbers to every
+operation and counts it. So everything runs as it would on a GPU, branches included, and the counts are exact.
+
+*Array calls* are operations that torch dispatches. *Launches* are those that must start work on the device: views and
+allocations start none; a library call counts as one, however many kernels it has. *Waits* are operations for which the
+host waits until the device is done: a copy to the host, a number that is read, a shape that depends on values, an
+error that is looked for, a copy from the host that is not asynchronous. Writes ``launches.json`` and ``launches.txt``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fixpoint
+from fixpoint.bench import provenance
+from fixpoint.chains.sweep import Secants, sweep
+
+# Other names of devices make torch ask for a driver. The code under test asks only whether a tensor lies on the host.
+DEVICE = torch.device("meta")
+
+ALLOCATIONS = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+    "alias",
+}
+WAITS = {
+    "_local_scalar_dense",
+    "_linalg_check_errors",
+    "_unique2",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "nonzero",
+    "repeat_interleave",
+    "unique_consecutive",
+    "unique_dim",
+}
+
+
+class OnDevice(Tensor):
+    """A tensor that claims to lie on the device; ``numbers`` is what it holds, on the host."""
+
+    numbers: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor) -> OnDevice:
+        tensor: OnDevice = torch.Tensor._make_wrapper_subclass(
+            cls,
+            numbers.shape,
+            strides=numbers.stride(),
+            storage_offset=numbers.storage_offset(),
+            dtype=numbers.dtype,
+            device=DEVICE,
+        )
+        tensor.numbers = numbers
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{function} met a tensor on the device outside of Launches")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was dispatched for the device."""
+
+    calls: float = 0
+    launches: float = 0
+    waits: float = 0
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(self.calls - other.calls, self.launches - other.launches, self.waits - other.waits)
+
+    def each(self, count: int) -> Counts:
+        """For one of ``count``."""
+        return Counts(self.calls / count, self.launches / count, self.waits / count)
+
+
+class Constructors(TorchFunctionMode):
+    """Numbers of Python reach the device through the host, as they do on a GPU; on "meta" they would be dropped."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == DEVICE:
+            return function(*args, **kwargs | {"device": "cpu"}).to(DEVICE)
+        return function(*args, **kwargs)
+
+
+class Launches(TorchDispatchMode):
+    """Runs operations on tensors that claim to lie on the device, and counts them.
+
+    Attributes:
+        counts: So far.
+        waited: Name of each operation that the host waited for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counts()
+        self.waited: list[str] = []
+        self._constructors = Constructors()
+
+    def __enter__(self) -> Launches:
+        self._constructors.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._constructors.__exit__(*error)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        from_device = any(isinstance(x, OnDevice) for x in inputs)
+        written = kwargs.get("out", args[0]) if function._schema.is_mutable else None
+        if isinstance(written, Tensor):
+            to_device = isinstance(written, OnDevice)
+        else:
+            target = kwargs.get("device")
+            to_device = from_device if target is None else torch.device(target) == DEVICE
+        if to_device and "device" in kwargs:
+            kwargs["device"] = torch.device("cpu")
+        output = function(*tree_map(_numbers, args), **tree_map(_numbers, kwargs))
+        if not (from_device or to_device):
+            return output
+        self._count(function, inputs, from_device, to_device, kwargs)
+        if isinstance(written, Tensor):
+            return written
+        # What leaves the device is a copy, as far as the caller can tell.
+        return tree_map(lambda x: (OnDevice(x) if to_device else x.clone()) if isinstance(x, Tensor) else x, output)
+
+    def _count(self, function: Any, inputs: list[Tensor], from_device: bool, to_device: bool, kwargs: Any) -> None:
+        name = function._schema.name.partition("::")[2]
+        launched = not (function.is_view or name in ALLOCATIONS)
+        mixed = any(not isinstance(x, OnDevice) and x.ndim for x in inputs) and from_device
+        masked = name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in inputs[1:])
+        copied = name in ("_to_copy", "copy_") and (mixed or from_device != to_device)
+        asynchronous = copied and to_device and (kwargs.get("non_blocking") or not inputs[-1].ndim)
+        waits = name in WAITS or masked or (copied and not asynchronous) or (mixed and not copied)
+        self.waited += [name] * waits
+        self.counts = self.counts - Counts(-1, -launched, -waits)
+
+
+def _numbers(x: Any) -> Any:
+    return x.numbers if isinstance(x, OnDevice) else x
+
+
+def counted(work: Callable[[], object]) -> Counts:
+    """What ``work`` dispatches, on tensors that it makes or was given inside of this mode."""
+    with Launches() as mode:
+        work()
+    return mode.counts
+
+
+# Counted from where histories are full, over a whole number of cycles of slots, restarts and checks. Rows are so long,
+# and float64 so fine, that none ends before.
+ROWS, DIM, START, MORE = 3, 400, 12, 18
+LOOP_START, LOOP_MORE = 16, 16
+CHAIN_STEPS, CHAIN_START, CHAIN_MORE = 48, 4, 4
+
+
+def affine() -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """``z -> w z + c`` entry by entry with w in [0, 0.98], on the device, and zeros: one launch an evaluation."""
+    generator = torch.Generator().manual_seed(0)
+    w = 0.98 * torch.rand(ROWS, DIM, generator=generator, dtype=torch.float64)
+    c = torch.randn(ROWS, DIM, generator=generator, dtype=torch.float64)
+    w, c = w.to(DEVICE), c.to(DEVICE)
+    return partial(_affine, w, c), torch.zeros_like(c)
+
+
+def _affine(w: Tensor, c: Tensor, z: Tensor) -> Tensor:
+    return torch.addcmul(c, w, z)
+
+
+def _evaluations(
+    solve: Callable[[Callable[[Tensor], Tensor], Tensor, int], object], start: int = START, more: int = MORE
+) -> Counts:
+    """An evaluation of a solve, f's own apart: what ``more`` of them add."""
+
+    def run(evals: int) -> Counts:
+        with Launches() as mode:
+            f, z0 = affine()
+            before = mode.counts
+            solve(f, z0, evals)
+        return mode.counts - before
+
+    return (run(start + more) - run(start)).each(more) - Counts(1, 1, 0)
+
+
+def step(solver: fixpoint.Solver) -> Counts:
+    """One step, once the histories are full."""
+    with Launches() as mode:
+        f, z = affine()
+        state = solver.init(z)
+        total = Counts()
+        for index in range(START + MORE):
+            fz = f(z)
+            before = mode.counts
+            z, state = solver.step(z, fz, state)
+            total -= before - mode.counts if index >= START else Counts()
+    return total.each(MORE)
+
+
+def loop(check_every: int) -> Counts:
+    """One evaluation of the loop beyond f and the step; Picard's step is f(z) itself."""
+
+    def solve(f: Any, z0: Tensor, evals: int) -> None:
+        options: dict[str, Any] = {"max_evals": evals, "check_every": check_every, "on_failure": "ignore"}
+        fixpoint.solve(f, z0, solver=fixpoint.Picard(), rtol=0, backward=None, **options)
+
+    return _evaluations(solve, LOOP_START, LOOP_MORE)
+
+
+def peer(name: str, **options: int) -> Counts:
+    """One evaluation of a solver of torchdeq, its loop and its step."""
+    from torchdeq.solver import get_solver
+
+    return _evaluations(
+        lambda f, z0, evals: get_solver(name)(f, z0, max_iter=evals, tol=0.0, stop_mode="rel", **options)
+    )
+
+
+def sweep_once() -> Counts:
+    """The secants and the sweep of a round with two rounds remembered: one chunk of 32 steps."""
+    with Launches() as mode:
+        generator = torch.Generator().manual_seed(0)
+        defects = torch.randn(ROWS, 32, 8, generator=generator).to(DEVICE)
+        moved, images = (torch.randn(ROWS, 32, 2, 8, generator=generator).to(DEVICE) for _ in range(2))
+        slopes = torch.full((ROWS, 32, 1), 0.9).to(DEVICE)
+        before = mode.counts
+        sweep(defects, slopes, Secants.of(moved, images, slopes, 1e-3))
+    return mode.counts - before
+
+
+def window_round() -> Counts:
+    """A round of the chain solver beyond the evaluation of its windows: sweep, error control, windows moved on."""
+
+    def run(rounds: int) -> Counts:
+        with Launches() as mode:
+            start = torch.ones(ROWS, 8).to(DEVICE)
+            inputs = torch.linspace(0, 1, CHAIN_STEPS).expand(ROWS, -1)[..., None].to(DEVICE)
+            spent: list[Counts] = []
+
+            def transition(x: Tensor, u: Tensor) -> Tensor:
+                before = mode.counts
+                after = torch.sin(3 * x + u)
+                spent.append(before - mode.counts)
+                return after
+
+            chain = fixpoint.Recurrence(transition, start, inputs=(inputs,))
+            before = mode.counts
+            solver = fixpoint.CausalQuasiNewton(window=16)
+            options: dict[str, Any] = {"max_evals": rounds, "on_failure": "ignore", "backward": None}
+            solution = fixpoint.solve(chain, solver=solver, rtol=1e-6, **options)
+            if solution.nfev != rounds:
+                raise RuntimeError(f"the chain was done after {solution.nfev} rounds")
+            total = mode.counts - before
+            for each in spent:
+                total -= Counts(-each.calls, -each.launches, -each.waits)
+            return total
+
+    return (run(CHAIN_START + CHAIN_MORE) - run(CHAIN_START)).each(CHAIN_MORE)
+
+
+@torch.no_grad()
+def measure() -> dict[str, Counts]:
+    """All counts, by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {
+            "Picard, a step": step(fixpoint.Picard()),
+            "Anderson, a step": step(fixpoint.Anderson()),
+            "Broyden, a step": step(fixpoint.Broyden()),
+            "CausalQuasiNewton, a sweep of 32 steps": sweep_once(),
+            "the loop, an evaluation": loop(1),
+            "the loop, an evaluation, check_every=8": loop(8),
+            "CausalQuasiNewton, a round of windows": window_round(),
+            "torchdeq Anderson m=5, an evaluation": peer("anderson", m=5),
+            "torchdeq Broyden, an evaluation": peer("broyden"),
+        }
+
+
+def table(counts: dict[str, Counts]) -> str:
+    """A line for each."""
+    lines = [f"{'':40}{'array calls':>14}{'launches':>12}{'waits':>10}"]
+    for name, each in counts.items():
+        lines.append(f"{name:40}{each.calls:>14.1f}{each.launches:>12.1f}{each.waits:>10.2f}")
+    return "\n".join(lines)
+
+
+_LEGEND = (
+    "Beyond f, once histories are full. An evaluation of ours is a step and the loop's share; torchdeq's holds both.\n"
+    "waits: times that the host waits for the device."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Count, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    options = parser.parse_args(arguments)
+    counts = measure()
+    text = f"{table(counts)}\n\n{_LEGEND}"
+    print(text)
+    document = {
+        "machine": provenance.machine(),
+        "versions": {**provenance.versions(), "torchdeq": metadata.version("torchdeq")},
+        "commit": provenance.commit(),
+        "counts": {name: asdict(each) for name, each in counts.items()},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "launches.txt").write_text(text + "\n")
+    (options.out / "launches.json").write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The certificate of a chain: an evaluation of all its steps at the states that are handed over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fixpoint.engine.loop import like
+from fixpoint.engine.tolerance import Array
+
+if TYPE_CHECKING:
+    from fixpoint.chains.causal import CausalSweep
+
+
+class Findings(NamedTuple):
+    """What the certificate of ``R`` chains says."""
+
+    defect: Array  # (R, T) norm of image minus state
+    scale: Array  # (R, T) norm of the image
+    residual: Array  # (R,) ||f(z) - z||; NaN where f is not finite
+    passed: Array  # (R,) bool
+    failed: Array  # (R,) bool: f is not finite
+    first_wrong: Array  # (R,) the state from which a chain that did not pass has to go on
+
+
+@dataclass
+class Certificate:
+    """Images of all states of some chains, as they come in, in one evaluation or in several.
+
+    Attributes:
+        rows: ``(R,)``, numbers of the chains.
+        images: ``(R * T, D)``.
+        places: ``(R * T,)``, where the states lie among those of all chains.
+        known: how many images have come in.
+    """
+
+    rows: Array
+    images: Tensor
+    places: Array
+    known: int = 0
+
+    @classmethod
+    def empty(cls, states: Tensor, rows: Array, steps: int) -> Certificate:
+        """For chains of so many steps, before any image has come in."""
+        places = (rows[:, None] * steps + np.arange(steps)).ravel()
+        return cls(rows, states.new_empty(len(places), states.shape[1]), places)
+
+    def pending(self, limit: int | None) -> Array:
+        """Places of the next images to be evaluated, at most ``limit``."""
+        return self.places[self.known :][:limit]
+
+    def take(self, places: Array, images: Tensor) -> None:
+        """Take in the images ``(N, D)`` of the places that were ``pending``."""
+        self.images[self.known : self.known + len(places)] = images
+        self.known += len(places)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all images have come in."""
+        return self.known == len(self.places)
+
+    def judge(self, sweeper: CausalSweep, states: Tensor, allowed: tuple[Array, Array]) -> Findings:
+        """Compare the images with the states.
+
+        A chain passes when the defect of each state is within ``atol + rtol * ||image||``, and so is the error that it
+        has and inherits by the problem's slopes. ``allowed`` holds atol and rtol of each chain, ``(B,)``.
+        """
+        rows, steps = len(self.rows), sweeper.steps
+        images = self.images.reshape(rows, steps, -1)
+        defects = images - states[like(states, self.places)].reshape(images.shape)
+        step = torch.arange(steps, device=states.device).expand(rows, -1)
+        errors = defects + sweeper.inherited(defects, step)
+        norms = [torch.linalg.vector_norm(x, dim=2) for x in (defects, images, errors)]
+        defect, scale, error = torch.stack(norms).cpu().double().numpy()
+        atol, rtol = (limit[self.rows, None] for limit in allowed)
+        bound = atol + rtol * scale
+        fits = defect <= bound
+        good = fits & (error <= bound)
+        finite = np.isfinite(defect).all(axis=1)
+        # A state that fits the one before it fails by what it inherits: go back to the first that is not exact.
+        number = np.arange(rows)
+        first_wrong = np.argmin(good, axis=1)
+        by_inheritance = fits[number, first_wrong]
+        first_wrong = np.where(by_inheritance, np.argmax(defect > 0, axis=1), first_wrong)
+        residual = np.where(finite, np.sqrt(np.square(defect).sum(axis=1)), np.nan)
+        return Findings(defect, scale, residual, good.all(axis=1) & finite, ~finite, first_wrong)

@@ -1,0 +1,103 @@
+"""What the table of launches counts, by hand; and that no count has grown beyond the committed one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import launches
+from benchmarks.launches import DEVICE, Counts, Launches
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def counts_of(work: Callable[[Tensor], object]) -> Counts:
+    """Of ``work`` on a tensor of ones ``(3, 4)`` on the device."""
+    with Launches() as mode, torch.no_grad():
+        x = torch.ones(3, 4).to(DEVICE)
+        before = mode.counts
+        work(x)
+        return mode.counts - before
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        (lambda x: x.t()[None], Counts(2, 0, 0)),
+        (lambda x: torch.empty(2, device=x.device), Counts(1, 0, 0)),
+        (lambda x: torch.zeros(2, device=x.device), Counts(1, 1, 0)),
+        (lambda x: torch.add(x, x, out=x).mul_(2), Counts(2, 2, 0)),
+        (lambda x: torch.where(x > 0, x, x), Counts(2, 2, 0)),
+        (lambda x: x * torch.tensor(2.0), Counts(1, 1, 0)),
+        (lambda x: x.sum().item(), Counts(2, 2, 1)),
+        (lambda x: bool(x.any()), Counts(2, 2, 1)),
+        (lambda x: x.cpu(), Counts(1, 1, 1)),
+        (lambda x: torch.ones(3, 4).copy_(x), Counts(1, 1, 1)),
+        (lambda x: x.copy_(torch.ones(3, 4)), Counts(1, 1, 1)),
+        (lambda x: x.nonzero(), Counts(1, 1, 1)),
+        (lambda x: x[x > 0], Counts(2, 2, 1)),
+        (lambda x: x[torch.tensor([0, 1])], Counts(1, 1, 1)),
+        (lambda x: torch.from_numpy(np.ones(3)).to(x.device), Counts(1, 1, 1)),
+        (lambda x: torch.from_numpy(np.ones(3)).to(x.device, non_blocking=True), Counts(1, 1, 0)),
+        (lambda x: torch.tensor([1.0, 2.0], device=x.device), Counts(1, 1, 1)),
+        (lambda x: torch.linalg.solve(torch.eye(3, device=x.device), x), Counts(3, 3, 1)),
+        (lambda x: torch.ones(3).add(1), Counts(0, 0, 0)),
+    ],
+)
+def test_counts_by_hand(work: Callable[[Tensor], object], expected: Counts) -> None:
+    assert counts_of(work) == expected
+
+
+def test_numbers_are_those_of_the_host_and_branches_are_real() -> None:
+    with Launches(), torch.no_grad():
+        x = torch.arange(6.0).reshape(2, 3).to(DEVICE)
+        assert (x.device, x.is_cpu) == (DEVICE, False)
+        slots = x.unbind(0)
+        torch.mul(slots[0], 2.0, out=slots[1])  # a view of x
+        assert float(x.sum()) == 0 + 1 + 2 + 0 + 2 + 4
+        back = x.cpu()
+    assert type(back) is Tensor
+    assert back.tolist() == [[0, 1, 2], [0, 2, 4]]
+
+
+def test_a_step_counts_what_it_dispatches() -> None:
+    class Halfway:
+        def init(self, z: Tensor) -> None:
+            return None
+
+        def step(self, z: Tensor, fz: Tensor, state: None) -> tuple[Tensor, None]:
+            return (z + fz) / 2 + float(z[0, 0] > 1e9), None
+
+    # Sum, quotient, comparison, the number that is read, sum; two selections are views.
+    assert launches.step(Halfway()) == Counts(7, 5, 1)
+
+
+def test_nothing_costs_more_than_when_it_was_committed() -> None:
+    committed = json.loads((RESULTS / "launches.json").read_text())["counts"]
+    fresh = {name: asdict(each) for name, each in launches.measure().items()}
+    assert fresh.keys() == committed.keys()
+    grown = {
+        f"{name}: {what}": (committed[name][what], each[what])
+        for name, each in fresh.items()
+        for what in each
+        if each[what] > committed[name][what] + 1e-9
+    }
+    assert not grown, "more than committed; if it must be, run python -m benchmarks.launches"
+
+
+def test_what_is_printed_is_what_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launches, "measure", lambda: {"a step": Counts(3, 2, 0.5)})
+    assert launches.main(["--out", str(tmp_path)]) == 0
+    assert (tmp_path / "launches.txt").read_text() == capsys.readouterr().out
+    document = json.loads((tmp_path / "launches.json").read_text())
+    assert document["counts"] == {"a step": {"calls": 3, "launches": 2, "waits": 0.5}}
+    assert {"machine", "versions", "commit"} <= set(document)

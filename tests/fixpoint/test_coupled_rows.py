@@ -1,0 +1,181 @@
+"""What a problem is: vectors, rows that depend on one another, and the units of their parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fixpoint
+from fixpoint import Anderson, Broyden, Picard, Status
+
+D = torch.float64
+
+
+def averages(z):
+    """Each entry the mean of its neighbours, between 0 and 1 at the ends: the solution is a straight line."""
+    padded = torch.cat((torch.zeros_like(z[:1]), z, torch.ones_like(z[:1])))
+    return (padded[:-2] + padded[2:]) / 2
+
+
+def line(n):
+    return torch.linspace(0, 1, n + 2, dtype=D)[1:-1]
+
+
+def test_a_vector_is_one_problem():
+    solution = fixpoint.solve(averages, torch.zeros(50, dtype=D), rtol=1e-8, max_evals=500)
+    assert solution.converged.shape == ()
+    assert solution.converged
+    torch.testing.assert_close(solution.value, line(50), rtol=1e-4, atol=1e-6)
+
+
+def test_a_vector_under_vmap_is_one_problem_for_each_instance():
+    A = torch.tensor([[0.0, 0.2, 0.1], [0.1, 0.0, 0.3], [0.2, 0.1, 0.0]], dtype=D)
+    batch = torch.tensor([[1.0, 0.0, 0.3], [1.0, 0.0, 0.4]], dtype=D)
+    found = torch.vmap(
+        lambda b: fixpoint.solve(lambda z, b: A @ z + b, torch.zeros(3, dtype=D), (b,), rtol=1e-10).value
+    )
+    expected = torch.linalg.solve(torch.eye(3, dtype=D) - A, batch.T).T
+    torch.testing.assert_close(found(batch), expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("z0", [(torch.zeros(2, 3), torch.zeros(2)), (torch.zeros(2), torch.zeros(2, 3))])
+def test_leaves_of_one_and_two_dimensions_share_the_batch(z0):
+    solution = fixpoint.solve(lambda s: (0.5 * s[0] + 1, 0.5 * s[1] + 1), z0)
+    assert solution.converged.shape == (2,)
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=repr)
+def test_rows_that_depend_on_one_another_are_solved_together_and_named(solver):
+    with pytest.warns(UserWarning, match=r"f couples rows.*batch_dims=0") as caught:
+        solution = fixpoint.solve(
+            averages, torch.zeros(12, 1, dtype=D), solver=solver, rtol=1e-7, max_evals=3000, backward=None
+        )
+    assert len(caught) == 1
+    residual = (averages(solution.value) - solution.value).abs()[:, 0]
+    torch.testing.assert_close(solution.residual, residual, rtol=1e-9, atol=1e-15)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value[:, 0], line(12), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:f couples rows")
+def test_a_coupled_row_never_passes_for_converged_where_it_is_not():
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        mix = torch.rand(8, 8, generator=generator, dtype=D) * (torch.rand(8, 8, generator=generator) < 0.3)
+        mix = 0.9 * mix / mix.sum(dim=1).max().clamp(min=1e-9)
+        b = torch.randn(8, 3, generator=generator, dtype=D) * (torch.rand(8, 1, generator=generator) < 0.4)
+        found = fixpoint.solve(
+            lambda z, mix=mix, b=b: mix @ z + b, torch.zeros(8, 3, dtype=D), rtol=1e-6, on_failure="ignore"
+        )
+        fz = mix @ found.value + b
+        good = (fz - found.value).norm(dim=1) <= 1.001e-6 * fz.norm(dim=1)
+        assert good[found.converged].all(), seed
+
+
+def test_independent_rows_are_never_taken_for_coupled(contraction):
+    for seed in range(10):
+        f = contraction(rows=7, dim=5, rho=0.95, seed=seed, squash=torch.tanh, dtype=torch.float32)
+        fixpoint.solve(f, f.z0, rtol=1e-5, on_failure="ignore")  # a warning would be an error
+
+
+UNITS = (torch.full((2, 3), 0.9e10, dtype=D), torch.zeros(2, 3, dtype=D))
+
+
+def of_mixed_units(state, b=0.1):
+    return 0.5 * state[0] + 5e9, 0.9 * state[1] + b
+
+
+def test_leafwise_every_leaf_meets_the_tolerance():
+    together = fixpoint.solve(of_mixed_units, UNITS, solver=Picard(), max_evals=300)
+    assert (together.value[1] - 1).abs().max() > 0.05  # the small leaf is lost in the norm of the large one
+    leafwise = fixpoint.solve(of_mixed_units, UNITS, solver=Picard(), norm="leafwise", max_evals=300)
+    assert leafwise.converged.all()
+    for leaf, image in zip(leafwise.value, of_mixed_units(leafwise.value), strict=True):
+        assert ((image - leaf).norm(dim=1) <= 1e-4 * image.norm(dim=1)).all()
+    torch.testing.assert_close(leafwise.residual, (0.1 * leafwise.value[1] - 0.1).norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_leafwise_under_vmap():
+    def small(b):
+        options = {"solver": Picard(), "norm": "leafwise", "max_evals": 300, "rtol": 1e-6}
+        return fixpoint.solve(of_mixed_units, UNITS, (b,), **options).value[1]
+
+    found = torch.vmap(small)(torch.tensor([0.1, 0.2], dtype=D))
+    torch.testing.assert_close(found[:, 0, 0], torch.tensor([1.0, 2.0], dtype=D), rtol=1e-4, atol=0)
+
+
+class Problem(torch.nn.Module):
+    """A module with ``z0`` and a method ``norm``, which says how far the first entry is."""
+
+    def __init__(self):
+        super().__init__()
+        self.z0 = torch.zeros(2, 3, dtype=D)
+
+    def norm(self, z):
+        return z[:, 0].abs()
+
+    def forward(self, z, b):
+        return torch.tensor([0.1, 0.9, 0.9], dtype=D) * z + b
+
+
+def test_a_norm_of_the_callers_decides():
+    problem, b = Problem(), torch.ones(2, 3, dtype=D)
+    own = fixpoint.solve(problem, None, (b,), solver=Picard(), rtol=1e-3)
+    given = fixpoint.solve(problem.forward, problem.z0, (b,), solver=Picard(), rtol=1e-3, norm=problem.norm)
+    assert own.nfev == given.nfev < 8
+    euclidean = fixpoint.solve(problem.forward, problem.z0, (b,), solver=Picard(), rtol=1e-3)
+    assert euclidean.nfev > 20
+    torch.testing.assert_close(own.residual, (problem(own.value, b) - own.value)[:, 0].abs())
+
+
+def test_a_norm_under_vmap():
+    def value(b):
+        return fixpoint.solve(Problem(), None, (b,), solver=Picard(), rtol=1e-9, max_evals=400).value
+
+    batch = torch.stack([torch.ones(2, 3, dtype=D), torch.full((2, 3), 2.0, dtype=D)])
+    torch.testing.assert_close(torch.vmap(value)(batch)[:, :, 0], batch[:, :, 0] / 0.9, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["leaves", 3])
+def test_a_norm_that_is_none_is_refused(norm):
+    with pytest.raises(ValueError, match='norm must be a function of a state, "leafwise" or None'):
+        fixpoint.solve(lambda z: 0.5 * z, torch.ones(1, 1), norm=norm)
+
+
+def test_every_row_may_have_a_tolerance_of_its_own():
+    rtol = torch.tensor([1e-2, 1e-4, 1e-6])
+    solution = fixpoint.solve(
+        lambda z: 0.9 * z + 1, torch.zeros(3, 2, dtype=D), solver=Picard(), rtol=rtol, max_evals=300
+    )
+    assert (solution.relative_residual <= rtol).all()
+    alone = [
+        fixpoint.solve(lambda z: 0.9 * z + 1, torch.zeros(1, 2, dtype=D), solver=Picard(), rtol=float(r), max_evals=300)
+        for r in rtol
+    ]
+    assert solution.evals.tolist() == [one.nfev for one in alone]
+    with pytest.raises(ValueError, match=r"atol must be a number or have the batch shape \(3,\), found shape \(2,\)"):
+        fixpoint.solve(lambda z: 0.9 * z + 1, torch.zeros(3, 2), atol=torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=repr)
+def test_a_row_that_tends_to_zero_is_done_when_nothing_is_left_of_it(solver, dtype):
+    beta = torch.linspace(0.1, 0.55, 8, dtype=dtype)[:, None]
+    solution = fixpoint.solve(lambda m, b: torch.tanh(b * m), torch.ones(8, 1, dtype=dtype), (beta,), solver=solver)
+    assert solution.converged.all()
+    assert (solution.value.abs() < 1e-17).all()
+
+
+@pytest.mark.parametrize("start", [1e6, 1e10])
+def test_a_far_start_is_no_excuse_for_a_loose_solution(start):
+    solution = fixpoint.solve(lambda z: 0.5 * z + 0.5, torch.full((2, 3), start), solver=Picard(), rtol=1e-4)
+    torch.testing.assert_close(solution.value, torch.ones(2, 3), rtol=1e-3, atol=0)
+
+
+def test_seldom_checks_do_not_make_rows_stagnate(contraction):
+    for seed in range(15):
+        f = contraction(rows=24, dim=6, rho=0.95, seed=seed, squash=torch.tanh, dtype=torch.float32)
+        options = {"rtol": 1e-6, "max_evals": 300, "on_failure": "ignore", "backward": None}
+        often = fixpoint.solve(f, f.z0, **options)
+        seldom = fixpoint.solve(f, f.z0, check_every=10, **options)
+        assert not (often.converged & (seldom.status == Status.STAGNATED)).any(), seed

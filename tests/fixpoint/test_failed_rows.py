@@ -1,0 +1,99 @@
+"""Rows that fail leave the values and the gradients of the others as they would be alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fixpoint
+from fixpoint import Broyden, Picard, Status
+
+D = torch.float64
+KEPT = [0, 2, 3]
+
+
+def outside_the_domain(W, x):
+    """NaN where the state is; the third term changes nothing else."""
+    z0 = torch.full((4, 4), 0.5, dtype=D)
+    z0[1] = -50.0
+    return lambda z, x: torch.tanh(z @ W.T + x) + 0 * torch.sqrt(z + 40), z0, x
+
+
+def broken_argument(W, x):
+    x = x.clone()
+    x[1] = torch.nan
+    return lambda z, x: torch.tanh(z @ W.T + x), torch.zeros(4, 4, dtype=D), x
+
+
+@pytest.mark.parametrize("make", [outside_the_domain, broken_argument])
+def test_a_shared_parameter_gets_the_gradient_of_the_other_rows(rule, normal, make):
+    W = (0.2 * normal(4, 4)).requires_grad_()
+    f, z0, x = make(W, normal(4, 4, seed=1))
+    if isinstance(rule, fixpoint.Reversible):
+        pytest.skip("its f must not close over a parameter")
+    options = {"solver": Broyden(memory=40), "on_failure": "ignore"}
+    solution = fixpoint.solve(f, z0, (x,), backward=copy.deepcopy(rule), **options)
+    (found,) = torch.autograd.grad((solution.value * solution.converged[:, None]).nan_to_num().sum(), W)
+    alone = fixpoint.solve(f, z0[KEPT], (x[KEPT],), backward=copy.deepcopy(rule), **options)
+    (expected,) = torch.autograd.grad((alone.value * alone.converged[:, None]).sum(), W)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_an_unmasked_gradient_of_a_failed_row_counts_for_nothing(normal):
+    W = (0.2 * normal(4, 4)).requires_grad_()
+    f, z0, x = broken_argument(W, normal(4, 4, seed=1))
+    solution = fixpoint.solve(f, z0, (x,), on_failure="ignore")
+    assert solution.status[1] == Status.NON_FINITE
+    (found,) = torch.autograd.grad(solution.value.sum(), W)
+    (expected,) = torch.autograd.grad(fixpoint.solve(f, z0[KEPT], (x[KEPT],)).value.sum(), W)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_where_every_row_fails_nothing_flows(normal):
+    W = (0.2 * normal(4, 4)).requires_grad_()
+    value = fixpoint.solve(lambda z: torch.tanh(z @ W.T) * torch.nan, torch.zeros(2, 4, dtype=D), on_failure="ignore")
+    (gradient,) = torch.autograd.grad(value.value.sum(), W, allow_unused=True)
+    assert gradient is None or not gradient.any()
+
+
+class Leaping(Picard):
+    """Plain steps, but for one far outside, after so many."""
+
+    def init(self, z):
+        return 0
+
+    def step(self, z, fz, state):
+        return (fz if state != 2 else fz - 100), state + 1
+
+
+@pytest.mark.parametrize("check_every", [1, 2])
+def test_a_step_out_of_the_domain_is_taken_back(check_every):
+    def f(z):
+        return torch.sqrt(1 + 0.5 * z)
+
+    found = fixpoint.solve(f, torch.ones(3, 2, dtype=D), solver=Leaping(), rtol=1e-10, check_every=check_every)
+    assert found.converged.all()
+    torch.testing.assert_close(found.value, f(found.value), rtol=1e-9, atol=0)
+
+
+def test_where_plain_steps_leave_the_domain_too_the_row_has_failed():
+    solution = fixpoint.solve(lambda z: torch.log(z), torch.full((1, 1), 0.5), on_failure="ignore", max_evals=50)
+    assert solution.status.tolist() == [Status.NON_FINITE]
+    assert solution.nfev < 10
+    assert solution.value.isfinite().all()
+
+
+def test_accelerated_solvers_converge_wherever_plain_iteration_does(normal):
+    for seed in range(12):
+        A, b = 0.8 * normal(6, 6, seed=seed) + 0.4, normal(4, 6, seed=100 + seed).abs() + 0.2
+
+        def f(z, b, A=A):
+            return b / torch.sqrt(0.1 + z @ A)
+
+        z0, options = torch.ones(4, 6, dtype=D), {"max_evals": 300, "on_failure": "ignore", "backward": None}
+        plain = fixpoint.solve(f, z0, (b,), solver=Picard(), **options)
+        for solver in (fixpoint.Anderson(), Broyden()):
+            found = fixpoint.solve(f, z0, (b,), solver=solver, **options)
+            assert found.converged[plain.converged].all(), (seed, solver)

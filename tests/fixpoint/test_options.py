@@ -1,0 +1,138 @@
+"""Options of solve() that cannot work are named at once; what is handed out and taken in is kept apart."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+import fixpoint
+from fixpoint import IFT, Broyden, FixedPointLayer, Neumann, Picard, Unroll
+
+D = torch.float64
+
+
+def halve(z):
+    return 0.5 * z + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"args": torch.ones(2, 3)},
+            TypeError,
+            "args must be a tuple or list of f's further arguments, found a Tensor",
+        ),
+        ({"args": {"x": 1}}, TypeError, "args must be a tuple or list of f's further arguments, found a dict"),
+        ({"rtol": "tight"}, TypeError, "rtol must be a number or a tensor with the batch shape, found 'tight'"),
+        ({"atol": -1}, ValueError, "atol must be at least 0, found -1"),
+        ({"rtol": float("nan")}, ValueError, "rtol must be at least 0, found nan"),
+        ({"max_evals": True}, TypeError, "max_evals must be an integer, found True"),
+        ({"max_evals": 2.0}, TypeError, "max_evals must be an integer, found 2.0"),
+    ],
+)
+def test_options_that_cannot_work_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        fixpoint.solve(halve, torch.zeros(2, 3), **options)
+
+
+def test_an_f_that_wants_more_arguments_is_told_where_they_come_from():
+    with pytest.raises(TypeError) as caught:
+        fixpoint.solve(lambda z, x: 0.5 * z + x, torch.zeros(2, 3))
+    assert "f(z, *args), here with 0 further arguments from args" in caught.value.__notes__[0]
+
+
+def test_counts_may_be_numpys():
+    counts = {"max_evals": np.int64(50), "check_every": np.int64(2)}
+    assert fixpoint.solve(halve, torch.zeros(2, 3), solver=Picard(), **counts).converged.all()
+    assert fixpoint.solve(halve, torch.zeros(2, 3), depth=np.int32(3)).nfev == 3
+
+
+def test_what_a_callback_is_shown_is_its_own():
+    def scale(progress):
+        progress.value.mul_(100)
+
+    solution = fixpoint.solve(halve, torch.zeros(2, 3), solver=Picard(), callback=scale, rtol=1e-6)
+    torch.testing.assert_close(solution.value, torch.full((2, 3), 2.0), rtol=1e-5, atol=0)
+
+
+def test_solutions_compare_by_identity():
+    solution = fixpoint.solve(halve, torch.zeros(2, 3))
+    assert solution == solution
+    assert solution != dataclasses.replace(solution)
+
+
+def test_dicts_keep_their_class():
+    z0 = collections.OrderedDict(a=torch.zeros(2, 3), b=torch.zeros(2, 1))
+    seen = []
+
+    def f(z):
+        seen.append(type(z))
+        return {"a": 0.5 * z["a"] + 1, "b": 0.2 * z["b"]}
+
+    assert type(fixpoint.solve(f, z0).value) is collections.OrderedDict
+    assert set(seen) == {collections.OrderedDict}
+    default = collections.defaultdict(list, a=torch.zeros(2, 3), b=torch.zeros(2, 1))
+    assert fixpoint.solve(lambda z: {"a": 0.5 * z["a"], "b": z["b"]}, default).value["missing"] == []
+
+
+def test_the_memory_format_of_z0_is_kept():
+    last, seen, shift = torch.channels_last, [], torch.randn(2, 3, 4, 5)
+
+    def f(z):
+        seen.append(z.is_contiguous(memory_format=last))
+        return 0.5 * z + shift
+
+    value = fixpoint.solve(f, torch.zeros(2, 3, 4, 5).to(memory_format=last), rtol=1e-6).value
+    assert all(seen)
+    assert value.is_contiguous(memory_format=last)
+    torch.testing.assert_close(value, 2 * shift, rtol=1e-5, atol=1e-5)
+
+
+def test_a_transposed_complex_state_is_laid_out_as_it_lies():
+    z0 = torch.zeros(2, 3, 4, dtype=torch.complex128).transpose(1, 2)
+    shift = torch.randn(2, 4, 3, dtype=torch.complex128)
+    value = fixpoint.solve(lambda z: 0.5j * z + shift, z0, rtol=1e-12).value
+    torch.testing.assert_close(value, shift / (1 - 0.5j))
+
+
+def test_a_warm_start_keeps_no_graph_alive(rule, cell_class):
+    if rule.uses_start:
+        pytest.skip("it differentiates through the start")
+    solver = Broyden() if isinstance(rule, fixpoint.SHINE) else Picard()
+    layer, z, alive = FixedPointLayer(cell_class(), backward=copy.deepcopy(rule), solver=solver), None, []
+    for _ in range(5):
+        z = layer(torch.randn(2, 4, dtype=D), z0=z)
+        gc.collect()
+        alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+    assert alive[-1] - alive[1] < 9  # a graph that is kept holds that many more at each
+    z.sum().backward()
+    layer(torch.randn(2, 4, dtype=D), z0=z).sum().backward()  # nothing of the first graph is needed
+
+
+def test_a_rule_that_uses_the_start_gives_it_its_gradient(cell_class):
+    layer = FixedPointLayer(cell_class(), backward=Unroll(), solver=Picard())
+    z0 = torch.randn(2, 4, dtype=D, requires_grad=True)
+    layer(torch.randn(2, 4, dtype=D), z0=z0, depth=3).sum().backward()
+    assert z0.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("rule", [IFT(rtol=1e-12), Neumann(terms=5)], ids=repr)
+def test_several_incoming_gradients_at_once(rule, normal):
+    W, x = 0.2 * normal(3, 3), normal(2, 3, seed=1).requires_grad_()
+
+    def value(x):
+        z0 = torch.zeros(2, 3, dtype=D)
+        return fixpoint.solve(lambda z, x: torch.tanh(z @ W + x), z0, (x,), rtol=1e-12, backward=rule).value
+
+    one_by_one = torch.autograd.functional.jacobian(value, x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(value, x, vectorize=True), one_by_one)
+    incoming = torch.eye(6, dtype=D).reshape(6, 2, 3)
+    (batched,) = torch.autograd.grad(value(x), x, incoming, is_grads_batched=True)
+    torch.testing.assert_close(batched.reshape(2, 3, 2, 3), one_by_one)
