@@ -1,31 +1,31 @@
-"""root(): zeros of g(x), as fixed points of a relaxation."""
+"""root(): zeros of g(x), as fixed points of a relaxation that learns its own scale."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.backward.ift import IFT
+from fixpoint.engine.ambient import autocast_dtype
 from fixpoint.engine.compiling import outside_graphs
-from fixpoint.engine.layout import Layout, map_leaves, paired_leaves
-from fixpoint.engine.loop import LoopResult
-from fixpoint.engine.tolerance import Status, row_norm
+from fixpoint.engine.layout import Layout, leaves, map_leaves, paired_leaves, require_same_nesting
+from fixpoint.engine.loop import LoopResult, Map
+from fixpoint.engine.tolerance import OnFailure
+from fixpoint.engine.transforms import plain
 from fixpoint.interop.numpy import accepts_arrays
-from fixpoint.solution import Progress, Solution
-from fixpoint.solve import OnFailure, report, solve
+from fixpoint.solution import AdjointSlot, Progress, Solution
+from fixpoint.solve import check_options, report, solve
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.broyden import Broyden
-
-# The solve aims inside the tolerance, so that rounding between g and the relaxation seldom decides who has met it.
-_AIM = 0.9
-# Evaluations beside the solve: two to scale it, one to measure what it found.
-_EXTRA = 3
+from fixpoint.solvers.picard import Picard
+from fixpoint.solvers.rescaled import Rescaled, inverse_slopes, row_norms
 
 
 @outside_graphs
@@ -37,169 +37,210 @@ def root(
     *,
     solver: Solver = Broyden(),  # noqa: B008 - immutable
     backward: Backward | None = IFT(),  # noqa: B008 - immutable
-    rtol: float = 1e-6,
-    atol: float = 0.0,
+    rtol: float | Tensor = 1e-6,
+    atol: float | Tensor = 0.0,
+    norm: Callable[[Any], Tensor] | None = None,
     max_evals: int = 200,
     batch_dims: int | None = None,
     on_failure: OnFailure = "warn",
     check_every: int = 1,
     record: bool = False,
     callback: Callable[[Progress], object] | None = None,
+    compact: bool = True,
+    has_aux: bool = False,
 ) -> Solution:
     """Solve ``g(x, *args) = 0``, row by row, and attach gradients to the solution.
 
-    It is ``fixpoint.solve`` on ``x = x - s g(x)``. The number ``s`` of each row, of either sign, is the one that makes
-    the linear model of g smallest along g(x0), cut so that the first step is at most half as long as x0 (half of 1
-    where x0 is shorter). So the units of g play no part.
+    It is ``fixpoint.solve`` on ``x = x - s g(x)``, where s of each row follows the slope of g as the solve goes on: the
+    units of g play no part, and a start may be far away.
 
     Args:
-        g: Maps a state to a state of the same structure, shapes, dtype and device.
-        x0: Where to start: what ``fixpoint.solve`` takes as z0, NumPy arrays included.
-        args: Further arguments of g.
+        g: Maps a state to a state of the same structure, shapes, dtype and device; must not change its input in place.
+        x0: Where to start: what ``fixpoint.solve`` takes as z0, NumPy arrays included. A vector is one system.
+        args: A tuple or list of further arguments of g.
         solver: The update rule.
-        backward: How gradients are attached; those of IFT do not depend on ``s``.
-        rtol, atol: A row is done when ``||g(x)|| <= atol + rtol * ||g(x0)||`` (Euclidean); one of them is positive.
-            Where x0 may be nearly right already, give an atol.
-        max_evals: Evaluations of g granted, at least 4: the first two, at and next to x0, set ``s``; the last measures
-            the solution.
-        batch_dims, on_failure, check_every, record, callback: As in ``fixpoint.solve``.
+        backward: How gradients are attached to the root that was found: IFT, Phantom or Neumann, say; no rule that goes
+            through the forward solve (Unroll, SHINE). Those of IFT do not depend on s.
+        rtol, atol: A row is done when ``||g(x)|| <= atol + rtol * slope * ||x||``, where the slope is the smallest that
+            g showed along the last three steps; so ``||g(x)|| / slope`` is how far x is from the root, by these slopes.
+            A row is not done, other than by atol, where g is larger than at x0. Numbers, or tensors with one for each
+            row. What is small beside a root at zero is told from x0; where x0 is zero as well, give an atol.
+        norm: Takes a state to one value for each row, in place of the Euclidean norm; of x and of g(x).
+        max_evals: Evaluations of g granted; the second one is next to x0, to see the slope.
+        batch_dims, on_failure, check_every, record, callback, compact: As in ``fixpoint.solve``.
+        has_aux: g returns ``(g(x), aux)``. The aux of one more evaluation, at the solution, is in ``Solution.aux``.
 
     Returns:
         Solution: ``value`` is the best verified x, with gradients too; ``residual`` and ``trace`` are ``||g(x)||``, and
-        ``relative_residual`` is ``||g(x)|| / ||g(x0)||``. The trace leaves out these three evaluations.
+        ``relative_residual`` is ``||g(x)|| / (slope * ||x||)``, or 1 where no slope is known.
 
     Raises:
         TypeError, ValueError: As ``fixpoint.solve``.
         ConvergenceError: With ``on_failure="raise"``, when rows did not converge; holds the solution.
 
-    Source: ``s`` is the shorter step of J. Barzilai and J. M. Borwein, IMA J. Numer. Anal. 8 (1988), along g(x0); the
-    bound is the first step of SciPy's quasi-Newton solvers (``alpha`` of ``scipy.optimize.broyden1``).
+    Source: ``s`` is the shorter step of J. Barzilai and J. M. Borwein, IMA J. Numer. Anal. 8 (1988); the first step is
+    at most half as long as x0, or half of 1, as in SciPy's quasi-Newton solvers (``alpha`` of ``broyden1``).
 
     Example:
         >>> import torch, fixpoint
-        >>> a = torch.tensor([2.0, 9.0], requires_grad=True)
-        >>> sol = fixpoint.root(lambda x, a: x * x - a, torch.ones(2), (a,))
-        >>> sol.value.detach()
+        >>> a = torch.tensor([[2.0], [9.0]], requires_grad=True)
+        >>> sol = fixpoint.root(lambda x, a: x * x - a, torch.ones(2, 1), (a,))
+        >>> sol.value.detach().flatten()
         tensor([1.4142, 3.0000])
         >>> sol.value.sum().backward()
-        >>> a.grad  # 1 / (2 sqrt(a))
+        >>> a.grad.flatten()  # 1 / (2 sqrt(a))
         tensor([0.3536, 0.1667])
     """
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a fixpoint.Solver such as Broyden(), found {solver!r}")
-    if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
-        raise ValueError(f"rtol and atol must be at least 0 and one of them positive, found {rtol} and {atol}")
-    if not isinstance(max_evals, int) or max_evals <= _EXTRA:
-        raise ValueError(f"max_evals must be an integer of at least {_EXTRA + 1}, found {max_evals!r}")
+    check_options(args=args, solver=solver, backward=backward, on_failure=on_failure)
+    if norm is not None and not callable(norm):
+        raise ValueError(f"norm must be a function of a state or None, found {norm!r}")
     layout = Layout.of(x0, batch_dims)
-
-    @torch.no_grad()
-    def rows_of_g(x: Any) -> Tensor:
-        gx = g(x, *args)
-        layout.check_output(gx)
-        return layout.flatten(gx)
-
-    def batch(figures: Tensor) -> Tensor:
-        return figures.reshape(layout.batch_shape)
-
-    start, g_start = layout.flatten(x0).detach(), rows_of_g(map_leaves(torch.clone, x0))
-    initial = batch(row_norm(g_start))
-    # A row that is solved or broken at x0 has no scale; the solve will say which it is.
-    usable = torch.isfinite(initial) & (initial > 0)
-    step = torch.where(usable, batch(_first_step(start, g_start, lambda x: rows_of_g(layout.unflatten(x)))), 1)
-    target = torch.where(usable, atol + rtol * initial, 1)
-    # The state is y = x / (step * target): its residual is ||g(x)|| / target, and one number serves rows whose
-    # ||g(x0)|| differ.
-    unit = step * target
-
-    def relaxed(y: Any, unit: Tensor, target: Tensor, *args: Any) -> Any:
-        gx = g(_times(y, unit), *args)
-        moved = iter([leaf - g_leaf for _, g_leaf, leaf in paired_leaves(_times(gx, 1 / target), y)])
-        return map_leaves(lambda _: next(moved), y)
+    batch_dims = len(layout.batch_shape)
+    relaxed: Callable[..., Any] = partial(_relaxed, g, norm or partial(row_norms, batch_dims=batch_dims), has_aux)
+    if isinstance(g, nn.Module):
+        relaxed = _RelaxedModule(g, relaxed)
+    unknown = torch.zeros(layout.batch_shape, dtype=next(leaves(x0))[1].dtype, device=layout.device)
 
     def watch(progress: Progress) -> object:
         assert callback is not None
-        seen = {"nfev": progress.nfev + 2, "max_evals": max_evals, "value": _times(progress.value, unit)}
-        return callback(dataclasses.replace(progress, residual=progress.residual * target, **seen))
-
-    def in_units_of_x(found: Solution) -> Solution:
-        return dataclasses.replace(
-            found,
-            value=_times(found.value, unit),
-            residual=found.residual * target,
-            relative_residual=torch.where(found.residual == 0, 0, found.residual * target / initial),
-            evals=found.evals + _EXTRA - 1,
-            nfev=found.nfev + _EXTRA - 1,
-            trace=None if found.trace is None else found.trace * target,
-        )
+        return callback(dataclasses.replace(progress, value=progress.value.x))
 
     try:
         solution = solve(
             relaxed,
-            _times(x0, 1 / unit),
-            (unit, target, *args),
-            solver=solver,
+            _State(x0, unknown, unknown),
+            args,
+            solver=Rescaled(solver),
             backward=None if backward is None else _AtRoot(backward),
-            rtol=0.0,
-            atol=_AIM,
-            max_evals=max_evals - _EXTRA,
-            batch_dims=len(layout.batch_shape),
+            rtol=rtol,
+            atol=atol,
+            norm=None if norm is None else lambda state: norm(state.x),
+            max_evals=max_evals,
+            batch_dims=batch_dims,
             on_failure="ignore",
             check_every=check_every,
             record=record,
             callback=watch if callback else None,
+            compact=compact and not hasattr(g, "_torchdynamo_orig_callable"),
+            has_aux=has_aux,
         )
     except BaseException as error:
         if isinstance(getattr(error, "solution", None), Solution):
-            error.solution = in_units_of_x(error.solution)  # type: ignore[attr-defined]
+            error.solution = _of_x(error.solution)  # type: ignore[attr-defined]
         raise
-    solution = in_units_of_x(solution)
-    # Measured anew: where a state is so long that its rounding swallows the step, the solve saw a residual of zero.
-    residual = batch(row_norm(rows_of_g(map_leaves(torch.clone, solution.value))))
-    converged = residual <= torch.where(usable, target, 0)
-    swallowed = ~converged & (solution.status == Status.CONVERGED)
-    status = torch.where(swallowed, int(Status.STAGNATED), solution.status)
-    solution = dataclasses.replace(
-        solution,
-        converged=converged,
-        status=torch.where(converged, int(Status.CONVERGED), status),
-        residual=residual,
-        relative_residual=torch.where(residual == 0, 0, residual / initial),
-        evals=solution.evals + 1,
-        nfev=solution.nfev + 1,
-    )
+    solution = _of_x(solution)
     report(solution, on_failure)
     return solution
 
 
-def _first_step(x: Tensor, gx: Tensor, g: Callable[[Tensor], Tensor]) -> Tensor:
-    """``s`` of each row, from one evaluation of g on rows next to ``x`` ``(rows, dim)``."""
-    size = row_norm(gx)
-    bound = 0.5 * row_norm(x).clamp(min=1) / size
-    nudge = torch.finfo(x.dtype).eps ** 0.5 * bound
-    change = (gx - g(x - nudge[:, None].to(x.dtype) * gx)).to(size.dtype)  # nudge times the Jacobian times g
-    slope = row_norm(change) / nudge / size
-    cosine = (change / row_norm(change)[:, None] * (gx / size[:, None])).sum(dim=1)
-    step = torch.copysign(torch.minimum(cosine.abs() / slope, bound), cosine)
-    return torch.where(torch.isfinite(step) & (step != 0), step, bound)
+class _State(NamedTuple):
+    """What the solve works on, each leaf in the dtype of x.
+
+    ``scale`` ``(*batch)`` is the s of the relaxation ``x - s g(x)``, 0 while it is unknown, and ``size`` ``(*batch)``
+    is ``||g(x)||`` in an image; ``Rescaled`` says more of them.
+    """
+
+    x: Any
+    scale: Tensor
+    size: Tensor
+
+
+def _relaxed(g: Callable[..., Any], norm: Callable[[Any], Tensor], has_aux: bool, state: _State, *args: Any) -> Any:
+    x, given, _ = state
+    output = g(x, *args)
+    if has_aux and not (isinstance(output, tuple) and len(output) == 2):
+        raise TypeError(f"with has_aux=True g must return (g(x), aux), found {type(output).__name__}")
+    gx, aux = output if has_aux else (output, None)
+    _check_output(gx, x)
+    size, given = norm(map_leaves(Tensor.detach, gx)), given.detach().real
+    largest = 0.5 * norm(map_leaves(Tensor.detach, x)).clamp(min=1) / size
+    scale = torch.where(given == 0, torch.where(torch.isfinite(largest), largest, 1), given)
+    moved = iter([leaf - _times(g_leaf, scale) for _, g_leaf, leaf in paired_leaves(gx, x)])
+    dtype = state.scale.dtype
+    image = _State(map_leaves(lambda _: next(moved), x), scale.to(dtype), size.to(dtype))
+    return (image, aux) if has_aux else image
+
+
+class _RelaxedModule(nn.Module):
+    """The same for a module g, whose parameters are then found."""
+
+    def __init__(self, g: nn.Module, relaxed: Callable[..., Any]) -> None:
+        super().__init__()
+        self.g = g
+        self._relaxed = relaxed
+
+    def forward(self, *args: Any) -> Any:
+        return self._relaxed(*args)
+
+
+def _check_output(gx: Any, x: Any) -> None:
+    """Raise unless g returned what can be subtracted from x leaf by leaf, without broadcasting or promotion."""
+    require_same_nesting(gx, x, "x")
+    for path, found, expected in paired_leaves(gx, x, "x"):
+        for name in ("shape", "dtype", "device"):
+            here, there = getattr(found, name), getattr(expected, name)
+            if here != there and not (name == "dtype" and here == autocast_dtype(expected.device)):
+                here, there = (tuple(here), tuple(there)) if name == "shape" else (here, there)
+                raise ValueError(f"g must keep the {name} of x0: {path} came back as {here}, expected {there}")
+
+
+def _times(leaf: Tensor, factor: Tensor) -> Tensor:
+    """A leaf ``(*batch, ...)`` times its row's factor ``(*batch)``."""
+    shaped = factor.reshape(factor.shape + (1,) * (leaf.ndim - factor.ndim))
+    return leaf * shaped.to(leaf.real.dtype)
 
 
 @dataclass(frozen=True)
 class _AtRoot(Backward):
-    """The gradient that ``rule`` gives, on the verified state: a relaxed step may lead away from a root."""
+    """The gradient that ``rule`` attaches to the root, once it is found."""
 
     rule: Backward
 
+    def __post_init__(self) -> None:
+        if self.rule.runs_forward:
+            raise TypeError(
+                "root attaches gradients to the root that was found: backward must be a rule that can, such as IFT(), "
+                f"found {self.rule!r}"
+            )
+
     def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
-        value, result = self.rule.attach(run)
-        return result.z.detach() + (value - value.detach()), result
+        result = run.solve()
+        assert isinstance(run.solver, Rescaled)
+        z = _for_gradients(run.solver, run.f, result.z)
+        # Picard stays where it is, in rules that take further steps.
+        attached, _ = self.rule.attach(dataclasses.replace(run, z0=z, depth=0, solver=Picard(), results=[]))
+        return attached, result
 
 
-def _times(state: Any, factor: Tensor) -> Any:
-    """Every leaf ``(*batch, ...)`` of the state times its row's factor ``(*batch)``."""
+@torch.no_grad()
+def _for_gradients(solver: Rescaled, f: Map, z: Tensor) -> Tensor:
+    """``z`` with the scale that the solver worked with; rows that were done at x0 have none yet and are given one."""
+    working = z[:, -solver.width]
+    x, unknown = z[:, : -2 * solver.width], working == 0
+    if bool(plain(unknown).any()):
+        _, g, found = solver.parts(z, f(z))
+        length = torch.finfo(z.dtype).eps ** 0.5 * row_norms(x, 1).clamp(min=1).to(z.dtype)
+        nudge = length[:, None] / x.shape[1] ** 0.5 * torch.ones_like(x)
+        nudged = solver.join(z, x + nudge, found, found)
+        _, g_nudged, _ = solver.parts(nudged, f(nudged))
+        longer, shorter = inverse_slopes(nudge.to(g.dtype), g_nudged - g)
+        shorter = torch.where(torch.isfinite(shorter) & (shorter != 0), shorter, longer)
+        working = torch.where(unknown, torch.where(torch.isfinite(shorter), shorter, found).to(z.dtype), working)
+    return solver.join(z, x, working, working)
 
-    def scaled(leaf: Tensor) -> Tensor:
-        shaped = factor.reshape(factor.shape + (1,) * (leaf.ndim - factor.ndim))
-        return leaf * shaped.to(leaf.real.dtype if leaf.is_complex() else leaf.dtype)
 
-    return map_leaves(scaled, state)
+class _AdjointOfX(AdjointSlot):
+    """The figures of a backward solve, in the structure of x."""
+
+    def __init__(self, slot: AdjointSlot) -> None:
+        self._slot = slot
+
+    @property
+    def solution(self) -> Solution | None:  # type: ignore[override]
+        found = self._slot.solution
+        return None if found is None else dataclasses.replace(found, value=found.value.x)
+
+
+def _of_x(solution: Solution) -> Solution:
+    """The solution in the structure of x."""
+    return dataclasses.replace(solution, value=solution.value.x, _adjoint=_AdjointOfX(solution._adjoint))

@@ -211,3 +211,15 @@ class Anderson(Solver):
             guard = guard._replace(bound=xp.where(ahead, guard.bound, xp.inf))
         state = AndersonState(basis, images, pair, use, weights, (slot + 1) % self.memory, now, fz, None, guard)
         return z_next.to(dtype), state
+
+    def forget(self, state: AndersonState, rows: Tensor) -> AndersonState:
+        def where(mask: Tensor, value: float, otherwise: Small) -> Small:
+            mask = mask.reshape(-1, *(1,) * (otherwise.ndim - 1))
+            return alike(small(torch.where(mask, value, large(otherwise))), otherwise)
+
+        guard = state.guard
+        if guard is not None:  # two plain steps, for the next one finds a difference of two maps
+            infinite = {name: where(rows, torch.inf, getattr(guard, name)) for name in ("bound", "level")}
+            guard = guard._replace(**infinite, left=where(rows, 2, guard.left))
+        use, weights = (where(rows, 0, x) for x in (state.use, state.weights))
+        return state._replace(use=use, weights=weights, guard=guard)

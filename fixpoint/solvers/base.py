@@ -54,6 +54,13 @@ class Solver(abc.ABC):
         """Solve from the rows ``z`` ``(rows, dim)``; only a solver that needs a loop of its own overrides it."""
         return iterate(f, z, self, tolerance, **options)
 
+    def forget(self, state: Any, rows: Tensor) -> Any:
+        """``state`` without what is remembered of the rows in the mask ``rows`` ``(rows,)``; None if that cannot be.
+
+        These rows take a plain step next. It is for whoever changes the map of a row on the way, as ``root`` does.
+        """
+        return None
+
     def adjoint(self) -> Solver | None:
         """A solver that suits ``u = v + J^T u`` because this one, bound, suits f; None: any will do."""
         return None

@@ -107,6 +107,10 @@ class Broyden(Solver):
         z_next = torch.addcmul(start, direction, scale)
         return z_next.to(z.dtype), BroydenState(steps, system, use, held + 1, g)
 
+    def forget(self, state: BroydenState, rows: Tensor) -> BroydenState:
+        use = large(state.use)
+        return state._replace(use=alike(small(use * ~rows[:, None]), state.use))
+
     def _restart(self, g: Tensor, state: BroydenState) -> BroydenState:
         """Keep the last secant alone: slot 0 its step s, slot 1 the vector that s is paired with."""
         if state.g is None or self.memory < 3:
@@ -116,6 +120,7 @@ class Broyden(Solver):
         product = (step * change).sum(dim=1)
         square = step.square().sum(dim=1)
         sound = product.abs() > torch.finfo(g.dtype).eps ** 0.5 * step.norm(dim=1) * change.norm(dim=1)
+        sound &= large(state.use)[:, -1] > 0  # not where the row has just forgotten all
         scale = torch.where(sound, square / torch.where(sound, product, 1), 0)
         steps = state.steps.put(0, torch.mul, step, torch.ones_like(scale)[:, None])
         steps = steps.put(1, torch.mul, -(step + change), scale[:, None])

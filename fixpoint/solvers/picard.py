@@ -36,3 +36,6 @@ class Picard(Solver):
 
     def step(self, z: Tensor, fz: Tensor, state: None) -> tuple[Tensor, None]:
         return (fz if self.damping == 1 else z + self.damping * (fz - z)), state
+
+    def forget(self, state: None, rows: Tensor) -> tuple[()]:
+        return ()

@@ -1,0 +1,185 @@
+"""Zeros of g by a solver for fixed points: ``x - s g(x)``, with an s that is learnt on the way.
+
+Each row ends with two numbers beside x. In a state, the first is the s that f is to use, or 0 while nothing is known of
+g: then f chooses one, which comes back in the image. The second is ``||g(x)||`` in an image; in a state, it is the s
+that the solver works with, or 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fixpoint.engine.layout import Layout, leaves
+from fixpoint.engine.loop import LoopOptions, LoopResult, Map
+from fixpoint.engine.tolerance import Array, Figures, Tolerance
+from fixpoint.solvers.base import Solver, gram_dtype
+
+# What is this small beside x0 counts as nothing, as in other solves.
+_NOTHING = 1e-16
+# Where g(x0) is this small already, it need not fall: so many roundings of what g would be if x were 100% off.
+_ROUNDINGS = 64.0
+# The slope of g is the smallest of so many steps.
+_SLOPES = 3
+# A row starts over when all of these slopes are so many times the one that the solver works with, or as much smaller.
+_UNFIT = 5.0
+
+
+def row_norms(state: Any, batch_dims: int) -> Tensor:
+    """Euclidean norm ``(*batch)`` in at least float32, of rows divided by their largest entry: no square overflows."""
+    leaf_rows = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for _, x in leaves(state)]
+    row = torch.cat([x[..., None].flatten(batch_dims) for x in leaf_rows], dim=-1)
+    row = row.to(gram_dtype(row))
+    largest = row.abs().amax(dim=-1, keepdim=True) if row.shape[-1] else row.sum(dim=-1, keepdim=True)
+    unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
+    return (unit * torch.linalg.vector_norm(row / unit, dim=-1, keepdim=True)).squeeze(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaturalTolerance(Tolerance):
+    """``||g(x)|| <= atol + rtol * slope * ||x||``, with the slope ``1 / |scale|`` that a row of the state brings."""
+
+    width: int  # columns of a number
+    nothing: Array | float = 0.0  # an x that is nothing beside x0
+    first: Array | float = np.inf  # ||g(x0)||
+
+    def started(self, z: Tensor, fz: Tensor, figures: Figures) -> Tolerance:
+        length = self._length(z.detach()).cpu().double().numpy()
+        return dataclasses.replace(self, nothing=_NOTHING * length, first=figures.residual)
+
+    def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True) -> Figures:
+        z, fz = z.detach(), fz.detach()
+        scale, size = z[:, -2 * self.width].abs(), fz[:, -self.width]
+        host = torch.stack([x.to(gram_dtype(z)) for x in (size, self._length(fz), scale)]).cpu().double().numpy()
+        residual, length, scale = host
+        with np.errstate(all="ignore"):
+            natural = np.maximum(length, self.nothing) / scale
+            # While the slope is unknown, or g has hardly fallen since x0, nothing says how good x is: 100% off.
+            known = (scale > 0) & (residual <= np.maximum(0.5 * self.first, self._noise(z) * natural))
+            natural = np.where(known, natural, residual)
+        return Figures(residual, natural, residual)
+
+    def _noise(self, z: Tensor) -> float:
+        return _ROUNDINGS * max(torch.finfo(z.dtype).eps, self.rounding)
+
+    def _length(self, z: Tensor) -> Tensor:
+        return row_norms(z[:, : -2 * self.width], 1) if self.norm is None else self.norm(z)
+
+
+class _Memory(NamedTuple):
+    """What ``Rescaled`` remembers."""
+
+    x: Tensor  # (rows, dim), of the last step
+    g: Tensor
+    scales: Tensor | None = None  # (rows, _SLOPES): signed inverse slopes of the last steps, the newest first
+    scale: Any = None  # (rows,): the one that the solver works with
+    inner: Any = None  # the solver's state
+
+
+@dataclass(frozen=True)
+class Rescaled(Solver):
+    """Steps of ``solver`` on ``x - s g(x)``, with s from what the last steps have shown of the slope of g.
+
+    A state's scale is the largest inverse slope of the last steps: by that its g is judged. The solver works with one
+    scale for as long as that fits; a row whose slope has left it far behind starts over with another.
+
+    Attributes:
+        solver: The update rule for x.
+        width: Columns of a number: 2 where states are complex.
+    """
+
+    solver: Solver
+    width: int = 1
+
+    def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
+        f, solver = self.solver.bind(f, layout)
+        return f, Rescaled(solver, layout.leaf_sizes[-1])
+
+    def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
+        same = {field.name: getattr(tolerance, field.name) for field in dataclasses.fields(tolerance)}
+        return super().run(f, z, NaturalTolerance(**same, width=self.width), **options)
+
+    def adjoint(self) -> Solver | None:
+        return self.solver.adjoint()
+
+    def init(self, z: Tensor) -> _Memory | None:
+        return None
+
+    def step(self, z: Tensor, fz: Tensor, state: _Memory | None) -> tuple[Tensor, _Memory]:
+        x, g, scale = self.parts(z, fz)
+        if state is None:
+            # A step that is short enough to tell the slope along g; its scale is not known yet.
+            x_next = x - torch.finfo(z.dtype).eps ** 0.5 * scale[:, None] * g
+            unknown = torch.zeros_like(scale)
+            return self.join(z, x_next, unknown, unknown), _Memory(x, g)
+        secant, fitting = inverse_slopes(x - state.x, g - state.g)
+        if state.scales is None:
+            return self._first_step(z, x, g, secant, fitting, state)
+        secant = torch.where(torch.isfinite(secant), secant, state.scales[:, 0])
+        scales = torch.cat((secant[:, None], state.scales[:, :-1]), dim=1)
+        inner, inner_scale = state.inner, state.scale
+        ratio = (scales / inner_scale[:, None]).abs()
+        unfit = (ratio.amin(dim=1) > _UNFIT) | (ratio.amax(dim=1) < 1 / _UNFIT)
+        forgotten = self.solver.forget(inner, unfit)
+        if forgotten is not None:
+            inner, inner_scale = (
+                forgotten,
+                torch.where(unfit, _bounded(fitting, secant, 2 * _largest_scale(x, g)), inner_scale),
+            )
+        return self._step(z, x, g, scales, inner_scale, inner)
+
+    def _first_step(
+        self, z: Tensor, x: Tensor, g: Tensor, secant: Tensor, fitting: Tensor, state: _Memory
+    ) -> tuple[Tensor, _Memory]:
+        """The first step of the solver, from x0 if that is better than the state next to it."""
+        better = (row_norms(state.g, 1) < row_norms(g, 1))[:, None]
+        x, g = torch.where(better, state.x, x), torch.where(better, state.g, g)
+        largest = _largest_scale(x, g)
+        secant = torch.where(torch.isfinite(secant), secant, largest)
+        scales = secant[:, None].repeat(1, _SLOPES)
+        return self._step(z, x, g, scales, _bounded(fitting, largest, largest), self.solver.init(x))
+
+    def _step(
+        self, z: Tensor, x: Tensor, g: Tensor, scales: Tensor, inner_scale: Tensor, inner: Any
+    ) -> tuple[Tensor, _Memory]:
+        x_next, inner = self.solver.step(x, x - inner_scale[:, None] * g, inner)
+        scale = torch.copysign(scales.abs().amax(dim=1), scales[:, 0])
+        return self.join(z, x_next, scale, inner_scale), _Memory(x, g, scales, inner_scale, inner)
+
+    def parts(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x and g(x), both ``(rows, dim)``, and the scale ``(rows,)`` between them in f, in at least float32."""
+        wide, end = gram_dtype(z), -2 * self.width
+        x, image, scale = z[:, :end].to(wide), fz[:, :end].to(wide), fz[:, end].to(wide)
+        scale = torch.where(scale == 0, 1, scale)  # a row that ended before it had one
+        return x, (x - image) / scale[:, None], scale
+
+    def join(self, z: Tensor, x: Tensor, scale: Tensor, working: Tensor) -> Tensor:
+        """A state like ``z``; the numbers in it are ``(rows,)``."""
+        numbers = torch.zeros_like(z[:, -2 * self.width :])
+        numbers[:, 0], numbers[:, self.width] = scale.to(z.dtype), working.to(z.dtype)
+        return torch.cat((x.to(z.dtype), numbers), dim=1)
+
+
+def inverse_slopes(dx: Tensor, dg: Tensor) -> tuple[Tensor, Tensor]:
+    """Signed inverse slopes ``(rows,)`` along a step: ``|dx| / |dg|``, and the shorter one of Barzilai and Borwein."""
+    length, change = row_norms(dx, 1), row_norms(dg, 1)
+    cosine = ((dx / length[:, None]) * (dg / change[:, None])).sum(dim=1)
+    ratio = length / change
+    ratio = torch.where(ratio > 0, ratio, torch.nan)
+    return torch.copysign(ratio, cosine), cosine * ratio
+
+
+def _largest_scale(x: Tensor, g: Tensor) -> Tensor:
+    """The scale whose step is half as long as x, or half of 1 where x is shorter."""
+    return 0.5 * row_norms(x, 1).clamp(min=1) / row_norms(g, 1)
+
+
+def _bounded(scale: Tensor, otherwise: Tensor, largest: Tensor) -> Tensor:
+    scale = torch.where(torch.isfinite(scale) & (scale != 0), scale, otherwise)
+    bounded = torch.copysign(torch.minimum(scale.abs(), largest), scale)
+    return torch.where(torch.isfinite(bounded), bounded, scale)  # g may be zero
