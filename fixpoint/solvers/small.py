@@ -48,6 +48,15 @@ class NumPyArithmetic:
         """``x`` in memory of its own."""
         return x.copy()
 
+    def products(self, x: Small, y: Small) -> Small:
+        """``(rows, 2, 2)``: all products of each row of ``x`` ``(rows, n)`` and that of ``y``."""
+        both = self.concatenate((x[:, None], y[:, None]), 1)
+        return both @ both.swapaxes(1, 2)
+
+    def writable(self, x: Small) -> Small:
+        """``x`` to write to: autograd may have saved a tensor, so that is copied."""
+        return x
+
     def identity(self, like: Small, n: int) -> Small:
         """``(n, n)``, in the dtype of ``like``."""
         return np.eye(n, dtype=like.dtype)
@@ -88,6 +97,9 @@ class TorchArithmetic(NumPyArithmetic):
         return x.detach()
 
     def copy(self, x: Small) -> Small:
+        return x.clone()
+
+    def writable(self, x: Small) -> Small:
         return x.clone()
 
     def identity(self, like: Small, n: int) -> Small:
