@@ -205,7 +205,7 @@ class Anderson(Solver):
             guard = guard._replace(bound=xp.where(ahead, guard.bound, float("inf")))
             use, along, newest = use * ahead[:, None], xp.where(ahead[:, None], along, 0), xp.where(ahead, newest, 0)
             trusted = trusted & ahead
-        use, along, free = xp.copy(use), xp.copy(along), (state.slot + 1) % (self.memory + 1)
+        use, along, free = xp.copy(use), xp.writable(along), (state.slot + 1) % (self.memory + 1)
         use[:, state.slot], along[:, state.slot] = trusted, newest
         use[:, free], along[:, free] = 0, 0
         state = AndersonState(basis, images, residuals, use, along, free, now, fz, None, guard)
@@ -235,8 +235,9 @@ class Anderson(Solver):
     ) -> tuple[Tensor, History, History]:
         """The step from z, and the basis and the images with one more vector; ``change`` is used up."""
         basis, images, slot = state.basis, state.images, state.slot
-        ridged = 1 + self.ridge
-        weights, weight = xp.tensor((along / ridged)[:, None]), xp.tensor((newest / ridged * scale)[:, None])
+        if self.ridge > 0:
+            along, newest = along / (1 + self.ridge), newest / (1 + self.ridge)
+        weights, weight = xp.tensor(along[:, None]), xp.tensor((newest * scale)[:, None])
         shared, scale = xp.tensor(shared[:, None]), xp.tensor(scale[:, None])
         change = basis.subtract(change[:, None], shared, in_place=True)[:, 0]
         remainder = None
@@ -255,4 +256,5 @@ class Anderson(Solver):
 
 def _products(x: Tensor, y: Tensor) -> Tensor:
     """Products ``(rows,)`` of the rows of ``x`` and ``y``."""
-    return torch.bmm(x[:, None], y[:, :, None])[:, 0, 0]
+    columns = y[None].permute(1, 2, 0)  # with the strides of y[:, :, None], bmm is twenty times slower on a CPU
+    return torch.bmm(x[:, None], columns)[:, 0, 0]

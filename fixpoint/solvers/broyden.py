@@ -96,7 +96,7 @@ class Broyden(Solver):
         steps = steps.put(held, torch.mul, direction, scale)
         newest = xp.take(steps.dots(direction[:, None], slice(held + 1))[:, 0] * scale)
         system, use = xp.writable(system), xp.writable(use)
-        system[:, held, :held] = xp.where(use[:, :held] > 0, -newest[:, 1:], 0)
+        system[:, held, :held] = -newest[:, 1:]
         system[:, held, held] = xp.where(newest[:, -1] > 0, newest[:, -1], 1)
         use[:, held] = 1
         z_next = torch.addcmul(start, direction, scale)

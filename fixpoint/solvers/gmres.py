@@ -68,7 +68,7 @@ class GMRES(Solver):
         (4, [-2.25, 0.25])
     """
 
-    memory: int = 60
+    memory: int = 100
 
     def __post_init__(self) -> None:
         require_count("memory", self.memory)
