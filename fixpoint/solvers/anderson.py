@@ -75,9 +75,7 @@ class _Split(NamedTuple):
     independent: Small  # (rows,): whether enough of dg is outside; where not, the basis is left out of all the others
 
     @classmethod
-    def of(
-        cls, xp: NumPyArithmetic, along: Small, before: Small, square: Small, product: Small, size: Small
-    ) -> _Split:
+    def of(cls, xp: NumPyArithmetic, along: Small, before: Small, square: Small, product: Small, size: Small) -> _Split:
         """From coordinates of g and of the residual before, and from ``|g|^2``, ``g . dg`` and ``|dg|^2``."""
         shared = along - before
         inside = xp.products(along, shared)
@@ -187,7 +185,9 @@ class Anderson(Solver):
         change = g - residuals.slots[state.newest]
         xp, split, square = self._split(g, change, state)
         with xp.quiet():
-            scale = 1 / xp.sqrt(split.fresh + torch.finfo(wide).tiny)  # a power would make 0 times infinity of a gradient
+            scale = 1 / xp.sqrt(
+                split.fresh + torch.finfo(wide).tiny
+            )  # a power would make 0 times infinity of a gradient
             newest = split.cross * scale  # the coordinate of g along the new vector of the basis
             guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
             trusted, guard = guard.judge(xp, square, split.outside - xp.detach(newest * newest))

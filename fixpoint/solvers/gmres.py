@@ -86,7 +86,8 @@ class GMRES(Solver):
         unit = torch.where((unit > 0) & (unit < torch.inf), unit, 1)
         residual = residual / unit
         xp = arithmetic(residual)
-        scale, size = xp.take(unit[:, 0].to(exact)), xp.take(torch.linalg.vector_norm(image, dim=1).to(exact))
+        scale = xp.take(unit[:, 0].to(exact))
+        size = scale * xp.take(torch.linalg.vector_norm(image / unit, dim=1).to(exact))
         room = self.memory + _SPARE
         with xp.quiet():
             if state is None or state.knowledge.count > room:
@@ -103,7 +104,7 @@ class GMRES(Solver):
                 if z is not state.proposal:
                     moved = xp.take((z != state.proposal).any(dim=1))
                 measured = Measurement(scale[:, None] * inside, scale * outside, scale * total, size)
-                knowledge, change = before.after(xp, measured, moved, tiny=10 * eps)
+                knowledge, change = before.after(xp, measured, moved, eps)
                 vector = torch.where(
                     xp.tensor(change.begins)[:, None], _divided(xp, residual, total), _divided(xp, rest, outside)
                 )

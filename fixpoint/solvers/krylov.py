@@ -8,8 +8,9 @@ from fixpoint.solvers.small import NumPyArithmetic, Small
 
 # A step along the residual goes at least this share of it along the newest vector, to learn about that.
 _LEAST_SHARE = 0.1
-# The most that rounding may spoil what is learnt near the best point, in roundings of one evaluation.
-_MOST_DOUBT = 10.0
+# The most that rounding may spoil what is learnt near the best point: in roundings of one evaluation, and relative to f.
+_MOST_ROUNDINGS = 10.0
+_MOST_DOUBT = 1e-12
 # An image so many times longer than the longest before it is taken for rounding.
 _MOST_STRETCH = 10.0
 # The best point is evaluated for itself when its residual should be below this share of the least one measured.
@@ -18,6 +19,8 @@ _PROGRESS = 0.1
 _UNKNOWN = 3.0
 # A measured residual with more than this share of it outside the basis calls for a new basis.
 _OUTSIDE = 0.5
+# An image tells nothing new if what is new in it is below this share of its standard error.
+_NOISE = 0.1
 
 
 class Measurement(NamedTuple):
@@ -55,6 +58,7 @@ class Knowledge(NamedTuple):
     steps: Small  # (rows, n, n - 1), upper triangular: the step by which each image was learnt
     step: Small  # (rows, n): the step to the point that is evaluated now; ends with zero where it teaches no image
     expected: Small  # (rows, n)
+    doubt: Small  # (rows,): standard error of the residual expected
     share: Small  # (rows,): how far to go along a residual
     careful: Small  # (rows,): images are learnt far from the best point, where rounding spoils them less
     over: Small  # (rows,): the row starts over from the point that is evaluated now
@@ -84,21 +88,21 @@ class Knowledge(NamedTuple):
             steps=matrix[..., :0],
             step=zero,
             expected=zero,
+            doubt=zero[:, 0],
             share=xp.zeros_like(length) + 1 if before is None else before.share,
             careful=length < 0 if before is None else before.careful,
             over=length < 0,
         )
 
-    def after(
-        self, xp: NumPyArithmetic, measured: Measurement, moved: Small, tiny: float
-    ) -> tuple[Knowledge, Change]:
+    def after(self, xp: NumPyArithmetic, measured: Measurement, moved: Small, eps: float) -> tuple[Knowledge, Change]:
         """What is known after a measurement, in the coordinates of one vector more.
 
         ``moved`` tells the rows that were not measured where they should have been; they start over.
         """
         finite, verified, pending = measured.total < float("inf"), self.step[:, -1] == 0, self.use[:, -1] > 0
-        stray = verified & pending & finite & (measured.outside > _OUTSIDE * measured.total)
-        begins = self.over | moved | stray
+        stray = pending & (measured.outside > _OUTSIDE * measured.total)
+        worse = measured.total**2 > (self.anchored**2).sum(-1)
+        begins = self.over | moved | (verified & finite & (stray | worse))
         learns, moves = finite & ~begins & ~verified, finite & ~begins & verified
 
         # The newest vector's image, and the rotation that makes its column one of a triangle.
@@ -110,7 +114,9 @@ class Knowledge(NamedTuple):
         pivot = xp.hypot(turned[:, -1:], below)
         stretch, longest = xp.sqrt((column**2).sum(-1)), self._longest(xp)
         wild = learns & (longest > 0) & (stretch > _MOST_STRETCH * longest)
-        learnt = learns & ~wild & (pivot[:, 0] > tiny * stretch)
+        noise = self.doubt / abs(xp.where(learns, self.step[:, -1], zero[:, 0] + 1))
+        singular = xp.maximum(_NOISE * noise, eps**0.8 * xp.maximum(stretch, zero[:, 0] + 1))
+        learnt = learns & ~wild & (pivot[:, 0] > singular)
         good = learnt[:, None]
         safe = xp.where(good, pivot, zero + 1)
         cosine, sine = turned[:, -1:] / safe, below / safe
@@ -129,12 +135,10 @@ class Knowledge(NamedTuple):
         triangle = _grown(xp, self.triangle, xp.where(good, _joined(xp, rest, pivot), unit))
         steps = _grown(xp, self.steps, xp.where(good, self.step, unit))
         use = xp.where(good, self.use, _joined(xp, self.use[:, :-1], zero))
-        anchor, anchored = (
-            xp.where(good, _padded(xp, x), _shifted(xp, x)) for x in (self.anchor, self.anchored)
-        )
+        anchor, anchored = (xp.where(good, _padded(xp, x), _shifted(xp, x)) for x in (self.anchor, self.anchored))
 
         # A point that was evaluated for itself is the new base; another one may be the new anchor.
-        sound = measured.outside > tiny * measured.total
+        sound = measured.outside > 10 * eps * measured.total
         here = _shifted(xp, measured.inside)
         here = xp.where(pending[:, None], here, _joined(xp, here[:, :-1], measured.outside[:, None]))
         target = xp.where(moves[:, None], _times(rotation, here), target)
@@ -160,6 +164,7 @@ class Knowledge(NamedTuple):
             steps=xp.where(new[:, None], eye[:, :-1], steps),
             step=self.step,
             expected=self.expected,
+            doubt=self.doubt,
             share=xp.where(learnt, self._best_share(xp, triangle, rotation), self.share),
             careful=self.careful | wild,
             over=learns & ~learnt,
@@ -183,11 +188,12 @@ class Knowledge(NamedTuple):
         least, end = _LEAST_SHARE * self.share[:, None] * remains, along[:, -1:]
         end = xp.where(abs(end) < least, xp.where(end < 0, -least, least), end)
         onward = best - self.anchor + _joined(xp, along[:, :-1], end)
-        doubt = self._doubt(xp, onward)
-        careful = (self.careful | (doubt > _MOST_DOUBT))[:, None]
+        once = rounding * self.size
+        roundings = self._roundings(xp, onward)
+        careful = (self.careful | (roundings > max(_MOST_ROUNDINGS, _MOST_DOUBT / rounding)))[:, None]
 
         near = remains**2 < _PROGRESS**2 * (self.anchored**2).sum(-1)[:, None]
-        unknown = remains < _UNKNOWN * rounding * (doubt * self.size)[:, None]
+        unknown = remains < _UNKNOWN * (once * roundings)[:, None]
         pending = ((self.use[:, -1] > 0) & ~self.over)[:, None]
         verify = ~pending | xp.where(careful, near, unknown)
         if last:
@@ -198,7 +204,8 @@ class Knowledge(NamedTuple):
         turned = (self.triangle @ step[:, :-1, None])[..., 0]
         expected = self.anchored - _times(self.rotation.swapaxes(1, 2), turned)
         careful = self.careful | (careful & pending)[:, 0]
-        return self._replace(step=step, expected=expected, careful=careful), self.anchor + step
+        doubt = once * xp.where(careful, xp.zeros_like(once) + 2**0.5, roundings)
+        return self._replace(step=step, expected=expected, doubt=doubt, careful=careful), self.anchor + step
 
     def _longest(self, xp: NumPyArithmetic) -> Small:
         """Length of the longest image known ``(rows,)``; zero where there is none."""
@@ -214,7 +221,7 @@ class Knowledge(NamedTuple):
         share = xp.maximum((turned * image).sum(-1) / square, _LEAST_SHARE * abs(self.target[:, -1]) / xp.sqrt(square))
         return xp.where(share > 0, xp.minimum(share, xp.zeros_like(share) + 1), self.share)
 
-    def _doubt(self, xp: NumPyArithmetic, step: Small) -> Small:
+    def _roundings(self, xp: NumPyArithmetic, step: Small) -> Small:
         """Standard error of the residual at a step, in roundings of one evaluation.
 
         Known images are weighted sums of residuals that were measured, two for each step taken.
