@@ -115,7 +115,9 @@ class Broyden(Solver):
         product = (step * change).sum(dim=1)
         square = step.square().sum(dim=1)
         sound = product.abs() > torch.finfo(g.dtype).eps ** 0.5 * step.norm(dim=1) * change.norm(dim=1)
-        sound &= arithmetic(g).tensor(arithmetic(g).own(state.use))[:, -1] > 0  # not where the row has just forgotten all
+        sound &= (
+            arithmetic(g).tensor(arithmetic(g).own(state.use))[:, -1] > 0
+        )  # not where the row has just forgotten all
         scale = torch.where(sound, square / torch.where(sound, product, 1), 0)
         # The step after a restart writes slot 2, where the last step must stay if this state is stepped from again.
         steps = state.steps if self.memory > 3 else History(state.steps.states.clone())
