@@ -23,6 +23,11 @@ FLOORS = (
 )
 
 
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in ROOT.rglob("*.py")
+}
+
+
 def floor(module: str) -> int:
     """Of a module below ``fixpoint``; the longest name that fits counts."""
     fitting = [
@@ -45,16 +50,17 @@ def imports(source: str) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fixpoint":
             below = node.module.removeprefix("fixpoint").removeprefix(".")
-            names |= {below} if below else {alias.name for alias in node.names}
+            inner = {".".join(filter(None, (below, alias.name))) for alias in node.names}
+            names |= inner & MODULES or ({below} if below else inner)
     return names
 
 
 def modules() -> dict[str, set[str]]:
     found = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if name != "__init__":
-            found[name] = imports(path.read_text(encoding="utf-8"))
+    for name in sorted(MODULES - {"__init__"}):
+        path = ROOT.joinpath(*name.split("."))
+        source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        found[name] = imports(source.read_text(encoding="utf-8"))
     return found
 
 
