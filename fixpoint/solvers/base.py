@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import operator
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
@@ -21,6 +22,10 @@ class Solver(abc.ABC):
     A solver sees flat ``(rows, dim)`` real tensors, never ``f`` and never a tolerance; the loop evaluates, measures and
     decides. It must not couple rows, must not change ``z`` or ``fz`` in place, and keeps everything that it remembers
     in the state it returns. Subclasses are frozen dataclasses, so that unknown options raise.
+
+    States are values: stepping twice from one state gives the same, whatever else was tried in between. To save memory,
+    a step may write where its own state does not read. So a state is good until a state that a step made from it is
+    stepped from in turn; whoever wants to keep one longer copies it (``copy.deepcopy``).
 
     Example:
         >>> import dataclasses, torch, fixpoint
@@ -54,23 +59,31 @@ class Solver(abc.ABC):
         return iterate(f, z, self, tolerance, **options)
 
     def adjoint(self) -> Solver | None:
-        """A solver that suits ``u = v + J^T u`` because this one, bound, suits f; None: any will do."""
+        """The solver for the adjoint equation ``u = v + J^T u`` of an f that this solver was bound to.
+
+        None leaves the choice to the backward rule.
+        """
         return None
 
 
-def require_count(name: str, value: object) -> None:
-    """Raise unless ``value`` is a whole number of at least 1."""
-    if not isinstance(value, int):
+def require_count(name: str, value: object) -> int:
+    """``value`` as an int; raises unless it is a whole number of at least 1, of Python, NumPy or torch."""
+    try:
+        count = operator.index(value) if not isinstance(value, bool) else None  # type: ignore[arg-type]
+    except TypeError:
+        count = None
+    if count is None:
         raise TypeError(f"{name} must be an integer, found {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, found {value}")
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, found {count}")
+    return count
 
 
 def small_dtype(z: Tensor) -> torch.dtype:
-    """Precision for the small systems: float64, or float32 where the device has none."""
+    """Dtype of a solver's small systems: float64, or float32 on a device that lacks it."""
     return torch.float32 if z.device.type == "mps" else torch.float64
 
 
 def gram_dtype(z: Tensor) -> torch.dtype:
-    """Precision in which rows are subtracted and multiplied: at least float32."""
+    """Dtype in which a solver subtracts and multiplies rows: that of ``z``, and at least float32."""
     return torch.promote_types(z.dtype, torch.float32)
