@@ -38,7 +38,7 @@ Work = Callable[[], None]
 
 CHECKED = Size(rows=32, dim=256, evals=40)
 # A step is compiled, and captured, once for each value of the integers in its state. torch.compile stops at eight.
-SHORT = {"Anderson m=4": fixpoint.Anderson(memory=4), "Broyden m=5": fixpoint.Broyden(memory=5)}
+SHORT = {"Anderson m=3": fixpoint.Anderson(memory=3), "Broyden m=5": fixpoint.Broyden(memory=5)}
 CHECK_EVERY = 8
 _AGREE = 1e-6  # of the largest entry, in float64: another order of summing grows from step to step
 

@@ -49,7 +49,7 @@ class GMRES(Solver):
     between: what they teach is less spoilt by rounding.
 
     Args:
-        memory: Number of vectors whose images are known, before a row starts over. The basis grows with the evaluations,
+        memory: Number of vectors whose images are known, before a row starts over. The basis grows with evaluations,
             by ten states per row at a time, up to ``memory + 6``; two more states are held beside it.
 
     Raises:
