@@ -2,7 +2,7 @@
 #   make demo            sample digits with every method and write runs/report.html
 #   make test            the test suite
 # PYTHON chooses the interpreter (3.11 or later); DEMO_FLAGS goes to `fixpoint bench`, TEST_FLAGS to pytest,
-# MUTATION_FLAGS to `python -m benchmarks.mutation`.
+# MUTATION_FLAGS to `python -m benchmarks.mutation`, MATRIX_FLAGS to `python tests/matrix.py`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,8 +10,9 @@ INSTALLED := $(VENV)/.installed
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
 MUTATION_FLAGS ?=
+MATRIX_FLAGS ?=
 
-.PHONY: demo test lint types docs doctest mutation clean
+.PHONY: demo test lint types docs doctest mutation matrix clean
 .DEFAULT_GOAL := demo
 
 # Torch goes first and by its exact version: resolved together with the rest, pip may take a newer build for GPUs.
@@ -47,6 +48,9 @@ doctest: $(INSTALLED)
 mutation: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[mutation]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.mutation $(MUTATION_FLAGS)
+
+matrix: $(INSTALLED)
+	$(BIN)/python tests/matrix.py $(MATRIX_FLAGS)
 
 clean:
 	rm -rf $(VENV) runs mutants docs/_build

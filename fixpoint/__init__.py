@@ -26,12 +26,14 @@ from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.blockwise import Blockwise
 from fixpoint.solvers.broyden import Broyden
+from fixpoint.solvers.gmres import GMRES
 from fixpoint.solvers.picard import Picard
 from fixpoint.training import correction_loss, jacobian_penalty, spectral_radius
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GMRES",
     "IFT",
     "JFB",
     "SHINE",

@@ -62,7 +62,7 @@ def estimate_memory(
         >>> import torch, fixpoint
         >>> z0 = torch.empty(64, 2**20, device="meta")
         >>> print(fixpoint.estimate_memory(z0, solver=fixpoint.Picard()))
-        1.5 GiB at most; 4.0 states of 256.0 MiB while f runs
+        2.0 GiB at most; 6.0 states of 256.0 MiB while f runs
     """
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {solver!r}")
@@ -83,8 +83,11 @@ def estimate_memory(
             held = max(held, live.now)
             fz = torch.empty_like(z)
             torch.linalg.vector_norm(fz - z, dim=1)
+            checked = z, fz  # to which a row can go back, until the next check
             if count == max_evals:
                 break
+            if len(flat) > 1:
+                fz = torch.empty_like(fz)  # as the solver is shown it: rows that have ended stand where they were left
             z, state = solver.step(z, fz, state)
             del fz
             rose_at = count if (held, live.peak) != before else rose_at

@@ -96,9 +96,7 @@ def spectral_radius(
         >>> fixpoint.spectral_radius(lambda z: z @ A, torch.zeros(2, 3))
         tensor([0.9000, 0.9000])
     """
-    require_count("steps", steps)
-    if steps < 2:
-        raise ValueError(f"steps must be at least 2, found {steps}")
+    require_count("steps", steps, least=2)
     layout, at, fz = _recorded(f, z, args, batch_dims)
     vector = torch.randn(at.shape, dtype=at.dtype, device=at.device, generator=generator)
     growth = torch.zeros_like(row_norm(at), requires_grad=False)

@@ -113,7 +113,7 @@ class GaussianPrior:
         arrive = transitions.alphas_prev.sqrt().to(coordinates)[:, None] * mean
         leave = a.sqrt().to(coordinates) * mean
         added = added + arrive - slopes * leave
-        spread = slopes.expand_as(added[0]).expand_as(added)
+        spread = slopes.expand_as(added)
         chain = Recurrence(lambda x, s, u: s * x + u, coordinates, inputs=(spread, added), slopes=slopes.squeeze(1))
         path = solve(chain, solver=CausalQuasiNewton(), rtol=1e-6, backward=None).value
         path = path if self.basis is None else path @ self.basis.to(path).mT

@@ -51,7 +51,9 @@ class Cell:
         """Ours, less what another cell would set."""
         others = {name for setting in INSTRUCTIONS.values() for name in setting}
         ours = {name: value for name, value in os.environ.items() if name not in others}
-        return {**ours, **INSTRUCTIONS[self.instructions], "OMP_NUM_THREADS": str(self.threads)}
+        # Threads that wait for work sleep: they would take the cores from the other processes.
+        threads = {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        return {**ours, **INSTRUCTIONS[self.instructions], **threads}
 
     def command(self, processes: int, xml: Path, arguments: Iterable[str]) -> list[str]:
         workers = max(1, processes // self.threads)

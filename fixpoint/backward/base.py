@@ -78,7 +78,7 @@ class ForwardSolve:
 
         def solve(f: Map, z0: Tensor) -> LoopResult:
             with torch.no_grad():
-                return replace(self, z0=z0, compaction=None)._run(f)
+                return replace(self, z0=z0, compaction=None).on(f)
 
         if linear is None:
             return solve_functionally(self.f, solve, solve, self.z0.detach(), [x.detach() for x in self.inputs])
@@ -90,9 +90,10 @@ class ForwardSolve:
 
     def unroll(self) -> LoopResult:
         """The same as ``solve``, recording gradients through every update when grad mode is on."""
-        return self._run(self.f)
+        return self.on(self.f)
 
-    def _run(self, f: Map) -> LoopResult:
+    def on(self, f: Map) -> LoopResult:
+        """The same for a map on rows in the place of f, recording gradients when grad mode is on."""
         result = self._outcome(f)
         if not torch.compiler.is_compiling():
             self.results.append(replace(result, z=result.z.detach(), state=None))
@@ -171,7 +172,6 @@ class Backward(abc.ABC):
     """A way to attach gradients to a solved state. Subclasses are frozen dataclasses.
 
     Attributes:
-        uses_start: Whether the gradient also flows into z0. If not, nothing of z0's graph is kept.
         runs_forward: Whether the rule decides itself how the forward solve runs, so that it has nothing to attach to a
             state that was found elsewhere.
 
@@ -189,7 +189,6 @@ class Backward(abc.ABC):
         True
     """
 
-    uses_start: ClassVar[bool] = False
     runs_forward: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -199,6 +198,11 @@ class Backward(abc.ABC):
         ``result`` is the outcome of the forward solve; the caller gets its state. ``attached`` ``(rows, dim)`` has the
         graph through which the incoming gradient of that state is sent; its numbers play no part.
         """
+
+    @property
+    def uses_start(self) -> bool:
+        """Whether gradients flow into z0. If not, z0 is a start and nothing else, and nothing of its graph is kept."""
+        return False
 
     def can_be_compiled(self, depth: int | None) -> bool:
         """Whether ``torch.compile`` may trace a solve with this rule and this ``depth``.

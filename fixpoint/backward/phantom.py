@@ -13,7 +13,7 @@ from fixpoint.solvers.base import require_count
 
 @dataclass(frozen=True, kw_only=True)
 class Phantom(Backward):
-    """BestSoFar ``steps`` damped steps ``z <- (1 - damping) z + damping f(z)`` and differentiate them.
+    """Record ``steps`` damped steps ``z <- (1 - damping) z + damping f(z)`` and differentiate them.
 
     The gradient is the Neumann series of the exact one cut after ``steps`` terms: biased, but it needs no second solve
     and its memory is ``steps`` applications of f.

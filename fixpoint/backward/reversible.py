@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fixpoint.backward.attachment import refuse_second_order
 from fixpoint.backward.base import Backward, ForwardSolve
-from fixpoint.engine.loop import LoopResult, run_steps
-from fixpoint.engine.transforms import Functional, depends_on_nothing_else
-from fixpoint.solvers.base import require_count, small_dtype
-from fixpoint.solvers.picard import Picard
+from fixpoint.engine.loop import LoopResult, Map
+from fixpoint.engine.transforms import Functional
+from fixpoint.solvers.base import Solver, require_count, small_dtype
+
+Pair = tuple[Tensor, Tensor]  # a state and the one before it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reversible(Backward):
-    """Two coupled, damped iterations, of which backward recomputes each state from the next.
+    """A damped iteration of two coupled states, of which backward recomputes each state from the two after it.
 
-    ``y <- (1 - damping) y + damping f(z)``, then ``z <- (1 - damping) z + damping f(y)``, both from z0. The gradient is
-    that of unrolling these ``2 steps`` evaluations, z0 included, but nothing of them is kept: memory is that of two
-    states and one application of f. Backward evaluates f again as often. States are kept in float64, because going
-    backwards magnifies rounding by ``1 / |1 - damping|`` a step. First derivatives only.
+    ``y <- (1 - damping) y + damping f(z)``, then ``z <- (1 - damping) z + damping f(y)``, both from z0, ``steps``
+    times: exactly ``2 steps`` evaluations. The gradient is that of unrolling them, z0 included, but nothing of them is
+    kept: memory is that of two states and one application of f. First derivatives only.
 
-    In training, the rule's own iteration takes the place of the solver and of the tolerance; without gradients,
-    ``solve`` solves as always. A gradient for each state can only be passed to what is known by name, so f must not
-    close over what requires grad: put it in ``args``, or make f a module.
+    Going backwards magnifies rounding, up to ``1 / |1 - damping|`` times an evaluation where f contracts. States are
+    therefore in float64, and no gradient rests on a state that was lost: the recovered start is compared with z0, and
+    where it differs, or where so many steps could not be recovered anyway, backward runs the iteration forward once
+    more and keeps some of its states while it works. It raises if that does not end where the forward solve ended.
+
+    In training, the rule's own iteration takes the place of the solver, and it is a run of fixed depth: the tolerance,
+    ``max_evals``, ``check_every`` and ``on_failure`` play no part, and the residual of the last state is not known.
+    ``record`` keeps the residual of each state that f was evaluated at. Without gradients, ``solve`` solves as always.
+
+    A gradient for each state can only be passed to what is known by name, so f must not close over what requires grad:
+    put it in ``args``, or make f a module.
 
     Args:
         steps: Pairs of evaluations, at least 1.
@@ -36,8 +45,8 @@ class Reversible(Backward):
 
     Raises:
         TypeError, ValueError: If an option is of the wrong type or out of range; in the solve, if f closes over
-            something that requires grad, or a depth is asked for.
-        RuntimeError: In the backward of a gradient.
+            something that requires grad, or with ``depth``, ``callback`` or ``keep``.
+        RuntimeError: In backward, if f is no longer the map that it was; in the backward of a gradient.
 
     Source: S. McCallum, K. Arora, J. Foster, Reversible Deep Equilibrium Models, 2025, arXiv:2509.12917.
 
@@ -52,97 +61,221 @@ class Reversible(Backward):
 
     steps: int = 8
     damping: float = 0.5
+    runs_forward: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require_count("steps", self.steps)
+        object.__setattr__(self, "steps", require_count("steps", self.steps))
         if not 0 < self.damping < 2 or self.damping == 1:
             raise ValueError(f"damping must lie in (0, 2) and not be 1, found {self.damping}")
+
+    @property
+    def uses_start(self) -> bool:
+        return True
 
     def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
         if run.depth is not None:
             raise ValueError(f"Reversible(steps=...) has a depth of its own, found depth={run.depth}")
+        if run.watch is not None:
+            raise ValueError("callback and keep do not work with Reversible(), whose steps= fix the evaluations")
         if run.transformed:
             raise ValueError("Reversible() does not work under torch.func or forward-mode differentiation; IFT() does")
-        if not depends_on_nothing_else(run.f, run.z0, run.inputs):
+        count, solver = 2 * self.steps, _Coupled(damping=self.damping)
+        with torch.no_grad():
+            result = replace(run, solver=solver, depth=count).on(_explicit(run.f, run.inputs))
+        value = _Reversed.apply(run.f, solver, count, *result.state, run.z0, *run.inputs)
+        return value, result
+
+
+def _explicit(f: Functional, inputs: tuple[Tensor, ...]) -> Map:
+    """f with nothing recorded, which raises if it could record something all the same."""
+    fixed = [x.detach() for x in inputs]
+
+    def evaluate(z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            fz = f(z.detach(), *fixed)
+        if fz.requires_grad:
             raise ValueError(
                 "Reversible() needs all that requires grad in args or in the parameters of a module f: found that f "
                 "closes over something more"
             )
-        value = _Reversed.apply(run.f, self.steps, self.damping, run.z0, *run.inputs)
-        handed_over = run_steps(run.f, value.detach(), Picard(), run.tolerance, depth=0)
-        evals = torch.full_like(handed_over.evals, 2 * self.steps)
-        return value, LoopResult(
-            handed_over.z,
-            handed_over.residual,
-            handed_over.scale,
-            handed_over.status,
-            evals,
-            2 * self.steps,
-            fixed_depth=True,
-        )
+        return fz
+
+    return evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Coupled(Solver):
+    """``x_(k+1) = (1 - damping) x_(k-1) + damping f(x_k)``: y and z in turn, each from the other. State: a pair."""
+
+    damping: float
+
+    def init(self, z: Tensor) -> Pair:
+        wide = z.to(small_dtype(z))
+        return wide, wide
+
+    def step(self, z: Tensor, fz: Tensor, state: Pair) -> tuple[Tensor, Pair]:
+        at, before = state
+        after = torch.lerp(before, fz.to(before.dtype), self.damping)
+        return after.to(z.dtype), (after, at)
 
 
 class _Reversed(torch.autograd.Function):
-    """The last z of the coupled iteration; two states and the inputs are all that it keeps."""
+    """The last state; the one before it, z0 and the inputs are all else that it keeps."""
 
     @staticmethod
-    def forward(ctx: Any, f: Functional, steps: int, damping: float, z0: Tensor, *inputs: Tensor) -> Tensor:
-        y = z = z0.to(small_dtype(z0))
-        for _ in range(steps):
-            y = torch.lerp(y, f(z.to(z0.dtype), *inputs).to(y.dtype), damping)
-            z = torch.lerp(z, f(y.to(z0.dtype), *inputs).to(z.dtype), damping)
-        ctx.f, ctx.steps, ctx.damping = f, steps, damping
-        ctx.save_for_backward(y, z, z0, *inputs)
-        return z.to(z0.dtype, copy=True)
+    def forward(
+        ctx: Any, f: Functional, solver: _Coupled, count: int, last: Tensor, before: Tensor, z0: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        ctx.f, ctx.solver, ctx.count = f, solver, count
+        # Autograd saves no inference tensors, but copies of them.
+        ctx.save_for_backward(last, before, z0, *(x.clone() if x.is_inference() else x for x in inputs))
+        return last.to(z0.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        y, z, z0, *inputs = ctx.saved_tensors
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
+        last, before, z0, *inputs = ctx.saved_tensors
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[6:]) if needed]
         with torch.no_grad():
-            gradients = _run_backwards(ctx.f, ctx.steps, ctx.damping, (y, z), inputs, wanted, v)
+            transposed = _Transposed(ctx.f, ctx.solver, inputs, wanted, v.dtype)
+            gradients = transposed(ctx.solver.init(z0), (last, before), ctx.count, v)
         if torch.is_grad_enabled():  # create_graph=True
             gradients = [refuse_second_order(gradient, v, z0, *inputs) for gradient in gradients]
         start, *rest = gradients
         found = dict(zip(wanted, rest, strict=True))
-        return None, None, None, start, *(found.get(i) for i in range(len(inputs)))
+        return None, None, None, None, None, start, *(found.get(i) for i in range(len(inputs)))
 
 
-def _run_backwards(
-    f: Functional,
-    steps: int,
-    damping: float,
-    last: tuple[Tensor, Tensor],
-    inputs: list[Tensor],
-    wanted: list[int],
-    v: Tensor,
-) -> list[Tensor]:
-    """Gradients for z0 and for the wanted inputs, from the gradient ``v`` of the last z."""
-    (y, z), keep = last, 1 - damping
-    y_bar, z_bar = torch.zeros_like(z), v.to(z.dtype)
-    totals = [torch.zeros_like(inputs[i]) for i in wanted]
+class _Transposed:
+    """The transposed derivative of the coupled iteration, from its first and its last pair of states.
 
-    def evaluate(at: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """f there, and its transposed product with a gradient, whose part for the inputs goes into the totals."""
-        leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
-        point = at.to(v.dtype).requires_grad_()
+    ``inputs`` are those of f, ``wanted`` the indices of those whose gradients are, ``dtype`` what f works in.
+    """
+
+    def __init__(
+        self, f: Functional, solver: _Coupled, inputs: list[Tensor], wanted: list[int], dtype: torch.dtype
+    ) -> None:
+        self._f, self._solver, self._dtype = f, solver, dtype
+        self._inputs, self._wanted = [x.detach() for x in inputs], wanted
+
+    def __call__(self, first: Pair, last: Pair, count: int, v: Tensor) -> list[Tensor]:
+        """Gradients for z0 and for the wanted inputs, from the gradient ``v`` of the last state."""
+        bars = v.to(last[0].dtype), torch.zeros_like(last[0])
+        reach = self._reach(last[0].dtype)
+        found = self._reverse(first, last, count, bars) if count <= reach else None
+        if found is None:
+            found = self._replay(first, last, count, bars, reach if count > reach else 0)
+        (z_bar, y_bar), totals = found
+        return [(z_bar + y_bar).to(v.dtype), *totals]
+
+    def _reach(self, dtype: torch.dtype) -> float:
+        """How many evaluations can be reversed with a digit to spare: rounding grows by 1 / |1 - damping| in each.
+
+        That is the most where f contracts. It may grow faster where f does not, which the comparison then finds.
+        """
+        growth = -math.log(abs(1 - self._solver.damping))
+        if growth == 0:
+            return math.inf
+        return max(0, int(math.log(0.1 * self._accuracy / torch.finfo(dtype).eps) / growth))
+
+    @property
+    def _accuracy(self) -> float:
+        """Relative error allowed in a recovered state; as much as an f that computes in less than float64 can see."""
+        return 1e-9 if self._dtype == torch.float64 else 1e-7
+
+    def _reverse(self, first: Pair, last: Pair, count: int, bars: Pair) -> tuple[Pair, list[Tensor]] | None:
+        """Gradients by recovering each state from the two after it; None if that does not lead back to ``first``."""
+        totals = self._zeros()
+        (after, at), keep = last, 1 - self._solver.damping
+        for k in reversed(range(count)):
+            recovered, at = at, at if k else first[0]  # the first state is known, and errors are largest there
+            image, bars = self._pull(at, bars, totals)
+            second, after, at = after, at, (after - self._solver.damping * image) / keep
+        # The size of the second state counts too, as z0 is often zero; that of the last would hide what f magnifies.
+        size = torch.stack((*first, second)).abs().amax(dim=0)
+        return (bars, totals) if _agree((recovered, at), first, size, self._accuracy) else None
+
+    def _replay(self, first: Pair, last: Pair, count: int, bars: Pair, reach: float) -> tuple[Pair, list[Tensor]]:
+        """Gradients by running forward again and keeping some pairs of states.
+
+        Between these, states are recovered if ``reach`` promises it, and otherwise computed once more and kept: of n
+        evaluations, about the square root of n states at a time.
+        """
+        length = math.isqrt(count - 1) + 1
+        if reach >= length:
+            length = int(reach)
+        states = list(self._forward(first, count, length))
+        accuracy = torch.finfo(self._dtype).eps ** 0.5
+        size = torch.stack(last).abs().amax(dim=0)
+        # Entries that are nothing but rounding may differ, on devices that add in another order each time.
+        if not _agree(states.pop(), last, size + accuracy * size.amax(dim=1, keepdim=True), accuracy):
+            raise RuntimeError(
+                "Reversible() evaluated f again in backward and came to another state than the forward solve: f "
+                "must stay the same map between forward and backward. Look for changed parameters, buffers or modes, "
+                "and for randomness from other sources than torch's global state."
+            )
+        totals, end = self._zeros(), last
+        while states:
+            start = states.pop()
+            number = min(length, count - len(states) * length)
+            found = self._reverse(start, end, number, bars) if number <= reach else None
+            if found is None:
+                reach, found = 0, self._unroll(start, number, bars)
+            bars, part = found
+            for total, more in zip(totals, part, strict=True):
+                total += more
+            end = start
+        return bars, totals
+
+    def _unroll(self, first: Pair, count: int, bars: Pair) -> tuple[Pair, list[Tensor]]:
+        """Gradients by running forward from ``first`` and keeping every state."""
+        totals = self._zeros()
+        for at, _ in reversed(list(self._forward(first, count - 1, 1))):
+            _, bars = self._pull(at, bars, totals)
+        return bars, totals
+
+    def _forward(self, pair: Pair, count: int, every: int) -> Iterator[Pair]:
+        """Of ``count`` steps from ``pair``, the pair at the start and after each ``every`` steps, and the last one."""
+        for k in range(count):
+            if k % every == 0:
+                yield pair
+            z = pair[0].to(self._dtype)
+            _, pair = self._solver.step(z, self._f(z, *self._inputs), pair)
+        yield pair
+
+    def _pull(self, at: Tensor, bars: Pair, totals: list[Tensor]) -> tuple[Tensor, Pair]:
+        """f at a state, and the gradients of that state and the one before it, from those of the next and of itself.
+
+        The part for the inputs is added to ``totals``.
+        """
+        leaves = [x.detach().requires_grad_(i in self._wanted) for i, x in enumerate(self._inputs)]
+        point = at.detach().to(self._dtype).requires_grad_()
         with torch.enable_grad():
-            image = f(point, *leaves)
+            image = self._f(point, *leaves)
+        if not image.requires_grad:
+            raise ValueError(
+                "f's output does not depend on what requires grad. Look for detach(), no_grad() or NumPy inside f."
+            )
+        after_bar, at_bar = bars
+        targets = [point, *(leaves[i] for i in self._wanted)]
+        upstream = (self._solver.damping * after_bar).to(self._dtype)
+        through_f, *gradients = torch.autograd.grad(image, targets, upstream, materialize_grads=True)
+        for total, gradient in zip(totals, gradients, strict=True):
+            total += gradient
+        before_bar = (1 - self._solver.damping) * after_bar
+        return image.detach().to(at.dtype), (at_bar + through_f.to(at.dtype), before_bar)
 
-        def pull(bar: Tensor) -> Tensor:
-            targets = [point, *(leaves[i] for i in wanted)]
-            first, *rest = torch.autograd.grad(image, targets, bar.to(v.dtype), materialize_grads=True)
-            for total, gradient in zip(totals, rest, strict=True):
-                total += gradient
-            return first.to(bar.dtype)
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros_like(self._inputs[i]) for i in self._wanted]
 
-        return image.detach().to(at.dtype), pull
 
-    for _ in range(steps):
-        image, pull = evaluate(y)
-        z = (z - damping * image) / keep
-        y_bar, z_bar = y_bar + pull(damping * z_bar), keep * z_bar
-        image, pull = evaluate(z)
-        y = (y - damping * image) / keep
-        z_bar, y_bar = z_bar + pull(damping * y_bar), keep * y_bar
-    return [(y_bar + z_bar).to(v.dtype), *totals]
+def _agree(found: Pair, wanted: Pair, size: Tensor, accuracy: float) -> bool:
+    """Whether two pairs of states are the same to a relative ``accuracy``, row by row.
+
+    Each entry is measured by its own ``size``, so the unit that it is in does not matter. Rows of which something is
+    not finite have no gradient that could be compared.
+    """
+    error = torch.stack([(ours - theirs).abs() for ours, theirs in zip(found, wanted, strict=True)]).amax(dim=0)
+    error = torch.where(error == 0, 0, error / size)
+    mean = torch.linalg.vector_norm(error, dim=1) / max(error.shape[1], 1) ** 0.5
+    sound = torch.isfinite(torch.stack(wanted)).all(dim=0).all(dim=1)
+    return not bool((sound & ~(mean <= accuracy)).any())

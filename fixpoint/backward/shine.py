@@ -13,7 +13,7 @@ from fixpoint.backward.attachment import attach_adjoint
 from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.engine.loop import LoopResult, Map, iterate
 from fixpoint.engine.tolerance import Tolerance
-from fixpoint.solvers.base import Solver
+from fixpoint.solvers.base import Solver, require_count
 from fixpoint.solvers.broyden import Broyden
 
 
@@ -55,10 +55,7 @@ class SHINE(Backward):
     runs_forward: ClassVar[bool] = True  # by Broyden, whose inverse it reuses
 
     def __post_init__(self) -> None:
-        if not isinstance(self.refine, int):
-            raise TypeError(f"refine must be an integer, found {self.refine!r}")
-        if self.refine < 0:
-            raise ValueError(f"refine must be at least 0, found {self.refine}")
+        object.__setattr__(self, "refine", require_count("refine", self.refine, least=0))
 
     def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
         if not isinstance(run.solver, Broyden):

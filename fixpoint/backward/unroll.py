@@ -34,8 +34,11 @@ class Unroll(Backward):
         4.0
     """
 
-    uses_start: ClassVar[bool] = True
     runs_forward: ClassVar[bool] = True
+
+    @property
+    def uses_start(self) -> bool:
+        return True
 
     def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
         if run.transformed and run.depth is None:

@@ -22,9 +22,10 @@ class Problem(Protocol):
     """A map and where to start; ``fixpoint.solve(problem)`` needs no more.
 
     Two further attributes are honoured if present: ``batch_dims`` (leading dimensions of ``z0`` that index independent
-    rows, else 1) and ``norm``, which takes a state structured like ``z0`` to one size per row, in the batch shape.
+    rows; else as in ``fixpoint.solve``) and ``norm``, which takes a state structured like ``z0`` to one size per row, in the batch shape.
 
     Example:
+        >>> import torch
         >>> class Cosine:
         ...     z0 = torch.zeros(3)
         ...     def __call__(self, z):
@@ -55,6 +56,8 @@ class RegisteredProblem:
         TypeError: When called with an option that ``make`` does not take.
 
     Example:
+        >>> import torch
+        >>> from fixpoint.bench.problems import LinearProblem
         >>> entry = RegisteredProblem(lambda *, rho=0.9: LinearProblem(rho * torch.eye(2), torch.ones(1, 2)), "scaled")
         >>> entry(rho=0.5).solution
         tensor([[2., 2.]])

@@ -32,9 +32,12 @@ class CausalQuasiNewton(Solver):
     ``N - X`` is the error that the model predicts of X. A state is done, and is not evaluated again, when it and all
     before it have a predicted error of at most ``atol + rtol * ||N_k||``, the error enlarged by as much as later steps
     are seen to enlarge it. A row of the batch has converged when its whole chain has; at the end, errors that fell to a
-    third in the last round count half. ``Solution.predicted_error`` is the norm of the predicted errors. The residual
-    is not measured, and ``Solution.residual`` is NaN. With ``certify`` the whole chain is evaluated once more at the
-    states that are handed over: the residual is measured, and a row has converged only if it meets the tolerance.
+    third in the last round count half. States are judged by their Euclidean norms after every evaluation: ``norm`` and
+    ``check_every`` have no effect, except where gradients are recorded.
+
+    ``Solution.predicted_error`` is the norm of the predicted errors. The residual is not measured, and
+    ``Solution.residual`` is NaN. With ``certify`` the whole chain is evaluated once more at the states that are handed
+    over: the residual is measured, and a row has converged only if it meets the tolerance.
 
     It serves a :class:`~fixpoint.Recurrence` and any other :class:`~fixpoint.Chain`, of which it evaluates only the
     steps that it needs. Any other f with a state ``(B, T, *shape)`` is evaluated whole in each round (``max_rows`` has

@@ -33,11 +33,6 @@ class Compaction:
         self._wasted = 0  # evaluations of single rows that had ended
         self._refused = False
 
-    @property
-    def begun(self) -> bool:
-        """Whether rows are left out, so that what is found must be confirmed."""
-        return self._index is not None
-
     def refuse(self, why: object) -> None:
         """Evaluate all rows for the rest of the solve."""
         logger.debug("rows that have ended stay in the batch: %s", why)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,10 +54,9 @@ class RowMap:
         self.layout = layout
         self.aux: Any = None
         self._gradients = gradients
-        parameters = dict(f.named_parameters()) if isinstance(f, nn.Module) else {}
-        self._names = list(parameters)
+        parameters, self._places = _parameters(f) if isinstance(f, nn.Module) else ([], [])
         tensors = [leaf for _, leaf in leaves(self._args) if isinstance(leaf, Tensor)]
-        self.inputs = (*tensors, *parameters.values())
+        self.inputs = (*tensors, *parameters)
         self._checked = torch.compiler.is_compiling()
         self._first: tuple[Tensor, Tensor] | None = None  # a state and its image, until they are asked for
         self.ambient = ambient or Ambient(f, layout.device)
@@ -147,10 +147,7 @@ class RowMap:
         else:
             given = iter(inputs)
             args = map_leaves(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, self._args)
-            if isinstance(self._f, nn.Module):
-                f, parameters = self._f, dict(zip(self._names, given, strict=True))
-                output = self._surrounded(lambda: torch.func.functional_call(f, parameters, (state, *args)), *inputs, z)
-            else:
+            with _replaced(self._places, list(given)):
                 output = self._surrounded(lambda: self._f(state, *args), *inputs, z)
         return output
 
@@ -175,7 +172,9 @@ class RowMap:
         output = self._output(z, inputs)
         if version(z) != written:
             raise ValueError(_CHANGED)
-        return self.layout.flatten(output) if torch.is_grad_enabled() or _is_own(output) else self._copied(output)
+        references = sys.getrefcount(output)
+        own = torch.is_grad_enabled() or _is_own(output, references)
+        return self.layout.flatten(output) if own else self._copied(output)
 
     def _copied(self, output: Any) -> Tensor:
         """Rows that f cannot write to: it may keep what it returned, as a buffer of its own does."""
@@ -214,33 +213,47 @@ def _without_aux(output: Any) -> tuple[Any, Any]:
     return output
 
 
-def _holders(x: Tensor) -> tuple[int, int]:
-    """How many hold the tensor, and how many its memory."""
-    return sys.getrefcount(x), torch._C._storage_Use_Count(x.untyped_storage()._cdata)
-
-
-def _is_own(output: Any) -> bool:
+def _is_own(output: Any, references: int) -> bool:
     """Whether nobody but the caller holds this output or its memory, so that nobody can write to it.
 
     Known of tensors on the CPU alone: what CUDA graphs return may be overwritten without being held by anybody.
+    ``references`` is what ``sys.getrefcount`` says where the output is a local variable: a call in between would count,
+    or not, as the interpreter likes.
     """
-    if not isinstance(output, Tensor) or not output.is_cpu or transformed(output):
+    if references != _OWN or not isinstance(output, Tensor) or not output.is_cpu or transformed(output):
         return False
-    # Memory that torch cannot resize is somebody else's, NumPy's for one.
-    return output.untyped_storage().resizable() and _holders(output) == _HOLDERS_OF_OWN
+    memory = output.untyped_storage()
+    # Memory that torch cannot resize is somebody else's, NumPy's for one. The second holder is ``memory``.
+    return memory.resizable() and torch._C._storage_Use_Count(memory._cdata) == 2
 
 
-def _holders_of_own() -> tuple[int, int] | None:
-    """What ``_holders`` says, called as ``_is_own`` calls it, of an output that nobody else holds; None: unknown."""
-
-    def asked(output: Any) -> tuple[int, int]:
-        return _holders(output)
-
+def _references_of_own() -> int:
     output = torch.zeros(1) + 1
+    return sys.getrefcount(output)
+
+
+_OWN = _references_of_own()
+
+
+Place = tuple[dict[str, Any], str, int]  # a module's dictionary of parameters, the name in there, and which one it is
+
+
+def _parameters(module: nn.Module) -> tuple[list[Tensor], list[Place]]:
+    """The parameters of a module, each once, and all places where they stand."""
+    parameters: list[Tensor] = list(module.parameters())
+    index = {id(x): i for i, x in enumerate(parameters)}
+    own = [m._parameters for m in module.modules()]
+    return parameters, [(place, key, index[id(x)]) for place in own for key, x in place.items() if x is not None]
+
+
+@contextlib.contextmanager
+def _replaced(places: Sequence[Place], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Tensors in the places of parameters. A module that stands in two places would keep what functional_call puts."""
+    found = [place[key] for place, key, _ in places]
     try:
-        return asked(output)
-    except AttributeError:
-        return None
-
-
-_HOLDERS_OF_OWN = _holders_of_own()
+        for place, key, index in places:
+            place[key] = tensors[index]
+        yield
+    finally:
+        for (place, key, _), parameter in zip(places, found, strict=True):
+            place[key] = parameter

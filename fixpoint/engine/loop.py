@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.compaction import Compaction
-from fixpoint.engine.tolerance import Array, Figures, Status, Tolerance
+from fixpoint.engine.tolerance import Array, Figures, Status, Tolerance, plain_norms
 
 if TYPE_CHECKING:
     from fixpoint.solvers.base import Solver
@@ -91,20 +91,31 @@ class BestSoFar:
         self.unimproved_checks = np.zeros(rows, dtype=np.int64)
         self.active = np.ones(rows, dtype=bool)
         self.remaining = rows
+        self.unconfirmed = np.zeros(rows, dtype=bool)  # what is known of the row was seen on a part of the rows alone
         self.together = False  # rows depend on one another: they end at the same check
         self.nfev = 0
         self.trace: list[Array] = []
         self._rounding = max(torch.finfo(z.dtype).eps, rounding)
         self._floor = min(_ROUNDING_FLOOR * self._rounding, _LARGEST_FLOOR)
+        low, self._high = plain_norms(z.dtype)
+        self._low = low / (_SAME * self._rounding)  # of a row above, squares that are lost change nothing that counts
 
     def current(self, residual: Array) -> Array:
         """``residual`` of the rows that have not ended, and the final one of those that have."""
         return residual if self.remaining == len(residual) else np.where(self.active, residual, self.residual)
 
-    def update(self, z: Tensor, figures: Figures, tolerance: Tolerance, retreating: Array | None = None) -> bool:
+    @property
+    def closely(self) -> Array:
+        """The rows to be measured to the last digit. Whether another one has moved is seen without."""
+        ordinary = (self.scale > self._low) & (self.scale < self._high) | (self.scale == 0)
+        return self.active | ~ordinary
+
+    def update(
+        self, z: Tensor, figures: Figures, tolerance: Tolerance, retreating: Array | None = None, *, whole: bool = True
+    ) -> bool:
         """Take in the figures of ``z``, and say whether that ended rows.
 
-        The rows ``retreating`` go on although their image is not finite.
+        The rows ``retreating`` go on although their image is not finite. ``whole``: whether f saw all rows.
         """
         (residual, scale, merit), (active, nfev) = figures, (self.active, self.nfev)
         done, finite = tolerance.done(figures), np.isfinite(residual) & np.isfinite(scale)
@@ -115,6 +126,7 @@ class BestSoFar:
             self._keep(z, better)
             self.residual[:], self.scale[:], self.merit[:] = residual, scale, merit
             self.improved_at[:], self.unimproved_checks[:] = nfev, 0
+            self.unconfirmed[:] = not whole
             return False
         done &= active & finite
         if self.together and np.count_nonzero(done) < self.remaining:
@@ -125,6 +137,7 @@ class BestSoFar:
         for ours, new in ((self.residual, residual), (self.scale, scale), (self.merit, merit)):
             np.copyto(ours, new, where=best)
         self.improved_at[best] = nfev
+        self.unconfirmed[best] = not whole
         self.unimproved_checks = np.where(best, 0, self.unimproved_checks + 1)
         waited = (nfev - self.improved_at >= _PATIENCE) & (self.unimproved_checks >= _PATIENT_CHECKS)
         stuck = active & waited & (self.residual <= self._floor * self.scale)
@@ -141,30 +154,34 @@ class BestSoFar:
         self.remaining = int(np.count_nonzero(self.active))
         return True
 
-    def verify(self, figures: Figures, tolerance: Tolerance, known: Array) -> bool:
-        """Compare the figures of the rows ``known`` with those that all rows together have at the same states.
+    def moved(self, figures: Figures, *, at_best: bool) -> Array:
+        """Which rows have other figures, now that f has seen all rows, than when their state was taken for the best.
 
-        Says whether these rows are what they were. Those that had converged and meet the tolerance no more go on.
+        Looks at the rows that have converged and those that are not confirmed, as far as they stand in that state: when
+        they have ended, and all of them if ``at_best``. Unless a row has moved, these are confirmed.
         """
-        change = np.abs(figures.residual - self.residual)
-        moved = known & ~(change <= _SAME * self._rounding * self.scale)
-        for ours, new in zip((self.residual, self.scale, self.merit), figures, strict=True):
-            np.copyto(ours, new, where=moved)
-        again = moved & (self.status == Status.CONVERGED) & ~tolerance.done(figures)
-        self.status[again] = _ACTIVE
-        self.improved_at[again], self.unimproved_checks[again] = self.nfev, 0
-        self.active = self.active | again
+        known = (self.status == Status.CONVERGED) | (self.unconfirmed & (~self.active | at_best))
+        with np.errstate(invalid="ignore"):
+            same = np.abs(figures.residual - self.residual) <= _SAME * self._rounding * self.scale
+        moved = known & ~same
+        if not np.count_nonzero(moved):
+            self.unconfirmed &= ~known
+        return moved
+
+    def reopen(self, rows: Array) -> None:
+        """The ``rows`` go on from where they are, and what was known of them is void."""
+        self.status[rows] = _ACTIVE
+        self.active = self.active | rows
         self.remaining = int(np.count_nonzero(self.active))
-        return not moved.any()
+        for figures in (self.residual, self.scale, self.merit):
+            figures[rows] = np.inf
+        self.improved_at[rows], self.unimproved_checks[rows] = self.nfev, 0
+        self.unconfirmed[rows] = False
 
     def couple(self) -> None:
-        """Rows are seen to depend on one another: from now on they are one problem, and what was best is void."""
+        """Rows are seen to depend on one another: from now on they are one problem."""
         self.together = True
-        again = self.status != Status.NON_FINITE
-        self.status[again] = _ACTIVE
-        self.active = again
-        self.remaining = int(np.count_nonzero(again))
-        self.merit[again] = np.inf
+        self.reopen(self.status != Status.NON_FINITE)
 
     def _better(self, merit: Array) -> Array:
         """Which rows have a better state now. Rows that depend on one another have it together or not at all."""
@@ -188,7 +205,7 @@ class BestSoFar:
     def result(self, otherwise: Status = Status.MAX_EVALS) -> LoopResult:
         """What is known by now; ``otherwise`` is said of rows that have not ended."""
         residual, scale = figures_like(self.z, np.stack((self.residual, self.scale)))
-        status = like(self.z, np.where(self.active, otherwise, self.status))
+        status = like(self.z, np.where(self.active | self.unconfirmed, otherwise, self.status))
         evals = like(self.z, np.where(self.active, self.nfev, self.evals))
         trace = figures_like(self.z, np.stack(self.trace)) if self.trace else None
         return LoopResult(self.z, residual, scale, status, evals, self.nfev, trace, coupled=self.together)
@@ -264,8 +281,9 @@ def iterate(
     solver as solved, so it meets NaN or infinity from ``f`` between two checks at most. A row that has converged and is
     seen to have another image at the same state depends on other rows: then all of them go on, and end together.
 
-    With a ``compaction``, rows that ended are left out of what ``f`` sees. What came of that is taken for true when an
-    evaluation of all rows has confirmed it, which is part of ``max_evals``.
+    With a ``compaction``, rows that ended are left out of what ``f`` sees. Before the loop ends, an evaluation of all
+    rows at their best states confirms what came of that, or the loop goes on with all rows. It is part of
+    ``max_evals``.
 
     Whatever is raised on the way carries the result so far, see ``result_of``.
     """
@@ -290,49 +308,57 @@ def _iterate(
     retreat = _Retreat(len(z))
     frozen: tuple[Tensor, Tensor] | None = None  # the rows that have ended, and their states
     due = 1
+    stop: object = False
     while True:
-        # What came of a part of the rows is confirmed by all of them: at the end, and with the last evaluation granted.
-        last = best.remaining == 0 or best.nfev + 1 >= max_evals
-        confirming = compaction is not None and compaction.begun and last
+        spare = max_evals - best.nfev - 1
+        confirming = bool(np.count_nonzero(best.unconfirmed)) and bool(stop or spare < 1 or best.remaining == 0)
         if confirming:
             z = best.z
-        if compaction is None or frozen is None or last:
+        # A part of the rows is worth an evaluation where two more remain: of all rows in its place, and to confirm.
+        if confirming or compaction is None or frozen is None or spare < 2:
             fz, spent, whole = f(z), 1, True
         else:
             fz, spent, whole = compaction(z, best.active)
         best.nfev += spent
-        check = best.nfev >= due or last or best.nfev >= max_evals
+        check = confirming or best.nfev >= due or best.nfev == max_evals
         if check or record:
-            figures = tolerance.measure(z, fz, True if whole else best.active)
+            among = True if frozen is None else best.closely if whole else best.active
+            figures = tolerance.measure(z, fz, among)
+            if check and not whole and not np.isfinite(figures.residual[best.active]).all():
+                assert compaction is not None
+                compaction.refuse("a row has no finite image")  # which may be due to what f was shown
+                fz, spent, whole = f(z), spent + 1, True
+                best.nfev += 1
+                figures = tolerance.measure(z, fz, best.closely)
             if best.nfev == spent:
                 tolerance = tolerance.started(z, fz, figures)
             residual = best.current(figures.residual)
             best.trace += [residual] * spent if record else []
         if check:
             due = (best.nfev // check_every + 1) * check_every
-            moved = False
-            if whole and frozen is not None:
-                known = best.status != Status.NON_FINITE if confirming else best.status == Status.CONVERGED
-                moved = not best.verify(figures, tolerance, known)
-            if moved and compaction is not None and compaction.begun:
+            moved = best.moved(figures, at_best=confirming) if whole and frozen is not None else None
+            reopened = moved is not None and bool(np.count_nonzero(moved))
+            if reopened and np.count_nonzero(best.unconfirmed):
+                assert compaction is not None
                 compaction.refuse("all rows together have other images")
-            elif moved:
+                best.reopen(moved | best.unconfirmed)
+                state = solver.init(z)  # what it remembers has never been
+            elif reopened:
                 best.couple()
             lost = retreat.rows(z, figures, best.active)
-            ended = best.update(z, figures, tolerance, lost)
-            stop = watch and watch(best.nfev, figures_like(z, residual), best.remaining, z.detach())
-            open_question = compaction is not None and compaction.begun and not whole
-            if stop or best.nfev >= max_evals or (best.remaining == 0 and not open_question):
+            ended = best.update(z, figures, tolerance, lost, whole=whole)
+            stop = stop or (watch and watch(best.nfev, figures_like(z, residual), best.remaining, z.detach()))
+            if stop or best.nfev >= max_evals or best.remaining == 0:
+                if np.count_nonzero(best.unconfirmed):
+                    continue
                 return replace(best.result(Status.STOPPED if stop else Status.MAX_EVALS), state=state)
             z, fz = retreat.back(z, fz, lost, best.nfev)
-            if ended or moved:
+            if ended or reopened:
                 frozen = None
                 if best.remaining < len(z):
                     index = like(z, np.flatnonzero(~best.active))
                     frozen = index, best.z.index_select(0, index)
                     z = z.index_copy(0, *frozen)
-            if best.remaining == 0:
-                continue
         if frozen is not None:
             fz = fz.index_copy(0, *frozen)
         z, state = solver.step(z, fz, state)

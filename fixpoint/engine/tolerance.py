@@ -98,6 +98,12 @@ _BLOCK = 1 << 18  # entries
 _LOW = {dtype: torch.finfo(dtype).tiny ** 0.4 for dtype in _WIDE}
 
 
+def plain_norms(dtype: torch.dtype) -> tuple[float, float]:
+    """Between these, ``row_norm`` of rows in ``dtype`` has lost no squares."""
+    low = _LOW[dtype if dtype in _WIDE else torch.float32]
+    return low, 1 / low
+
+
 # What is left of a row that is this small beside its start, times rtol, is nothing.
 _NOTHING = 1e-16
 

@@ -85,7 +85,8 @@ class TorchDEQSolver:
         fixed = return_final or max_iter == 0  # torchdeq hands z_init over after no iteration
         if fixed and any(index < max_iter for index in wanted):
             raise ValueError(f"{self.name}: with return_final there is no state but the last, found indexing={wanted}")
-        layout = Layout.of(x0, None)
+        batch_dims = min(x0.ndim, 1)  # torchdeq takes a vector for that many scalar problems
+        layout = Layout.of(x0, batch_dims)
         scales: list[Tensor] = []
         seen: dict[int, Any] = {}
 
@@ -103,7 +104,7 @@ class TorchDEQSolver:
             x0,
             solver=self.solver(**self._translated(options)),
             backward=None,
-            batch_dims=min(x0.ndim, 1),  # torchdeq takes a vector for that many scalar problems
+            batch_dims=batch_dims,
             atol=tol if stop_mode == "abs" else 0.0,
             rtol=tol if stop_mode == "rel" else 0.0,
             max_evals=max(max_iter, 1),

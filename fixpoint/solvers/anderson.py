@@ -9,83 +9,108 @@ import torch
 from torch import Tensor
 
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
-from fixpoint.solvers.history import (
-    History,
-    Small,
-    alike,
-    constant,
-    copy,
-    everywhere,
-    large,
-    namespace,
-    products,
-    require_history_dtype,
-    silent,
-    small,
-)
+from fixpoint.solvers.history import History, recording, require_history_dtype
+from fixpoint.solvers.small import NumPyArithmetic, Small, arithmetic, arithmetic_of
 
-# A difference whose part outside the kept ones is below this share brings rounding, or tells that f has changed.
+# A change of the residual is independent of the basis when at least this share of its length lies outside. Of less,
+# much would be rounding, or tell that f is not linear here.
 _NEW_SHARE = 0.01
-# A residual so many times the predicted one, beyond what a plain step does to it, is a surprise.
+# A row's model has failed when the residual is so many times the predicted one, beyond what a plain step does to it.
 _SURPRISE = 10.0
-# A residual that has fallen to this share is a fresh start: failures are counted anew.
+# When the residual has fallen to this share, earlier failures are forgotten.
 _RECOVERY = 0.1
-# A predicted |g|^2 below this share of the present one is as good as zero.
+# This share of the present |g|^2 is added to the predicted one, which rounding may bring to zero.
 _NEGLIGIBLE = 1e-3
 
 
 class _Guard(NamedTuple):
-    """What is known of each row, all ``(rows,)``: squared norms, and how often the model failed."""
+    """What decides whether a row's model is trusted, all ``(rows,)``.
 
-    bound: Small  # what |g - dG gamma|^2 must not exceed at the next step; infinity after a plain one
-    growth: Small  # the largest factor over the bound that |g|^2 may show
-    level: Small  # |g|^2 from which failures are counted
-    rest: Small  # plain steps that the next failure costs
-    left: Small  # plain steps still to take
+    A model that fails costs the row plain steps: one at the first failure, twice as many at each further one.
+    """
+
+    bound: Small  # the last prediction of |g|^2, infinity after a plain step: the model must be able to repeat it
+    growth: Small  # how many times the bound |g|^2 may be
+    level: Small  # once |g|^2 is well below this, failures are forgotten
+    penalty: Small  # number of plain steps that the next failure costs
+    left: Small  # number of plain steps still to take
 
     @classmethod
-    def start(cls, first: Small, square: Small) -> _Guard:
-        """From ``|g|^2`` at the start and after the plain step from there, which shows how f may stretch a residual."""
-        xp = namespace(square)
-        nothing = xp.zeros_like(square)
-        growth = _SURPRISE**2 * xp.maximum(square / first, nothing + 1)
-        return cls(nothing + xp.inf, growth, xp.minimum(first, square), nothing + 1, nothing)
+    def start(cls, xp: NumPyArithmetic, first: Small, square: Small) -> _Guard:
+        """From ``|g|^2`` at the start and after one plain step: that shows how much f may stretch a residual."""
+        zero = xp.zeros_like(square)
+        growth = _SURPRISE**2 * xp.maximum(square / first, zero + 1)
+        return cls(zero + float("inf"), growth, xp.minimum(first, square), zero + 1, zero)
 
-    def judge(self, square: Small, predicted: Small) -> tuple[Small, _Guard]:
-        """Which rows need not take a plain step, given ``|g|^2`` and ``|g - dG gamma|^2``; and what is known then.
+    def judge(self, xp: NumPyArithmetic, square: Small, predicted: Small) -> tuple[Small, _Guard]:
+        """Which rows may trust their model, given ``|g|^2`` and the smallest ``|g|^2`` that the model promises.
 
-        The kept differences can reproduce the last prediction, unless the one dropped since mattered, and g follows it,
-        unless f bends. A row that sees either fail starts over with plain steps, twice as many at each failure until
-        the residual has fallen to a tenth.
+        Two tests. The promise must not be larger than the last one, since the same differences are still there; it is
+        larger if the one dropped in between was needed. And the residual must not be far larger than promised; it is
+        if f bends. A row that fails a test takes plain steps. NaN fails.
         """
-        xp = namespace(square)
-        followed = xp.maximum(predicted, square / self.growth) <= self.bound  # not where something is NaN
-        fallen = _RECOVERY**2 * self.level
-        if everywhere(followed & (square >= fallen) & (self.left == 0)):
+        trusted = xp.maximum(predicted, square / self.growth) <= self.bound
+        recovery = _RECOVERY**2 * self.level
+        if xp.holds(trusted & (square >= recovery) & (self.left == 0)):
             # Nearly every step is one of these.
-            return followed, _Guard(predicted + _NEGLIGIBLE * square, *self[1:])
-        recovered = square < fallen
-        rest = xp.where(recovered, 1.0, self.rest)
-        due = ~followed * rest
+            return trusted, _Guard(predicted + _NEGLIGIBLE * square, *self[1:])
+        recovered = square < recovery
+        penalty = xp.where(recovered, 1.0, self.penalty)
+        due = ~trusted * penalty
         left = xp.maximum(self.left - 1, due)
         plain = left > 0
-        bound = xp.where(plain, xp.inf, predicted + _NEGLIGIBLE * square)
+        bound = xp.where(plain, float("inf"), predicted + _NEGLIGIBLE * square)
         level = xp.where(recovered, square, self.level)
-        return ~plain, _Guard(bound, self.growth, level, rest + due, left)
+        return ~plain, _Guard(bound, self.growth, level, penalty + due, left)
+
+
+class _Split(NamedTuple):
+    """The residual ``g`` and its last change ``dg``, each split into a part in the basis and one outside."""
+
+    along: Small  # (rows, slots): coordinates of g in the basis
+    shared: Small  # (rows, slots): coordinates of dg
+    outside: Small  # (rows,): squared length of g outside
+    fresh: Small  # (rows,): squared length of dg outside
+    cross: Small  # (rows,): product of the two parts outside
+    independent: Small  # (rows,): whether enough of dg is outside; where not, the basis is left out of all the others
+
+    @classmethod
+    def of(cls, xp: NumPyArithmetic, along: Small, before: Small, square: Small, product: Small, size: Small) -> _Split:
+        """From coordinates of g and of the residual before, and from ``|g|^2``, ``g . dg`` and ``|dg|^2``."""
+        shared = along - before
+        inside = xp.products(along, shared)
+        outside = square - xp.detach(inside[:, 0, 0])
+        fresh, cross = size - inside[:, 1, 1], product - inside[:, 0, 1]
+        independent = fresh > _NEW_SHARE**2 * size
+        if not xp.holds(independent):
+            column = independent[:, None]
+            along, shared = xp.where(column, along, 0), xp.where(column, shared, 0)
+            outside, fresh = xp.where(independent, outside, square), xp.where(independent, fresh, size)
+            cross = xp.where(independent, cross, product)
+        return cls(along, shared, outside, fresh, cross, independent)
 
 
 class AndersonState(NamedTuple):
-    """An orthonormal basis of the last residual differences, and their images: ``memory`` states each.
+    """What a step remembers.
 
-    ``use`` ``(rows, memory)`` is one where a slot counts, and ``weights`` are the products of those slots with the last
-    residual. That stands in ``pair`` at ``newest``, with room for the next beside it.
+    Attributes:
+        basis: Changes of the residual, made orthogonal and of length 1. There is room for one more than ``memory``:
+            a step writes where its state does not read, so a state can be stepped from again.
+        images: The changes of f that belong to them.
+        residuals: The last residual, at ``newest``, and room for the next.
+        use: One where a slot counts for a row, else zero ``(rows, slots)``.
+        before: Coordinates of the last residual in the basis ``(rows, slots)``.
+        slot: The slot that is free.
+        fz: The last image; None before the first step.
+        first: ``|g|^2`` of the first residual ``(rows,)``, until there is a guard.
+        guard: Whether the model of a row is trusted; None before the second step.
     """
 
     basis: History
     images: History
-    pair: History
+    residuals: History
     use: Small
-    weights: Small
+    before: Small
     slot: int = 0
     newest: int = 0
     fz: Tensor | None = None
@@ -142,84 +167,108 @@ class Anderson(Solver):
 
     def init(self, z: Tensor) -> AndersonState:
         wide, kept = gram_dtype(z), self.history_dtype or z.dtype
-        basis, images = History.empty(self.memory, z, kept), History.empty(self.memory, z, kept)
-        use = torch.zeros(len(z), self.memory, dtype=wide, device=z.device)
-        return AndersonState(basis, images, History.empty(2, z, wide), small(use), small(use.clone()))
+        basis, images = (History.empty(self.memory + 1, z, kept) for _ in range(2))
+        use = arithmetic(z).take(torch.zeros(len(z), self.memory + 1, dtype=wide, device=z.device))
+        return AndersonState(basis, images, History.empty(2, z, wide), use, use)
 
     def step(self, z: Tensor, fz: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
         dtype, wide = fz.dtype, gram_dtype(fz)
         if dtype != wide:
             z, fz = z.to(wide), fz.to(wide)
-        basis, images, pair, use, weights, slot, last, *_ = state
-        now = 1 - last
-        pair = pair.put(now, torch.sub, fz, z)
+        now = 1 - state.newest
+        residuals = state.residuals.put(now, torch.sub, fz, z)
+        g = residuals.slots[now]
         if state.fz is None:
-            first = constant(small(pair.product(now, now))[:, 0, 0])
-            z_next = z + self.damping * pair.slots[now]
-            return z_next.to(dtype), state._replace(pair=pair, newest=now, fz=fz, first=first)
-        pair = pair.put(last, torch.sub, pair.slots[now], pair.slots[last])  # the difference takes the old one's place
+            first = arithmetic(g).detach(arithmetic(g).take(residuals.product(now, now))[:, 0, 0])
+            return (z + self.damping * g).to(dtype), state._replace(residuals=residuals, newest=now, fz=fz, first=first)
 
-        old, along = small(basis.dots(pair.lines[now]))[:, 0], small(pair.dots(pair.lines[now]))
-        xp, use, weights = namespace(old), alike(use, old), alike(weights, old)
-        square, product, size = constant(along[:, 0, now]), along[:, 0, last], small(pair.product(last, last))[:, 0, 0]
-        with silent(old):
-            # What the basis knows of the residual and of the difference, and what is left of their products.
-            old = old * use
-            shared = old - weights
-            inside = products(old, shared)
-            outside = square - constant(inside[:, 0, 0])
-            rest, cross = size - inside[:, 1, 1], product - inside[:, 0, 1]
-            keep = rest > _NEW_SHARE**2 * size
-            kept = everywhere(keep)
-            if not kept:
-                # Of differences that depend on one another the newest alone is kept.
-                old, shared = xp.where(keep[:, None], old, 0), xp.where(keep[:, None], shared, 0)
-                outside, rest = xp.where(keep, outside, square), xp.where(keep, rest, size)
-                cross = xp.where(keep, cross, product)
-            scale = 1 / xp.sqrt(rest + torch.finfo(wide).tiny)  # a power would make 0 times infinity of a gradient
-            new = cross * scale
-            guard = state.guard or _Guard.start(alike(state.first, square), square)
-            follows, guard = guard.judge(square, outside - constant(new * new))
-            if not (kept and everywhere(follows)):
-                trusted = (keep & follows)[:, None]
-                new, old, use = xp.where(follows, new, 0), xp.where(trusted, old, 0), use * trusted
-            weights = copy(old)
-            use[:, slot], weights[:, slot] = follows, new
-            if self.ridge > 0:
-                old, new = old / (1 + self.ridge), new / (1 + self.ridge)
-            newest = large((new * scale)[:, None])
-        old, shared, scale = large(old[:, None]), large(shared[:, None]), large(scale[:, None])
-
-        pair = pair.reduce(last, basis, shared)
-        remainder = None
-        if self.damping < 1:
-            remainder = torch.addcmul(basis.subtract(pair.lines[now], old)[:, 0], pair.slots[last], newest, value=-1)
-        basis = basis.put(slot, torch.mul, pair.slots[last], scale)
-        pair = pair.put(last, torch.sub, fz, state.fz).reduce(last, images, shared)
-        z_next = torch.addcmul(fz, pair.slots[last], newest, value=-1)
-        images.subtract(z_next[:, None], old, in_place=True)
-        if remainder is not None:
-            z_next = z_next - (1 - self.damping) * remainder
-        images = images.put(slot, torch.mul, pair.slots[last], scale)
+        change = g - residuals.slots[state.newest]
+        xp, split, square = self._split(g, change, state)
+        with xp.quiet():
+            scale = 1 / xp.sqrt(
+                split.fresh + torch.finfo(wide).tiny
+            )  # a power would make 0 times infinity of a gradient
+            newest = split.cross * scale  # the coordinate of g along the new vector of the basis
+            guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
+            trusted, guard = guard.judge(xp, square, split.outside - xp.detach(newest * newest))
+            use, along = xp.own(state.use), split.along
+            if not (xp.holds(split.independent) and xp.holds(trusted)):
+                kept = (split.independent & trusted)[:, None]
+                newest, along, use = xp.where(trusted, newest, 0), xp.where(kept, along, 0), use * kept
+        step, basis, images = self._extrapolate(xp, fz, g, change, split.shared, scale, along, newest, state)
         # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand. Where
-        # it is not, the model aims at a point that f repels from: let f do so.
-        pair = pair.put(last, torch.sub, z_next, z)
-        ahead = constant(small(pair.product(last, now))[:, 0, 0]) > 0
-        if not everywhere(ahead):
-            z_next = torch.where(large(ahead)[:, None], z_next, fz)
-            use, weights = use * ahead[:, None], xp.where(ahead[:, None], weights, 0)
-            guard = guard._replace(bound=xp.where(ahead, guard.bound, xp.inf))
-        state = AndersonState(basis, images, pair, use, weights, (slot + 1) % self.memory, now, fz, None, guard)
+        # it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.
+        ahead = xp.detach(xp.take(_products(step, g))) > 0
+        z_next = step.add_(z) if not recording(step, z) else step + z
+        if not xp.holds(ahead):
+            z_next = torch.where(xp.tensor(ahead)[:, None], z_next, fz)
+            guard = guard._replace(bound=xp.where(ahead, guard.bound, float("inf")))
+            use, along, newest = use * ahead[:, None], xp.where(ahead[:, None], along, 0), xp.where(ahead, newest, 0)
+            trusted = trusted & ahead
+        use, along, free = xp.copy(use), xp.writable(along), (state.slot + 1) % (self.memory + 1)
+        use[:, state.slot], along[:, state.slot] = trusted, newest
+        use[:, free], along[:, free] = 0, 0
+        state = AndersonState(basis, images, residuals, use, along, free, now, fz, None, guard)
         return z_next.to(dtype), state
 
-    def forget(self, state: AndersonState, rows: Tensor) -> AndersonState:
-        def where(mask: Tensor, value: float, otherwise: Small) -> Small:
-            mask = mask.reshape(-1, *(1,) * (otherwise.ndim - 1))
-            return alike(small(torch.where(mask, value, large(otherwise))), otherwise)
+    def _split(self, g: Tensor, change: Tensor, state: AndersonState) -> tuple[NumPyArithmetic, _Split, Small]:
+        """The arithmetic of this step, how ``g`` and its change are split, and ``|g|^2``."""
+        products = state.basis.dots(g[:, None])
+        xp = arithmetic(products)
+        square, product, size = (xp.take(_products(x, y)) for x, y in ((g, g), (g, change), (change, change)))
+        square = xp.detach(square)
+        with xp.quiet():
+            along = xp.take(products)[:, 0] * xp.own(state.use)
+            return xp, _Split.of(xp, along, xp.own(state.before), square, product, size), square
 
+    def _extrapolate(
+        self,
+        xp: NumPyArithmetic,
+        fz: Tensor,
+        g: Tensor,
+        change: Tensor,
+        shared: Small,
+        scale: Small,
+        along: Small,
+        newest: Small,
+        state: AndersonState,
+    ) -> tuple[Tensor, History, History]:
+        """The step from z, and the basis and the images with one more vector; ``change`` is used up."""
+        basis, images, slot = state.basis, state.images, state.slot
+        if self.ridge > 0:
+            along, newest = along / (1 + self.ridge), newest / (1 + self.ridge)
+        weights, weight = xp.tensor(along[:, None]), xp.tensor((newest * scale)[:, None])
+        shared, scale = xp.tensor(shared[:, None]), xp.tensor(scale[:, None])
+        change = basis.subtract(change[:, None], shared, in_place=True)[:, 0]
+        remainder = None
+        if self.damping < 1:
+            remainder = torch.addcmul(basis.subtract(g[:, None], weights)[:, 0], change, weight, value=-1)
+        basis = basis.put(slot, torch.mul, change, scale)
+        change = torch.sub(fz, state.fz) if recording(fz, state.fz, change) else torch.sub(fz, state.fz, out=change)
+        change = images.subtract(change[:, None], shared, in_place=True)[:, 0]
+        step = torch.addcmul(g, change, weight, value=-1)
+        step = images.subtract(step[:, None], weights, in_place=True)[:, 0]
+        images = images.put(slot, torch.mul, change, scale)
+        if remainder is not None:
+            step = step - (1 - self.damping) * remainder
+        return step, basis, images
+
+    def forget(self, state: AndersonState, rows: Tensor) -> AndersonState:
+        xp = arithmetic_of(state.use)
+        forgotten = xp.take(rows)
         guard = state.guard
         if guard is not None:  # two plain steps, for the next one finds a difference of two maps
-            infinite = {name: where(rows, torch.inf, getattr(guard, name)) for name in ("bound", "level")}
-            guard = guard._replace(**infinite, left=where(rows, 2, guard.left))
-        use, weights = (where(rows, 0, x) for x in (state.use, state.weights))
-        return state._replace(use=use, weights=weights, guard=guard)
+            infinite = float("inf")
+            guard = guard._replace(
+                bound=xp.where(forgotten, infinite, guard.bound),
+                level=xp.where(forgotten, infinite, guard.level),
+                left=xp.where(forgotten, 2.0, guard.left),
+            )
+        use, before = (xp.where(forgotten[:, None], 0, x) for x in (state.use, state.before))
+        return state._replace(use=use, before=before, guard=guard)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Products ``(rows,)`` of the rows of ``x`` and ``y``."""
+    columns = y[None].permute(1, 2, 0)  # with the strides of y[:, :, None], bmm is twenty times slower on a CPU
+    return torch.bmm(x[:, None], columns)[:, 0, 0]

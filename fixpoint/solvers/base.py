@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, Any, Unpack
+import operator
+from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 
 import torch
 from torch import Tensor
@@ -65,12 +66,14 @@ class Solver(abc.ABC):
         return None
 
 
-def require_count(name: str, value: object) -> None:
-    """Raise unless ``value`` is a whole number of at least 1."""
-    if not isinstance(value, int):
+def require_count(name: str, value: object, least: int = 1) -> int:
+    """``value`` as an int, whatever integer type it has but bool; raise if it is none, or below ``least``."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} must be an integer, found {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, found {value}")
+    count = operator.index(value)
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, found {count}")
+    return count
 
 
 def small_dtype(z: Tensor) -> torch.dtype:

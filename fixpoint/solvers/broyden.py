@@ -9,18 +9,8 @@ import torch
 from torch import Tensor
 
 from fixpoint.solvers.base import Solver, gram_dtype, require_count, small_dtype
-from fixpoint.solvers.history import (
-    History,
-    Small,
-    alike,
-    large,
-    namespace,
-    require_history_dtype,
-    silent,
-    small,
-    solve_lower,
-    writable,
-)
+from fixpoint.solvers.history import History, require_history_dtype
+from fixpoint.solvers.small import TORCH, Small, arithmetic, arithmetic_of
 
 
 class BroydenState(NamedTuple):
@@ -44,7 +34,8 @@ class Broyden(Solver):
     It starts from minus the identity, so the first step is Picard's. The inverse Jacobian is a product of factors
     ``I + s_{j+1} s_j^T / |s_j|^2`` of the steps alone, so one state per row is held for each, and applying it takes one
     small triangular system. When ``memory`` steps are held, it starts over from the last one: overwriting the oldest
-    leaves factors that were built on one no longer there. A row whose next factor would be singular starts over too.
+    leaves factors that were built on one no longer there. A row whose next factor would be singular, or is not finite,
+    starts over too, by itself.
 
     Args:
         memory: Number of steps between restarts; one state per row is held for each.
@@ -75,8 +66,9 @@ class Broyden(Solver):
         rows = len(z)
         steps = History.empty(self.memory, z, self.history_dtype or z.dtype)
         system = torch.eye(self.memory, dtype=small_dtype(z), device=z.device).repeat(rows, 1, 1)
+        xp = arithmetic(system)
         use = torch.ones(rows, self.memory, dtype=small_dtype(z), device=z.device)
-        return BroydenState(steps, small(system), small(use))
+        return BroydenState(steps, xp.take(system), xp.take(use))
 
     def step(self, z: Tensor, fz: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
         wide = gram_dtype(z)
@@ -85,31 +77,34 @@ class Broyden(Solver):
         if state.held == self.memory:
             state = self._restart(g, state)
         steps, system, use, held, _ = state
+        xp = arithmetic(g)
+        system, use = xp.own(system), xp.own(use)
         direction, scale = g, torch.ones_like(g[:, :1])
         if held > 0:
-            products = small(steps.dots(g[:, None], slice(held)))[:, 0]
-            xp, system, use = namespace(products), alike(system, products), alike(use, products)
-            with silent(products):
-                factors = solve_lower(system[:, :held, :held], products * use[:, :held])
+            products = xp.take(steps.dots(g[:, None], slice(held)))[:, 0]
+            with xp.quiet():
+                factors = xp.solve_triangular(system[:, :held, :held], products * use[:, :held], upper=False)
                 pivot = 1 - factors[:, -1:]
-                sound = abs(pivot) > torch.finfo(wide).eps ** 0.5
-                use = use * sound
+                sound = abs(pivot) > torch.finfo(wide).eps ** 0.5  # not where something is NaN
+                if not xp.holds(sound):
+                    use = use * sound
+                    system = xp.where(sound[..., None], system, xp.identity(system, self.memory))
                 factors = xp.where(sound, -factors[:, :-1], 0)
-                scale = large(1 / xp.where(sound, pivot, 1)).to(wide)
+                scale = xp.tensor(1 / xp.where(sound, pivot, 1)).to(wide)
             if held > 1:
-                direction = steps.subtract(g[:, None], large(factors[:, None]).to(wide), slice(1, held))[:, 0]
+                direction = steps.subtract(g[:, None], xp.tensor(factors[:, None]).to(wide), slice(1, held))[:, 0]
         steps = steps.put(held, torch.mul, direction, scale)
-        newest = small(steps.dots(direction[:, None], slice(held + 1))[:, 0] * scale)
-        xp, system, use = namespace(newest), writable(alike(system, newest)), writable(alike(use, newest))
-        use[:, held] = 1
+        newest = xp.take(steps.dots(direction[:, None], slice(held + 1))[:, 0] * scale)
+        system, use = xp.writable(system), xp.writable(use)
         system[:, held, :held] = -newest[:, 1:]
         system[:, held, held] = xp.where(newest[:, -1] > 0, newest[:, -1], 1)
+        use[:, held] = 1
         z_next = torch.addcmul(start, direction, scale)
         return z_next.to(z.dtype), BroydenState(steps, system, use, held + 1, g)
 
     def forget(self, state: BroydenState, rows: Tensor) -> BroydenState:
-        use = large(state.use)
-        return state._replace(use=alike(small(use * ~rows[:, None]), state.use))
+        xp = arithmetic_of(state.use)
+        return state._replace(use=xp.where(xp.take(rows)[:, None], 0, state.use))
 
     def _restart(self, g: Tensor, state: BroydenState) -> BroydenState:
         """Keep the last secant alone: slot 0 its step s, slot 1 the vector that s is paired with."""
@@ -120,19 +115,24 @@ class Broyden(Solver):
         product = (step * change).sum(dim=1)
         square = step.square().sum(dim=1)
         sound = product.abs() > torch.finfo(g.dtype).eps ** 0.5 * step.norm(dim=1) * change.norm(dim=1)
-        sound &= large(state.use)[:, -1] > 0  # not where the row has just forgotten all
+        sound &= (
+            arithmetic(g).tensor(arithmetic(g).own(state.use))[:, -1] > 0
+        )  # not where the row has just forgotten all
         scale = torch.where(sound, square / torch.where(sound, product, 1), 0)
-        steps = state.steps.put(0, torch.mul, step, torch.ones_like(scale)[:, None])
+        # The step after a restart writes slot 2, where the last step must stay if this state is stepped from again.
+        steps = state.steps if self.memory > 3 else History(state.steps.states.clone())
+        steps = steps.put(0, torch.mul, step, torch.ones_like(scale)[:, None])
         steps = steps.put(1, torch.mul, -(step + change), scale[:, None])
-        system, use = writable(alike(state.system, small(square))), writable(alike(state.use, small(square)))
-        system[:, 0, 0] = alike(small(torch.where(square > 0, square, 1)), system)
+        xp = arithmetic(square)
+        system, use = xp.writable(xp.own(state.system)), xp.writable(xp.own(state.use))
+        system[:, 0, 0] = xp.take(torch.where(square > 0, square, 1))
         system[:, 1, 0], system[:, 1, 1] = 0, 1
-        use[:, 0], use[:, 1] = alike(small(sound), use), 0
+        use[:, 0], use[:, 1] = xp.take(sound), 0
         return BroydenState(steps, system, use, 2, g)
 
     def transposed_inverse(self, state: BroydenState, x: Tensor) -> Tensor:
         """``H^T x`` for each row of ``x`` ``(rows, dim)``, where ``H`` is the ``(I - J)^-1`` of the last step."""
-        system, use = large(state.system), large(state.use)
+        system, use = TORCH.own(state.system), TORCH.own(state.use)
         product = x.to(gram_dtype(x))
         for j in reversed(range(state.held - 1)):
             step, following = (slot.to(product.dtype) for slot in state.steps.slots[j : j + 2])

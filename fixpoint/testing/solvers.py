@@ -31,6 +31,7 @@ class SolverContract(OptionsContract):
         dtypes: Precisions that the solver promises to work in.
         scale_invariant: Whether a problem times 1e-6 or 1e6 takes the same evaluations.
         compiles: Whether ``torch.compile`` takes a step as one graph.
+        affine_only: Whether the solver promises something for affine maps only, such as an adjoint's.
 
     Example:
         >>> import fixpoint, fixpoint.testing
@@ -44,6 +45,7 @@ class SolverContract(OptionsContract):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     scale_invariant: ClassVar[bool] = True
     compiles: ClassVar[bool] = False
+    affine_only: ClassVar[bool] = False
 
     def subject(self) -> Solver:
         return self.solver
@@ -81,7 +83,7 @@ class SolverContract(OptionsContract):
 
     def test_every_precision_keeps_its_dtype_and_is_solved(self) -> None:
         for dtype in self.dtypes:
-            f = self._maps(rate=0.6, squash=torch.tanh).to(dtype)
+            f = self._maps(rate=0.6, bent=True).to(dtype)
             for z in self._iterates(f, 8):
                 found, expected = (z.shape, z.dtype, z.device), (f.z0.shape, dtype, f.z0.device)
                 assert found == expected, f"a step must keep shape, dtype and device {expected}, found {found}"
@@ -101,7 +103,7 @@ class SolverContract(OptionsContract):
     # Rows
 
     def test_a_row_depends_on_no_other_row(self) -> None:
-        f = self._maps(rows=6, rate=0.9, squash=torch.tanh)
+        f = self._maps(rows=6, rate=0.9, bent=True)
         steps, whole = list(self._iterates(f, 5)), self._solve(f)
         for index in ([5, 3, 1, 0, 2, 4], [2], [0, 4], [1, 1, 3]):
             for found, expected in zip(self._iterates(f.rows(index), 5), steps, strict=True):
@@ -150,6 +152,19 @@ class SolverContract(OptionsContract):
         same = [torch.equal(a, b) and torch.equal(c, d) for (a, c), b, d in zip(turns, *alone, strict=True)]
         assert all(same), "two solves taken in turns disturb each other: keep nothing outside the state"
 
+    def test_a_state_can_be_stepped_from_again(self) -> None:
+        f = self._maps(bent=True)
+        expected = list(self._iterates(f, 30))
+        z, state = f.z0, self.solver.init(f.z0)
+        for index, proposal in enumerate(expected):
+            fz = f(z)
+            self.solver.step(z, fz + 1, state)
+            tried, _ = self.solver.step(z, fz, state)
+            again, following = self.solver.step(z, fz, state)
+            assert torch.equal(tried, again), f"step {index} twice from one state: two proposals"
+            assert torch.equal(again, proposal), f"step {index} proposes something else after another was tried"
+            z, state = again, following
+
     def test_the_same_solve_gives_the_same_numbers(self) -> None:
         f, before = self._maps(), torch.get_rng_state()
         first, again = list(self._iterates(f, 8)), list(self._iterates(f, 8))
@@ -188,7 +203,7 @@ class SolverContract(OptionsContract):
         assert_close(found, dataclasses.replace(f, offset=weights).solution(transposed=True), rtol=1e-6, atol=1e-7)
 
     def test_gradients_through_its_steps_are_right(self) -> None:
-        f = self._maps(rows=2, squash=torch.tanh)
+        f = self._maps(rows=2, bent=True)
 
         def third_state(b: Tensor) -> Tensor:
             g = dataclasses.replace(f, offset=b)
@@ -199,7 +214,7 @@ class SolverContract(OptionsContract):
     def test_a_step_compiles_as_one_graph(self) -> None:
         if not self.compiles:
             raise unittest.SkipTest("compiles is False")
-        f = self._maps(squash=torch.tanh)
+        f = self._maps(bent=True)
         torch.compiler.reset()  # a step compiled before, with other options, would count against the limit of versions
         step = torch.compile(self.solver.step, fullgraph=True, backend="eager")
         z, state = f.z0, self.solver.init(f.z0)
@@ -207,7 +222,10 @@ class SolverContract(OptionsContract):
             z, state = step(z, f(z), state)
             assert_close(z, expected, rtol=1e-9, atol=1e-10)
 
-    def _maps(self, rows: int = 4, **options: Any) -> RowMaps:
+    def _maps(self, rows: int = 4, *, bent: bool = False, **options: Any) -> RowMaps:
+        """Contractions; nonlinear ones if ``bent``, unless the solver is for affine maps only."""
+        if bent and not self.affine_only:
+            options["squash"] = torch.tanh
         return RowMaps.make(rows, **options).to(self.device)
 
     def _solve(self, f: RowMaps, **options: Any) -> Solution:

@@ -66,7 +66,7 @@ class FPDM(nn.Module):
         self.implicit = FixedPointLayer(
             ImplicitBlock(width, heads, ratio),
             solver=Picard(),
-            backward=StochasticJFB(max_no_grad=config.max_no_grad, max_grad=config.max_grad),
+            backward=StochasticJFB(max_no_grad=config.max_no_grad, max_grad=config.max_grad, attach_start=True),
         )
         self.post = explicit_blocks(config.n_post)
         self.head = Head(width, patch, config.out_channels, conditional=conditional)

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from benchmarks.chains import __main__ as cli
-from benchmarks.chains import curves, quality, rounds, speed
+from benchmarks.chains import curves, honesty, quality, rounds, speed
 from benchmarks.chains.cases import FULL, Setting, batch, chain
 from benchmarks.chains.curves import Curve, Outcome, spread
 from benchmarks.chains.methods import BY_NAME, FULL_WINDOW, METHODS, RTOL
+from fixpoint import Recurrence
 from fixpoint_diffusion import NoiseSchedule
 from fixpoint_diffusion.data import load_digits
 
@@ -94,6 +95,19 @@ def test_targets_say_what_is_met() -> None:
     ]
     figures = {"1": {"sequential": 5.0, "ours": 1.9}, "16": {"sequential": 5.0, "ours": 5.6}}
     assert [t.met for t in speed.targets(figures)] == [True, False]
+
+
+def test_honesty_counts_what_misses_the_tolerance() -> None:
+    chain = Recurrence(lambda x: x + 1, torch.zeros(2, 1, dtype=torch.float64), steps=4)
+    z = chain.sequential()  # 1, 2, 3, 4
+    assert honesty.factors(chain, z, 0.1).tolist() == [[0, 0]] * 3
+    z[1, 3] = 5.0  # off by one, where 0.4 are allowed for the state and 0.1 * sqrt(30) for the row
+    found = honesty.factors(chain, z, 0.1)
+    torch.testing.assert_close(found[:, 1], torch.tensor([1 / (0.1 * 30**0.5), 2.5, 2.5], dtype=torch.float64))
+    tally = honesty._tally(found, 3)
+    assert (tally.rows, tally.ended, tally.above) == (2, 3, (1, 1, 1))
+    assert "1 of 2, 2.5" in honesty.table({"ours": tally})
+    assert [aim.met for aim in honesty.targets({"certify": tally, "plain": tally})] == [False]
 
 
 def test_every_part_runs_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

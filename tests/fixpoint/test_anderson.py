@@ -11,6 +11,7 @@ import fixpoint
 from fixpoint import Anderson, Broyden, Picard, Status
 from fixpoint.bench.problems import expansive, linear, tanh
 from fixpoint.solvers.anderson import _Guard
+from fixpoint.solvers.small import NUMPY
 
 # Evaluations to a relative residual of 1e-5 in float32 that a scale-free sliding window of m = 5 and m = 10 differences
 # needs, worst row; None where it fails. Ours may need 10% more.
@@ -92,7 +93,7 @@ def test_a_row_whose_residual_is_far_from_the_predicted_one_takes_plain_steps_an
 
 def test_judge_trusts_what_follows_the_prediction_alone():
     def guard_with(bound=1.0):
-        return _Guard.start(np.array([200.0]), np.array([200.0]))._replace(bound=np.array([bound]))
+        return _Guard.start(NUMPY, np.array([200.0]), np.array([200.0]))._replace(bound=np.array([bound]))
 
     def trusts(square, predicted, **known):
         return judge(guard_with(**known), square, predicted)[0]
@@ -118,13 +119,13 @@ def test_judge_trusts_what_follows_the_prediction_alone():
 
 
 def judge(guard, square, predicted):
-    follows, guard = guard.judge(np.array([square]), np.array([predicted]))
+    follows, guard = guard.judge(NUMPY, np.array([square]), np.array([predicted]))
     return follows[0], guard
 
 
 def test_a_prediction_of_zero_is_not_taken_at_its_word():
     # With as many differences as dimensions every prediction is zero, up to rounding.
-    _, guard = judge(_Guard.start(np.array([1.0]), np.array([1.0])), 1.0, 1e-18)
+    _, guard = judge(_Guard.start(NUMPY, np.array([1.0]), np.array([1.0])), 1.0, 1e-18)
     assert judge(guard, 0.09, 1e-17)[0]
     assert not judge(guard, 0.2, 1e-17)[0]
 
@@ -144,7 +145,7 @@ def test_a_difference_that_the_others_nearly_hold_is_not_trusted(share, trusted)
 
 
 def test_the_first_plain_step_tells_how_much_growth_is_ordinary():
-    guard = _Guard.start(np.array([1.0]), np.array([25.0]))._replace(bound=np.array([1.0]))
+    guard = _Guard.start(NUMPY, np.array([1.0]), np.array([25.0]))._replace(bound=np.array([1.0]))
     assert judge(guard, 2499.0, 0.5)[0]
     assert not judge(guard, 2501.0, 0.5)[0]
 
@@ -263,9 +264,9 @@ def test_ridge_shrinks_the_accelerated_part(contraction, steps):
     torch.testing.assert_close(by_half, (fz + by_full) / 2)
 
 
-def test_history_costs_two_states_for_each_difference():
+def test_history_costs_two_states_for_each_difference_and_one_to_come():
     state = Anderson(memory=3).init(torch.zeros(2, 7))
-    assert (state.basis.states.shape, state.images.states.shape) == ((3, 2, 7), (3, 2, 7))
+    assert (state.basis.states.shape, state.images.states.shape) == ((4, 2, 7), (4, 2, 7))
 
 
 @pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=repr)

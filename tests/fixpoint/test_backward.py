@@ -10,7 +10,19 @@ import torch
 from torch.autograd import gradcheck
 
 import fixpoint
-from fixpoint import IFT, JFB, Anderson, ConvergenceWarning, Phantom, Picard, StochasticJFB, Unroll
+from fixpoint import (
+    IFT,
+    JFB,
+    SHINE,
+    Anderson,
+    Broyden,
+    ConvergenceWarning,
+    Neumann,
+    Phantom,
+    Picard,
+    StochasticJFB,
+    Unroll,
+)
 
 D = torch.float64
 TIGHT = {"rtol": 1e-13, "max_evals": 500}
@@ -75,13 +87,39 @@ def test_ift_equals_unrolling_with_every_solver_in_both_directions(normal, cell_
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)
 
 
-def test_ift_hands_over_one_more_application_of_f(normal, cell_class):
-    cell, x = cell_class(), normal(3, 4)
-    z0 = torch.zeros(3, 4, dtype=D)
-    attached = fixpoint.solve(cell, z0, (x,), rtol=1e-4)
-    plain = fixpoint.solve(cell, z0, (x,), rtol=1e-4, backward=None)
-    assert torch.equal(attached.value, cell(plain.value, x))
-    assert torch.equal(attached.residual, plain.residual)  # the figures stay those of z*
+# What is reported is what is handed over
+
+
+@pytest.mark.parametrize(
+    "rule", [IFT(), JFB(), Phantom(steps=3, damping=0.6), Neumann(terms=3), SHINE(refine=1), Unroll()], ids=repr
+)
+def test_the_value_is_the_state_whose_residual_is_reported(normal, rule):
+    # f(z*) lies up to 200 times as far from its image as z* does from f(z*).
+    slope = -torch.logspace(math.log10(0.5), math.log10(200), 40, dtype=D)
+    b = normal(3, 40).requires_grad_()
+    f, z0 = (lambda z, b: z * slope + b), torch.zeros(3, 40, dtype=D)
+    options = {"solver": Broyden(memory=100), "rtol": 1e-3, "max_evals": 200}
+    attached = fixpoint.solve(f, z0, (b,), backward=rule, **options)
+    assert attached.converged.all()
+    z = attached.value.detach()
+    measured = torch.linalg.vector_norm(f(z, b) - z, dim=1).detach()
+    torch.testing.assert_close(attached.residual, measured, rtol=1e-8, atol=0)
+    plain = fixpoint.solve(f, z0, (b,), backward=None, **options)
+    torch.testing.assert_close(z, plain.value, rtol=1e-6, atol=1e-9)
+    fz = f(z, b).detach()
+    assert (torch.linalg.vector_norm(f(fz, b) - fz, dim=1) > 10 * measured).all(), "one more application is far worse"
+    assert attached.value.requires_grad
+
+
+def test_the_value_is_the_state_that_a_fixed_depth_ends_in_for_every_rule(normal, cell_class, rule):
+    if isinstance(rule, fixpoint.StochasticJFB | fixpoint.Reversible):
+        return  # these run forward in their own way
+    solver = Broyden() if isinstance(rule, SHINE) else Anderson()
+    cell, x = cell_class(), normal(3, 4).requires_grad_()
+    options = {"solver": solver, "depth": 3}
+    value = fixpoint.solve(cell, torch.zeros(3, 4, dtype=D), (x,), backward=rule, **options).value
+    plain = fixpoint.solve(cell, torch.zeros(3, 4, dtype=D), (x,), backward=None, **options).value
+    torch.testing.assert_close(value.detach(), plain, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("closure", [True, False])
@@ -253,7 +291,7 @@ def test_fixed_depth_attaches_at_the_last_state_and_measures_it(normal, cell_cla
     z = z0.detach()
     for _ in range(depth):
         z = cell(z, x).detach()
-    torch.testing.assert_close(sol.value, cell(z, x))
+    torch.testing.assert_close(sol.value.detach(), z)
     torch.testing.assert_close(sol.residual, torch.linalg.vector_norm(cell(z, x) - z, dim=1).detach())
     assert sol.nfev == depth
     sol.value.sum().backward()

@@ -55,8 +55,7 @@ def test_sjfb_is_n_solver_steps_and_a_series_of_m_terms(linear_problem, solver, 
     for _ in range(m):
         expected = expected @ A.T + b
     torch.testing.assert_close(sol.value, expected)
-    first = (start @ A.T + b - start).detach()
-    torch.testing.assert_close(sol.residual, torch.linalg.vector_norm(first, dim=1))
+    assert sol.residual.isnan().all()
     for found, wanted in zip(
         torch.autograd.grad(sol.value.square().sum(), (A, b)),
         torch.autograd.grad(expected.square().sum(), (A, b)),
@@ -195,15 +194,19 @@ class watch_saved(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801 - rea
     """Knows which tensors are kept for backward, and their bytes in all."""
 
     def __init__(self):
-        self.alive, self.bytes = weakref.WeakSet(), 0
+        self.alive = weakref.WeakSet()
         super().__init__(self._pack, lambda saved: saved.x)
 
     def __enter__(self):
         super().__enter__()
         return self
 
+    @property
+    def bytes(self):
+        """Of what is alive; flags, one a row, do not count."""
+        return sum(saved.x.numel() * saved.x.element_size() for saved in self.alive if saved.x.dtype != torch.bool)
+
     def _pack(self, x):
-        self.bytes += x.numel() * x.element_size()
         saved = Saved(x.detach())
         self.alive.add(saved)
         return saved
@@ -239,14 +242,17 @@ def test_a_solved_state_keeps_one_application_of_f_alive(normal, cell_class):
     for f, args in ((cell, (x,)), (lambda z: cell(z, x), ())):
         with watch_saved() as saved:
             sol = fixpoint.solve(f, z0, args)
-        assert len(saved.alive) == len(one.alive) > 0
+        assert saved.bytes == one.bytes > 0
     assert sol.value.shape == image.shape
 
 
 def saved_bytes(solve):
+    """Of the tensors that the value keeps: the first evaluation is recorded to see whether it must be."""
     with watch_saved() as saved:
-        solve()
-    return saved.bytes
+        value = solve()
+        held = saved.bytes
+    del value
+    return held
 
 
 @pytest.mark.parametrize("closure", [True, False])
@@ -274,6 +280,7 @@ def test_sjfb_saves_its_m_steps_alone(normal, cell_class):
         z = z0
         for _ in range(m):
             z = cell(z, x)
+        return z
 
     for seed in range(10):
         n, m = draws(20, 3, seed)

@@ -38,7 +38,7 @@ def test_one_dimension_is_the_secant_method():
 def test_a_linear_problem_of_dim_d_is_solved_in_2d_steps(contraction, dim):
     f = contraction(rows=3, dim=dim, rho=0.9)
     sol = fixpoint.solve(f, solver=Broyden(memory=2 * dim), rtol=1e-8)
-    assert sol.nfev <= 2 * dim + 1  # Gay, SIAM J. Numer. Anal. 16 (1979): 2d steps, and one look
+    assert sol.nfev <= 2 * dim + 1  # Gay, SIAM J. Numer. Anal. 16 (1979): 2d steps, and one check
 
 
 def test_an_expansive_map_is_solved_where_plain_iteration_diverges():

@@ -69,6 +69,16 @@ class TestShortBroyden(SolverContract):
     compiles = True
 
 
+class TestGMRES(SolverContract):
+    solver = fixpoint.GMRES()
+    affine_only = True
+
+
+class TestShortGMRES(SolverContract):
+    solver = fixpoint.GMRES(memory=4)
+    affine_only = True
+
+
 class TestBlockwisePicard(SolverContract):
     solver = fixpoint.Blockwise(fixpoint.Picard(), blocks=3)
     compiles = True
@@ -91,6 +101,11 @@ class TestIFT(BackwardContract):
 
 class TestIFTByPicard(BackwardContract):
     backward = fixpoint.IFT(solver=fixpoint.Picard(), max_evals=200)
+    exact = True
+
+
+class TestIFTByGMRES(BackwardContract):
+    backward = fixpoint.IFT(solver=fixpoint.GMRES())
     exact = True
 
 

@@ -178,8 +178,8 @@ class SoundRule(fixpoint.Backward):
     steps: int = 1
 
     def attach(self, run):
-        iterates = run.solve()
-        return run.f(iterates.z), iterates
+        result = run.solve()
+        return run.f(result.z), result
 
 
 class NotARule:
@@ -204,7 +204,7 @@ class SwallowingRule(SoundRule):
 
 @dataclass(frozen=True)
 class Then(SoundRule):
-    """Does something to the value and the figures before it returns them."""
+    """Does something to what is attached and to the result before it returns them."""
 
     change: Callable = None
 
@@ -212,34 +212,34 @@ class Then(SoundRule):
         return self.change(*super().attach(run))
 
 
-def flattering_figures(value, iterates):
-    return value, replace(iterates, residual=iterates.residual / 2)
+def flattering_figures(value, result):
+    return value, replace(result, residual=result.residual / 2)
 
 
-def without_graph(value, iterates):
-    return value.detach(), iterates
+def without_graph(value, result):
+    return value.detach(), result
 
 
-def value_in_float32(value, iterates):
-    return value.float(), iterates
+def state_in_float32(value, result):
+    return value, replace(result, z=result.z.float())
 
 
-def ascent(value, iterates):
-    return 2 * value.detach() - value, iterates  # the right value, and the gradient with its sign turned
+def ascent(value, result):
+    return 2 * value.detach() - value, result  # the right value, and the gradient with its sign turned
 
 
-def gradient_of_its_own(value, iterates):
-    return value.detach() + 0 * iterates.z.requires_grad_(), iterates
+def gradient_of_its_own(value, result):
+    return value.detach() + 0 * result.z.requires_grad_(), result
 
 
-def less_the_batch_mean(value, iterates):
+def less_the_batch_mean(value, result):
     mean = value.mean(dim=0)
-    return value - mean + mean.detach(), iterates
+    return value - mean + mean.detach(), result
 
 
-def adding_the_sum_of_all_gradients(value, iterates):
+def adding_the_sum_of_all_gradients(value, result):
     value.register_hook(lambda grad: grad + 0 * grad.sum())  # nothing, until a row's gradient is not finite
-    return value, iterates
+    return value, result
 
 
 class KeepsItsOutput(torch.autograd.Function):
@@ -253,19 +253,19 @@ class KeepsItsOutput(torch.autograd.Function):
         return grad
 
 
-def in_a_reference_cycle(value, iterates):
-    return KeepsItsOutput.apply(value), iterates
+def in_a_reference_cycle(value, result):
+    return KeepsItsOutput.apply(value), result
 
 
-def for_one_backward_only(value, iterates):
+def for_one_backward_only(value, result):
     scale = [1.0]
     value.register_hook(lambda grad: grad * scale.pop())
-    return value, iterates
+    return value, result
 
 
-def leaving_grad_mode_off(value, iterates):
+def leaving_grad_mode_off(value, result):
     torch.set_grad_enabled(False)
-    return value, iterates
+    return value, result
 
 
 RULE_TESTS = {
@@ -275,7 +275,7 @@ RULE_TESTS = {
     "test_it_can_be_copied_and_pickled": (SoundRule(steps=lambda: 1), "lambda"),
     "test_unknown_options_raise": (SwallowingRule(), "swallowed an unknown option"),
     "test_value_and_figures_are_those_of_the_solve": (Then(change=flattering_figures), "not close"),
-    "test_every_precision_is_kept": (Then(change=value_in_float32), "torch.float16, found torch.float32"),
+    "test_every_precision_is_kept": (Then(change=state_in_float32), "torch.float16, found torch.float32"),
     "test_gradients_reach_arguments_parameters_and_closures": (Then(change=ascent), "must be positive, found -"),
     "test_a_row_depends_on_no_other_row": (Then(change=less_the_batch_mean), "not close"),
     "test_a_non_finite_incoming_gradient_spoils_its_row_alone": (

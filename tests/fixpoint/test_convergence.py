@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -22,10 +23,11 @@ def test_each_status_has_one_cause(status):
         Status.MAX_EVALS: lambda z: z + 1,
         Status.STAGNATED: lambda z: 1 + eps * (z == 1).to(z),  # two neighbours that map to each other
         Status.NON_FINITE: lambda z: z * 1e200,
+        Status.STOPPED: lambda z: z + 1,
     }
-    sol = fixpoint.solve(
-        maps[status], torch.ones(1, 1, dtype=torch.float64), rtol=0.0, solver=Picard(), on_failure="ignore"
-    )
+    callback = (lambda progress: progress.nfev == 5) if status == Status.STOPPED else None
+    options = {"rtol": 0.0, "solver": Picard(), "on_failure": "ignore", "callback": callback}
+    sol = fixpoint.solve(maps[status], torch.ones(1, 1, dtype=torch.float64), **options)
     assert sol.status.tolist() == [status]
     assert sol.converged.tolist() == [status == Status.CONVERGED]
     assert (sol.nfev == 100) == (status == Status.MAX_EVALS)
@@ -90,7 +92,8 @@ def test_norms_are_right_where_squares_leave_the_range_of_the_dtype(normal, dtyp
     scales = torch.tensor([[tiny], [1.0], [huge], [0.0]], dtype=torch.float64)
     z, fz = (normal(4, 50, seed=seed) * scales for seed in (0, 1))
     z, fz = z.to(dtype), fz.to(dtype)
-    residual, scale = Tolerance(rtol=0.0, atol=0.0).measure(z, fz)
+    residual, scale, merit = Tolerance(rtol=0.0, atol=0.0).measure(z, fz)
+    assert (merit == residual).all()
     close = {"rtol": 4 * torch.finfo(dtype).eps}
     np.testing.assert_allclose(scale, [math.hypot(*row) for row in fz.tolist()], **close)
     np.testing.assert_allclose(
@@ -114,27 +117,46 @@ def test_rows_that_have_ended_are_not_measured_again(monkeypatch):
     z, fz = torch.zeros(2, 3), torch.full((2, 3), 1e-30)
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "index_select", None)
-        assert tolerance.measure(z, fz, np.array([False, False])).tolist() == [[0, 0], [0, 0]]
-    np.testing.assert_allclose(tolerance.measure(z, fz, np.array([True, False])), [[3**0.5 * 1e-30, 0]] * 2, rtol=1e-6)
+        figures = tolerance.measure(z, fz, np.array([False, False]))
+        assert [x.tolist() for x in figures] == [[0, 0]] * 3
+    figures = tolerance.measure(z, fz, np.array([True, False]))
+    np.testing.assert_allclose(figures, [[3**0.5 * 1e-30, 0]] * 3, rtol=1e-6)
 
 
-def test_the_loop_looks_closer_at_rows_that_have_not_ended_alone(monkeypatch):
-    looked, scaled_norm = [], convergence._scaled_norm
-    monkeypatch.setattr(convergence, "_scaled_norm", lambda x: (looked.append(len(x)), scaled_norm(x))[1])
+@pytest.mark.parametrize("offset", [1.0, torch.tensor([[0.0], [1.0]])], ids=["all", "zero"])
+def test_the_loop_measures_closely_only_rows_that_have_not_ended(monkeypatch, offset):
+    measured, scaled_norm = [], convergence._scaled_norm
+    monkeypatch.setattr(convergence, "_scaled_norm", lambda x: (measured.append(len(x)), scaled_norm(x))[1])
     slope = torch.tensor([[0.0], [0.9]])
-    fixpoint.solve(lambda z: slope * z + 1, torch.zeros(2, 6), solver=Picard())
-    assert looked == [1, 1]  # residual and scale of the row whose residual is zero, when it ends
+    fixpoint.solve(lambda z: slope * z + offset, torch.zeros(2, 6), solver=Picard())
+    assert measured == [1, 1]  # residual and scale of the row whose residual is zero, when it ends
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e30])
+def test_rows_of_any_size_are_seen_to_depend_on_others_and_only_then(scale):
+    slope = torch.tensor([[0.1], [0.9]])
+
+    def f(z, coupling):
+        return slope * z + scale + coupling * z.flip(0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fixpoint.solve(lambda z: f(z, 0.0), torch.zeros(2, 6), solver=Picard(), max_evals=300)
+    with pytest.warns(UserWarning, match="f couples rows"):
+        sol = fixpoint.solve(lambda z: f(z, 0.05), torch.zeros(2, 6), solver=Picard(), max_evals=300)
+    expected = torch.linalg.solve(torch.tensor([[0.9, -0.05], [-0.05, 0.1]]), torch.ones(2, 1)).expand(2, 6)
+    torch.testing.assert_close(sol.value / scale, expected, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(3, (1 << 18) + 5), (700, 1000), (1, 1 << 19), (2, 1 << 18), ((1 << 18) + 3, 1)])
 def test_big_states_are_measured_in_blocks_all_of_them(normal, shape):
     z, fz = normal(*shape).float(), normal(*shape, seed=1).float()
-    residual, scale = Tolerance(rtol=0.0, atol=0.0).measure(z, fz)
+    residual, scale, _ = Tolerance(rtol=0.0, atol=0.0).measure(z, fz)
     expected = torch.stack((fz - z, fz)).double().square().sum(dim=2).sqrt()
     np.testing.assert_allclose((residual, scale), expected, rtol=1e-4)
     other = z.clone()
     other[-1, -1] = torch.nan
-    changed, _ = Tolerance(rtol=0.0, atol=0.0).measure(other, fz)
+    changed, _, _ = Tolerance(rtol=0.0, atol=0.0).measure(other, fz)
     assert np.isnan(changed).tolist() == [False] * (shape[0] - 1) + [True]
 
 

@@ -95,7 +95,7 @@ def test_scale_changes_nothing_but_the_scale(make, dim, rho, seed, solver, expon
 
 
 @given(dim=DIMS, rho=RHOS, seed=SEEDS, solver=SOLVERS, check_every=st.integers(1, 50))
-def test_rows_that_are_looked_at_seldom_meet_the_same_tolerance_and_never_end_sooner(
+def test_rows_that_are_checked_seldom_meet_the_same_tolerance_and_never_end_sooner(
     make, dim, rho, seed, solver, check_every
 ):
     f = make(3, dim, rho, seed, squash=torch.tanh)

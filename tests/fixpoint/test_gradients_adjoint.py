@@ -125,3 +125,37 @@ def test_the_default_adjoint_takes_about_as_many_products_as_gmres(normal, rho, 
     torch.testing.assert_close(b.grad[0], exact, rtol=0, atol=1e-4)
     assert solution.adjoint.converged.all()
     assert solution.adjoint.nfev <= share * len(products)
+
+
+def gradient_of_affine(A, b, v, **options):
+    """dL/db for z = z A^T + b, from the adjoint; z itself is given, as the adjoint is what is tested."""
+    b = b.clone().requires_grad_()
+    eye = torch.eye(len(A), dtype=A.dtype)
+    start = torch.linalg.solve(eye - A, b.detach().T).T
+    rule = IFT(solver=fixpoint.GMRES(), **options)
+    value = fixpoint.solve(lambda z: z @ A.T + b, start, backward=rule, rtol=1e-6).value
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        (gradient,) = torch.autograd.grad(value, b, v)
+    return gradient, torch.linalg.solve((eye - A).T, v.T).T
+
+
+def test_the_adjoint_of_a_map_that_expands_is_right():
+    b = torch.ones(1, 1, dtype=D, requires_grad=True)
+    rule = IFT(solver=fixpoint.GMRES())
+    sol = fixpoint.solve(lambda z: 2 * z + b, torch.zeros(1, 1, dtype=D), solver=fixpoint.Broyden(), backward=rule)
+    sol.value.sum().backward()
+    torch.testing.assert_close(b.grad, -torch.ones(1, 1, dtype=D))  # z = -b
+    assert sol.adjoint.converged.all()
+
+
+@pytest.mark.parametrize(("dims", "count"), [((10, 20), 100), ((30, 60), 20)])
+def test_the_adjoint_needs_i_minus_j_to_be_invertible_and_nothing_else(dims, count):
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        dim = int(torch.randint(*dims, (), generator=generator))
+        A, b, v = (torch.randn(n, dim, generator=generator, dtype=D) for n in (dim, 1, 1))
+        found, exact = gradient_of_affine(A, b, v)
+        error = float((found - exact).norm() / exact.norm())
+        smallest = float(torch.linalg.svdvals(torch.eye(dim, dtype=D) - A).min())
+        assert error <= 10 * 1e-6 / smallest, f"seed {seed}, dimension {dim}: {error:.1e}"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
-import pickle
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import approx_fprime, fsolve
 from scipy.sparse.linalg import LinearOperator, gmres
-from torch.autograd import gradcheck
 
 import fixpoint
 from fixpoint import (
@@ -210,107 +207,6 @@ def test_shine_wants_broyden(linear_problem):
     A, b = linear_problem()
     with pytest.raises(TypeError, match="Broyden"):
         fixpoint.solve(lambda z: z @ A.T + b, torch.zeros(3, 4, dtype=D), solver=Picard(), backward=SHINE())
-
-
-# Multi-step and stochastic JFB
-
-
-def test_multi_step_jfb_is_the_stochastic_rule_without_chance(normal, cell_class):
-    cell, x = cell_class(), normal(2, 4)
-    before = torch.get_rng_state()
-    for _ in range(3):
-        cell.calls = 0
-        sol = fixpoint.solve(cell, torch.zeros(2, 4, dtype=D), (x,), backward=MultiStepJFB(no_grad=4, grad=3))
-        assert (sol.nfev, cell.calls) == (4, 7)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_seed_gives_ranks_the_same_depths_and_leaves_the_global_state_alone(normal, cell_class):
-    cell, x = cell_class(), normal(2, 4)
-    before = torch.get_rng_state()
-
-    def depths(rule):
-        return [fixpoint.solve(cell, torch.zeros(2, 4, dtype=D), (x,), backward=rule).nfev for _ in range(6)]
-
-    rule = StochasticJFB(max_no_grad=30, max_grad=2, seed=5)
-    clones = copy.deepcopy(rule), pickle.loads(pickle.dumps(rule)), StochasticJFB(max_no_grad=30, max_grad=2, seed=5)
-    assert rule == clones[0] == clones[2]
-    first = depths(rule)
-    assert len(set(first)) > 1
-    for clone in clones:
-        assert depths(clone) == first
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_bounds_of_stochastic_jfb_are_inclusive_on_both_sides():
-    rule = StochasticJFB(min_no_grad=3, max_no_grad=5, min_grad=2, max_grad=3, seed=0)
-    seen, calls = set(), []
-
-    def f(z):
-        calls.append(1)
-        return torch.tanh(z).requires_grad_()
-
-    for _ in range(200):
-        calls.clear()
-        nfev = fixpoint.solve(f, torch.ones(1), backward=rule).nfev
-        seen.add((nfev, len(calls) - nfev))
-    assert seen == {(n, m) for n in (3, 4, 5) for m in (2, 3)}
-
-
-# Reversible
-
-
-@pytest.mark.parametrize("damping", [0.3, 0.5, 0.8, 1.2])
-@pytest.mark.parametrize("dtype", [torch.float32, D], ids=str)
-def test_reversible_equals_its_own_iteration_differentiated(normal, dtype, damping):
-    A, b, z0 = (x.to(dtype).requires_grad_() for x in (0.3 * normal(4, 4), normal(3, 4), normal(3, 4, seed=7)))
-    f = lambda z, A, b: torch.tanh(z @ A.T + b)  # noqa: E731
-    rule = Reversible(steps=7, damping=damping)
-    sol = fixpoint.solve(f, z0, (A, b), backward=rule)
-    y = z = z0.double()
-    for _ in range(7):
-        y = (1 - damping) * y + damping * f(z, A.double(), b.double())
-        z = (1 - damping) * z + damping * f(y, A.double(), b.double())
-    tolerance = {"rtol": 1e-7, "atol": 1e-9} if dtype == D else {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(sol.value.double(), z, **tolerance)
-    assert sol.nfev == 14
-    for found, wanted in zip(
-        torch.autograd.grad(sol.value.square().sum(), (A, b, z0)),
-        torch.autograd.grad(z.square().sum(), (A, b, z0)),
-        strict=True,
-    ):
-        torch.testing.assert_close(found, wanted, **tolerance)
-
-
-def test_reversible_keeps_the_same_few_tensors_however_many_steps(normal, cell_class):
-    cell, x = cell_class(), normal(3, 4).requires_grad_()
-
-    def saved(rule):
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            fixpoint.solve(cell, torch.zeros(3, 4, dtype=D), (x,), backward=rule)
-        return sum(sizes)
-
-    assert saved(Reversible(steps=2)) == saved(Reversible(steps=50)) < saved(Unroll())
-    value = fixpoint.solve(cell, torch.zeros(3, 4, dtype=D), (x,), backward=Reversible(steps=30)).value
-    exact = fixpoint.solve(cell, torch.zeros(3, 4, dtype=D), (x,), backward=IFT(rtol=1e-12), **TIGHT).value
-    for found, wanted in zip(
-        *(torch.autograd.grad(z.square().sum(), (cell.W, x)) for z in (value, exact)), strict=True
-    ):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_reversible_refuses_what_it_cannot_follow(linear_problem):
-    A, b = linear_problem()
-    z0 = torch.zeros(3, 4, dtype=D)
-    with pytest.raises(ValueError, match="closes over"):
-        fixpoint.solve(lambda z, b: z @ A.T + b, z0, (b,), backward=Reversible())
-    with pytest.raises(ValueError, match="depth of its own"):
-        fixpoint.solve(lambda z, A, b: z @ A.T + b, z0, (A, b), backward=Reversible(), depth=3)
-    frozen = A.detach()
-    assert gradcheck(
-        lambda b: fixpoint.solve(lambda z, b: z @ frozen.T + b, z0, (b,), backward=Reversible(steps=3)).value, (b,)
-    )
 
 
 @pytest.mark.parametrize(

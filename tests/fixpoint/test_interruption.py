@@ -83,7 +83,7 @@ def test_an_error_in_a_solver_does_too():
     assert caught.value.solution.nfev == 3
 
 
-def test_between_two_looks_the_state_is_that_of_the_last():
+def test_between_two_checks_the_state_is_that_of_the_last():
     with pytest.raises(BoomError) as caught:
         fixpoint.solve(failing_at(7, BoomError()), Z0, solver=Picard(), rtol=1e-9, check_every=4, record=True)
     sol = caught.value.solution
@@ -154,7 +154,7 @@ def test_a_callback_that_stops_gets_the_best_state_with_its_status():
     sol = fixpoint.solve(
         f, Z0, solver=Picard(), rtol=1e-9, callback=lambda progress: progress.nfev == 3, on_failure="ignore"
     )
-    assert sol.status.tolist() == [Status.CONVERGED, Status.MAX_EVALS, Status.MAX_EVALS]
+    assert sol.status.tolist() == [Status.CONVERGED, Status.STOPPED, Status.STOPPED]
     assert sol.value[:, 0].tolist() == [1.0, 1.5, 1.9]
     assert sol.evals.tolist() == [2, 3, 3]
 

@@ -1,4 +1,4 @@
-"""The loop: best verified state, per-row ends, looking seldom."""
+"""The loop: best verified state, per-row ends, checking seldom."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_ended_rows_are_no_longer_moved(counted):
 
 
 def test_the_best_verified_state_is_returned_not_the_last():
-    # Doubling away from -1: every iterate is worse than the one before it.
+    # Doubling away from -1: every state is worse than the one before it.
     sol = fixpoint.solve(
         lambda z: 2 * z + 1, torch.zeros(1, 1), solver=Picard(), max_evals=6, on_failure="ignore", record=True
     )
@@ -122,7 +122,7 @@ def test_a_start_at_the_solution_takes_one_evaluation(solver):
 
 
 @pytest.mark.parametrize("check_every", [2, 3, 7, 1000])
-def test_looking_seldom_ends_each_row_at_the_first_look_that_finds_it_done(solver, contraction, check_every):
+def test_checking_seldom_ends_each_row_at_the_first_check_that_finds_it_done(solver, contraction, check_every):
     # Sixty dimensions: after twenty evaluations no solver is near rounding, where rows end by themselves.
     f, max_evals, rtol = contraction(dim=60, rho=0.9, squash=torch.tanh), 20, 1e-3
     states = []
@@ -130,20 +130,22 @@ def test_looking_seldom_ends_each_row_at_the_first_look_that_finds_it_done(solve
     fixpoint.solve(f, solver=solver, max_evals=max_evals, **watch)
     sol = fixpoint.solve(f, solver=solver, rtol=rtol, max_evals=max_evals, check_every=check_every, on_failure="ignore")
     assert len(states) == max_evals
-    looks = sorted({1, *range(check_every, max_evals, check_every), max_evals})
+    checks = sorted({1, *range(check_every, max_evals, check_every), max_evals})
     for row in range(4):
-        images = {look: f(states[look - 1])[row] for look in looks}
-        residuals = {look: torch.linalg.vector_norm(images[look] - states[look - 1][row]) for look in looks}
-        end = next((look for look in looks if residuals[look] <= rtol * torch.linalg.vector_norm(images[look])), None)
+        images = {check: f(states[check - 1])[row] for check in checks}
+        residuals = {check: torch.linalg.vector_norm(images[check] - states[check - 1][row]) for check in checks}
+        end = next(
+            (check for check in checks if residuals[check] <= rtol * torch.linalg.vector_norm(images[check])), None
+        )
         assert bool(sol.converged[row]) == (end is not None)
-        best = end or min(looks, key=residuals.__getitem__)
+        best = end or min(checks, key=residuals.__getitem__)
         assert sol.evals[row] == (end or sol.nfev)
         torch.testing.assert_close(sol.value[row], states[best - 1][row], rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(sol.residual[row], residuals[best], rtol=1e-6, atol=1e-15)
 
 
-@pytest.mark.parametrize(("check_every", "looks"), [(1, 10), (3, 5), (4, 4), (10, 2), (99, 2)])
-def test_nothing_is_measured_and_nobody_waits_between_two_looks(monkeypatch, check_every, looks):
+@pytest.mark.parametrize(("check_every", "checks"), [(1, 10), (3, 5), (4, 4), (10, 2), (99, 2)])
+def test_nothing_is_measured_and_nobody_waits_between_two_checks(monkeypatch, check_every, checks):
     waits = []
     for name in ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__"):
         method = getattr(torch.Tensor, name)
@@ -155,16 +157,16 @@ def test_nothing_is_measured_and_nobody_waits_between_two_looks(monkeypatch, che
     for counted_tolerance in (tolerance, Tolerance(rtol=0.0, atol=0.0)):
         waits.clear()
         iterate(lambda z: z + 1, torch.zeros(2, 3), Picard(), counted_tolerance, max_evals=10, check_every=check_every)
-        assert waits == ["cpu"] * looks
-    assert len(norms) == 2 * looks
+        assert waits == ["cpu"] * checks
+    assert len(norms) == 2 * checks
 
 
 @pytest.mark.parametrize("check_every", [2, 3, 50])
-def test_a_start_at_the_solution_is_seen_at_once_however_seldom_the_loop_looks(check_every):
+def test_a_start_at_the_solution_is_seen_at_once_however_seldom_the_loop_checks(check_every):
     assert fixpoint.solve(lambda z: z, torch.ones(2, 3), check_every=check_every).nfev == 1
 
 
-def test_looking_seldom_still_stops_at_max_evals():
+def test_checking_seldom_still_stops_at_max_evals():
     sol = fixpoint.solve(
         lambda z: z + 1, torch.zeros(1, 1), check_every=4, max_evals=6, on_failure="ignore", solver=Picard()
     )
@@ -187,7 +189,7 @@ def test_a_solver_is_never_shown_nan_or_infinity():
 
 
 @pytest.mark.parametrize("check_every", [3, 7])
-def test_rows_that_break_between_two_looks_end_at_the_next_and_harm_no_other(solver, check_every):
+def test_rows_that_break_between_two_checks_end_at_the_next_and_harm_no_other(solver, check_every):
     slope = BROKEN * torch.ones(6)
     options = {"solver": solver, "check_every": check_every, "on_failure": "ignore"}
     sol = fixpoint.solve(lambda z: slope * z + 1, torch.ones(3, 6), **options)
@@ -206,10 +208,19 @@ class Overflowing(Picard):
 
 
 @pytest.mark.parametrize("check_every", [1, 3])
-def test_a_proposal_that_is_not_finite_ends_its_row_at_the_best_state_before(check_every):
-    sol = fixpoint.solve(
-        lambda z: 0.5 * z + 1, torch.zeros(2, 1), solver=Overflowing(), check_every=check_every, on_failure="ignore"
-    )
+def test_a_proposal_that_is_not_finite_is_answered_by_plain_steps(check_every):
+    sol = fixpoint.solve(lambda z: 0.5 * z + 1, torch.zeros(2, 1), solver=Overflowing(), check_every=check_every)
+    assert sol.converged.all()
+    torch.testing.assert_close(sol.value, torch.full((2, 1), 2.0), rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("check_every", [1, 3])
+def test_a_row_that_plain_steps_break_too_ends_at_the_best_state_before(check_every):
+    def f(z):
+        image = 0.5 * z + 1
+        return torch.where((torch.arange(2)[:, None] == 0) & (z > 0.5), torch.nan, image)
+
+    sol = fixpoint.solve(f, torch.zeros(2, 1), solver=Overflowing(), check_every=check_every, on_failure="ignore")
     assert sol.status.tolist() == [Status.NON_FINITE, Status.CONVERGED]
     assert float(sol.value[0]) == 0
     assert float(sol.residual[0]) == 1
@@ -244,7 +255,7 @@ class Jump(Picard):
         return torch.full_like(z, 1000.0), state
 
 
-def test_advance_hands_over_the_last_state_unverified(contraction):
+def test_run_steps_hands_over_the_last_state_unverified(contraction):
     f = contraction(rho=0.5)
     outcome = run_steps(f, f.z0, Picard(), Tolerance(rtol=1e9, atol=0.0), depth=3)
     torch.testing.assert_close(outcome.z, f(f(f(f.z0))))

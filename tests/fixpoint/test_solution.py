@@ -29,11 +29,9 @@ def test_figures_carry_no_graph():
     w = torch.tensor(0.5, requires_grad=True)
     for rule in (fixpoint.IFT(), fixpoint.Unroll(), fixpoint.JFB()):
         sol = fixpoint.solve(lambda z: w * z + 1, torch.zeros(2), backward=rule, record=True)
-        figures = [
-            getattr(sol, f.name)
-            for f in dataclasses.fields(sol)
-            if f.name not in ("value", "nfev", "states", "predicted_error", "_later")
-        ]
+        figures = [getattr(sol, field.name) for field in dataclasses.fields(sol) if field.name != "value"]
+        figures = [figure for figure in figures if isinstance(figure, torch.Tensor)]
+        assert len(figures) >= 6
         assert sol.value.requires_grad
         assert not any(figure.requires_grad for figure in figures)
 

@@ -220,3 +220,17 @@ def test_stopping_hands_over_the_best_trajectory_so_far(mixture):
     assert torch.isfinite(result.trajectory).all()
     start = sample(chain, rtol=1e-6, max_evals=1, on_failure="ignore")
     assert float(errors(result, chain).max()) < float(errors(start, chain).max())
+
+
+def test_a_certificate_under_a_budget_of_rows_has_the_evaluations_it_needs(mixture):
+    chain = mixture_chain(mixture, samples=3, steps=40)
+    result = sample(chain, solver=CausalQuasiNewton(max_rows=3, certify=True))
+    assert result.solution.converged.all()
+    assert result.rounds == 40 + 40  # the sampler one step after another, then all steps once more
+    assert (result.solution.residual < 1e-10).all()
+
+
+def test_no_sample_at_all(mixture):
+    result = sample(mixture_chain(mixture, samples=0, steps=10))
+    assert result.images.shape == (0, 3)
+    assert result.solution.nfev == 0

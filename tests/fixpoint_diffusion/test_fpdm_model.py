@@ -113,12 +113,13 @@ def test_pre_blocks_learn_through_the_start_only_without_a_step_before() -> None
     reached = {}
     for seed in range(12):
         model.zero_grad()
-        draws = fixpoint.StochasticJFB(max_no_grad=2, max_grad=2, generator=torch.Generator().manual_seed(seed))
+        draws = fixpoint.StochasticJFB(max_no_grad=2, max_grad=2, seed=seed, attach_start=True)
         prediction, solution = model(x, t, backward=draws, return_solution=True)
         prediction.sum().backward()
         gradient = model.patch_embedding.weight.grad
         reached.setdefault(solution.nfev, set()).add(gradient is not None and bool((gradient != 0).any()))
     assert reached == {0: {True}, 1: {False}, 2: {False}}
+    assert model.implicit.options["backward"].attach_start
 
 
 def test_steps_without_gradient_save_nothing() -> None:

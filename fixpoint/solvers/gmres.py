@@ -1,0 +1,152 @@
+"""GMRES as an update rule, for affine maps such as adjoint equations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fixpoint.solvers.base import Solver, gram_dtype, require_count, small_dtype
+from fixpoint.solvers.history import History
+from fixpoint.solvers.krylov import Knowledge, Measurement
+from fixpoint.solvers.small import NumPyArithmetic, Small, arithmetic
+
+# The basis is allocated by so many vectors, when they are needed.
+_BLOCK = 10
+# Vectors beyond ``memory`` that a basis has room for: a point that is evaluated for itself takes the place of one.
+_SPARE = 5
+
+
+class GMRESState(NamedTuple):
+    """What a step remembers: of each row, a basis and what ``I - A`` does with it.
+
+    Attributes:
+        basis: Blocks of orthogonal vectors of length 1.
+        base: Where the row counts from ``(rows, dim)``.
+        proposal: The point to be evaluated next ``(rows, dim)``: the base and a sum of basis vectors.
+        knowledge: All that is known in the coordinates of the basis.
+    """
+
+    basis: tuple[History, ...]
+    base: Tensor
+    proposal: Tensor
+    knowledge: Knowledge
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMRES(Solver):
+    """GMRES for affine maps ``f(z) = A z + b``: needs ``I - A`` to be invertible and nothing else.
+
+    It is the solver of adjoint equations, which are affine, and of affine problems. On other maps it promises nothing:
+    use ``Anderson`` or ``Broyden`` there.
+
+    In exact arithmetic, a row of length d is solved after d + 2 evaluations if ``memory`` is at least d, and each
+    residual is the least that the directions seen so far allow. When ``memory`` images are known, a row starts over
+    from its best point. On a contraction it takes as many evaluations as ``Anderson(memory=...)`` or fewer. Where the
+    residual stays large for a while, as it may on a map that expands, points far from the solution are evaluated in
+    between: what they teach is less spoilt by rounding.
+
+    Args:
+        memory: Number of vectors whose images are known, before a row starts over. One state per row is held for each
+            evaluation so far, ``memory + 6`` at most.
+
+    Raises:
+        TypeError, ValueError: If ``memory`` is not an integer of at least 1.
+
+    Source: Y. Saad, M. H. Schultz, SIAM J. Sci. Stat. Comput. 7 (1986). That images may be rounded the more, the
+    smaller the residual: V. Simoncini, D. B. Szyld, SIAM J. Sci. Comput. 25 (2003). How images are learnt from
+    evaluations that are themselves approximations is this project's own.
+
+    Example:
+        >>> import torch, fixpoint
+        >>> b = torch.ones(1, 2)
+        >>> expanding = torch.tensor([[2.0, 5.0], [0.0, -3.0]])
+        >>> sol = fixpoint.solve(lambda z: z @ expanding.T + b, b, solver=fixpoint.GMRES())
+        >>> sol.nfev, [round(x, 4) for x in sol.value[0].tolist()]
+        (4, [-2.25, 0.25])
+    """
+
+    memory: int = 100
+
+    def __post_init__(self) -> None:
+        require_count("memory", self.memory)
+
+    def init(self, z: Tensor) -> None:
+        return None
+
+    def step(self, z: Tensor, fz: Tensor, state: GMRESState | None) -> tuple[Tensor, GMRESState]:
+        wide, exact = gram_dtype(z), small_dtype(z)
+        eps = torch.finfo(wide).eps
+        here, image = z.to(wide), fz.to(wide)
+        residual = image - here
+        # Divided by the largest entry, whatever the row's scale is: squares stay in the range of the dtype.
+        unit = torch.linalg.vector_norm(residual, ord=torch.inf, dim=1, keepdim=True)
+        unit = torch.where((unit > 0) & (unit < torch.inf), unit, 1)
+        residual = residual / unit
+        xp = arithmetic(residual)
+        scale = xp.take(unit[:, 0].to(exact))
+        size = scale * xp.take(torch.linalg.vector_norm(image / unit, dim=1).to(exact))
+        room = self.memory + _SPARE
+        with xp.quiet():
+            if state is None or state.knowledge.count > room:
+                before = None if state is None else state.knowledge.owned(xp)
+                total = xp.take(torch.linalg.vector_norm(residual, dim=1).to(exact))
+                knowledge = Knowledge.start(xp, scale * total, size, before)
+                vector, basis, base = _divided(xp, residual, total), (), here
+            else:
+                before, basis = state.knowledge.owned(xp), state.basis
+                inside, rest = _split(xp, basis, residual, before.use)
+                outside = xp.take(torch.linalg.vector_norm(rest, dim=1).to(exact))
+                total = xp.sqrt((inside**2).sum(-1) + outside**2)
+                moved = size < 0
+                if z is not state.proposal:
+                    moved = xp.take((z != state.proposal).any(dim=1))
+                measured = Measurement(scale[:, None] * inside, scale * outside, scale * total, size)
+                knowledge, change = before.after(xp, measured, moved, eps)
+                vector = torch.where(
+                    xp.tensor(change.begins)[:, None], _divided(xp, residual, total), _divided(xp, rest, outside)
+                )
+                vector = torch.where(xp.tensor(change.waits)[:, None], _vector(basis, before.count - 1), vector)
+                base = torch.where(xp.tensor(change.begins | change.moves)[:, None], here, state.base)
+            vector = torch.where(xp.tensor(knowledge.use[:, -1] > 0)[:, None], vector, 0)
+            basis = _appended(basis, knowledge.count - 1, vector)
+            last = knowledge.count > room
+            knowledge, point = knowledge.planned(xp, rounding=torch.finfo(z.dtype).eps, last=last)
+        proposal = _combined(basis, base, xp.tensor(point).to(wide)).to(z.dtype)
+        return proposal, GMRESState(basis, base, proposal, knowledge)
+
+
+def _split(xp: NumPyArithmetic, basis: tuple[History, ...], x: Tensor, use: Small) -> tuple[Small, Tensor]:
+    """Coordinates ``(rows, n)`` of ``x`` ``(rows, dim)`` in the basis, and what is outside it."""
+    inside: Small = 0.0
+    for _ in range(2):  # the second time for what rounding left
+        products = torch.cat([block.dots(x[:, None])[:, 0] for block in basis], dim=1)[:, : use.shape[1]]
+        found = xp.where(use > 0, xp.take(products.to(small_dtype(x))), xp.zeros_like(use))
+        x = _combined(basis, x, -xp.tensor(found).to(x.dtype))
+        inside = inside + found
+    return inside, x
+
+
+def _combined(basis: tuple[History, ...], x: Tensor, weights: Tensor) -> Tensor:
+    """``x`` and a sum of basis vectors; ``weights`` is ``(rows, n)``."""
+    for block, part in zip(basis, weights.split(_BLOCK, dim=1), strict=True):
+        x = block.subtract(x[:, None], -part[:, None], slice(part.shape[1]))[:, 0]
+    return x
+
+
+def _divided(xp: NumPyArithmetic, x: Tensor, length: Small) -> Tensor:
+    """Rows of ``x`` divided by their lengths; zeros stay."""
+    return x / xp.tensor(xp.where(length > 0, length, 1.0)).to(x.dtype)[:, None]
+
+
+def _vector(basis: tuple[History, ...], index: int) -> Tensor:
+    return basis[index // _BLOCK].slots[index % _BLOCK]
+
+
+def _appended(basis: tuple[History, ...], count: int, vector: Tensor) -> tuple[History, ...]:
+    """A basis of ``count`` vectors with one more."""
+    if count % _BLOCK == 0:
+        basis = (*basis, History.empty(_BLOCK, vector, vector.dtype))
+    return (*basis[:-1], basis[-1].put(count % _BLOCK, torch.mul, vector, torch.ones_like(vector[:, :1])))
