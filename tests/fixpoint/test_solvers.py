@@ -12,7 +12,7 @@ import torch
 
 import fixpoint
 from fixpoint import Status
-from fixpoint.solvers.base import small_dtype
+from fixpoint.solvers.base import require_count, small_dtype
 
 
 def recomputed(f, z, dim=-1):
@@ -128,6 +128,8 @@ def test_rows_without_motion_or_curvature_take_finite_plain_steps(solver, depth)
         (lambda: fixpoint.Picard(damping=float("nan")), ValueError, "found nan"),
         (lambda: fixpoint.Anderson(memory=0), ValueError, "memory must be at least 1, found 0"),
         (lambda: fixpoint.Anderson(memory=2.5), TypeError, "memory must be an integer, found 2.5"),
+        (lambda: fixpoint.Anderson(memory=True), TypeError, "memory must be an integer, found True"),
+        (lambda: fixpoint.Anderson(memory=np.int64(0)), ValueError, "memory must be at least 1, found 0"),
         (lambda: fixpoint.Anderson(damping=1.5), ValueError, "found 1.5"),
         (lambda: fixpoint.Anderson(ridge=-1.0), ValueError, "found -1.0"),
         (lambda: fixpoint.Broyden(memory=0), ValueError, "memory must be at least 1, found 0"),
@@ -138,6 +140,14 @@ def test_rows_without_motion_or_curvature_take_finite_plain_steps(solver, depth)
 def test_unknown_and_illegal_options_raise_and_name_what_was_found(make, error, found):
     with pytest.raises(error, match=found):
         make()
+
+
+def test_a_count_may_come_from_numpy_or_torch():
+    for three in (3, np.int64(3), np.array(3), torch.tensor(3)):
+        sol = fixpoint.solve(torch.cos, torch.ones(1, 2), solver=fixpoint.Anderson(memory=three), rtol=1e-5)
+        assert sol.converged.all()
+        assert require_count("memory", three) == 3
+        assert type(require_count("memory", three)) is int
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("mps", torch.float32), ("cpu", torch.float64), ("cuda", torch.float64)])
