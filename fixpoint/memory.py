@@ -88,7 +88,8 @@ def estimate_memory(
             if count == max_evals:
                 break
             if len(flat) > 1:
-                fz = torch.empty_like(fz)  # as the solver is shown it: rows that have ended stand where they were left
+                # As the solver is shown them: rows that have ended stand where they were left.
+                z, fz = torch.empty_like(z), torch.empty_like(fz)
             z, state = solver.step(z, fz, state)
             del fz
             rose_at = count if (held, live.peak) != before else rose_at
