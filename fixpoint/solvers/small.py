@@ -38,8 +38,8 @@ class NumPyArithmetic:
         return x.numpy()
 
     def own(self, x: Small) -> Small:
-        """Numbers that an earlier step kept, as this step wants them: autograd may come in at any step."""
-        return x
+        """Numbers that an earlier step kept, as this step wants them: autograd may come and go at any step."""
+        return x.detach().numpy() if isinstance(x, Tensor) else x
 
     def tensor(self, x: Small) -> Tensor:
         """The tensor of these numbers; it shares their memory."""

@@ -172,3 +172,26 @@ def test_steps_recorded_past_the_solution_keep_their_gradients(solver):
     exact = torch.linalg.solve(torch.eye(3, dtype=torch.float64) - weight.T, push.T).sum()
     (expected,) = torch.autograd.grad(exact, weight)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "solver", [fixpoint.Picard(), fixpoint.Anderson(), fixpoint.Broyden(), fixpoint.Broyden(memory=4)]
+)
+def test_a_row_that_forgets_takes_a_plain_step_and_no_other_row_does(contraction, solver):
+    """Its map may have changed, as ``root`` changes it: nothing of what came before may count."""
+    f = contraction(rows=3)
+    rows = torch.tensor([False, True, False])
+
+    def after_four_steps():
+        z, state = f.z0, solver.init(f.z0)
+        for _ in range(4):
+            z, state = solver.step(z, f(z), state)
+        return z, state
+
+    z, state = after_four_steps()
+    image = torch.where(rows[:, None], z + 100 * (f(z) - z), f(z))
+    kept, _ = solver.step(z, image, state)
+    z, state = after_four_steps()
+    z_next, _ = solver.step(z, image, solver.forget(state, rows))
+    torch.testing.assert_close(z_next[1], image[1])
+    torch.testing.assert_close(z_next[[0, 2]], kept[[0, 2]])
