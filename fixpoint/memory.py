@@ -83,7 +83,7 @@ def estimate_memory(
             held = max(held, live.now)
             fz = torch.empty_like(z)
             torch.linalg.vector_norm(fz - z, dim=1)
-            checked = z, fz  # to which a row can go back, until the next check
+            _checked = z, fz  # to which a row can go back, until the next check
             if count == max_evals:
                 break
             if len(flat) > 1:

@@ -16,7 +16,8 @@ from fixpoint.backward.ift import IFT
 from fixpoint.engine.ambient import autocast_dtype
 from fixpoint.engine.compiling import outside_graphs
 from fixpoint.engine.layout import Layout, leaves, map_leaves, paired_leaves, require_same_nesting
-from fixpoint.engine.loop import LoopResult, Map
+from fixpoint.engine.loop import Map
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import OnFailure
 from fixpoint.engine.transforms import plain
 from fixpoint.interop.numpy import accepts_arrays

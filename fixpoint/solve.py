@@ -22,7 +22,7 @@ from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.compiling import outside_graphs
 from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.layout import Layout, map_leaves
-from fixpoint.engine.loop import LoopResult, result_of
+from fixpoint.engine.outcome import LoopResult, result_of
 from fixpoint.engine.tolerance import Array, ConvergenceError, ConvergenceWarning, OnFailure, Tolerance
 from fixpoint.engine.transforms import transformed
 from fixpoint.interop.numpy import accepts_arrays

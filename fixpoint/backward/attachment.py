@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fixpoint.engine.ambient import version
-from fixpoint.engine.loop import LoopResult, Map
+from fixpoint.engine.loop import Map
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import Status
 from fixpoint.engine.transforms import Functional, alive, transformed, unbatched
 

@@ -14,7 +14,8 @@ from fixpoint.backward.attachment import Solve, solve_functionally, without_grad
 from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.layout import Layout
-from fixpoint.engine.loop import LoopResult, Map, Watcher, run_steps
+from fixpoint.engine.loop import Map, Watcher, run_steps
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import OnFailure, Tolerance
 from fixpoint.engine.transforms import is_capturing
 from fixpoint.solvers.base import Solver

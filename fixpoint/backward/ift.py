@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fixpoint.backward.attachment import attach_adjoint, solve_functionally, vector_jacobian_product
 from fixpoint.backward.base import Backward, ForwardSolve
-from fixpoint.engine.loop import LoopResult, Map
+from fixpoint.engine.loop import Map
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import OnFailure, Status, Tolerance
 from fixpoint.engine.transforms import ClosureError, depends_on_nothing_else
 from fixpoint.solvers.anderson import Anderson

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fixpoint.backward.attachment import refuse_second_order
 from fixpoint.backward.base import Backward, ForwardSolve
-from fixpoint.engine.loop import LoopResult, Map
+from fixpoint.engine.loop import Map
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.transforms import Functional
 from fixpoint.solvers.base import Solver, require_count, small_dtype
 

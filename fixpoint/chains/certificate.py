@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.engine.loop import like
+from fixpoint.engine.outcome import like
 from fixpoint.engine.tolerance import Array
 
 if TYPE_CHECKING:

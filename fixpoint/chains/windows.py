@@ -13,7 +13,8 @@ from fixpoint.chains.certificate import Certificate
 from fixpoint.chains.error_control import Norms, judge
 from fixpoint.chains.sweep import Past
 from fixpoint.engine.ambient import without_autocast
-from fixpoint.engine.loop import LoopResult, Map, Watcher, figures_like, handing_over, like
+from fixpoint.engine.loop import Map, Watcher
+from fixpoint.engine.outcome import LoopResult, figures_like, handing_over, like
 from fixpoint.engine.tolerance import Array, Status, Tolerance
 
 if TYPE_CHECKING:

@@ -59,6 +59,10 @@ class ConvergenceError(RuntimeError):
         self.solution = solution
 
 
+# The same row, evaluated in the same batch or in another one, may have images that differ by so many roundings.
+ROUNDINGS = 64.0
+
+
 def row_norm(x: Tensor) -> Tensor:
     """Euclidean norm of each row of ``(rows, dim)``, summed in at least float32."""
     return torch.linalg.vector_norm(x, dim=1, dtype=None if x.dtype in _WIDE else torch.float32)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fixpoint.engine.layout import Layout, leaves
-from fixpoint.engine.loop import LoopOptions, LoopResult, Map
+from fixpoint.engine.loop import LoopOptions, Map
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import Array, Figures, Tolerance
 from fixpoint.solvers.base import Solver, gram_dtype
 
