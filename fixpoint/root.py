@@ -122,7 +122,7 @@ def root(
             check_every=check_every,
             record=record,
             callback=watch if callback else None,
-            compact=compact and not hasattr(g, "_torchdynamo_orig_callable"),
+            compact=compact,
             has_aux=has_aux,
         )
     except BaseException as error:

@@ -14,8 +14,9 @@ from torch import Tensor
 from fixpoint.engine.ambient import version
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import LoopResult
+from fixpoint.engine.private import unbatched
 from fixpoint.engine.tolerance import Status
-from fixpoint.engine.transforms import Functional, alive, transformed, unbatched
+from fixpoint.engine.transforms import Functional, alive, transformed
 
 if TYPE_CHECKING:
     from fixpoint.backward.base import ForwardSolve

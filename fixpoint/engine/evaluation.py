@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fixpoint.engine.ambient import Ambient, is_compiled, version
 from fixpoint.engine.layout import Layout, leaves, map_leaves
+from fixpoint.engine.private import is_only_holder
 from fixpoint.engine.transforms import ClosureError, plain, transformed
 
 
@@ -222,9 +223,7 @@ def _is_own(output: Any, references: int) -> bool:
     """
     if references != _OWN or not isinstance(output, Tensor) or not output.is_cpu or transformed(output):
         return False
-    memory = output.untyped_storage()
-    # Memory that torch cannot resize is somebody else's, NumPy's for one. The second holder is ``memory``.
-    return memory.resizable() and torch._C._storage_Use_Count(memory._cdata) == 2
+    return is_only_holder(output)
 
 
 def _references_of_own() -> int:
