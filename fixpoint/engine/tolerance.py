@@ -63,6 +63,15 @@ class ConvergenceError(RuntimeError):
 ROUNDINGS = 64.0
 
 
+def same_images(found: Tensor, expected: Tensor, rounding: float) -> Tensor:
+    """Which rows of two images ``(rows, dim)`` are the same but for rounding: bool ``(rows,)``; NaN never is.
+
+    ``rounding`` is the relative rounding of f, where that is coarser than that of the dtype.
+    """
+    limit = ROUNDINGS * max(torch.finfo(expected.dtype).eps, rounding)
+    return (found - expected).abs().amax(dim=1) <= limit * expected.abs().amax(dim=1)
+
+
 def row_norm(x: Tensor) -> Tensor:
     """Euclidean norm of each row of ``(rows, dim)``, summed in at least float32."""
     return torch.linalg.vector_norm(x, dim=1, dtype=None if x.dtype in _WIDE else torch.float32)
