@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint.engine.ambient import Ambient, is_compiled, version
-from fixpoint.engine.layout import Layout, leaves, map_leaves
+from fixpoint.engine.layout import Layout, leaves, map_leaves, require_same_layout
 from fixpoint.engine.private import is_only_holder
 from fixpoint.engine.transforms import ClosureError, plain, transformed
 
@@ -189,7 +189,7 @@ class RowMap:
         except TypeError as error:
             error.add_note(f"f is called as f(z, *args), here with {len(self._args)} further arguments from args")
             raise
-        self.layout.check_output(output)
+        require_same_layout(output, self.layout.example)
         # The version tells of a change that altered no value, such as relu_() on zeros; .data escapes the version.
         if version(z) != written or not torch.equal(plain(before), plain(z.detach())):
             raise ValueError(_CHANGED)

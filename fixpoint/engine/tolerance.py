@@ -117,8 +117,8 @@ def plain_norms(dtype: torch.dtype) -> tuple[float, float]:
     return low, 1 / low
 
 
-# What is left of a row that is this small beside its start, times rtol, is nothing.
-_NOTHING = 1e-16
+# Of a row that has become this small beside its start, times rtol, nothing is left.
+NOTHING = 1e-16
 
 
 class Figures(NamedTuple):
@@ -187,12 +187,12 @@ class Tolerance:
             return self
         z, fz = z.detach(), fz.detach()
         if self.leaves is None:
-            size, scale = _to_host(row_norm(z) if self.norm is None else self.norm(z)), figures.scale
+            size, scale = to_host(row_norm(z) if self.norm is None else self.norm(z)), figures.scale
         else:
             pairs = zip(z.split(self.leaves, dim=1), fz.split(self.leaves, dim=1), strict=True)
-            size, scale = np.stack([_to_host(torch.stack([row_norm(x) for x in pair])) for pair in pairs], axis=1)
+            size, scale = np.stack([to_host(torch.stack([row_norm(x) for x in pair])) for pair in pairs], axis=1)
         start = np.minimum(size, scale)
-        floor = _NOTHING * _for_rows(self.rtol, len(z)) * np.where(np.isfinite(start), start, 0)
+        floor = NOTHING * _for_rows(self.rtol, len(z)) * np.where(np.isfinite(start), start, 0)
         return replace(self, atol=np.maximum(_for_rows(self.atol, len(z)), floor))
 
     def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True) -> Figures:
@@ -206,7 +206,7 @@ class Tolerance:
         if self.leaves is not None:
             return self._worst_leaf(z, fz)
         if self.norm is not None:
-            residual, scale = _to_host(torch.stack((self.norm(fz - z), self.norm(fz))))
+            residual, scale = to_host(torch.stack((self.norm(fz - z), self.norm(fz))))
         else:
             residual, scale = _euclidean(z, fz, among)
         return Figures(residual, scale, residual)
@@ -229,7 +229,8 @@ def _for_rows(value: float | Array, rows: int) -> Any:
     return value
 
 
-def _to_host(x: Tensor) -> Array:
+def to_host(x: Tensor) -> Array:
+    """``x`` as float64 on the host, which waits for the device."""
     return x.detach().cpu().double().numpy()
 
 
