@@ -1,4 +1,4 @@
-"""solve(): the way through the house."""
+"""solve(): fixed points of f, row by row, with gradients."""
 
 from __future__ import annotations
 
@@ -241,11 +241,11 @@ def report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None
     """Warn or raise if rows did not converge; for the caller of the public function that calls this."""
     if on_failure == "ignore":
         return
-    complaint = solution.complaint(what)
-    if complaint and on_failure == "raise":
-        raise ConvergenceError(complaint, solution)
-    if complaint:
-        warnings.warn(complaint, ConvergenceWarning, stacklevel=5)
+    message = solution.complaint(what)
+    if message and on_failure == "raise":
+        raise ConvergenceError(message, solution)
+    if message:
+        warnings.warn(message, ConvergenceWarning, stacklevel=5)
 
 
 def _report_adjoint(solution: Solution, on_failure: OnFailure) -> None:

@@ -111,6 +111,6 @@ class IFT(Backward):
         failed = (outcome.status == Status.MAX_EVALS) | (outcome.status == Status.NON_FINITE)
         if self.on_failure == "jfb":
             outcome = replace(outcome, z=torch.where(failed[:, None], v, outcome.z))
-        complaint: OnFailure = "raise" if self.on_failure == "raise" else "warn"
-        run.report_adjoint(outcome, complaint if bool(failed.any()) else "ignore")
+        on_failure: OnFailure = "raise" if self.on_failure == "raise" else "warn"
+        run.report_adjoint(outcome, on_failure if bool(failed.any()) else "ignore")
         return outcome

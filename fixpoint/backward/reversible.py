@@ -186,11 +186,11 @@ class _Transposed:
     def _reverse(self, first: Pair, last: Pair, count: int, bars: Pair) -> tuple[Pair, list[Tensor]] | None:
         """Gradients by recovering each state from the two after it; None if that does not lead back to ``first``."""
         totals = self._zeros()
-        (after, at), keep = last, 1 - self._solver.damping
+        (after, at), share_before = last, 1 - self._solver.damping
         for k in reversed(range(count)):
             recovered, at = at, at if k else first[0]  # the first state is known, and errors are largest there
             image, bars = self._pull(at, bars, totals)
-            second, after, at = after, at, (after - self._solver.damping * image) / keep
+            second, after, at = after, at, (after - self._solver.damping * image) / share_before
         # The size of the second state counts too, as z0 is often zero; that of the last would hide what f magnifies.
         size = torch.stack((*first, second)).abs().amax(dim=0)
         return (bars, totals) if _agree((recovered, at), first, size, self._accuracy) else None

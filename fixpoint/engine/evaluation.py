@@ -97,7 +97,7 @@ class RowMap:
         part = getattr(self._f, "part", None)
         if part is None or len(block) == len(state) * blocks or self.ambient.repeats:
             return self(z).reshape(len(z), blocks, -1)[row, block]
-        return self._surrounded(lambda: part(state, row, block), z).reshape(len(block), -1)
+        return self._in_ambient_state(lambda: part(state, row, block), z).reshape(len(block), -1)
 
     def _is_aligned(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.layout.rows
@@ -144,16 +144,16 @@ class RowMap:
     def _output(self, z: Tensor, inputs: Sequence[Tensor]) -> Any:
         state = self.layout.unflatten(z)
         if not inputs:
-            output = self._surrounded(lambda: self._f(state, *self._args), z)
+            output = self._in_ambient_state(lambda: self._f(state, *self._args), z)
         else:
             given = iter(inputs)
             args = map_leaves(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, self._args)
             with _replaced(self._places, list(given)):
-                output = self._surrounded(lambda: self._f(state, *args), *inputs, z)
+                output = self._in_ambient_state(lambda: self._f(state, *args), *inputs, z)
         return output
 
-    def _surrounded(self, evaluate: Callable[[], Any], *tensors: Tensor) -> Any:
-        """What an evaluation of f returns, in the dtype of the state, with all beside its arguments as it should be."""
+    def _in_ambient_state(self, evaluate: Callable[[], Any], *tensors: Tensor) -> Any:
+        """What an evaluation of f returns, in the dtype of the state. ``tensors`` are those that f sees."""
         if not self.ambient.needed:
             output = evaluate()
         else:

@@ -53,8 +53,8 @@ class BestSoFar:
 
     def __init__(self, z: Tensor, rounding: float) -> None:
         rows = len(z)
-        self.z = z  # tensors of the loop are never written to, so a reference will do
-        self._own = False  # unless it was put together here
+        self.z = z  # a reference is enough: the loop never writes to its tensors
+        self._own = False  # whether self.z was made here and may be written to
         self.residual = np.full(rows, np.inf)
         self.scale = np.full(rows, np.inf)
         self.merit = np.full(rows, np.inf)
@@ -64,7 +64,7 @@ class BestSoFar:
         self.unimproved_checks = np.zeros(rows, dtype=np.int64)
         self.active = np.ones(rows, dtype=bool)
         self.remaining = rows
-        self.unconfirmed = np.zeros(rows, dtype=bool)  # what is known of the row was seen on a part of the rows alone
+        self.unconfirmed = np.zeros(rows, dtype=bool)  # the best state was evaluated with a part of the rows alone
         self.together = False  # rows depend on one another: they end at the same check
         self.nfev = 0
         self.trace: list[Array] = []
@@ -119,7 +119,7 @@ class BestSoFar:
         rows = len(residual)
         if self.remaining == np.count_nonzero(better) == rows and not np.count_nonzero(done | ~finite):
             # Nearly every check is one of these.
-            self._keep(z, better)
+            self._take(z, better)
             self.residual[:], self.scale[:], self.merit[:] = residual, scale, merit
             self.improved_at[:], self.unimproved_checks[:] = nfev, 0
             self.unconfirmed[:] = not all_rows
@@ -129,7 +129,7 @@ class BestSoFar:
             done[:] = False
         # A row that meets the tolerance ends there, even when an earlier absolute residual was smaller.
         best = done | (active & better)
-        self._keep(z, best)
+        self._take(z, best)
         for ours, new in ((self.residual, residual), (self.scale, scale), (self.merit, merit)):
             np.copyto(ours, new, where=best)
         self.improved_at[best] = nfev
@@ -166,7 +166,7 @@ class BestSoFar:
         return moved
 
     def reopen(self, rows: Array) -> None:
-        """The ``rows`` go on from where they are, and what was known of them is void."""
+        """The ``rows`` go on from where they are. Their figures are forgotten."""
         self.status[rows] = ACTIVE
         self.active = self.active | rows
         self.remaining = int(np.count_nonzero(self.active))
@@ -187,8 +187,8 @@ class BestSoFar:
         total, best = (float(np.square(np.where(self.active, x, 0)).sum()) for x in (merit, self.merit))
         return np.full(len(merit), total < best)
 
-    def _keep(self, z: Tensor, best: Array) -> None:
-        """``z`` is the best state of the rows ``best``; those that have ended stand in ``z`` as they were left."""
+    def _take(self, z: Tensor, best: Array) -> None:
+        """The rows ``best`` of ``z`` become their best states. Those that have ended stand in ``z`` as they were left."""
         count = np.count_nonzero(best)
         if count == self.remaining:
             self.z, self._own = z, False
