@@ -141,7 +141,9 @@ def hand_over(result: LoopResult, attached: Tensor) -> Tensor:
     if attached is result.z:
         return attached
     if torch.compiler.is_compiling():
-        return result.z.detach() + (attached - attached.detach())
+        # Zero, with the gradient of ``attached``. Infinity minus infinity would be NaN, and spoil the value.
+        zero = torch.where(torch.isfinite(attached.detach()), attached - attached.detach(), 0)
+        return result.z.detach() + zero
     return _HandedOver.apply(result.z.detach(), attached, result.status == int(Status.NON_FINITE))
 
 

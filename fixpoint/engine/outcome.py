@@ -25,19 +25,33 @@ _LARGEST_FLOOR = 0.05  # a row that is farther off has not been stopped by round
 
 @dataclass(frozen=True)
 class LoopResult:
-    """Outcome of a run on ``rows`` rows: the state ``z`` ``(rows, dim)`` and, per row, how good it is."""
+    """Outcome of a run on ``rows`` rows: a state and, per row, how good it is.
+
+    Attributes:
+        z: The state ``(rows, dim)``.
+        residual: Norm of ``f(z) - z`` ``(rows,)``; NaN where nobody has evaluated f at z.
+        scale: Norm of ``f(z)`` ``(rows,)``.
+        status: Why each row ended, as numbers of ``Status`` ``(rows,)``.
+        evals: Evaluations until the row ended ``(rows,)``.
+        nfev: Evaluations of f in the run.
+        trace: Residuals of all evaluations ``(nfev, rows)``, if recorded.
+        fixed_depth: Whether so many steps were asked for, and not a tolerance: z was handed over unverified.
+        coupled: Whether the image of a row was seen to depend on other rows.
+        state: The solver's state after its last step.
+        predicted_error: Norm of the predicted errors ``(rows,)``, from a solver that judges by them.
+    """
 
     z: Tensor
     residual: Tensor
-    scale: Tensor  # norm of f(z)
+    scale: Tensor
     status: Tensor
     evals: Tensor
     nfev: int
-    trace: Tensor | None = None  # (nfev, rows)
-    fixed_depth: bool = False  # handed over as it came, not solved to a tolerance
-    coupled: bool = False  # the image of a row was seen to depend on other rows
-    state: Any = None  # the solver's, as its last step left it
-    predicted_error: Tensor | None = None  # of solvers that judge by one; the residual is NaN unless it was measured
+    trace: Tensor | None = None
+    fixed_depth: bool = False
+    coupled: bool = False
+    state: Any = None
+    predicted_error: Tensor | None = None
 
     def measured(self, fz: Tensor, tolerance: Tolerance) -> LoopResult:
         """The same run with the figures that ``fz = f(self.z)`` gives; for states handed over unverified."""
@@ -188,7 +202,7 @@ class BestSoFar:
         return np.full(len(merit), total < best)
 
     def _take(self, z: Tensor, best: Array) -> None:
-        """The rows ``best`` of ``z`` become their best states. Those that have ended stand in ``z`` as they were left."""
+        """The rows ``best`` of ``z`` become their best states. Those that have ended stand in ``z`` unchanged."""
         count = np.count_nonzero(best)
         if count == self.remaining:
             self.z, self._own = z, False
