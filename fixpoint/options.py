@@ -84,9 +84,12 @@ def tolerance_of(rtol: Any, atol: Any, norm: Norm | None, layout: Layout, roundi
 
 def _norm_of_rows(norm: Callable[[Any], Tensor], layout: Layout, flat: Tensor) -> Tensor:
     """``norm`` on rows ``(rows, dim)``; under ``torch.vmap`` the rows of a solve come several times over."""
-    if len(flat) == layout.rows:
-        return norm(layout.unflatten(flat)).reshape(layout.rows)
-    return torch.cat([norm(layout.unflatten(part)).reshape(-1) for part in flat.split(layout.rows)])
+    sizes = [norm(layout.unflatten(part)) for part in flat.split(layout.rows)] if len(flat) else []
+    for size in sizes:
+        if not isinstance(size, Tensor) or tuple(size.shape) != tuple(layout.batch_shape):
+            found = tuple(size.shape) if isinstance(size, Tensor) else f"a {type(size).__name__}"
+            raise ValueError(f"norm must return a tensor of the batch shape {tuple(layout.batch_shape)}, found {found}")
+    return torch.cat([size.reshape(-1) for size in sizes]) if sizes else flat.new_zeros(0)
 
 
 def _per_row(name: str, value: Any, layout: Layout) -> float | Array:

@@ -66,8 +66,9 @@ def solve(
         backward: How gradients are attached, when grad mode is on and f's output requires grad; None detaches.
         rtol, atol: A row is done when ``||f(z) - z|| <= atol + rtol * ||f(z)||``. Numbers, or tensors with one for each
             row. A row that tends to zero is done when its residual has fallen to ``1e-16 rtol`` of its start.
-        norm: Takes a state to one value for each row, in place of the Euclidean norm. ``"leafwise"``: every leaf must
-            meet the tolerance by itself, in its own Euclidean norm; for states of mixed units. None: the problem's own.
+        norm: A function that takes a state (of tensors, also where z0 holds arrays) to one value for each row, in place
+            of the Euclidean norm. ``"leafwise"``: every leaf must meet the tolerance by itself, in its own Euclidean
+            norm; for states of mixed units. None: the problem's own, else the Euclidean norm.
         max_evals: Evaluations of f granted, counted alike for every solver; at least 1.
         batch_dims: Leading dimensions that index independent problems (rows); 0 makes the whole state one problem.
             None: the problem's own; else 1, but 0 where no leaf has more than one dimension, or a leaf is a scalar.

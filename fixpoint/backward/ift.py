@@ -14,8 +14,8 @@ from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import OnFailure, Status, Tolerance
 from fixpoint.engine.transforms import ClosureError, depends_on_nothing_else
-from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver, require_count
+from fixpoint.solvers.gmres import GMRES
 
 FailedRows = Literal["jfb", "best", "raise"]
 
@@ -33,7 +33,7 @@ class IFT(Backward):
 
     Args:
         solver: Solver of the adjoint equation; None: what suits the forward solver (for a chain, the same sweeps in the
-            other direction), or else ``Anderson(memory=10)``, which on a linear map is GMRES.
+            other direction), or else ``GMRES()``: it needs ``I - J`` to be invertible, and nothing else.
         rtol: Relative tolerance of the adjoint; the rounding of the state's dtype where that is larger.
         max_evals: Vector-Jacobian products granted.
         on_failure: What to do about rows whose adjoint was not solved: "jfb" gives them the gradient of JFB (u = v) and
@@ -99,7 +99,7 @@ class IFT(Backward):
         """The fixed point of a linear map, started at ``v``, which rows that fail go back to."""
         rtol = max(self.rtol, torch.finfo(v.dtype).eps)
         tolerance = Tolerance(rtol=rtol, atol=0.0, rounding=run.tolerance.rounding)
-        solver = run.adjoint_solver(self.solver) or Anderson(memory=10)
+        solver = run.adjoint_solver(self.solver) or GMRES()
         outcome = solver.run(
             image,
             v,

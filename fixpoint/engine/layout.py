@@ -79,7 +79,9 @@ def _require_same_nesting(found: Any, expected: Any, message: str, path: str) ->
             raise TypeError(f"{message} {path} found {size}, expected {len(expected)}")
         pairs = [(index, *pair) for index, pair in enumerate(zip(found, expected, strict=True))]
     elif not isinstance(found, Tensor):
-        raise TypeError(f"{message} {path} found {type(found).__name__}, not a Tensor")
+        pair = isinstance(found, tuple) and len(found) == 2
+        hint = "; pass has_aux=True if f returns (state, aux)" if pair else ""
+        raise TypeError(f"{message} {path} found {type(found).__name__}, not a Tensor{hint}")
     for key, child, expected_child in pairs:
         _require_same_nesting(child, expected_child, message, f"{path}[{key!r}]")
 
