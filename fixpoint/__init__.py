@@ -14,7 +14,7 @@ from fixpoint.bench.registry import Problem, RegisteredProblem, available_proble
 from fixpoint.chains.causal import CausalQuasiNewton
 from fixpoint.chains.recurrence import Chain, Recurrence
 from fixpoint.engine.layout import Layout
-from fixpoint.engine.loop import LoopResult
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import ConvergenceError, ConvergenceWarning, Status, Tolerance
 from fixpoint.layer import FixedPointLayer
 from fixpoint.memory import MemoryEstimate, estimate_memory

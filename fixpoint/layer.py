@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fixpoint.backward.base import Backward
 from fixpoint.backward.ift import IFT
-from fixpoint.solve import check_options, solve
+from fixpoint.options import check_options
+from fixpoint.solve import solve
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 

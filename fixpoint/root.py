@@ -15,13 +15,15 @@ from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.backward.ift import IFT
 from fixpoint.engine.ambient import autocast_dtype
 from fixpoint.engine.compiling import outside_graphs
-from fixpoint.engine.layout import Layout, leaves, map_leaves, paired_leaves, require_same_nesting
-from fixpoint.engine.loop import LoopResult, Map
+from fixpoint.engine.layout import Layout, leaves, map_leaves, paired_leaves, require_same_layout
+from fixpoint.engine.loop import Map
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import OnFailure
 from fixpoint.engine.transforms import plain
 from fixpoint.interop.numpy import accepts_arrays
+from fixpoint.options import check_options
 from fixpoint.solution import AdjointSlot, Progress, Solution
-from fixpoint.solve import check_options, report, solve
+from fixpoint.solve import report, solve
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.broyden import Broyden
 from fixpoint.solvers.picard import Picard
@@ -121,7 +123,7 @@ def root(
             check_every=check_every,
             record=record,
             callback=watch if callback else None,
-            compact=compact and not hasattr(g, "_torchdynamo_orig_callable"),
+            compact=compact,
             has_aux=has_aux,
         )
     except BaseException as error:
@@ -151,7 +153,7 @@ def _relaxed(g: Callable[..., Any], norm: Callable[[Any], Tensor], has_aux: bool
     if has_aux and not (isinstance(output, tuple) and len(output) == 2):
         raise TypeError(f"with has_aux=True g must return (g(x), aux), found {type(output).__name__}")
     gx, aux = output if has_aux else (output, None)
-    _check_output(gx, x)
+    require_same_layout(gx, x, f="g", z="x", lower=autocast_dtype(given.device))
     size, given = norm(map_leaves(Tensor.detach, gx)), given.detach().real
     largest = 0.5 * norm(map_leaves(Tensor.detach, x)).clamp(min=1) / size
     scale = torch.where(given == 0, torch.where(torch.isfinite(largest), largest, 1), given)
@@ -171,17 +173,6 @@ class _RelaxedModule(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self._relaxed(*args)
-
-
-def _check_output(gx: Any, x: Any) -> None:
-    """Raise unless g returned what can be subtracted from x leaf by leaf, without broadcasting or promotion."""
-    require_same_nesting(gx, x, "x")
-    for path, found, expected in paired_leaves(gx, x, "x"):
-        for name in ("shape", "dtype", "device"):
-            here, there = getattr(found, name), getattr(expected, name)
-            if here != there and not (name == "dtype" and here == autocast_dtype(expected.device)):
-                here, there = (tuple(here), tuple(there)) if name == "shape" else (here, there)
-                raise ValueError(f"g must keep the {name} of x0: {path} came back as {here}, expected {there}")
 
 
 def _times(leaf: Tensor, factor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fixpoint.engine.layout import Layout
-from fixpoint.engine.loop import LoopResult
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import OnFailure, Status
 from fixpoint.engine.transforms import plain
 

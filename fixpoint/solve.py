@@ -1,18 +1,15 @@
-"""solve(): the way through the house."""
+"""solve(): fixed points of f, row by row, with gradients."""
 
 from __future__ import annotations
 
 import contextlib
-import operator
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fixpoint.backward.attachment import hand_over
 from fixpoint.backward.base import Backward, ForwardSolve
@@ -22,15 +19,14 @@ from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.compiling import outside_graphs
 from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.layout import Layout, map_leaves
-from fixpoint.engine.loop import LoopResult, result_of
-from fixpoint.engine.tolerance import Array, ConvergenceError, ConvergenceWarning, OnFailure, Tolerance
+from fixpoint.engine.outcome import LoopResult, result_of
+from fixpoint.engine.tolerance import ConvergenceError, ConvergenceWarning, OnFailure
 from fixpoint.engine.transforms import transformed
 from fixpoint.interop.numpy import accepts_arrays
+from fixpoint.options import Norm, check_options, norm_of, tolerance_of
 from fixpoint.solution import AdjointSlot, Progress, Solution
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
-
-Norm = Callable[[Any], Tensor] | Literal["leafwise"]
 
 
 @outside_graphs
@@ -111,7 +107,7 @@ def solve(
         >>> sol.converged
         tensor([True, True])
     """
-    options = check_options(
+    counts = check_options(
         args=args,
         solver=solver,
         backward=backward,
@@ -125,7 +121,7 @@ def solve(
     problem_z0 = getattr(f, "z0", None)
     if problem_z0 is not None:
         batch_dims = getattr(f, "batch_dims", None) if batch_dims is None else batch_dims
-        norm = _norm_of(f) if norm is None else norm
+        norm = norm_of(f) if norm is None else norm
     start = problem_z0 if z0 is None else z0
     if start is None:
         raise TypeError("z0 is missing: pass a starting state, or a problem that has one as its attribute z0")
@@ -139,23 +135,17 @@ def solve(
     if backward is None or not backward.uses_start:
         flat = flat.detach()
     adjoint = AdjointSlot(layout, _report_adjoint)
-    watch = _Watch(layout, options.max_evals, callback, options.keep) if callback or options.keep else None
+    watch = _Watch(layout, counts.max_evals, callback, counts.keep) if callback or counts.keep else None
     run = ForwardSolve(
         f=rows,
         z0=flat,
         solver=solver,
-        tolerance=Tolerance(
-            rtol=_tolerance("rtol", rtol, layout),
-            atol=_tolerance("atol", atol, layout),
-            norm=partial(_norm_of_rows, norm, layout) if callable(norm) else None,
-            leaves=layout.leaf_sizes if norm == "leafwise" else None,
-            rounding=rows.ambient.rounding,
-        ),
-        max_evals=options.max_evals,
-        check_every=options.check_every,
+        tolerance=tolerance_of(rtol, atol, norm, layout, rows.ambient.rounding),
+        max_evals=counts.max_evals,
+        check_every=counts.check_every,
         record=record,
         watch=watch,
-        depth=options.depth,
+        depth=counts.depth,
         problem=problem,
         transformed=transformed(flat, *rows.inputs),
         report_adjoint=adjoint.fill,
@@ -165,7 +155,7 @@ def solve(
         raise ValueError("callback and keep do not work under torch.func or forward-mode differentiation")
     try:
         # Code that is compiled whole cannot solve to a tolerance: a rule with steps of its own takes these.
-        own_steps = torch.compiler.is_compiling() and options.depth is None
+        own_steps = torch.compiler.is_compiling() and counts.depth is None
         if backward is not None and (rows.differentiates(run.z0) or own_steps):
             attached, result = backward.attach(run)
             value = hand_over(result, attached)
@@ -248,108 +238,16 @@ def _above_autocast(start: Any) -> Any:
     return map_leaves(widened, start)
 
 
-def _norm_of(problem: object) -> Callable[[Any], Tensor] | None:
-    """The problem's own norm if it brings one. A module's attribute of that name is a layer, not a norm."""
-    norm = getattr(problem, "norm", None)
-    return norm if callable(norm) and not isinstance(norm, nn.Module) else None
-
-
-def _norm_of_rows(norm: Callable[[Any], Tensor], layout: Layout, flat: Tensor) -> Tensor:
-    """``norm`` on rows ``(rows, dim)``; under ``torch.vmap`` the rows of a solve come several times over."""
-    sizes = [norm(layout.unflatten(part)) for part in flat.split(layout.rows)] if len(flat) else []
-    for size in sizes:
-        if not isinstance(size, Tensor) or tuple(size.shape) != tuple(layout.batch_shape):
-            found = tuple(size.shape) if isinstance(size, Tensor) else _kind(size)
-            raise ValueError(f"norm must return a tensor of the batch shape {tuple(layout.batch_shape)}, found {found}")
-    return torch.cat([size.reshape(-1) for size in sizes]) if sizes else flat.new_zeros(0)
-
-
-def _tolerance(name: str, value: Any, layout: Layout) -> float | Array:
-    """A tolerance as a number, or as one for each row."""
-    if isinstance(value, Tensor | np.ndarray) and value.ndim > 0:
-        if tuple(value.shape) != tuple(layout.batch_shape):
-            raise ValueError(
-                f"{name} must be a number or have the batch shape {tuple(layout.batch_shape)}, found shape "
-                f"{tuple(value.shape)}"
-            )
-        return torch.as_tensor(value).detach().double().cpu().numpy().reshape(-1)
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number or a tensor with the batch shape, found {value!r}") from None
-
-
 def report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None:
     """Warn or raise if rows did not converge; for the caller of the public function that calls this."""
     if on_failure == "ignore":
         return
-    complaint = solution.complaint(what)
-    if complaint and on_failure == "raise":
-        raise ConvergenceError(complaint, solution)
-    if complaint:
-        warnings.warn(complaint, ConvergenceWarning, stacklevel=5)
+    message = solution.complaint(what)
+    if message and on_failure == "raise":
+        raise ConvergenceError(message, solution)
+    if message:
+        warnings.warn(message, ConvergenceWarning, stacklevel=5)
 
 
 def _report_adjoint(solution: Solution, on_failure: OnFailure) -> None:
     report(solution, on_failure, "adjoint row")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    """The counts among the options of ``solve``, as Python's integers."""
-
-    max_evals: int = 1
-    check_every: int = 1
-    depth: int | None = None
-    keep: frozenset[int] = field(default_factory=frozenset)
-
-
-def check_options(
-    *,
-    args: Any = (),
-    solver: object = None,
-    backward: object = None,
-    norm: object = None,
-    max_evals: Any = 1,
-    on_failure: str = "warn",
-    check_every: Any = 1,
-    depth: Any = None,
-    keep: Collection[Any] = (),
-) -> _Options:
-    """Raise for an option of ``solve`` that cannot work, whatever the problem; others are checked where they act."""
-    if not isinstance(args, tuple | list):
-        raise TypeError(f"args must be a tuple or list of f's further arguments, found {_kind(args)}: write args=(x,)")
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {solver!r}")
-    if backward is not None and not isinstance(backward, Backward):
-        raise TypeError(f"backward must be a fixpoint.Backward such as IFT(), or None, found {backward!r}")
-    if norm is not None and norm != "leafwise" and not callable(norm):
-        raise ValueError(f'norm must be a function of a state, "leafwise" or None, found {norm!r}')
-    options = _Options(
-        max_evals=_count("max_evals", max_evals, 1),
-        check_every=_count("check_every", check_every, 1),
-        depth=None if depth is None else _count("depth", depth, 0),
-        keep=frozenset(_count("keep's entry", nfev, 1) for nfev in keep),
-    )
-    if keep and (options.check_every > 1 or depth is not None):
-        raise ValueError(f"keep needs check_every=1 and depth=None, found check_every={check_every}, depth={depth}")
-    if on_failure not in get_args(OnFailure):
-        raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, found {on_failure!r}")
-    return options
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    """``value`` as a whole number of at least ``least``."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, found {value!r}")
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, found {value!r}") from None
-    if count < least:
-        raise ValueError(f"{name} must be at least {least}, found {count}")
-    return count
-
-
-def _kind(value: object) -> str:
-    return f"a {type(value).__name__}"

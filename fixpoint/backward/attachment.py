@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fixpoint.engine.ambient import version
-from fixpoint.engine.loop import LoopResult, Map
+from fixpoint.engine.loop import Map
+from fixpoint.engine.outcome import LoopResult
+from fixpoint.engine.private import unbatched
 from fixpoint.engine.tolerance import Status
-from fixpoint.engine.transforms import Functional, alive, transformed, unbatched
+from fixpoint.engine.transforms import Functional, alive, transformed
 
 if TYPE_CHECKING:
     from fixpoint.backward.base import ForwardSolve
@@ -139,7 +141,9 @@ def hand_over(result: LoopResult, attached: Tensor) -> Tensor:
     if attached is result.z:
         return attached
     if torch.compiler.is_compiling():
-        return result.z.detach() + (attached - attached.detach())
+        # Zero, with the gradient of ``attached``. Infinity minus infinity would be NaN, and spoil the value.
+        zero = torch.where(torch.isfinite(attached.detach()), attached - attached.detach(), 0)
+        return result.z.detach() + zero
     return _HandedOver.apply(result.z.detach(), attached, result.status == int(Status.NON_FINITE))
 
 

@@ -14,13 +14,11 @@ from fixpoint.backward.attachment import Solve, solve_functionally, without_grad
 from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.layout import Layout
-from fixpoint.engine.loop import LoopResult, Map, Watcher, run_steps
-from fixpoint.engine.tolerance import OnFailure, Tolerance
+from fixpoint.engine.loop import Map, Watcher, run_steps
+from fixpoint.engine.outcome import LoopResult
+from fixpoint.engine.tolerance import OnFailure, Tolerance, same_images
 from fixpoint.engine.transforms import is_capturing
 from fixpoint.solvers.base import Solver
-
-# Images of the same row in two batches may differ by so many roundings.
-_SAME = 64.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +151,10 @@ class ForwardSolve:
             other = apply(part, z.index_select(0, index))
         except Exception:  # f knows its rows by number
             return out
-        sound = ~failed[:, None]
-        difference = (other.detach() - out.detach()).abs()
-        close = _SAME * torch.finfo(out.dtype).eps * out.detach().abs().amax(dim=1, keepdim=True)
-        if not bool(torch.where(sound, difference <= close, True).all()):
+        same = same_images(other.detach(), out.detach(), self.tolerance.rounding)
+        if not bool((same | failed).all()):
             return out
-        return torch.where(sound, other, out.detach())
+        return torch.where(failed[:, None], out.detach(), other)
 
     def adjoint_solver(self, solver: Solver | None) -> Solver | None:
         """``solver``, or else what suits the forward solver, made to suit ``u = v + J^T u``; None: any will do."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fixpoint.backward.attachment import attach_adjoint, solve_functionally, vector_jacobian_product
 from fixpoint.backward.base import Backward, ForwardSolve
-from fixpoint.engine.loop import LoopResult, Map
+from fixpoint.engine.loop import Map
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import OnFailure, Status, Tolerance
 from fixpoint.engine.transforms import ClosureError, depends_on_nothing_else
 from fixpoint.solvers.base import Solver, require_count
@@ -114,8 +115,8 @@ class IFT(Backward):
         failed = (outcome.status == Status.MAX_EVALS) | (outcome.status == Status.NON_FINITE)
         if self.on_failure == "jfb":
             outcome = replace(outcome, z=torch.where(failed[:, None], v, outcome.z))
-        complaint: OnFailure = "raise" if self.on_failure == "raise" else "warn"
-        run.report_adjoint(outcome, complaint if bool(failed.any()) else "ignore")
+        on_failure: OnFailure = "raise" if self.on_failure == "raise" else "warn"
+        run.report_adjoint(outcome, on_failure if bool(failed.any()) else "ignore")
         return outcome
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fixpoint.backward.attachment import attach_adjoint
 from fixpoint.backward.base import Backward, ForwardSolve
-from fixpoint.engine.loop import LoopResult, Map, run_steps
+from fixpoint.engine.loop import Map, run_steps
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.solvers.base import require_count
 from fixpoint.solvers.picard import Picard
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fixpoint.backward.base import Backward, ForwardSolve
-from fixpoint.engine.loop import LoopResult, Map
+from fixpoint.engine.loop import Map
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.solvers.base import require_count
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fixpoint.backward.attachment import refuse_second_order
 from fixpoint.backward.base import Backward, ForwardSolve
-from fixpoint.engine.loop import LoopResult, Map
+from fixpoint.engine.loop import Map
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.transforms import Functional
 from fixpoint.solvers.base import Solver, require_count, small_dtype
 
@@ -185,11 +186,11 @@ class _Transposed:
     def _reverse(self, first: Pair, last: Pair, count: int, bars: Pair) -> tuple[Pair, list[Tensor]] | None:
         """Gradients by recovering each state from the two after it; None if that does not lead back to ``first``."""
         totals = self._zeros()
-        (after, at), keep = last, 1 - self._solver.damping
+        (after, at), share_before = last, 1 - self._solver.damping
         for k in reversed(range(count)):
             recovered, at = at, at if k else first[0]  # the first state is known, and errors are largest there
             image, bars = self._pull(at, bars, totals)
-            second, after, at = after, at, (after - self._solver.damping * image) / keep
+            second, after, at = after, at, (after - self._solver.damping * image) / share_before
         # The size of the second state counts too, as z0 is often zero; that of the last would hide what f magnifies.
         size = torch.stack((*first, second)).abs().amax(dim=0)
         return (bars, totals) if _agree((recovered, at), first, size, self._accuracy) else None

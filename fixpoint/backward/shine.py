@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fixpoint.backward.attachment import attach_adjoint
 from fixpoint.backward.base import Backward, ForwardSolve
-from fixpoint.engine.loop import LoopResult, Map, iterate
+from fixpoint.engine.loop import Map, iterate
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import Tolerance
 from fixpoint.solvers.base import Solver, require_count
 from fixpoint.solvers.broyden import Broyden

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fixpoint.backward.base import Backward, ForwardSolve
-from fixpoint.engine.loop import LoopResult, Map
-from fixpoint.engine.recomputation import Draws
+from fixpoint.backward.draws import Draws
+from fixpoint.engine.loop import Map
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import Status
 from fixpoint.solvers.base import require_count
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.engine.evaluation import RowMap
-from fixpoint.engine.loop import LoopResult
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import Status
 
 

@@ -18,7 +18,7 @@ import torch
 
 from fixpoint.bench import provenance
 from fixpoint.bench.problems import CLASSICAL
-from fixpoint.bench.registry import Problem, check_options, find_problem, parse_spec, problem_names, unknown
+from fixpoint.bench.registry import Problem, check_keywords, find_problem, parse_spec, problem_names, unknown
 from fixpoint.bench.results import Cell, Lines, Study, Table
 from fixpoint.chains.causal import CausalQuasiNewton
 from fixpoint.engine.layout import Layout
@@ -56,7 +56,7 @@ def make_solver(spec: str) -> Solver:
     if name not in _SOLVERS:
         raise unknown("solver", name, _SOLVERS)
     blocks = options.pop("blocks", None)
-    check_options(f"solver {name!r}", _SOLVERS[name], options, also=("blocks",))
+    check_keywords(f"solver {name!r}", _SOLVERS[name], options, also=("blocks",))
     solver = _SOLVERS[name](**options)
     return solver if blocks is None else Blockwise(solver, blocks=int(blocks))
 

@@ -74,7 +74,7 @@ class RegisteredProblem:
 
     def check(self, options: Mapping[str, Any], name: str = "") -> None:
         """Raise ``TypeError``, with a suggestion, for an option that ``make`` does not take."""
-        check_options(f"problem {name!r}" if name else "the problem", self.make, options)
+        check_keywords(f"problem {name!r}" if name else "the problem", self.make, options)
 
 
 def _entry_points() -> dict[str, metadata.EntryPoint]:
@@ -188,11 +188,11 @@ def unknown(kind: str, name: str, legal: Collection[str]) -> LookupError:
     return LookupError(f"unknown {kind} {name!r}.{hint(name, legal)}")
 
 
-def check_options(owner: str, make: Callable[..., object], options: Collection[str], also: Iterable[str] = ()) -> None:
+def check_keywords(owner: str, make: Callable[..., object], options: Collection[str], also: Iterable[str] = ()) -> None:
     """Raise ``TypeError`` for an option that ``make`` does not take by keyword; ``also`` names further legal ones.
 
     Example:
-        >>> check_options("problem 'p'", lambda *, rho=0.9: None, {"roh": 1})
+        >>> check_keywords("problem 'p'", lambda *, rho=0.9: None, {"roh": 1})
         Traceback (most recent call last):
         TypeError: problem 'p' has no option 'roh'. Did you mean 'rho'? Legal: rho.
     """

@@ -13,7 +13,8 @@ from fixpoint.chains.recurrence import Chain, OneStep
 from fixpoint.chains.sweep import Past, Secants, held_back, sweep
 from fixpoint.chains.windows import iterate_windows
 from fixpoint.engine.layout import Layout
-from fixpoint.engine.loop import LoopOptions, LoopResult, Map
+from fixpoint.engine.loop import LoopOptions, Map
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import Tolerance
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.engine.loop import like
-from fixpoint.engine.tolerance import Array
+from fixpoint.engine.outcome import like
+from fixpoint.engine.tolerance import Array, to_host
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
@@ -75,7 +75,7 @@ class Certificate:
         step = torch.arange(steps, device=states.device).expand(rows, -1)
         errors = defects + sweeper.inherited(defects, step)
         norms = [torch.linalg.vector_norm(x, dim=2) for x in (defects, images, errors)]
-        defect, scale, error = torch.stack(norms).cpu().double().numpy()
+        defect, scale, error = to_host(torch.stack(norms))
         atol, rtol = (limit[self.rows, None] for limit in allowed)
         bound = atol + rtol * scale
         fits = defect <= bound

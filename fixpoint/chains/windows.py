@@ -13,13 +13,13 @@ from fixpoint.chains.certificate import Certificate
 from fixpoint.chains.error_control import Norms, judge
 from fixpoint.chains.sweep import Past
 from fixpoint.engine.ambient import without_autocast
-from fixpoint.engine.loop import LoopResult, Map, Watcher, figures_like, handing_over, like
-from fixpoint.engine.tolerance import Array, Status, Tolerance
+from fixpoint.engine.compaction import Compaction
+from fixpoint.engine.loop import Map, Watcher
+from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, handing_over, like
+from fixpoint.engine.tolerance import Array, Status, Tolerance, to_host
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
-
-_ACTIVE = -1
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,17 @@ def iterate_windows(
     tolerance: Tolerance,
     *,
     max_evals: int,
+    check_every: int = 1,
     record: bool = False,
     watch: Watcher | None = None,
-    **_: Any,
+    compaction: Compaction | None = None,
 ) -> LoopResult:
     """Evaluate windows of ``f`` and sweep along them until every row of ``z`` ``(B, T * D)`` has ended.
 
-    Options as for ``iterate``. Chains are checked after every evaluation, and what is done is not evaluated again.
+    Options as for ``iterate``. Two of them have no effect: chains are checked after every evaluation, whatever
+    ``check_every`` is, and what is done is not evaluated again, with or without a ``compaction``.
     """
+    del check_every, compaction
     run = ChainRun(z, sweeper, tolerance)
     with handing_over(run.outcome):
         while run.remaining and run.nfev < max_evals:
@@ -110,7 +113,7 @@ class ChainRun:
         self.scale = np.ones((rows, steps))  # and its norm
         self.residual = np.full(rows, np.nan)  # ||f(z) - z||, where it was measured
         self.growth = np.zeros(rows)  # logarithm of what the states that are done have made of relative errors
-        self.status = np.full(rows, _ACTIVE if steps else Status.CONVERGED)
+        self.status = np.full(rows, ACTIVE if steps else Status.CONVERGED)
         self.evals = np.zeros(rows, dtype=np.int64)
         self.ended_early = Status.MAX_EVALS  # what rows are called that have not ended
         self.certificate: Certificate | None = None
@@ -125,7 +128,7 @@ class ChainRun:
     @property
     def remaining(self) -> int:
         """Rows that have not ended."""
-        return int(np.count_nonzero(self.status == _ACTIVE))
+        return int(np.count_nonzero(self.status == ACTIVE))
 
     def rows(self) -> Tensor:
         """The states as rows ``(B, T * D)``; may share their memory, which the next round writes to."""
@@ -137,7 +140,7 @@ class ChainRun:
 
     def outcome(self) -> LoopResult:
         """What is known by now."""
-        z, active = self.like, self.status == _ACTIVE
+        z, active = self.like, self.status == ACTIVE
         return LoopResult(
             z=self.rows().clone(),
             residual=figures_like(z, self.residual),
@@ -168,7 +171,7 @@ def per_row(limit: Any, rows: int) -> Array:
 
 def advance(run: ChainRun, f: Map) -> None:
     """Make one evaluation of ``f``, and whatever follows from it."""
-    active = np.flatnonzero(run.status == _ACTIVE)
+    active = np.flatnonzero(run.status == ACTIVE)
     unfinished = active[run.done[active] < run.steps][: run.sweeper.options.max_rows]
     if not unfinished.size:
         certify(run, f, active)
@@ -197,7 +200,7 @@ def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
     places = rows * run.steps + step
     images = evaluate(run, f, places)
     run.states[like(run.like, places)] = images
-    scale = torch.linalg.vector_norm(images, dim=1).cpu().double().numpy()
+    scale = to_host(torch.linalg.vector_norm(images, dim=1))
     finite = np.isfinite(scale)
     run.error[rows, step] = np.where(finite, 0.0, np.inf)
     run.scale[rows, step] = scale
@@ -255,7 +258,7 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     number = torch.arange(len(rows), device=change.device)
     run.moved[rows] += torch.stack((change[number, last], before[number, last]), dim=1)
     norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, swept.states, swept.corrections, before)]
-    figures = torch.stack([*norms, swept.sound, known]).cpu().double().numpy()  # one transfer a round
+    figures = to_host(torch.stack([*norms, swept.sound, known]))  # one transfer a round
     error, scale, grown, met, sound, finite = figures
     settle(run, windows, Norms(error, scale, grown, met, sound > 0, finite > 0))
 

@@ -12,11 +12,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fixpoint.engine import private
 from fixpoint.engine.transforms import plain
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
@@ -58,7 +57,7 @@ class Ambient:
         self._accelerator = torch.get_device_module(device) if _has_readable_generator(device) else None
         self.modules = list(modules_of(f))
         self._training = [m.training for m in self.modules]
-        self._norms = [m for m in self.modules if isinstance(m, _NormBase | _SpectralNorm)]
+        self._norms = [m for m in self.modules if isinstance(m, private.NORMS)]
         self._held = [(m, name) for m in self.modules if m.training for name in _updated_buffers(m)]
         # Aliases, so that writing to them is no change of a tensor that autograd has saved.
         self._buffers = [m._buffers[name].data for m, name in self._held]  # type: ignore[union-attr]
@@ -95,7 +94,7 @@ class Ambient:
             self._random = random
         self.repeats = bool(self._random or self._buffers)
         self.couples_rows = any(
-            isinstance(m, _BatchNorm) and (before is None or before != _updates(m))
+            isinstance(m, private.BATCH_NORMS) and (before is None or before != _updates(m))
             for m, before in zip(self._norms, updates, strict=True)
         )
         self.needed = self._ended or self.repeats or self.lower is not None
@@ -193,7 +192,7 @@ class _Draws(TorchDispatchMode):
 
 def _updated_buffers(module: nn.Module) -> list[str]:
     """Names of the buffers that a normalising module updates in training."""
-    if isinstance(module, _NormBase | _SpectralNorm):
+    if isinstance(module, private.NORMS):
         return [name for name, buffer in module._buffers.items() if buffer is not None]
     hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
     return [f"{hook.name}{end}" for hook in hooks for end in ("_u", "_v")]
@@ -211,10 +210,7 @@ def modules_of(f: object) -> Iterator[nn.Module]:
 
 def is_compiled(f: object) -> bool:
     """Whether f or a part of it is compiled by ``torch.compile``."""
-    return any(
-        "_orig_mod" in part._modules if isinstance(part, nn.Module) else hasattr(part, "_torchdynamo_orig_callable")
-        for part in _parts_of(f)
-    )
+    return any(map(private.is_compiled_itself, _parts_of(f)))
 
 
 def _parts_of(f: object) -> Iterator[object]:
@@ -246,7 +242,7 @@ def _parts_of(f: object) -> Iterator[object]:
             case types.FunctionType():
                 found += [(cell.cell_contents, depth) for cell in x.__closure__ or () if cell != types.CellType()]
                 named = (x.__globals__.get(name) for name in x.__code__.co_names)
-                found += [(x, 0) for x in named if isinstance(x, nn.Module) or hasattr(x, "_torchdynamo_orig_callable")]
+                found += [(x, 0) for x in named if isinstance(x, nn.Module) or private.is_compiled_itself(x)]
             case _ if depth and not isinstance(x, type):
                 found += [(part, depth - 1) for part in getattr(x, "__dict__", {}).values()]
 

@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
+
+from fixpoint.engine.private import DROPOUTS, STATISTICS, outside_dynamo
 
 Solve = TypeVar("Solve", bound=Callable[..., Any])
 
@@ -19,7 +19,7 @@ def outside_graphs(solve: Solve) -> Solve:
 
     A loop to a tolerance decides by numbers that a compiler has not got. An f that is compiled itself stays so.
     """
-    as_it_is = torch._disable_dynamo(solve)
+    as_it_is = outside_dynamo(solve)
 
     @functools.wraps(solve)
     def solve_either(f: Any, *args: Any, **options: Any) -> Any:
@@ -37,4 +37,4 @@ def _can_be_compiled(*, backward: Any = None, depth: int | None = None, record: 
 def _changes(f: object) -> bool:
     """Whether f is a module with dropout or statistics, which a graph would draw and update at every evaluation."""
     modules = f.modules() if isinstance(f, nn.Module) else ()
-    return any(module.training and isinstance(module, (_DropoutNd, _NormBase)) for module in modules)
+    return any(module.training and isinstance(module, DROPOUTS + STATISTICS) for module in modules)

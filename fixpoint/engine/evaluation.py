@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint.engine.ambient import Ambient, is_compiled, version
-from fixpoint.engine.layout import Layout, leaves, map_leaves
+from fixpoint.engine.layout import Layout, leaves, map_leaves, require_same_layout
+from fixpoint.engine.private import is_only_holder
 from fixpoint.engine.transforms import ClosureError, plain, transformed
 
 
@@ -96,7 +97,7 @@ class RowMap:
         part = getattr(self._f, "part", None)
         if part is None or len(block) == len(state) * blocks or self.ambient.repeats:
             return self(z).reshape(len(z), blocks, -1)[row, block]
-        return self._surrounded(lambda: part(state, row, block), z).reshape(len(block), -1)
+        return self._in_ambient_state(lambda: part(state, row, block), z).reshape(len(block), -1)
 
     def _is_aligned(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.layout.rows
@@ -143,16 +144,16 @@ class RowMap:
     def _output(self, z: Tensor, inputs: Sequence[Tensor]) -> Any:
         state = self.layout.unflatten(z)
         if not inputs:
-            output = self._surrounded(lambda: self._f(state, *self._args), z)
+            output = self._in_ambient_state(lambda: self._f(state, *self._args), z)
         else:
             given = iter(inputs)
             args = map_leaves(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, self._args)
             with _replaced(self._places, list(given)):
-                output = self._surrounded(lambda: self._f(state, *args), *inputs, z)
+                output = self._in_ambient_state(lambda: self._f(state, *args), *inputs, z)
         return output
 
-    def _surrounded(self, evaluate: Callable[[], Any], *tensors: Tensor) -> Any:
-        """What an evaluation of f returns, in the dtype of the state, with all beside its arguments as it should be."""
+    def _in_ambient_state(self, evaluate: Callable[[], Any], *tensors: Tensor) -> Any:
+        """What an evaluation of f returns, in the dtype of the state. ``tensors`` are those that f sees."""
         if not self.ambient.needed:
             output = evaluate()
         else:
@@ -192,7 +193,7 @@ class RowMap:
             if "does not require grad" in str(error):
                 error.add_note("z is no leaf that requires grad: an f that differentiates uses torch.func.grad")
             raise
-        self.layout.check_output(output)
+        require_same_layout(output, self.layout.example)
         # The version tells of a change that altered no value, such as relu_() on zeros; .data escapes the version.
         if version(z) != written or not torch.equal(plain(before), plain(z.detach())):
             raise ValueError(_CHANGED)
@@ -226,9 +227,7 @@ def _is_own(output: Any, references: int) -> bool:
     """
     if references != _OWN or not isinstance(output, Tensor) or not output.is_cpu or transformed(output):
         return False
-    memory = output.untyped_storage()
-    # Memory that torch cannot resize is somebody else's, NumPy's for one. The second holder is ``memory``.
-    return memory.resizable() and torch._C._storage_Use_Count(memory._cdata) == 2
+    return is_only_holder(output)
 
 
 def _references_of_own() -> int:

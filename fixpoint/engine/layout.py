@@ -49,28 +49,41 @@ def map_leaves(function: Callable[[Any], Any], state: Any) -> Any:
     return function(state)
 
 
-def require_same_nesting(found: Any, expected: Any, path: str = "z") -> None:
+def require_same_layout(
+    found: Any, expected: Any, *, f: str = "f", z: str = "z", lower: torch.dtype | None = None
+) -> None:
+    """Raise unless what f returned has the nesting, shapes, dtype and device of the state ``expected``.
+
+    ``f`` and ``z`` are the caller's names for the map and its state. ``lower`` is a further dtype that may come back.
+    """
+    _require_same_nesting(found, expected, f"{f} must return the structure of {z}0: at", z)
+    for path, leaf, like in paired_leaves(found, expected, z):
+        for name in ("shape", "dtype", "device"):
+            here, there = getattr(leaf, name), getattr(like, name)
+            if here != there and not (name == "dtype" and here == lower):
+                here, there = (tuple(here), tuple(there)) if name == "shape" else (here, there)
+                raise ValueError(f"{f} must keep the {name} of {z}0: {path} came back as {here}, expected {there}")
+
+
+def _require_same_nesting(found: Any, expected: Any, message: str, path: str) -> None:
     """Raise ``TypeError`` where ``found`` is not nested like ``expected``."""
+    pairs: list[tuple[Any, Any, Any]] = []
     if isinstance(expected, dict):
         if not isinstance(found, dict) or found.keys() != expected.keys():
             keys = list(found) if isinstance(found, dict) else type(found).__name__
-            raise TypeError(f"f must return the structure of z0: at {path} found {keys}, expected {list(expected)}")
+            raise TypeError(f"{message} {path} found {keys}, expected {list(expected)}")
         pairs = [(key, found[key], expected[key]) for key in expected]
     elif isinstance(expected, (tuple, list)):
         if not isinstance(found, (tuple, list)) or len(found) != len(expected):
             size = f"{len(found)} entries" if isinstance(found, (tuple, list)) else type(found).__name__
-            raise TypeError(f"f must return the structure of z0: at {path} found {size}, expected {len(expected)}")
+            raise TypeError(f"{message} {path} found {size}, expected {len(expected)}")
         pairs = [(index, *pair) for index, pair in enumerate(zip(found, expected, strict=True))]
-    else:
-        if not isinstance(found, Tensor):
-            hint = (
-                "; pass has_aux=True if f returns (state, aux)" if isinstance(found, tuple) and len(found) == 2 else ""
-            )
-            kind = type(found).__name__
-            raise TypeError(f"f must return the structure of z0: at {path} found {kind}, not a Tensor{hint}")
-        return
+    elif not isinstance(found, Tensor):
+        pair = isinstance(found, tuple) and len(found) == 2
+        hint = "; pass has_aux=True if f returns (state, aux)" if pair else ""
+        raise TypeError(f"{message} {path} found {type(found).__name__}, not a Tensor{hint}")
     for key, child, expected_child in pairs:
-        require_same_nesting(child, expected_child, f"{path}[{key!r}]")
+        _require_same_nesting(child, expected_child, message, f"{path}[{key!r}]")
 
 
 def _all_finite(leaf: Tensor) -> bool:
@@ -194,16 +207,6 @@ class Layout:
             return stored.expand(rows, *stored.shape).permute(_inverse(order))
 
         return replace(self, example=map_leaves(with_rows, self.example), batch_shape=torch.Size([rows]))
-
-    def check_output(self, output: Any) -> None:
-        """Raise unless ``output`` has the structure, shapes, dtype and device of the example."""
-        require_same_nesting(output, self.example)
-        for path, found, expected in paired_leaves(output, self.example):
-            for name in ("shape", "dtype", "device"):
-                here, there = getattr(found, name), getattr(expected, name)
-                if here != there:
-                    here, there = (tuple(here), tuple(there)) if name == "shape" else (here, there)
-                    raise ValueError(f"f must keep the {name} of z0: {path} came back as {here}, expected {there}")
 
 
 def _memory_order(leaf: Tensor, batch_dims: int) -> tuple[int, ...] | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, Required, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Required, TypedDict
 
 import numpy as np
 import torch
@@ -13,22 +12,13 @@ from torch import Tensor
 
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.compaction import Compaction
-from fixpoint.engine.tolerance import Array, Figures, Status, Tolerance, plain_norms
+from fixpoint.engine.outcome import BestSoFar, LoopResult, figures_like, handing_over, like
+from fixpoint.engine.tolerance import Array, Figures, Status, Tolerance
 
 if TYPE_CHECKING:
     from fixpoint.solvers.base import Solver
 
 Map = Callable[[Tensor], Tensor]
-
-_ACTIVE = -1
-# A row has stagnated when its best residual is this near to rounding, and neither so many evaluations nor so many
-# checks brought a smaller one.
-_ROUNDING_FLOOR = 50.0
-_PATIENCE = 10
-_PATIENT_CHECKS = 4
-_LARGEST_FLOOR = 0.05  # a row that is farther off has not been stopped by rounding, not even that of bfloat16
-# The same state, evaluated in the same batch, may differ by so many roundings.
-_SAME = 64.0
 
 
 class Watcher(Protocol):
@@ -38,31 +28,6 @@ class Watcher(Protocol):
         self, nfev: int, residual: Tensor, active: int, z: Tensor, predicted_error: Tensor | None = None, /
     ) -> object:
         """``residual`` per row, rows that have not ended, the state ``(rows, dim)``, predicted error per row if any."""
-
-
-@dataclass(frozen=True)
-class LoopResult:
-    """Outcome of a run on ``rows`` rows: the state ``z`` ``(rows, dim)`` and, per row, how good it is."""
-
-    z: Tensor
-    residual: Tensor
-    scale: Tensor  # norm of f(z)
-    status: Tensor
-    evals: Tensor
-    nfev: int
-    trace: Tensor | None = None  # (nfev, rows)
-    fixed_depth: bool = False  # handed over as it came, not solved to a tolerance
-    coupled: bool = False  # the image of a row was seen to depend on other rows
-    state: Any = None  # the solver's, as its last step left it
-    predicted_error: Tensor | None = None  # of solvers that judge by one; the residual is NaN unless it was measured
-
-    def measured(self, fz: Tensor, tolerance: Tolerance) -> LoopResult:
-        """The same run with the figures that ``fz = f(self.z)`` gives; for states handed over unverified."""
-        figures = tolerance.measure(self.z, fz)
-        status = np.where(tolerance.done(figures), Status.CONVERGED, self.status.cpu().numpy())
-        status = np.where(np.isfinite(figures.residual), status, Status.NON_FINITE)
-        residual, scale = figures_like(self.z, np.stack(figures[:2]))
-        return replace(self, residual=residual, scale=scale, status=like(self.z, status))
 
 
 class LoopOptions(TypedDict, total=False):
@@ -75,140 +40,165 @@ class LoopOptions(TypedDict, total=False):
     compaction: Compaction | None
 
 
-class BestSoFar:
-    """The best evaluated state of every row so far and its figures, kept on the host; and whether the row has ended."""
+@without_autocast
+def iterate(
+    f: Map,
+    z: Tensor,
+    solver: Solver,
+    tolerance: Tolerance,
+    *,
+    max_evals: int,
+    check_every: int = 1,
+    record: bool = False,
+    watch: Watcher | None = None,
+    compaction: Compaction | None = None,
+) -> LoopResult:
+    """Evaluate ``f`` and step the solver until every row of ``z`` ``(rows, dim)`` has ended.
 
-    def __init__(self, z: Tensor, rounding: float) -> None:
-        rows = len(z)
-        self.z = z  # tensors of the loop are never written to, so a reference will do
-        self._own = False  # unless it was put together here
-        self.residual = np.full(rows, np.inf)
-        self.scale = np.full(rows, np.inf)
-        self.merit = np.full(rows, np.inf)
-        self.status = np.full(rows, _ACTIVE)
-        self.evals = np.zeros(rows, dtype=np.int64)
-        self.improved_at = np.zeros(rows, dtype=np.int64)
-        self.unimproved_checks = np.zeros(rows, dtype=np.int64)
-        self.active = np.ones(rows, dtype=bool)
-        self.remaining = rows
-        self.unconfirmed = np.zeros(rows, dtype=bool)  # what is known of the row was seen on a part of the rows alone
-        self.together = False  # rows depend on one another: they end at the same check
-        self.nfev = 0
-        self.trace: list[Array] = []
-        self._rounding = max(torch.finfo(z.dtype).eps, rounding)
-        self._floor = min(_ROUNDING_FLOOR * self._rounding, _LARGEST_FLOOR)
-        low, self._high = plain_norms(z.dtype)
-        self._low = low / (_SAME * self._rounding)  # of a row above, squares that are lost change nothing that counts
+    The loop *checks* after the first evaluation, every ``check_every`` ones and the last: only then does it measure, do
+    rows end, and does the host wait for the device, once. Rows that ended stay where they are and are shown to the
+    solver as solved, so it meets NaN or infinity from ``f`` between two checks at most. A row that has converged and is
+    seen to have another image at the same state depends on other rows: then all of them go on, and end together.
 
-    def current(self, residual: Array) -> Array:
-        """``residual`` of the rows that have not ended, and the final one of those that have."""
-        return residual if self.remaining == len(residual) else np.where(self.active, residual, self.residual)
+    With a ``compaction``, rows that ended are left out of what ``f`` sees. Before the loop ends, an evaluation of all
+    rows at their best states confirms what came of that, or the loop goes on with all rows. It is part of
+    ``max_evals``.
 
-    @property
-    def closely(self) -> Array:
-        """The rows to be measured to the last digit. Whether another one has moved is seen without."""
-        ordinary = (self.scale > self._low) & (self.scale < self._high) | (self.scale == 0)
-        return self.active | ~ordinary
+    Whatever is raised on the way carries the result so far, see ``result_of``.
+    """
+    best = BestSoFar(z, tolerance.rounding)
+    run = _Run(
+        f=f,
+        solver=solver,
+        tolerance=tolerance,
+        best=best,
+        max_evals=max_evals,
+        check_every=check_every,
+        record=record,
+        watch=watch,
+        compaction=compaction,
+        retreat=_Retreat(len(z)),
+        state=solver.init(z),
+    )
+    with handing_over(best.result):
+        return run.to_the_end(z)
 
-    def update(
-        self, z: Tensor, figures: Figures, tolerance: Tolerance, retreating: Array | None = None, *, whole: bool = True
-    ) -> bool:
-        """Take in the figures of ``z``, and say whether that ended rows.
 
-        The rows ``retreating`` go on although their image is not finite. ``whole``: whether f saw all rows.
-        """
-        (residual, scale, merit), (active, nfev) = figures, (self.active, self.nfev)
-        done, finite = tolerance.done(figures), np.isfinite(residual) & np.isfinite(scale)
-        better = self._better(merit)
-        rows = len(residual)
-        if self.remaining == np.count_nonzero(better) == rows and not np.count_nonzero(done | ~finite):
-            # Nearly every check is one of these.
-            self._keep(z, better)
-            self.residual[:], self.scale[:], self.merit[:] = residual, scale, merit
-            self.improved_at[:], self.unimproved_checks[:] = nfev, 0
-            self.unconfirmed[:] = not whole
+class _Evaluation(NamedTuple):
+    """One pass of the loop, up to what was measured."""
+
+    z: Tensor
+    fz: Tensor
+    check: bool  # whether rows may end now
+    confirming: bool  # whether z are the best states, evaluated to confirm what was seen of a part of the rows
+    all_rows: bool  # whether f saw all rows
+    figures: Figures | None  # None where nothing was measured
+    residual: Array | None  # the final one of rows that have ended
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """One run of the loop: ``to_the_end`` says what comes after what, each other method is one concern."""
+
+    f: Map
+    solver: Solver
+    tolerance: Tolerance
+    best: BestSoFar
+    max_evals: int
+    check_every: int
+    record: bool
+    watch: Watcher | None
+    compaction: Compaction | None
+    retreat: _Retreat
+    state: Any  # the solver's
+    ended: tuple[Tensor, Tensor] | None = None  # numbers of the rows that have ended, and their states; None: no row
+    next_check: int = 1  # number of evaluations
+    stop: object = False  # what the watcher said
+
+    def to_the_end(self, z: Tensor) -> LoopResult:
+        best = self.best
+        while True:
+            seen = self._evaluate(z)
+            z, fz = seen.z, seen.fz
+            if seen.check:
+                assert seen.figures is not None
+                assert seen.residual is not None
+                self.next_check = (best.nfev // self.check_every + 1) * self.check_every
+                reopened = self._reopen_what_moved(seen, seen.figures)
+                lost = self.retreat.rows(z, seen.figures, best.active)
+                ended = best.update(z, seen.figures, self.tolerance, lost, all_rows=seen.all_rows)
+                if self.watch and not self.stop:
+                    self.stop = self.watch(best.nfev, figures_like(z, seen.residual), best.remaining, z.detach())
+                if self.stop or best.nfev >= self.max_evals or best.remaining == 0:
+                    if best.any_unconfirmed:
+                        continue  # the next evaluation confirms
+                    return replace(best.result(Status.STOPPED if self.stop else Status.MAX_EVALS), state=self.state)
+                z, fz = self.retreat.back(z, fz, lost, best.nfev)
+                if ended or reopened:
+                    self.ended = best.ended()
+                    z = self._with_ended(z)
+            z = self._step(z, fz)
+
+    def _evaluate(self, z: Tensor) -> _Evaluation:
+        """Evaluate f, count that, and measure where there is a check or everything is recorded."""
+        best, left = self.best, self.max_evals - self.best.nfev
+        confirming = best.any_unconfirmed and bool(self.stop or left < 2 or best.remaining == 0)
+        if confirming:
+            z = best.z
+        # A part of the rows is worth an evaluation where two more remain: of all rows in its place, and to confirm.
+        if confirming or self.compaction is None or self.ended is None or left < 3:
+            fz, spent, all_rows = self.f(z), 1, True
+        else:
+            fz, spent, all_rows = self.compaction(z, best.active)
+        first = best.nfev == 0
+        best.nfev += spent
+        check = confirming or best.nfev >= self.next_check or best.nfev == self.max_evals
+        if not (check or self.record):
+            return _Evaluation(z, fz, check, confirming, all_rows, None, None)
+        figures = self._measure(z, fz, all_rows)
+        if check and not all_rows and not np.isfinite(figures.residual[best.active]).all():
+            assert self.compaction is not None
+            self.compaction.refuse("a row has no finite image")  # which may be due to what f was shown
+            fz, spent, all_rows = self.f(z), spent + 1, True
+            best.nfev += 1
+            figures = self._measure(z, fz, all_rows)
+        if first:
+            self.tolerance = self.tolerance.started(z, fz, figures)
+        residual = best.current(figures.residual)
+        best.trace += [residual] * spent if self.record else []
+        return _Evaluation(z, fz, check, confirming, all_rows, figures, residual)
+
+    def _measure(self, z: Tensor, fz: Tensor, all_rows: bool) -> Figures:
+        if self.ended is None:
+            return self.tolerance.measure(z, fz)
+        return self.tolerance.measure(z, fz, self.best.to_be_repaired if all_rows else self.best.active)
+
+    def _reopen_what_moved(self, seen: _Evaluation, figures: Figures) -> bool:
+        """Let rows that have ended go on, if f says something else of them than when they ended; whether it did."""
+        if self.ended is None or not seen.all_rows:
             return False
-        done &= active & finite
-        if self.together and np.count_nonzero(done) < self.remaining:
-            done[:] = False
-        # A row that meets the tolerance ends there, even when an earlier absolute residual was smaller.
-        best = done | (active & better)
-        self._keep(z, best)
-        for ours, new in ((self.residual, residual), (self.scale, scale), (self.merit, merit)):
-            np.copyto(ours, new, where=best)
-        self.improved_at[best] = nfev
-        self.unconfirmed[best] = not whole
-        self.unimproved_checks = np.where(best, 0, self.unimproved_checks + 1)
-        waited = (nfev - self.improved_at >= _PATIENCE) & (self.unimproved_checks >= _PATIENT_CHECKS)
-        stuck = active & waited & (self.residual <= self._floor * self.scale)
-        if self.together and np.count_nonzero(stuck) < self.remaining:
-            stuck[:] = False
-        broken = active & ~finite if retreating is None else active & ~finite & ~retreating
-        ended = done | stuck | broken
-        if not np.count_nonzero(ended):
+        best = self.best
+        moved = best.moved(figures, at_best=seen.confirming)
+        if not np.count_nonzero(moved):
             return False
-        self.status[ended] = np.where(finite, Status.STAGNATED, Status.NON_FINITE)[ended]
-        self.status[done] = Status.CONVERGED
-        self.evals[ended] = nfev
-        self.active = active & ~ended
-        self.remaining = int(np.count_nonzero(self.active))
+        if best.any_unconfirmed:
+            assert self.compaction is not None
+            self.compaction.refuse("all rows together have other images")
+            best.reopen(moved | best.unconfirmed)
+            self.state = self.solver.init(seen.z)  # what it remembers came from wrong images
+        else:
+            best.couple()
         return True
 
-    def moved(self, figures: Figures, *, at_best: bool) -> Array:
-        """Which rows have other figures, now that f has seen all rows, than when their state was taken for the best.
+    def _step(self, z: Tensor, fz: Tensor) -> Tensor:
+        """The next states. Rows that have ended stay, and the solver sees them as solved."""
+        fz = self._with_ended(fz)
+        z, self.state = self.solver.step(z, fz, self.state)
+        return self._with_ended(self.retreat.step(z, fz))
 
-        Looks at the rows that have converged and those that are not confirmed, as far as they stand in that state: when
-        they have ended, and all of them if ``at_best``. Unless a row has moved, these are confirmed.
-        """
-        known = (self.status == Status.CONVERGED) | (self.unconfirmed & (~self.active | at_best))
-        with np.errstate(invalid="ignore"):
-            same = np.abs(figures.residual - self.residual) <= _SAME * self._rounding * self.scale
-        moved = known & ~same
-        if not np.count_nonzero(moved):
-            self.unconfirmed &= ~known
-        return moved
-
-    def reopen(self, rows: Array) -> None:
-        """The ``rows`` go on from where they are, and what was known of them is void."""
-        self.status[rows] = _ACTIVE
-        self.active = self.active | rows
-        self.remaining = int(np.count_nonzero(self.active))
-        for figures in (self.residual, self.scale, self.merit):
-            figures[rows] = np.inf
-        self.improved_at[rows], self.unimproved_checks[rows] = self.nfev, 0
-        self.unconfirmed[rows] = False
-
-    def couple(self) -> None:
-        """Rows are seen to depend on one another: from now on they are one problem."""
-        self.together = True
-        self.reopen(self.status != Status.NON_FINITE)
-
-    def _better(self, merit: Array) -> Array:
-        """Which rows have a better state now. Rows that depend on one another have it together or not at all."""
-        if not self.together:
-            return merit < self.merit
-        total, best = (float(np.square(np.where(self.active, x, 0)).sum()) for x in (merit, self.merit))
-        return np.full(len(merit), total < best)
-
-    def _keep(self, z: Tensor, best: Array) -> None:
-        """``z`` is the best state of the rows ``best``; those that have ended stand in ``z`` as they were left."""
-        count = np.count_nonzero(best)
-        if count == self.remaining:
-            self.z, self._own = z, False
-        elif count:
-            index = like(z, np.flatnonzero(best))
-            if self._own:
-                self.z.index_copy_(0, index, z.index_select(0, index))
-            else:
-                self.z, self._own = self.z.index_copy(0, index, z.index_select(0, index)), True
-
-    def result(self, otherwise: Status = Status.MAX_EVALS) -> LoopResult:
-        """What is known by now; ``otherwise`` is said of rows that have not ended."""
-        residual, scale = figures_like(self.z, np.stack((self.residual, self.scale)))
-        status = like(self.z, np.where(self.active | self.unconfirmed, otherwise, self.status))
-        evals = like(self.z, np.where(self.active, self.nfev, self.evals))
-        trace = figures_like(self.z, np.stack(self.trace)) if self.trace else None
-        return LoopResult(self.z, residual, scale, status, evals, self.nfev, trace, coupled=self.together)
+    def _with_ended(self, x: Tensor) -> Tensor:
+        """``x`` with the rows that have ended as they were left."""
+        return x if self.ended is None else x.index_copy(0, *self.ended)
 
 
 class _Retreat:
@@ -262,112 +252,6 @@ class _Retreat:
 
 
 @without_autocast
-def iterate(
-    f: Map,
-    z: Tensor,
-    solver: Solver,
-    tolerance: Tolerance,
-    *,
-    max_evals: int,
-    check_every: int = 1,
-    record: bool = False,
-    watch: Watcher | None = None,
-    compaction: Compaction | None = None,
-) -> LoopResult:
-    """Evaluate ``f`` and step the solver until every row of ``z`` ``(rows, dim)`` has ended.
-
-    The loop *checks* after the first evaluation, every ``check_every`` ones and the last: only then does it measure, do
-    rows end, and does the host wait for the device, once. Rows that ended stay where they are and are shown to the
-    solver as solved, so it meets NaN or infinity from ``f`` between two checks at most. A row that has converged and is
-    seen to have another image at the same state depends on other rows: then all of them go on, and end together.
-
-    With a ``compaction``, rows that ended are left out of what ``f`` sees. Before the loop ends, an evaluation of all
-    rows at their best states confirms what came of that, or the loop goes on with all rows. It is part of
-    ``max_evals``.
-
-    Whatever is raised on the way carries the result so far, see ``result_of``.
-    """
-    best = BestSoFar(z, tolerance.rounding)
-    with handing_over(best.result):
-        return _iterate(f, z, solver, tolerance, best, max_evals, check_every, record, watch, compaction)
-
-
-def _iterate(
-    f: Map,
-    z: Tensor,
-    solver: Solver,
-    tolerance: Tolerance,
-    best: BestSoFar,
-    max_evals: int,
-    check_every: int,
-    record: bool,
-    watch: Watcher | None,
-    compaction: Compaction | None,
-) -> LoopResult:
-    state = solver.init(z)
-    retreat = _Retreat(len(z))
-    frozen: tuple[Tensor, Tensor] | None = None  # the rows that have ended, and their states
-    due = 1
-    stop: object = False
-    while True:
-        spare = max_evals - best.nfev - 1
-        confirming = bool(np.count_nonzero(best.unconfirmed)) and bool(stop or spare < 1 or best.remaining == 0)
-        if confirming:
-            z = best.z
-        # A part of the rows is worth an evaluation where two more remain: of all rows in its place, and to confirm.
-        if confirming or compaction is None or frozen is None or spare < 2:
-            fz, spent, whole = f(z), 1, True
-        else:
-            fz, spent, whole = compaction(z, best.active)
-        best.nfev += spent
-        check = confirming or best.nfev >= due or best.nfev == max_evals
-        if check or record:
-            among = True if frozen is None else best.closely if whole else best.active
-            figures = tolerance.measure(z, fz, among)
-            if check and not whole and not np.isfinite(figures.residual[best.active]).all():
-                assert compaction is not None
-                compaction.refuse("a row has no finite image")  # which may be due to what f was shown
-                fz, spent, whole = f(z), spent + 1, True
-                best.nfev += 1
-                figures = tolerance.measure(z, fz, best.closely)
-            if best.nfev == spent:
-                tolerance = tolerance.started(z, fz, figures)
-            residual = best.current(figures.residual)
-            best.trace += [residual] * spent if record else []
-        if check:
-            due = (best.nfev // check_every + 1) * check_every
-            moved = best.moved(figures, at_best=confirming) if whole and frozen is not None else None
-            reopened = moved is not None and bool(np.count_nonzero(moved))
-            if reopened and np.count_nonzero(best.unconfirmed):
-                assert compaction is not None
-                compaction.refuse("all rows together have other images")
-                best.reopen(moved | best.unconfirmed)
-                state = solver.init(z)  # what it remembers has never been
-            elif reopened:
-                best.couple()
-            lost = retreat.rows(z, figures, best.active)
-            ended = best.update(z, figures, tolerance, lost, whole=whole)
-            stop = stop or (watch and watch(best.nfev, figures_like(z, residual), best.remaining, z.detach()))
-            if stop or best.nfev >= max_evals or best.remaining == 0:
-                if np.count_nonzero(best.unconfirmed):
-                    continue
-                return replace(best.result(Status.STOPPED if stop else Status.MAX_EVALS), state=state)
-            z, fz = retreat.back(z, fz, lost, best.nfev)
-            if ended or reopened:
-                frozen = None
-                if best.remaining < len(z):
-                    index = like(z, np.flatnonzero(~best.active))
-                    frozen = index, best.z.index_select(0, index)
-                    z = z.index_copy(0, *frozen)
-        if frozen is not None:
-            fz = fz.index_copy(0, *frozen)
-        z, state = solver.step(z, fz, state)
-        z = retreat.step(z, fz)
-        if frozen is not None:
-            z = z.index_copy(0, *frozen)
-
-
-@without_autocast
 def run_steps(
     f: Map, z: Tensor, solver: Solver, tolerance: Tolerance, *, depth: int, record: bool = False
 ) -> LoopResult:
@@ -388,31 +272,3 @@ def run_steps(
     return LoopResult(
         z, unknown, unknown, status, torch.full_like(status, depth), depth, recorded, fixed_depth=True, state=state
     )
-
-
-@contextlib.contextmanager
-def handing_over(so_far: Callable[[], LoopResult]) -> Iterator[None]:
-    """Let what is raised, Ctrl-C too, carry the result so far, if f has been evaluated; see ``result_of``."""
-    try:
-        yield
-    except BaseException as error:
-        with contextlib.suppress(Exception):  # the device may be lost: nothing must hide the error itself
-            result = so_far()
-            if result.nfev:
-                error.fixpoint_result = result  # type: ignore[attr-defined]
-        raise
-
-
-def result_of(error: BaseException) -> LoopResult | None:
-    """The result so far of the outermost loop that ``error`` has come through."""
-    return getattr(error, "fixpoint_result", None)
-
-
-def like(z: Tensor, array: Array) -> Tensor:
-    """``array`` where ``z`` is, without waiting for the device."""
-    return torch.from_numpy(array).to(z.device, non_blocking=True)
-
-
-def figures_like(z: Tensor, figures: Array) -> Tensor:
-    """The same, in at least float32: float64 only where ``z`` has it."""
-    return torch.from_numpy(figures).to(torch.promote_types(z.dtype, torch.float32)).to(z.device, non_blocking=True)

@@ -67,6 +67,19 @@ class ConvergenceError(RuntimeError):
         self.solution = solution
 
 
+# The same row, evaluated in the same batch or in another one, may have images that differ by so many roundings.
+ROUNDINGS = 64.0
+
+
+def same_images(found: Tensor, expected: Tensor, rounding: float) -> Tensor:
+    """Which rows of two images ``(rows, dim)`` are the same but for rounding: bool ``(rows,)``; NaN never is.
+
+    ``rounding`` is the relative rounding of f, where that is coarser than that of the dtype.
+    """
+    limit = ROUNDINGS * max(torch.finfo(expected.dtype).eps, rounding)
+    return (found - expected).abs().amax(dim=1) <= limit * expected.abs().amax(dim=1)
+
+
 def row_norm(x: Tensor) -> Tensor:
     """Euclidean norm of each row of ``(rows, dim)``, summed in at least float32."""
     return torch.linalg.vector_norm(x, dim=1, dtype=None if x.dtype in _WIDE else torch.float32)
@@ -112,8 +125,8 @@ def plain_norms(dtype: torch.dtype) -> tuple[float, float]:
     return low, 1 / low
 
 
-# What is left of a row that is this small beside its start, times rtol, is nothing.
-_NOTHING = 1e-16
+# Of a row that has become this small beside its start, times rtol, nothing is left.
+NOTHING = 1e-16
 
 
 class Figures(NamedTuple):
@@ -182,12 +195,12 @@ class Tolerance:
             return self
         z, fz = z.detach(), fz.detach()
         if self.leaves is None:
-            size, scale = _to_host(row_norm(z) if self.norm is None else self.norm(z)), figures.scale
+            size, scale = to_host(row_norm(z) if self.norm is None else self.norm(z)), figures.scale
         else:
             pairs = zip(z.split(self.leaves, dim=1), fz.split(self.leaves, dim=1), strict=True)
-            size, scale = np.stack([_to_host(torch.stack([row_norm(x) for x in pair])) for pair in pairs], axis=1)
+            size, scale = np.stack([to_host(torch.stack([row_norm(x) for x in pair])) for pair in pairs], axis=1)
         start = np.minimum(size, scale)
-        floor = _NOTHING * _for_rows(self.rtol, len(z)) * np.where(np.isfinite(start), start, 0)
+        floor = NOTHING * _for_rows(self.rtol, len(z)) * np.where(np.isfinite(start), start, 0)
         return replace(self, atol=np.maximum(_for_rows(self.atol, len(z)), floor))
 
     def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True) -> Figures:
@@ -201,7 +214,7 @@ class Tolerance:
         if self.leaves is not None:
             return self._worst_leaf(z, fz)
         if self.norm is not None:
-            residual, scale = _to_host(torch.stack((self.norm(fz - z), self.norm(fz))))
+            residual, scale = to_host(torch.stack((self.norm(fz - z), self.norm(fz))))
         else:
             residual, scale = _euclidean(z, fz, among)
         return Figures(residual, scale, residual)
@@ -224,7 +237,8 @@ def _for_rows(value: float | Array, rows: int) -> Any:
     return value
 
 
-def _to_host(x: Tensor) -> Array:
+def to_host(x: Tensor) -> Array:
+    """``x`` as float64 on the host, which waits for the device."""
     return x.detach().cpu().double().numpy()
 
 

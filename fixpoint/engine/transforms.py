@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fixpoint.engine.private import unwrap_if_dead
+
 Functional = Callable[..., Tensor]  # f(z, *inputs), a map on rows that depends on nothing else
 
 
@@ -38,26 +40,10 @@ def is_capturing(x: Tensor) -> bool:
 
 
 def alive(x: Tensor) -> Tensor:
-    """``x`` without the wrappers of transformations that are over.
-
-    PyTorch takes off one of them at an operation and fails on what is below, where solves stand inside solves.
-    """
-    while (inner := torch._C._functorch.unwrap_if_dead(x)) is not x:
+    """``x`` without the wrappers of transformations that are over."""
+    while (inner := unwrap_if_dead(x)) is not x:
         x = inner
     return x
-
-
-def unbatched(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
-    """``x`` with its batch in front, and the way back, inside ``torch.autograd.grad(..., is_grads_batched=True)``.
-
-    That hides the batch in a way of its own, older than that of ``torch.func``. None outside of it.
-    """
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    if level < 1:
-        return None
-    front = torch._remove_batch_dim(x, level, 1, 0)
-    return front, lambda y: torch._add_batch_dim(y, 0, level)
 
 
 def plain(x: Tensor) -> Tensor:

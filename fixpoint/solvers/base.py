@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
 import torch
 from torch import Tensor
 
-from fixpoint.engine.loop import LoopOptions, LoopResult, Map, iterate
+from fixpoint.engine.loop import LoopOptions, Map, iterate
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import Tolerance
 
 if TYPE_CHECKING:

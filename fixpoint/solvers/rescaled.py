@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from fixpoint.engine.layout import Layout, leaves
-from fixpoint.engine.loop import LoopOptions, LoopResult, Map
-from fixpoint.engine.tolerance import Array, Figures, Tolerance
+from fixpoint.engine.loop import LoopOptions, Map
+from fixpoint.engine.outcome import LoopResult
+from fixpoint.engine.tolerance import NOTHING, Array, Figures, Tolerance, to_host
 from fixpoint.solvers.base import Solver, gram_dtype
 
-# What is this small beside x0 counts as nothing, as in other solves.
-_NOTHING = 1e-16
 # Where g(x0) is this small already, it need not fall: so many roundings of what g would be if x were 100% off.
 _ROUNDINGS = 64.0
 # The slope of g is the smallest of so many steps.
@@ -49,13 +48,13 @@ class NaturalTolerance(Tolerance):
     first: Array | float = np.inf  # ||g(x0)||
 
     def started(self, z: Tensor, fz: Tensor, figures: Figures) -> Tolerance:
-        length = self._length(z.detach()).cpu().double().numpy()
-        return dataclasses.replace(self, nothing=_NOTHING * length, first=figures.residual)
+        length = to_host(self._length(z))
+        return dataclasses.replace(self, nothing=NOTHING * length, first=figures.residual)
 
     def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True) -> Figures:
         z, fz = z.detach(), fz.detach()
         scale, size = z[:, -2 * self.width].abs(), fz[:, -self.width]
-        host = torch.stack([x.to(gram_dtype(z)) for x in (size, self._length(fz), scale)]).cpu().double().numpy()
+        host = to_host(torch.stack([x.to(gram_dtype(z)) for x in (size, self._length(fz), scale)]))
         residual, length, scale = host
         with np.errstate(all="ignore"):
             natural = np.maximum(length, self.nothing) / scale

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from fixpoint.backward.base import Backward, ForwardSolve
-from fixpoint.engine.loop import LoopResult
+from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import ConvergenceWarning, Status
 from fixpoint.solution import Solution
 from fixpoint.solve import solve

@@ -12,7 +12,7 @@ import torch
 import fixpoint
 from fixpoint import Picard, Status
 from fixpoint.engine import tolerance as convergence
-from fixpoint.engine.tolerance import Tolerance, row_norm
+from fixpoint.engine.tolerance import Tolerance, row_norm, same_images
 
 
 @pytest.mark.parametrize("status", list(Status))
@@ -169,3 +169,10 @@ def test_row_norm_sums_half_precision_in_float32():
 def test_every_status_advises():
     for status in Status:
         assert status.advice
+
+
+def test_images_are_the_same_but_for_the_rounding_of_f():
+    ours = torch.tensor([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0], [1.0, torch.nan]])
+    theirs = ours + torch.tensor([[1e-6, 0.0], [1e-2, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    assert same_images(theirs, ours, 0.0).tolist() == [True, False, True, False]
+    assert same_images(theirs, ours, torch.finfo(torch.bfloat16).eps).tolist() == [True, True, True, False]

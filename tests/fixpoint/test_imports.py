@@ -15,7 +15,7 @@ FLOORS = (
     ("engine",),
     ("solvers",),
     ("chains", "backward"),
-    ("solution",),
+    ("solution", "options"),
     ("progress", "plotting", "interop.numpy"),
     ("solve",),
     ("attach", "root", "layer", "memory", "training"),

@@ -179,3 +179,15 @@ def test_a_state_dict_carries_a_layer_over(rule, normal, cell_class):
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x))
     assert list(layer.state_dict()) == ["f.W"]
+
+
+def test_a_compiled_value_is_the_state_where_its_image_overflows():
+    def value(a):
+        start = torch.full((2, 1), 1e10)
+        rule = fixpoint.Phantom()
+        return fixpoint.solve(
+            lambda z, a: a * z * z, start, (a,), solver=fixpoint.Picard(), backward=rule, depth=1
+        ).value
+
+    compiled = torch.compile(value, backend="eager", fullgraph=True)
+    assert compiled(torch.tensor(1.0, requires_grad=True)).tolist() == value(torch.tensor(1.0)).tolist()

@@ -323,3 +323,8 @@ def test_what_a_raised_error_carries_is_x():
     torch.testing.assert_close(
         raised.value.solution.residual, (raised.value.solution.value**2 - 2).norm(dim=1), rtol=1e-12, atol=0
     )
+
+
+def test_another_structure_is_named_in_the_words_of_root():
+    with pytest.raises(TypeError, match="g must return the structure of x0: at x found tuple, not a Tensor"):
+        fixpoint.root(lambda x: (x, x), torch.ones(2, 3))

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fixpoint
 from fixpoint import FixedPointLayer, MultiStepJFB, Picard, Status, StochasticJFB
-from fixpoint.engine import recomputation
+from fixpoint.backward import draws as draws_module
 
 D = torch.float64
 
@@ -227,7 +227,7 @@ def test_a_checkpoint_that_is_gone_leaves_nothing_behind(normal, cell_class):
 @pytest.mark.parametrize("make", [seeded, with_generator])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_where_the_depths_cannot_be_known_there_is_an_error(normal, cell_class, monkeypatch, make, reentrant):
-    monkeypatch.setattr(recomputation, "_saving_hooks", list)  # as under a PyTorch that does not tell
+    monkeypatch.setattr(draws_module, "saved_tensors_hooks", list)  # as under a PyTorch that does not tell
     layer, x = FixedPointLayer(cell_class(), backward=make(0)), normal(2, 4).requires_grad_()
     value = checkpoint(layer, x, use_reentrant=reentrant)
     with pytest.raises(RuntimeError, match="random depths were drawn in a backward pass"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.utils import checkpoint as torch_checkpoint
+
+from fixpoint.engine.private import CHECKPOINTS, in_backward, saved_tensors_hooks
 
 
 class Draws:
@@ -45,7 +46,7 @@ class Draws:
         if recomputation is not None:
             replay = self._replays.setdefault(recomputation, iter(self._noted.get(checkpoint, ())))
             number = next(replay, number)
-        elif self._generator is not None and torch._C._current_graph_task_id() == -1:
+        elif self._generator is not None and not in_backward():
             number = self._draw(least, most)
         if number is None:
             raise RuntimeError(
@@ -68,28 +69,12 @@ def _checkpoints() -> tuple[Any, Any, list[Any]]:
     Each is found by the hook that it has set for tensors saved by autograd; PyTorch has no public way to ask.
     """
     running: list[Any] = []
-    for pack in _saving_hooks():
+    for pack, _ in saved_tensors_hooks():
+        pack = inspect.unwrap(pack)
         names = inspect.getclosurevars(pack).nonlocals
         target = names.get("target_frame_ref")
         if target is not None:
             return pack, target(), running
-        if isinstance(names.get("frame"), torch_checkpoint._CheckpointFrame):
+        if isinstance(names.get("frame"), CHECKPOINTS):
             running.append(names["frame"])
     return None, None, running
-
-
-def _saving_hooks() -> list[Callable[..., Any]]:
-    """The functions that ``torch.autograd.graph.saved_tensors_hooks`` has set, the innermost first."""
-    autograd: Any = torch._C._autograd
-    top = getattr(autograd, "_top_saved_tensors_default_hooks", None)  # since PyTorch 2.8
-    if top is None or not autograd._saved_tensors_hooks_is_enabled():
-        return []
-    taken = []
-    try:
-        while (hooks := top(True)) is not None:
-            taken.append(hooks)
-            autograd._pop_saved_tensors_default_hooks()
-    finally:
-        for hooks in reversed(taken):
-            autograd._push_saved_tensors_default_hooks(*hooks)
-    return [inspect.unwrap(pack) for pack, _ in taken]

@@ -1,0 +1,107 @@
+"""Options of ``solve``: what they may be, and what the engine makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fixpoint.backward.base import Backward
+from fixpoint.engine.layout import Layout
+from fixpoint.engine.tolerance import Array, OnFailure, Tolerance
+from fixpoint.solvers.base import Solver, require_count
+
+Norm = Callable[[Any], Tensor] | Literal["leafwise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """The counts among the options of ``solve``, as Python's integers."""
+
+    max_evals: int = 1
+    check_every: int = 1
+    depth: int | None = None
+    keep: frozenset[int] = field(default_factory=frozenset)
+
+
+def check_options(
+    *,
+    args: Any = (),
+    solver: object = None,
+    backward: object = None,
+    norm: object = None,
+    max_evals: Any = 1,
+    on_failure: str = "warn",
+    check_every: Any = 1,
+    depth: Any = None,
+    keep: Collection[Any] = (),
+) -> Counts:
+    """Raise for an option of ``solve`` that cannot work, whatever the problem; others are checked where they act."""
+    if not isinstance(args, tuple | list):
+        raise TypeError(
+            f"args must be a tuple or list of f's further arguments, found a {type(args).__name__}: write args=(x,)"
+        )
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {solver!r}")
+    if backward is not None and not isinstance(backward, Backward):
+        raise TypeError(f"backward must be a fixpoint.Backward such as IFT(), or None, found {backward!r}")
+    if norm is not None and norm != "leafwise" and not callable(norm):
+        raise ValueError(f'norm must be a function of a state, "leafwise" or None, found {norm!r}')
+    options = Counts(
+        max_evals=require_count("max_evals", max_evals),
+        check_every=require_count("check_every", check_every),
+        depth=None if depth is None else require_count("depth", depth, 0),
+        keep=frozenset(require_count("keep's entry", nfev) for nfev in keep),
+    )
+    if keep and (options.check_every > 1 or depth is not None):
+        raise ValueError(f"keep needs check_every=1 and depth=None, found check_every={check_every}, depth={depth}")
+    if on_failure not in get_args(OnFailure):
+        raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, found {on_failure!r}")
+    return options
+
+
+def norm_of(problem: object) -> Callable[[Any], Tensor] | None:
+    """The problem's own norm if it brings one. A module's attribute of that name is a layer, not a norm."""
+    norm = getattr(problem, "norm", None)
+    return norm if callable(norm) and not isinstance(norm, nn.Module) else None
+
+
+def tolerance_of(rtol: Any, atol: Any, norm: Norm | None, layout: Layout, rounding: float) -> Tolerance:
+    """When a row of such a state is done; ``rounding`` is the relative rounding of f."""
+    return Tolerance(
+        rtol=_per_row("rtol", rtol, layout),
+        atol=_per_row("atol", atol, layout),
+        norm=partial(_norm_of_rows, norm, layout) if callable(norm) else None,
+        leaves=layout.leaf_sizes if norm == "leafwise" else None,
+        rounding=rounding,
+    )
+
+
+def _norm_of_rows(norm: Callable[[Any], Tensor], layout: Layout, flat: Tensor) -> Tensor:
+    """``norm`` on rows ``(rows, dim)``; under ``torch.vmap`` the rows of a solve come several times over."""
+    sizes = [norm(layout.unflatten(part)) for part in flat.split(layout.rows)] if len(flat) else []
+    for size in sizes:
+        if not isinstance(size, Tensor) or tuple(size.shape) != tuple(layout.batch_shape):
+            found = tuple(size.shape) if isinstance(size, Tensor) else f"a {type(size).__name__}"
+            raise ValueError(f"norm must return a tensor of the batch shape {tuple(layout.batch_shape)}, found {found}")
+    return torch.cat([size.reshape(-1) for size in sizes]) if sizes else flat.new_zeros(0)
+
+
+def _per_row(name: str, value: Any, layout: Layout) -> float | Array:
+    """A tolerance as a number, or as one for each row."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim > 0:
+        if tuple(value.shape) != tuple(layout.batch_shape):
+            raise ValueError(
+                f"{name} must be a number or have the batch shape {tuple(layout.batch_shape)}, found shape "
+                f"{tuple(value.shape)}"
+            )
+        return torch.as_tensor(value).detach().double().cpu().numpy().reshape(-1)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or a tensor with the batch shape, found {value!r}") from None
