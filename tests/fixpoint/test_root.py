@@ -505,3 +505,16 @@ def test_what_a_raised_error_carries_is_x():
     torch.testing.assert_close(
         raised.value.solution.residual, (raised.value.solution.value**2 - 2).norm(dim=1), rtol=1e-12, atol=0
     )
+
+
+def test_no_root_where_g_is_larger_than_at_the_start():
+    # Slopes of e^x far out are so large that what g is there passed for rounding: 2.5e24 was taken for a root.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        A = torch.randn(4, 4, generator=generator, dtype=torch.float64) + 2 * torch.eye(4, dtype=torch.float64)
+        b = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+        x0 = 0.01 * torch.randn(20, 4, generator=generator, dtype=torch.float64)
+        g = lambda x, A, b: torch.exp(0.3 * x) + x @ A - b - 1  # noqa: E731
+        found = fixpoint.root(g, x0, (A, b), on_failure="ignore", backward=None)
+        rounding = 64 * g(x0, A, b).norm(dim=1)
+        assert (found.residual <= rounding)[found.converged].all()
