@@ -140,6 +140,11 @@ def hand_over(result: LoopResult, attached: Tensor) -> Tensor:
         return attached
     if torch.compiler.is_compiling():
         return result.z.detach() + (attached - attached.detach())
+    if transformed(attached):
+        # Forward mode nested in itself takes the tangent that a Function returns for a constant.
+        difference = attached - attached.detach()
+        failed = (result.status == int(Status.NON_FINITE))[:, None] | ~torch.isfinite(attached.detach())
+        return result.z.detach() + torch.where(failed, 0, difference)
     return _HandedOver.apply(result.z.detach(), attached, result.status == int(Status.NON_FINITE))
 
 
@@ -155,17 +160,11 @@ class _HandedOver(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[2])
-        ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         (failed,) = ctx.saved_tensors
         return None, torch.where(failed[:, None], 0, v), None
-
-    @staticmethod
-    def jvp(ctx: Any, _: Any, tangent: Tensor, __: Any) -> Tensor:
-        (failed,) = ctx.saved_tensors
-        return torch.where(failed[:, None], 0, tangent)
 
 
 class _WithoutGradient(torch.autograd.Function):
