@@ -24,7 +24,7 @@ from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.layout import Layout, map_leaves
 from fixpoint.engine.loop import LoopResult, result_of
 from fixpoint.engine.tolerance import Array, ConvergenceError, ConvergenceWarning, OnFailure, Tolerance
-from fixpoint.engine.transforms import transformed
+from fixpoint.engine.transforms import plain, transformed
 from fixpoint.interop.numpy import accepts_arrays
 from fixpoint.solution import AdjointSlot, Progress, Solution
 from fixpoint.solvers.anderson import Anderson
@@ -255,9 +255,17 @@ def _norm_of(problem: object) -> Callable[[Any], Tensor] | None:
 
 def _norm_of_rows(norm: Callable[[Any], Tensor], layout: Layout, flat: Tensor) -> Tensor:
     """``norm`` on rows ``(rows, dim)``; under ``torch.vmap`` the rows of a solve come several times over."""
-    if len(flat) == layout.rows:
-        return norm(layout.unflatten(flat)).reshape(layout.rows)
-    return torch.cat([norm(layout.unflatten(part)).reshape(-1) for part in flat.split(layout.rows)])
+    norms = []
+    for part in flat.split(layout.rows) if layout.rows else [flat]:
+        found = norm(layout.unflatten(part))
+        if not isinstance(found, Tensor) or found.numel() != layout.rows:
+            kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"norm must return a tensor with one value for each row, of shape {tuple(layout.batch_shape)}, found "
+                f"{kind}"
+            )
+        norms.append(found.reshape(layout.rows))
+    return torch.cat(norms)
 
 
 def _tolerance(name: str, value: Any, layout: Layout) -> float | Array:
@@ -268,7 +276,10 @@ def _tolerance(name: str, value: Any, layout: Layout) -> float | Array:
                 f"{name} must be a number or have the batch shape {tuple(layout.batch_shape)}, found shape "
                 f"{tuple(value.shape)}"
             )
-        return torch.as_tensor(value).detach().double().cpu().numpy().reshape(-1)
+        found = plain(torch.as_tensor(value).detach().double().cpu())
+        if tuple(found.shape) != tuple(value.shape):
+            raise ValueError(f"{name} must be the same for all members of a torch.vmap, found a mapped tensor")
+        return np.array(found.tolist(), dtype=np.float64).reshape(-1)  # numpy() fails under torch.func
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -169,3 +169,30 @@ def test_row_norm_sums_half_precision_in_float32():
 def test_every_status_advises():
     for status in Status:
         assert status.advice
+
+
+@pytest.mark.parametrize("rtol", [0.0, torch.zeros(2, dtype=torch.float64)], ids=["number", "each row"])
+def test_leafwise_with_a_tolerance_of_zero_keeps_the_best_state(rtol):
+    # Every state passed for infinitely bad, so z0 came back.
+    z0 = torch.full((2, 1), 5.0, dtype=torch.float64)
+    options = {"solver": fixpoint.Picard(), "max_evals": 4, "on_failure": "ignore"}
+    found = fixpoint.solve(lambda z: 1 - 0.5 * z, z0, rtol=rtol, norm="leafwise", **options)
+    plain = fixpoint.solve(lambda z: 1 - 0.5 * z, z0, rtol=rtol, **options)
+    torch.testing.assert_close(found.value, plain.value)
+    torch.testing.assert_close(found.residual, plain.residual)
+
+
+@pytest.mark.parametrize("norm", [None, "leafwise"])
+def test_an_infinite_tolerance_is_met_at_once(norm):
+    inf = float("inf")
+    assert fixpoint.solve(lambda z: 0.5 * z + 1, torch.zeros(3, 2), rtol=inf, norm=norm).nfev == 1
+    rtol = torch.tensor([inf, 1e-4, 1e-4])
+    found = fixpoint.solve(lambda z: 0.5 * z + 1, torch.zeros(3, 2), rtol=rtol, norm=norm)
+    assert found.converged.all()
+    assert found.evals[0] == 1
+
+
+@pytest.mark.parametrize("norm", [lambda z: z.norm(), lambda z: z.abs(), lambda z: 1.0])
+def test_a_norm_without_one_value_for_each_row_is_refused_by_name(norm):
+    with pytest.raises(ValueError, match=r"norm must return a tensor with one value for each row, of shape \(3,\)"):
+        fixpoint.solve(lambda z: 0.5 * z + 1, torch.zeros(3, 2), norm=norm)
