@@ -133,8 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/adjoint.txt"))
     options = parser.parse_args(arguments)
     text = (
-        f"evaluations to {RTOL:g} in float64, at most {LIMIT}; median of {options.seeds} seeds, '-' where one failed\n\n"
-        + table(options.seeds)
+        f"evaluations to {RTOL:g} in float64, at most {LIMIT}; median of {options.seeds} seeds, '-' where one failed"
+        "\n\n" + table(options.seeds)
     )
     print(text)
     options.out.parent.mkdir(parents=True, exist_ok=True)

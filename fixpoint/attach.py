@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from fixpoint.backward.base import Backward
 from fixpoint.backward.ift import IFT
+from fixpoint.engine.layout import map_leaves
 from fixpoint.solve import solve
 from fixpoint.solvers.picard import Picard
 
@@ -28,6 +31,7 @@ def attach(
     Args:
         f: Maps a state to a state, as in ``fixpoint.solve``.
         z_star: The fixed point: a tensor, or nested tuples, lists and dicts of tensors. Its own graph plays no part.
+            NumPy arrays become tensors.
         args: A tuple or list of further arguments of f.
         backward: A rule that attaches to a solved state, such as ``IFT()``, ``Phantom()``, ``JFB()`` or ``Neumann()``.
         batch_dims: As in ``fixpoint.solve``.
@@ -51,4 +55,6 @@ def attach(
         raise TypeError(f"backward must be a fixpoint.Backward such as IFT(), found {backward!r}")
     if backward.runs_forward:
         raise TypeError(f"{backward!r} needs a forward solve of its own: pass a rule such as IFT(), Phantom() or JFB()")
-    return solve(f, z_star, args, solver=Picard(), backward=backward, batch_dims=batch_dims, depth=0).value
+    # Other programs give arrays; f is a function of tensors all the same.
+    state = map_leaves(torch.as_tensor, z_star)
+    return solve(f, state, args, solver=Picard(), backward=backward, batch_dims=batch_dims, depth=0).value

@@ -75,6 +75,7 @@ def estimate_memory(
     with torch.no_grad(), LiveBytes() as live:
         z = torch.empty_like(flat)
         throughout = [z, torch.empty_like(flat)]  # the copy of z0, and the best state of each row
+        throughout += [z, z]
         if len(flat) > 1:
             throughout.append(torch.empty_like(flat))  # the rows that have ended
         state = solver.init(z)
@@ -83,11 +84,12 @@ def estimate_memory(
             held = max(held, live.now)
             fz = torch.empty_like(z)
             torch.linalg.vector_norm(fz - z, dim=1)
-            checked = z, fz  # to which a row can go back, until the next check
+            throughout[2:4] = z, fz  # to which a row can go back, until the next check
             if count == max_evals:
                 break
             if len(flat) > 1:
-                fz = torch.empty_like(fz)  # as the solver is shown it: rows that have ended stand where they were left
+                # As the solver is shown them: rows that have ended stand where they were left.
+                z, fz = torch.empty_like(z), torch.empty_like(fz)
             z, state = solver.step(z, fz, state)
             del fz
             rose_at = count if (held, live.peak) != before else rose_at

@@ -70,8 +70,9 @@ def solve(
         backward: How gradients are attached, when grad mode is on and f's output requires grad; None detaches.
         rtol, atol: A row is done when ``||f(z) - z|| <= atol + rtol * ||f(z)||``. Numbers, or tensors with one for each
             row. A row that tends to zero is done when its residual has fallen to ``1e-16 rtol`` of its start.
-        norm: Takes a state to one value for each row, in place of the Euclidean norm. ``"leafwise"``: every leaf must
-            meet the tolerance by itself, in its own Euclidean norm; for states of mixed units. None: the problem's own.
+        norm: A function that takes a state (of tensors, also where z0 holds arrays) to one value for each row, in place
+            of the Euclidean norm. ``"leafwise"``: every leaf must meet the tolerance by itself, in its own Euclidean
+            norm; for states of mixed units. None: the problem's own, else the Euclidean norm.
         max_evals: Evaluations of f granted, counted alike for every solver; at least 1.
         batch_dims: Leading dimensions that index independent problems (rows); 0 makes the whole state one problem.
             None: the problem's own; else 1, but 0 where no leaf has more than one dimension, or a leaf is a scalar.
@@ -255,17 +256,12 @@ def _norm_of(problem: object) -> Callable[[Any], Tensor] | None:
 
 def _norm_of_rows(norm: Callable[[Any], Tensor], layout: Layout, flat: Tensor) -> Tensor:
     """``norm`` on rows ``(rows, dim)``; under ``torch.vmap`` the rows of a solve come several times over."""
-    norms = []
-    for part in flat.split(layout.rows) if layout.rows else [flat]:
-        found = norm(layout.unflatten(part))
-        if not isinstance(found, Tensor) or found.numel() != layout.rows:
-            kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(
-                f"norm must return a tensor with one value for each row, of shape {tuple(layout.batch_shape)}, found "
-                f"{kind}"
-            )
-        norms.append(found.reshape(layout.rows))
-    return torch.cat(norms)
+    sizes = [norm(layout.unflatten(part)) for part in flat.split(layout.rows)] if len(flat) else []
+    for size in sizes:
+        if not isinstance(size, Tensor) or tuple(size.shape) != tuple(layout.batch_shape):
+            found = tuple(size.shape) if isinstance(size, Tensor) else _kind(size)
+            raise ValueError(f"norm must return a tensor of the batch shape {tuple(layout.batch_shape)}, found {found}")
+    return torch.cat([size.reshape(-1) for size in sizes]) if sizes else flat.new_zeros(0)
 
 
 def _tolerance(name: str, value: Any, layout: Layout) -> float | Array:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import fixpoint
 from benchmarks.device.common import Part
+from fixpoint.solvers.small import TORCH
 from fixpoint_diffusion import SamplingChain
 
 Work = Callable[[], object]
@@ -76,7 +77,7 @@ def solvers_as_there(part: Part) -> Iterator[None]:
     """On a CPU solvers keep their small systems as arrays, which no graph sees: for a rehearsal they stay tensors."""
     with contextlib.ExitStack() as stack:
         for module in ("anderson", "broyden") if part.device == "cpu" else ():
-            stack.enter_context(mock.patch(f"fixpoint.solvers.{module}.small", lambda x: x))
+            stack.enter_context(mock.patch(f"fixpoint.solvers.{module}.arithmetic", return_value=TORCH))
         yield
 
 

@@ -21,7 +21,7 @@ Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 CHECKED = Size(rows=32, dim=256, evals=40)
 TINY = (Size(rows=1, dim=10, evals=6, rounds=1), Size(rows=3, dim=8, evals=6, rounds=1))
 # A step is compiled, and captured, once for each value of the integers in its state. torch.compile stops at eight.
-SHORT = {"Anderson m=4": fixpoint.Anderson(memory=4), "Broyden m=5": fixpoint.Broyden(memory=5)}
+SHORT = {"Anderson m=3": fixpoint.Anderson(memory=3), "Broyden m=5": fixpoint.Broyden(memory=5)}
 CHECK_EVERY = 8
 _AGREE = 1e-6  # of the largest entry, in float64: another order of summing grows from step to step
 _COMPILING = 30.0  # seconds that must be left before a step is compiled

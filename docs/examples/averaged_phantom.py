@@ -16,8 +16,8 @@ class AveragedPhantom(fixpoint.Backward):
     steps: int = 4
 
     def attach(self, run: fixpoint.ForwardSolve):
-        iterates = run.solve()
-        states = [iterates.z]
+        result = run.solve()
+        states = [result.z]
         for _ in range(self.steps):
             states.append(run.f(states[-1]))
-        return torch.stack(states[1:]).mean(dim=0), iterates
+        return torch.stack(states[1:]).mean(dim=0), result

@@ -13,8 +13,8 @@ from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.engine.loop import LoopResult, Map
 from fixpoint.engine.tolerance import OnFailure, Status, Tolerance
 from fixpoint.engine.transforms import ClosureError, depends_on_nothing_else
-from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver, require_count
+from fixpoint.solvers.gmres import GMRES
 
 FailedRows = Literal["jfb", "best", "raise"]
 
@@ -32,7 +32,8 @@ class IFT(Backward):
 
     Args:
         solver: Solver of the adjoint equation; None: what suits the forward solver (for a chain, the same sweeps in the
-            other direction), or else ``Anderson(memory=10)``, which on a linear map is GMRES.
+            other direction), or else ``GMRES()``: it needs ``I - J`` to be invertible, and nothing else.
+            Where f was seen to couple rows, all of them are one system.
         rtol: Relative tolerance of the adjoint; the rounding of the state's dtype where that is larger.
         max_evals: Vector-Jacobian products granted.
         on_failure: What to do about rows whose adjoint was not solved: "jfb" gives them the gradient of JFB (u = v) and
@@ -98,18 +99,35 @@ class IFT(Backward):
         """The fixed point of a linear map, started at ``v``, which rows that fail go back to."""
         rtol = max(self.rtol, torch.finfo(v.dtype).eps)
         tolerance = Tolerance(rtol=rtol, atol=0.0, rounding=run.tolerance.rounding)
-        solver = run.adjoint_solver(self.solver) or Anderson(memory=10)
-        outcome = solver.run(
-            image,
-            v,
+        solver = run.adjoint_solver(self.solver)
+        coupled = run.f.ambient.couples_rows or any(result.coupled for result in run.results)
+        one_system = solver is None and coupled  # GMRES takes each row for a system of its own
+        outcome = (solver or GMRES()).run(
+            (lambda u: image(u.reshape(v.shape)).reshape(1, -1)) if one_system else image,
+            v.reshape(1, -1) if one_system else v,
             tolerance,
             max_evals=self.max_evals,
             check_every=run.check_every,
             record=run.record,
         )
+        outcome = _for_each_row(outcome, v) if one_system else outcome
         failed = (outcome.status == Status.MAX_EVALS) | (outcome.status == Status.NON_FINITE)
         if self.on_failure == "jfb":
             outcome = replace(outcome, z=torch.where(failed[:, None], v, outcome.z))
         complaint: OnFailure = "raise" if self.on_failure == "raise" else "warn"
         run.report_adjoint(outcome, complaint if bool(failed.any()) else "ignore")
         return outcome
+
+
+def _for_each_row(outcome: LoopResult, like: Tensor) -> LoopResult:
+    """The outcome of a solve whose one row holds the rows of ``like``; each has the figures of the whole."""
+    rows = len(like)
+    return replace(
+        outcome,
+        z=outcome.z.reshape(like.shape),
+        residual=outcome.residual.expand(rows),
+        scale=outcome.scale.expand(rows),
+        status=outcome.status.expand(rows),
+        evals=outcome.evals.expand(rows),
+        trace=None if outcome.trace is None else outcome.trace.expand(-1, rows),
+    )

@@ -22,7 +22,8 @@ class Problem(Protocol):
     """A map and where to start; ``fixpoint.solve(problem)`` needs no more.
 
     Two further attributes are honoured if present: ``batch_dims`` (leading dimensions of ``z0`` that index independent
-    rows; else as in ``fixpoint.solve``) and ``norm``, which takes a state structured like ``z0`` to one size per row, in the batch shape.
+    rows; else as in ``fixpoint.solve``) and ``norm``, which takes a state structured like ``z0`` to one size per row,
+    in the batch shape.
 
     Example:
         >>> import torch

@@ -188,6 +188,10 @@ class RowMap:
         except TypeError as error:
             error.add_note(f"f is called as f(z, *args), here with {len(self._args)} further arguments from args")
             raise
+        except RuntimeError as error:
+            if "does not require grad" in str(error):
+                error.add_note("z is no leaf that requires grad: an f that differentiates uses torch.func.grad")
+            raise
         self.layout.check_output(output)
         # The version tells of a change that altered no value, such as relu_() on zeros; .data escapes the version.
         if version(z) != written or not torch.equal(plain(before), plain(z.detach())):

@@ -63,7 +63,11 @@ def require_same_nesting(found: Any, expected: Any, path: str = "z") -> None:
         pairs = [(index, *pair) for index, pair in enumerate(zip(found, expected, strict=True))]
     else:
         if not isinstance(found, Tensor):
-            raise TypeError(f"f must return the structure of z0: at {path} found {type(found).__name__}, not a Tensor")
+            hint = (
+                "; pass has_aux=True if f returns (state, aux)" if isinstance(found, tuple) and len(found) == 2 else ""
+            )
+            kind = type(found).__name__
+            raise TypeError(f"f must return the structure of z0: at {path} found {kind}, not a Tensor{hint}")
         return
     for key, child, expected_child in pairs:
         require_same_nesting(child, expected_child, f"{path}[{key!r}]")

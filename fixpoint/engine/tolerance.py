@@ -19,6 +19,14 @@ OnFailure = Literal["warn", "raise", "ignore"]
 class Status(enum.IntEnum):
     """Why a row ended. ``Solution.status`` holds one per row, as integers that compare with these.
 
+    ``Status(int(s)).name`` is the name of an entry ``s``, ``Status(int(s)).advice`` what to change.
+
+    - CONVERGED: the row met the tolerance.
+    - MAX_EVALS: the evaluations granted were spent.
+    - STAGNATED: the residual is at rounding, and does not fall to the tolerance.
+    - NON_FINITE: f returned NaN or infinity for the row.
+    - STOPPED: the callback ended the solve.
+
     Example:
         >>> import torch, fixpoint
         >>> sol = fixpoint.solve(torch.cos, torch.ones(2), rtol=1e-3)

@@ -120,20 +120,25 @@ class AndersonState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Anderson(Solver):
-    """Anderson acceleration (type II), kept honest by restarts that it decides on itself.
+    """Anderson acceleration (type II), with restarts of single rows where it fails.
 
-    With ``g = f(z) - z`` and the differences of successive result as columns of ``dG`` and ``dF``, a step is
-    ``gamma = argmin |g - dG gamma|``, ``z_next = f(z) - dF gamma - (1 - damping) (g - dG gamma)``. Each new
-    difference is made orthogonal to the ``memory`` before it, so there is no system to solve and nothing to regularise:
-    scaling a problem changes nothing, and on a linear symmetric map a short memory does what an unlimited one would. A
-    row whose model fails (a dropped difference was still needed, or the residual is far from the predicted one) forgets
-    it and takes plain steps first, more of them each time that this did not help. A row whose next step would go
-    against the plain one forgets its model too and takes the plain one: it was drawn to a point that f repels from,
-    such as a saddle of the likelihood in expectation-maximisation.
+    ``g = f(z) - z`` is the residual. The last changes of ``g`` and of ``f`` are the columns of ``dG`` and ``dF``. They
+    are a linear model of f, and a step goes where the model's residual is least: ``gamma = argmin |g - dG gamma|``,
+    ``z_next = f(z) - dF gamma - (1 - damping) (g - dG gamma)``.
+
+    Each new change is made orthogonal to the ``memory`` before it. So there is no system to solve and nothing to
+    regularise, the scale of a problem plays no part, and on a linear symmetric map a short memory does what an
+    unlimited one would.
+
+    A model fails when the change that was dropped last was still needed, or when the residual is far from the predicted
+    one. Its row then forgets it and takes a plain step, ``z_next = f(z)``; two at the next failure, then four, until
+    the residual has fallen to a tenth. A row also takes a plain step where its own would go backwards,
+    ``(z_next - z) . g <= 0``: it was drawn to a point that f repels from, such as a saddle of the likelihood in
+    expectation-maximisation.
 
     Args:
-        memory: Number of differences kept; two states per row are held for each. Five do for symmetric and for strongly
-            contracting maps; 20 or 40 save evaluations on non-symmetric, slowly converging ones.
+        memory: Number of changes kept. Two states per row are held for each, and five more. 5 is enough for symmetric
+            and for strongly contracting maps; 20 or 40 save evaluations on non-symmetric, slowly converging ones.
         damping: Mixing in (0, 1]; 1 trusts the accelerated step wholly.
         ridge: Tikhonov weight on the coefficients of the orthonormal basis: each is divided by ``1 + ridge``.
         history_dtype: Precision of the histories, such as ``torch.bfloat16`` to halve their memory; None takes the
@@ -143,7 +148,7 @@ class Anderson(Solver):
         TypeError, ValueError: If an option is out of range.
 
     Source: D. G. Anderson, J. ACM 12 (1965); truncated Gram-Schmidt as in Tang et al., arXiv:2403.14961. The tests of
-    the model and of the step, and the rests, are this project's own.
+    the model and of the step, and the plain steps after a failure, are this project's own.
 
     Example:
         >>> import torch, fixpoint
@@ -234,6 +239,7 @@ class Anderson(Solver):
         state: AndersonState,
     ) -> tuple[Tensor, History, History]:
         """The step from z, and the basis and the images with one more vector; ``change`` is used up."""
+        assert state.fz is not None
         basis, images, slot = state.basis, state.images, state.slot
         if self.ridge > 0:
             along, newest = along / (1 + self.ridge), newest / (1 + self.ridge)

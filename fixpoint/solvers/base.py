@@ -23,6 +23,10 @@ class Solver(abc.ABC):
     decides. It must not couple rows, must not change ``z`` or ``fz`` in place, and keeps everything that it remembers
     in the state it returns. Subclasses are frozen dataclasses, so that unknown options raise.
 
+    States are values: stepping twice from one state gives the same, whatever else was tried in between. To save memory,
+    a step may write where its own state does not read. So a state is good until a state that a step made from it is
+    stepped from in turn; whoever wants to keep one longer copies it (``copy.deepcopy``).
+
     Example:
         >>> import dataclasses, torch, fixpoint
         >>> @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,10 @@ class Solver(abc.ABC):
         return None
 
     def adjoint(self) -> Solver | None:
-        """A solver that suits ``u = v + J^T u`` because this one, bound, suits f; None: any will do."""
+        """The solver for the adjoint equation ``u = v + J^T u`` of an f that this solver was bound to.
+
+        None leaves the choice to the backward rule.
+        """
         return None
 
 
@@ -77,10 +84,10 @@ def require_count(name: str, value: object, least: int = 1) -> int:
 
 
 def small_dtype(z: Tensor) -> torch.dtype:
-    """Precision for the small systems: float64, or float32 where the device has none."""
+    """Dtype of a solver's small systems: float64, or float32 on a device that lacks it."""
     return torch.float32 if z.device.type == "mps" else torch.float64
 
 
 def gram_dtype(z: Tensor) -> torch.dtype:
-    """Precision in which rows are subtracted and multiplied: at least float32."""
+    """Dtype in which a solver subtracts and multiplies rows: that of ``z``, and at least float32."""
     return torch.promote_types(z.dtype, torch.float32)

@@ -85,7 +85,8 @@ class Broyden(Solver):
             with xp.quiet():
                 factors = xp.solve_triangular(system[:, :held, :held], products * use[:, :held], upper=False)
                 pivot = 1 - factors[:, -1:]
-                sound = abs(pivot) > torch.finfo(wide).eps ** 0.5  # not where something is NaN
+                # Not where a factor is infinite or NaN: those after it are, too.
+                sound = (abs(pivot) > torch.finfo(wide).eps ** 0.5) & (abs(pivot) < float("inf"))
                 if not xp.holds(sound):
                     use = use * sound
                     system = xp.where(sound[..., None], system, xp.identity(system, self.memory))

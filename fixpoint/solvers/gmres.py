@@ -49,8 +49,8 @@ class GMRES(Solver):
     between: what they teach is less spoilt by rounding.
 
     Args:
-        memory: Number of vectors whose images are known, before a row starts over. One state per row is held for each
-            evaluation so far, ``memory + 6`` at most.
+        memory: Number of vectors whose images are known, before a row starts over. The basis grows with evaluations,
+            by ten states per row at a time, up to ``memory + 6``; two more states are held beside it.
 
     Raises:
         TypeError, ValueError: If ``memory`` is not an integer of at least 1.
@@ -90,11 +90,12 @@ class GMRES(Solver):
         size = scale * xp.take(torch.linalg.vector_norm(image / unit, dim=1).to(exact))
         room = self.memory + _SPARE
         with xp.quiet():
-            if state is None or state.knowledge.count > room:
+            if state is None or state.knowledge.vectors > room:
                 before = None if state is None else state.knowledge.owned(xp)
                 total = xp.take(torch.linalg.vector_norm(residual, dim=1).to(exact))
                 knowledge = Knowledge.start(xp, scale * total, size, before)
-                vector, basis, base = _divided(xp, residual, total), (), here
+                vector, base = _divided(xp, residual, total), here
+                basis: tuple[History, ...] = ()
             else:
                 before, basis = state.knowledge.owned(xp), state.basis
                 inside, rest = _split(xp, basis, residual, before.use)
@@ -108,11 +109,11 @@ class GMRES(Solver):
                 vector = torch.where(
                     xp.tensor(change.begins)[:, None], _divided(xp, residual, total), _divided(xp, rest, outside)
                 )
-                vector = torch.where(xp.tensor(change.waits)[:, None], _vector(basis, before.count - 1), vector)
+                vector = torch.where(xp.tensor(change.waits)[:, None], _vector(basis, before.vectors - 1), vector)
                 base = torch.where(xp.tensor(change.begins | change.moves)[:, None], here, state.base)
             vector = torch.where(xp.tensor(knowledge.use[:, -1] > 0)[:, None], vector, 0)
-            basis = _appended(basis, knowledge.count - 1, vector)
-            last = knowledge.count > room
+            basis = _appended(basis, knowledge.vectors - 1, vector)
+            last = knowledge.vectors > room
             knowledge, point = knowledge.planned(xp, rounding=torch.finfo(z.dtype).eps, last=last)
         proposal = _combined(basis, base, xp.tensor(point).to(wide)).to(z.dtype)
         return proposal, GMRESState(basis, base, proposal, knowledge)

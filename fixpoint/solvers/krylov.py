@@ -8,7 +8,7 @@ from fixpoint.solvers.small import NumPyArithmetic, Small
 
 # A step along the residual goes at least this share of it along the newest vector, to learn about that.
 _LEAST_SHARE = 0.1
-# The most that rounding may spoil what is learnt near the best point: in roundings of one evaluation, and relative to f.
+# The most that rounding may spoil what is learnt near the best point: in roundings of one evaluation; relative to f.
 _MOST_ROUNDINGS = 10.0
 _MOST_DOUBT = 1e-12
 # An image so many times longer than the longest before it is taken for rounding.
@@ -64,8 +64,8 @@ class Knowledge(NamedTuple):
     over: Small  # (rows,): the row starts over from the point that is evaluated now
 
     @property
-    def count(self) -> int:
-        """n"""
+    def vectors(self) -> int:
+        """How many vectors the basis has."""
         return self.use.shape[1]
 
     def owned(self, xp: NumPyArithmetic) -> Knowledge:
@@ -150,7 +150,7 @@ class Knowledge(NamedTuple):
         newest = xp.where(learns, learnt & sound, pending | (moves & sound))
 
         # A row that begins has the residual as its only vector.
-        new, eye = begins[:, None], xp.identity(target, self.count + 1)
+        new, eye = begins[:, None], xp.identity(target, self.vectors + 1)
         alone = _joined(xp, xp.zeros_like(use), measured.total[:, None])
         newest = xp.where(begins, _usable(measured.total), newest)[:, None]
         known = Knowledge(
@@ -180,7 +180,7 @@ class Knowledge(NamedTuple):
         """
         zero = xp.zeros_like(self.size)[:, None]
         best = zero
-        if self.count > 1:
+        if self.vectors > 1:
             upper = self.triangle[:, :-1]
             best = _joined(xp, xp.solve_triangular(upper, self.target[:, :-1], upper=True), zero)
         remains = abs(self.target[:, -1:])
@@ -209,7 +209,7 @@ class Knowledge(NamedTuple):
 
     def _longest(self, xp: NumPyArithmetic) -> Small:
         """Length of the longest image known ``(rows,)``; zero where there is none."""
-        if self.count == 1:
+        if self.vectors == 1:
             return xp.zeros_like(self.size)
         return xp.sqrt(xp.amax(self.use[:, :-1] * (self.triangle**2).sum(1), -1))
 
@@ -226,7 +226,7 @@ class Knowledge(NamedTuple):
 
         Known images are weighted sums of residuals that were measured, two for each step taken.
         """
-        if self.count == 1:
+        if self.vectors == 1:
             return xp.zeros_like(self.size) + 2**0.5
         weights = xp.solve_triangular(self.steps[:, :-1], step[:, :-1], upper=True)
         return xp.sqrt(2 * (1 + (weights**2).sum(-1)))

@@ -119,38 +119,22 @@ class Rescaled(Solver):
             unknown = torch.zeros_like(scale)
             return self.join(z, x_next, unknown, unknown), _Memory(x, g)
         secant, fitting = inverse_slopes(x - state.x, g - state.g)
-        if state.scales is None:
-            return self._first_step(z, x, g, secant, fitting, state)
-        secant = torch.where(torch.isfinite(secant), secant, state.scales[:, 0])
-        scales = torch.cat((secant[:, None], state.scales[:, :-1]), dim=1)
-        inner, inner_scale = state.inner, state.scale
-        ratio = (scales / inner_scale[:, None]).abs()
-        unfit = (ratio.amin(dim=1) > _UNFIT) | (ratio.amax(dim=1) < 1 / _UNFIT)
-        forgotten = self.solver.forget(inner, unfit)
-        if forgotten is not None:
-            inner, inner_scale = (
-                forgotten,
-                torch.where(unfit, _bounded(fitting, secant, 2 * _largest_scale(x, g)), inner_scale),
-            )
-        return self._step(z, x, g, scales, inner_scale, inner)
-
-    def _first_step(
-        self, z: Tensor, x: Tensor, g: Tensor, secant: Tensor, fitting: Tensor, state: _Memory
-    ) -> tuple[Tensor, _Memory]:
-        """The first step of the solver, from x0 if that is better than the state next to it."""
-        better = (row_norms(state.g, 1) < row_norms(g, 1))[:, None]
-        x, g = torch.where(better, state.x, x), torch.where(better, state.g, g)
         largest = _largest_scale(x, g)
-        secant = torch.where(torch.isfinite(secant), secant, largest)
-        scales = secant[:, None].repeat(1, _SLOPES)
-        return self._step(z, x, g, scales, _bounded(fitting, largest, largest), self.solver.init(x))
-
-    def _step(
-        self, z: Tensor, x: Tensor, g: Tensor, scales: Tensor, inner_scale: Tensor, inner: Any
-    ) -> tuple[Tensor, _Memory]:
-        x_next, inner = self.solver.step(x, x - inner_scale[:, None] * g, inner)
-        scale = torch.copysign(scales.abs().amax(dim=1), scales[:, 0])
-        return self.join(z, x_next, scale, inner_scale), _Memory(x, g, scales, inner_scale, inner)
+        if state.scales is None:
+            secant = torch.where(torch.isfinite(secant), secant, largest)
+            scales, inner = secant[:, None].repeat(1, _SLOPES), self.solver.init(x)
+            working = _bounded(fitting, largest, largest)
+        else:
+            secant = torch.where(torch.isfinite(secant), secant, state.scales[:, 0])
+            scales, inner, working = torch.cat((secant[:, None], state.scales[:, :-1]), dim=1), state.inner, state.scale
+            ratio = (scales / working[:, None]).abs()
+            unfit = (ratio.amin(dim=1) > _UNFIT) | (ratio.amax(dim=1) < 1 / _UNFIT)
+            forgotten = self.solver.forget(inner, unfit)
+            if forgotten is not None:
+                inner, working = forgotten, torch.where(unfit, _bounded(fitting, secant, 2 * largest), working)
+        x_next, inner = self.solver.step(x, x - working[:, None] * g, inner)
+        scale = torch.copysign(scales.abs().amax(dim=1), secant)
+        return self.join(z, x_next, scale, working), _Memory(x, g, scales, working, inner)
 
     def parts(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x and g(x), both ``(rows, dim)``, and the scale ``(rows,)`` between them in f, in at least float32."""

@@ -24,17 +24,22 @@ class NumPyArithmetic:
     """Small numbers as NumPy arrays."""
 
     # Static, or they would be bound as methods.
-    where, maximum, minimum = staticmethod(np.where), staticmethod(np.maximum), staticmethod(np.minimum)
-    sqrt, hypot, concatenate = staticmethod(np.sqrt), staticmethod(np.hypot), staticmethod(np.concatenate)
-    zeros_like, amax = staticmethod(np.zeros_like), staticmethod(np.amax)
+    where: Any = staticmethod(np.where)
+    maximum: Any = staticmethod(np.maximum)
+    minimum: Any = staticmethod(np.minimum)
+    amax: Any = staticmethod(np.amax)
+    sqrt: Any = staticmethod(np.sqrt)
+    hypot: Any = staticmethod(np.hypot)
+    concatenate: Any = staticmethod(np.concatenate)
+    zeros_like: Any = staticmethod(np.zeros_like)
 
     def take(self, x: Tensor) -> Small:
         """The numbers in a small tensor; they share its memory."""
         return x.numpy()
 
     def own(self, x: Small) -> Small:
-        """Numbers that an earlier step kept, as this step wants them: autograd may come in at any step."""
-        return x
+        """Numbers that an earlier step kept, as this step wants them: autograd may come and go at any step."""
+        return x.detach().numpy() if isinstance(x, Tensor) else x
 
     def tensor(self, x: Small) -> Tensor:
         """The tensor of these numbers; it shares their memory."""
@@ -80,9 +85,14 @@ class NumPyArithmetic:
 class TorchArithmetic(NumPyArithmetic):
     """The same on tensors."""
 
-    where, maximum, minimum = staticmethod(torch.where), staticmethod(torch.maximum), staticmethod(torch.minimum)
-    sqrt, hypot, concatenate = staticmethod(torch.sqrt), staticmethod(torch.hypot), staticmethod(torch.concatenate)
-    zeros_like, amax = staticmethod(torch.zeros_like), staticmethod(torch.amax)
+    where = staticmethod(torch.where)
+    maximum = staticmethod(torch.maximum)
+    minimum = staticmethod(torch.minimum)
+    amax = staticmethod(torch.amax)
+    sqrt = staticmethod(torch.sqrt)
+    hypot = staticmethod(torch.hypot)
+    concatenate = staticmethod(torch.concatenate)
+    zeros_like = staticmethod(torch.zeros_like)
 
     def take(self, x: Tensor) -> Small:
         return x

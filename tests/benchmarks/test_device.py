@@ -297,8 +297,8 @@ def tiny_part(tmp_path: Path) -> Part:
     ("solver", "graphs"),
     [
         (fixpoint.Picard(), 1),
-        (fixpoint.Anderson(), 10),
-        (fixpoint.Anderson(memory=4), 4),
+        (fixpoint.Anderson(), 6),
+        (fixpoint.Anderson(memory=4), 10),
         (fixpoint.Broyden(), 18),
         (fixpoint.Broyden(memory=5), 3),
     ],

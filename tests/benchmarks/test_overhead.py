@@ -76,7 +76,8 @@ def test_the_histories_are_as_full_as_the_floor_says(memory: int) -> None:
     expected_anderson, expected_broyden = histories(anderson, 30), histories(broyden, 30)
     state = anderson.init(z)
     for step in range(30):
-        filled = [int((slot != 0).any()) for kept in (state.basis, state.images) for slot in kept.slots]
+        taken = [slot for slot in range(memory + 1) if slot != state.slot]
+        filled = [int((kept.slots[slot] != 0).any()) for kept in (state.basis, state.images) for slot in taken]
         assert (sum(filled), 2 * (step > 0)) == expected_anderson[step]
         z, state = anderson.step(z, f(z), state)
     z = torch.zeros_like(z)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,3 +62,10 @@ def test_rules_that_run_the_forward_solve_are_refused(rule):
 def test_what_is_no_rule_is_refused():
     with pytest.raises(TypeError, match=r"backward must be a fixpoint.Backward such as IFT\(\), found None"):
         fixpoint.attach(lambda z: 0.5 * z + 1, torch.full((1, 1), 2.0), (), None)
+
+
+def test_arrays_of_another_program_become_tensors():
+    a = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+    value = fixpoint.attach(lambda z, a: a * z + 1, np.array([2.0]), (a,))
+    value.sum().backward()
+    assert round(float(a.grad), 6) == 4

@@ -10,7 +10,6 @@ import torch
 import fixpoint
 from fixpoint import Broyden, Picard, Status
 from fixpoint.bench.problems import expansive
-from fixpoint.solvers.history import solve_lower
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
@@ -141,7 +140,26 @@ def test_steps_past_a_restart_can_be_differentiated(contraction):
     assert torch.autograd.gradcheck(last_state, (shift.requires_grad_(),))
 
 
-def test_substitution_needs_no_more_than_entries_on_the_diagonal():
-    matrix, target = np.array([[[1.0, 0.0], [1e300, 1e-300]]]), np.array([[0.0, 1e-300]])
-    for kind in (np.asarray, torch.from_numpy):
-        np.testing.assert_array_equal(solve_lower(kind(matrix), kind(target)), [[0.0, 1.0]])
+def test_a_singular_system_is_its_rows_own_matter():
+    # atan(x) = -2 has no solution: that row runs away until its steps are no longer finite numbers to divide by.
+    x0, b = torch.full((2, 1), 5.0, dtype=torch.float64), torch.tensor([[0.5], [-2.0]], dtype=torch.float64)
+    sol = fixpoint.root(lambda x, b: torch.atan(x) - b, x0, (b,), solver=Broyden(), on_failure="ignore")
+    alone = fixpoint.root(lambda x, b: torch.atan(x) - b, x0[:1], (b[:1],), solver=Broyden())
+    assert sol.converged.tolist() == [True, False]
+    torch.testing.assert_close(sol.value[0], torch.tan(b[0]), rtol=1e-3, atol=1e-3)
+    assert int(sol.evals[0]) == int(alone.evals[0])
+
+
+@pytest.mark.parametrize("broken", [0.0, torch.nan])
+def test_a_row_whose_system_breaks_starts_over_alone(contraction, broken):
+    f = contraction(rows=3, dim=6, rho=0.9, squash=torch.tanh)
+    solver, z = Broyden(), f.z0
+    state = solver.init(z)
+    for step in range(8):
+        if step == 4:
+            state.system[1, 2, 2] = broken
+        fz = f(z)
+        z, state = solver.step(z, fz, state)
+        assert torch.isfinite(z).all()
+        plain = (z - fz).abs().amax(dim=1) == 0
+        assert plain.tolist() == [step == 0, step in (0, 4), step == 0]

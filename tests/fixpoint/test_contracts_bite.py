@@ -131,6 +131,18 @@ class RememberingOnItself(Sound):
 
 
 @dataclass(frozen=True)
+class WritingInItsState(Sound):
+    """Momentum, in a buffer that the state before it still points to."""
+
+    def init(self, z):
+        return torch.zeros_like(z)
+
+    def step(self, z, fz, state):
+        state.mul_(0.1).add_(fz - z, alpha=0.8)
+        return z + state, state
+
+
+@dataclass(frozen=True)
 class StartingAtZero(Sound):
     """Takes z0 = 0 for granted and moves no other row; an adjoint starts at the incoming gradient."""
 
@@ -160,6 +172,7 @@ SOLVER_TESTS = {
     "test_rows_that_are_solved_get_finite_proposals": (Unguarded(), "NaN or infinity"),
     "test_what_it_is_shown_is_not_written_to": (By(rule=writing_in_place), "was overwritten"),
     "test_what_it_remembers_travels_in_the_state": (RememberingOnItself(), "disturb each other"),
+    "test_a_state_can_be_stepped_from_again": (WritingInItsState(), "step 0 twice from one state"),
     "test_the_same_solve_gives_the_same_numbers": (By(rule=rolling_dice), "two equal runs differ"),
     "test_a_step_does_not_wait_for_the_device": (By(rule=asking_the_device), "must not ask for values"),
     "test_it_serves_in_a_layer_and_in_the_adjoint": (StartingAtZero(), "4 of 4 adjoint rows did not converge"),
@@ -310,6 +323,14 @@ def test_each_test_of_a_solver_passes_what_is_sound_and_finds_what_it_is_for(nam
     getattr(inherit(SolverContract, solver=Sound(), compiles=True), name)()
     with pytest.raises(Exception, match=message):
         getattr(inherit(SolverContract, solver=broken, compiles=True), name)()
+
+
+def test_a_solver_for_affine_maps_is_shown_no_other():
+    bent = inherit(SolverContract, solver=Sound())._maps(bent=True)
+    affine = inherit(SolverContract, solver=Sound(), affine_only=True)._maps(bent=True)
+    z = torch.ones_like(affine.z0)
+    torch.testing.assert_close(affine(z) + affine(-z), 2 * affine(0 * z))
+    assert not torch.allclose(bent(z) + bent(-z), 2 * bent(0 * z))
 
 
 @pytest.mark.parametrize("name", RULE_TESTS)

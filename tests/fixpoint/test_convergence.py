@@ -190,9 +190,3 @@ def test_an_infinite_tolerance_is_met_at_once(norm):
     found = fixpoint.solve(lambda z: 0.5 * z + 1, torch.zeros(3, 2), rtol=rtol, norm=norm)
     assert found.converged.all()
     assert found.evals[0] == 1
-
-
-@pytest.mark.parametrize("norm", [lambda z: z.norm(), lambda z: z.abs(), lambda z: 1.0])
-def test_a_norm_without_one_value_for_each_row_is_refused_by_name(norm):
-    with pytest.raises(ValueError, match=r"norm must return a tensor with one value for each row, of shape \(3,\)"):
-        fixpoint.solve(lambda z: 0.5 * z + 1, torch.zeros(3, 2), norm=norm)

@@ -179,3 +179,17 @@ def test_seldom_checks_do_not_make_rows_stagnate(contraction):
         often = fixpoint.solve(f, f.z0, **options)
         seldom = fixpoint.solve(f, f.z0, check_every=10, **options)
         assert not (often.converged & (seldom.status == Status.STAGNATED)).any(), seed
+
+
+@pytest.mark.filterwarnings("ignore:f couples rows:UserWarning")
+def test_the_adjoint_of_an_f_that_couples_rows_is_solved_too(normal):
+    eye, signs = torch.eye(6, dtype=torch.float64), torch.tensor([1.0, -1, 1, -1, 1, -1], dtype=torch.float64)
+    M = torch.diag(torch.linspace(0.0, 0.25, 6, dtype=torch.float64)) + 0.7 * (eye.roll(1, 0) + signs[:, None] / 6)
+    b = normal(6, 3).requires_grad_()
+    solution = fixpoint.solve(lambda z, b: M @ z + b, 0 * b.detach(), (b,), rtol=1e-10, max_evals=500, record=True)
+    (found,) = torch.autograd.grad(solution.value.sum(), b)
+    expected = torch.linalg.solve((eye - M).T, torch.ones(6, 3, dtype=torch.float64))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert solution.adjoint.residual.shape == (6,)
+    assert solution.adjoint.trace.shape == (solution.adjoint.nfev, 6)
+    assert solution.adjoint.converged.all()

@@ -136,3 +136,20 @@ def test_several_incoming_gradients_at_once(rule, normal):
     incoming = torch.eye(6, dtype=D).reshape(6, 2, 3)
     (batched,) = torch.autograd.grad(value(x), x, incoming, is_grads_batched=True)
     torch.testing.assert_close(batched.reshape(2, 3, 2, 3), one_by_one)
+
+
+@pytest.mark.parametrize(("norm", "found"), [(lambda z: z.norm(), r"\(\)"), (lambda z: 1.0, "a float")])
+def test_a_norm_of_another_shape_is_named(norm, found):
+    with pytest.raises(ValueError, match=rf"norm must return a tensor of the batch shape \(3,\), found {found}"):
+        fixpoint.solve(halve, torch.zeros(3, 2), norm=norm)
+
+
+def test_an_f_that_differentiates_its_input_is_told_how():
+    with pytest.raises(RuntimeError) as caught:
+        fixpoint.solve(lambda z: z - torch.autograd.grad(z.square().sum(), z)[0], torch.zeros(3, 2))
+    assert "torch.func.grad" in caught.value.__notes__[0]
+
+
+def test_an_aux_that_was_not_announced_is_named():
+    with pytest.raises(TypeError, match="pass has_aux=True if f returns"):
+        fixpoint.solve(lambda z: (0.5 * z, 1), torch.zeros(3, 2))

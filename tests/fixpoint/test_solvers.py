@@ -12,7 +12,7 @@ import torch
 
 import fixpoint
 from fixpoint import Status
-from fixpoint.solvers.base import small_dtype
+from fixpoint.solvers.base import require_count, small_dtype
 
 
 def recomputed(f, z, dim=-1):
@@ -128,6 +128,8 @@ def test_rows_without_motion_or_curvature_take_finite_plain_steps(solver, depth)
         (lambda: fixpoint.Picard(damping=float("nan")), ValueError, "found nan"),
         (lambda: fixpoint.Anderson(memory=0), ValueError, "memory must be at least 1, found 0"),
         (lambda: fixpoint.Anderson(memory=2.5), TypeError, "memory must be an integer, found 2.5"),
+        (lambda: fixpoint.Anderson(memory=True), TypeError, "memory must be an integer, found True"),
+        (lambda: fixpoint.Anderson(memory=np.int64(0)), ValueError, "memory must be at least 1, found 0"),
         (lambda: fixpoint.Anderson(damping=1.5), ValueError, "found 1.5"),
         (lambda: fixpoint.Anderson(ridge=-1.0), ValueError, "found -1.0"),
         (lambda: fixpoint.Broyden(memory=0), ValueError, "memory must be at least 1, found 0"),
@@ -138,6 +140,14 @@ def test_rows_without_motion_or_curvature_take_finite_plain_steps(solver, depth)
 def test_unknown_and_illegal_options_raise_and_name_what_was_found(make, error, found):
     with pytest.raises(error, match=found):
         make()
+
+
+def test_a_count_may_come_from_numpy_or_torch():
+    for three in (3, np.int64(3), np.array(3), torch.tensor(3)):
+        sol = fixpoint.solve(torch.cos, torch.ones(1, 2), solver=fixpoint.Anderson(memory=three), rtol=1e-5)
+        assert sol.converged.all()
+        assert require_count("memory", three) == 3
+        assert type(require_count("memory", three)) is int
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("mps", torch.float32), ("cpu", torch.float64), ("cuda", torch.float64)])
@@ -162,3 +172,26 @@ def test_steps_recorded_past_the_solution_keep_their_gradients(solver):
     exact = torch.linalg.solve(torch.eye(3, dtype=torch.float64) - weight.T, push.T).sum()
     (expected,) = torch.autograd.grad(exact, weight)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "solver", [fixpoint.Picard(), fixpoint.Anderson(), fixpoint.Broyden(), fixpoint.Broyden(memory=4)]
+)
+def test_a_row_that_forgets_takes_a_plain_step_and_no_other_row_does(contraction, solver):
+    """Its map may have changed, as ``root`` changes it: nothing of what came before may count."""
+    f = contraction(rows=3)
+    rows = torch.tensor([False, True, False])
+
+    def after_four_steps():
+        z, state = f.z0, solver.init(f.z0)
+        for _ in range(4):
+            z, state = solver.step(z, f(z), state)
+        return z, state
+
+    z, state = after_four_steps()
+    image = torch.where(rows[:, None], z + 100 * (f(z) - z), f(z))
+    kept, _ = solver.step(z, image, state)
+    z, state = after_four_steps()
+    z_next, _ = solver.step(z, image, solver.forget(state, rows))
+    torch.testing.assert_close(z_next[1], image[1])
+    torch.testing.assert_close(z_next[[0, 2]], kept[[0, 2]])
