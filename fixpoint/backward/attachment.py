@@ -144,6 +144,11 @@ def hand_over(result: LoopResult, attached: Tensor) -> Tensor:
         # Zero, with the gradient of ``attached``. Infinity minus infinity would be NaN, and spoil the value.
         zero = torch.where(torch.isfinite(attached.detach()), attached - attached.detach(), 0)
         return result.z.detach() + zero
+    if transformed(attached):
+        # Forward mode nested in itself takes the tangent that a Function returns for a constant.
+        difference = attached - attached.detach()
+        failed = (result.status == int(Status.NON_FINITE))[:, None] | ~torch.isfinite(attached.detach())
+        return result.z.detach() + torch.where(failed, 0, difference)
     return _HandedOver.apply(result.z.detach(), attached, result.status == int(Status.NON_FINITE))
 
 
@@ -159,17 +164,11 @@ class _HandedOver(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[2])
-        ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         (failed,) = ctx.saved_tensors
         return None, torch.where(failed[:, None], 0, v), None
-
-    @staticmethod
-    def jvp(ctx: Any, _: Any, tangent: Tensor, __: Any) -> Tensor:
-        (failed,) = ctx.saved_tensors
-        return torch.where(failed[:, None], 0, tangent)
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -226,7 +225,7 @@ def attach_adjoint(
     def answer_differentiably(v: Tensor) -> tuple[Tensor | None, ...]:
         if [version(x) for x in run.inputs] != versions:
             raise RuntimeError("an argument or a parameter of f was changed in place between forward and backward")
-        gradients = double_backward(v) if double_backward else None
+        gradients = _each(double_backward, v) if double_backward else None
         if gradients is not None:
             return None, *gradients
         with torch.no_grad():
@@ -235,6 +234,19 @@ def attach_adjoint(
 
     attached = _Attached.apply(fz, answer, answer_differentiably, *run.inputs)
     return attached, run.measured(result, fz)
+
+
+def _each(double_backward: DoubleBackward, v: Tensor) -> tuple[Tensor | None, ...] | None:
+    """``double_backward(v)``, one after the other where several gradients come at once."""
+    batch = unbatched(v)
+    if batch is None:
+        return double_backward(v)
+    members, batched = batch
+    results = [double_backward(member) for member in members]
+    if any(result is None for result in results):
+        return None
+    columns = zip(*(result for result in results if result is not None), strict=True)
+    return tuple(None if column[0] is None else batched(torch.stack(column)) for column in columns)
 
 
 def _warn_if_detached(run: ForwardSolve, z: Tensor, fz: Tensor) -> None:

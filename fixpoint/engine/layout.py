@@ -190,9 +190,10 @@ class Layout:
             stored = leaf.shape if order is None else tuple(leaf.shape[i] for i in order)
             shape = (*stored, 2) if leaf.is_complex() else stored
             size = math.prod(shape[len(self.batch_shape) :])
-            part = flat[:, start : start + size].reshape(shape)
+            # Contiguous, as a leaf is that nobody has laid out in rows: f may take views of it.
+            part = flat[:, start : start + size].contiguous().reshape(shape)
             start += size
-            part = torch.view_as_complex(part.contiguous()) if leaf.is_complex() else part
+            part = torch.view_as_complex(part) if leaf.is_complex() else part
             return part if order is None else part.permute(_inverse(order))
 
         return map_leaves(take, self.example)

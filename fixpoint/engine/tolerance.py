@@ -125,6 +125,8 @@ def plain_norms(dtype: torch.dtype) -> tuple[float, float]:
     return low, 1 / low
 
 
+# A limit of a leaf: residuals up to 1e108 are told apart by how often they hold it.
+_LEAST = 1e-200
 # Of a row that has become this small beside its start, times rtol, nothing is left.
 NOTHING = 1e-16
 
@@ -200,7 +202,8 @@ class Tolerance:
             pairs = zip(z.split(self.leaves, dim=1), fz.split(self.leaves, dim=1), strict=True)
             size, scale = np.stack([to_host(torch.stack([row_norm(x) for x in pair])) for pair in pairs], axis=1)
         start = np.minimum(size, scale)
-        floor = NOTHING * _for_rows(self.rtol, len(z)) * np.where(np.isfinite(start), start, 0)
+        rtol = _for_rows(self.rtol, len(z))
+        floor = NOTHING * np.where(np.isfinite(rtol), rtol, 0) * np.where(np.isfinite(start), start, 0)
         return replace(self, atol=np.maximum(_for_rows(self.atol, len(z)), floor))
 
     def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True) -> Figures:
@@ -224,7 +227,8 @@ class Tolerance:
         parts = zip(z.split(self.leaves, dim=1), fz.split(self.leaves, dim=1), strict=True)
         residual, scale = np.stack([_euclidean(ours, theirs, True) for ours, theirs in parts], axis=1)
         with np.errstate(all="ignore"):
-            merit = np.where(residual == 0, 0, residual / self.limit(scale))
+            # A limit of 0 is met by 0 alone, and tells the better of two states all the same.
+            merit = np.where(residual == 0, 0, residual / np.maximum(self.limit(scale), _LEAST))
         merit = np.where(np.isnan(merit) | ~np.isfinite(residual), np.inf, merit)
         worst = merit.argmax(axis=0), np.arange(len(fz))
         return Figures(residual[worst], scale[worst], merit[worst])

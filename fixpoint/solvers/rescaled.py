@@ -59,7 +59,8 @@ class NaturalTolerance(Tolerance):
         with np.errstate(all="ignore"):
             natural = np.maximum(length, self.nothing) / scale
             # While the slope is unknown, or g has hardly fallen since x0, nothing says how good x is: 100% off.
-            known = (scale > 0) & (residual <= np.maximum(0.5 * self.first, self._noise(z) * natural))
+            rounding = np.minimum(self._noise(z) * natural, _ROUNDINGS * self.first)
+            known = (scale > 0) & (residual <= np.maximum(0.5 * self.first, rounding))
             natural = np.where(known, natural, residual)
         return Figures(residual, natural, residual)
 

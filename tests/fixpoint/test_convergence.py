@@ -176,3 +176,24 @@ def test_images_are_the_same_but_for_the_rounding_of_f():
     theirs = ours + torch.tensor([[1e-6, 0.0], [1e-2, 0.0], [0.0, 0.0], [0.0, 0.0]])
     assert same_images(theirs, ours, 0.0).tolist() == [True, False, True, False]
     assert same_images(theirs, ours, torch.finfo(torch.bfloat16).eps).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("rtol", [0.0, torch.zeros(2, dtype=torch.float64)], ids=["number", "each row"])
+def test_leafwise_with_a_tolerance_of_zero_keeps_the_best_state(rtol):
+    # Every state passed for infinitely bad, so z0 came back.
+    z0 = torch.full((2, 1), 5.0, dtype=torch.float64)
+    options = {"solver": fixpoint.Picard(), "max_evals": 4, "on_failure": "ignore"}
+    found = fixpoint.solve(lambda z: 1 - 0.5 * z, z0, rtol=rtol, norm="leafwise", **options)
+    plain = fixpoint.solve(lambda z: 1 - 0.5 * z, z0, rtol=rtol, **options)
+    torch.testing.assert_close(found.value, plain.value)
+    torch.testing.assert_close(found.residual, plain.residual)
+
+
+@pytest.mark.parametrize("norm", [None, "leafwise"])
+def test_an_infinite_tolerance_is_met_at_once(norm):
+    inf = float("inf")
+    assert fixpoint.solve(lambda z: 0.5 * z + 1, torch.zeros(3, 2), rtol=inf, norm=norm).nfev == 1
+    rtol = torch.tensor([inf, 1e-4, 1e-4])
+    found = fixpoint.solve(lambda z: 0.5 * z + 1, torch.zeros(3, 2), rtol=rtol, norm=norm)
+    assert found.converged.all()
+    assert found.evals[0] == 1

@@ -208,3 +208,42 @@ def test_a_fixed_depth_works_under_transformations(A, b, rule):
     together = vmap(grad(loss), (None, 0))(A, batch)
     for one, sample in zip(together, batch, strict=True):
         torch.testing.assert_close(one, torch.autograd.grad(loss(A.requires_grad_(), sample), A)[0])
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [fixpoint.Phantom(steps=60), fixpoint.MultiStepJFB(no_grad=40, grad=60)],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_forward_mode_nested_in_itself(rule):
+    # It gave 0: the second derivative got lost where the value is handed over.
+    def value(a):
+        z0 = torch.zeros(2, 1, dtype=torch.float64)
+        f = lambda z, a: 0.5 * torch.sin(a * z) + a  # noqa: E731
+        return fixpoint.solve(f, z0, (a,), backward=rule, rtol=1e-12, on_failure="ignore").value.sum()
+
+    def looped(a):
+        z = torch.zeros(2, 1, dtype=torch.float64)
+        for _ in range(100):
+            z = 0.5 * torch.sin(a * z) + a
+        return z.sum()
+
+    a = torch.tensor(0.7, dtype=torch.float64)
+    twice = lambda f: torch.func.jacfwd(torch.func.jacfwd(f))(a)  # noqa: E731
+    torch.testing.assert_close(twice(value), twice(looped), rtol=1e-8, atol=0)
+
+
+def test_tolerances_for_each_row_under_torch_func():
+    def value(a):
+        rtol = torch.full((2,), 1e-12, dtype=torch.float64)
+        z0 = torch.zeros(2, 1, dtype=torch.float64)
+        return fixpoint.solve(lambda z, a: a * z + 1, z0, (a,), rtol=rtol).value.sum()
+
+    a = torch.tensor(0.5, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.grad(value)(a), torch.tensor(8.0, dtype=torch.float64))
+
+    def mapped(r):
+        return fixpoint.solve(lambda z: 0.5 * z + 1, torch.zeros(3, 2), rtol=r).value
+
+    with pytest.raises(ValueError, match="rtol must be the same for all members"):
+        torch.func.vmap(mapped)(torch.full((2, 3), 1e-3))

@@ -153,3 +153,32 @@ def test_an_f_that_differentiates_its_input_is_told_how():
 def test_an_aux_that_was_not_announced_is_named():
     with pytest.raises(TypeError, match="pass has_aux=True if f returns"):
         fixpoint.solve(lambda z: (0.5 * z, 1), torch.zeros(3, 2))
+
+
+def test_leaves_are_shown_as_a_plain_loop_shows_them():
+    last = torch.channels_last
+    z0 = (torch.zeros(2, 3, 4, 5).to(memory_format=last), torch.zeros(2, 3, 4))
+    seen = []
+
+    def f(z):
+        seen.append(z[0].is_contiguous(memory_format=last))
+        return 0.5 * z[0] + 1, (0.5 * z[1].view(-1) + 1).view(2, 3, 4)
+
+    value = fixpoint.solve(f, z0, rtol=1e-6).value
+    assert all(seen)
+    torch.testing.assert_close(value, (torch.full((2, 3, 4, 5), 2.0), torch.full((2, 3, 4), 2.0)), rtol=1e-5, atol=0)
+
+
+def test_second_derivatives_with_several_incoming_gradients_at_once(normal):
+    x = normal(1, 3).requires_grad_()
+
+    def value(x):
+        z0 = torch.zeros(1, 3, dtype=D)
+        rule = IFT(rtol=1e-12)
+        return fixpoint.solve(lambda z, x: torch.tanh(0.3 * z.flip(1) + x), z0, (x,), rtol=1e-12, backward=rule).value
+
+    found, expected = (
+        torch.autograd.functional.jacobian(value, x, create_graph=True, vectorize=vectorize)
+        for vectorize in (True, False)
+    )
+    torch.testing.assert_close(found, expected)

@@ -328,3 +328,16 @@ def test_what_a_raised_error_carries_is_x():
 def test_another_structure_is_named_in_the_words_of_root():
     with pytest.raises(TypeError, match="g must return the structure of x0: at x found tuple, not a Tensor"):
         fixpoint.root(lambda x: (x, x), torch.ones(2, 3))
+
+
+def test_no_root_where_g_is_larger_than_at_the_start():
+    # Slopes of e^x far out are so large that what g is there passed for rounding: 2.5e24 was taken for a root.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        A = torch.randn(4, 4, generator=generator, dtype=torch.float64) + 2 * torch.eye(4, dtype=torch.float64)
+        b = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+        x0 = 0.01 * torch.randn(20, 4, generator=generator, dtype=torch.float64)
+        g = lambda x, A, b: torch.exp(0.3 * x) + x @ A - b - 1  # noqa: E731
+        found = fixpoint.root(g, x0, (A, b), on_failure="ignore", backward=None)
+        rounding = 64 * g(x0, A, b).norm(dim=1)
+        assert (found.residual <= rounding)[found.converged].all()
