@@ -184,7 +184,8 @@ class Anderson(Solver):
         residuals = state.residuals.put(now, torch.sub, fz, z)
         g = residuals.slots[now]
         if state.fz is None:
-            first = arithmetic(g).detach(arithmetic(g).take(residuals.product(now, now))[:, 0, 0])
+            xp = arithmetic(g, kept=state.use)
+            first = xp.detach(xp.take(residuals.product(now, now))[:, 0, 0])
             return (z + self.damping * g).to(dtype), state._replace(residuals=residuals, newest=now, fz=fz, first=first)
 
         change = g - residuals.slots[state.newest]
@@ -219,7 +220,7 @@ class Anderson(Solver):
     def _split(self, g: Tensor, change: Tensor, state: AndersonState) -> tuple[NumPyArithmetic, _Split, Small]:
         """The arithmetic of this step, how ``g`` and its change are split, and ``|g|^2``."""
         products = state.basis.dots(g[:, None])
-        xp = arithmetic(products)
+        xp = arithmetic(products, change, state.images.states, kept=state.use)
         square, product, size = (xp.take(_products(x, y)) for x, y in ((g, g), (g, change), (change, change)))
         square = xp.detach(square)
         with xp.quiet():

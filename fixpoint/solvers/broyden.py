@@ -77,7 +77,7 @@ class Broyden(Solver):
         if state.held == self.memory:
             state = self._restart(g, state)
         steps, system, use, held, _ = state
-        xp = arithmetic(g)
+        xp = arithmetic(g, steps.states, kept=use)
         system, use = xp.own(system), xp.own(use)
         direction, scale = g, torch.ones_like(g[:, :1])
         if held > 0:
@@ -117,7 +117,7 @@ class Broyden(Solver):
         steps = state.steps if self.memory > 3 else History(state.steps.states.clone())
         steps = steps.put(0, torch.mul, step, torch.ones_like(scale)[:, None])
         steps = steps.put(1, torch.mul, -(step + change), scale[:, None])
-        xp = arithmetic(square)
+        xp = arithmetic(g, steps.states, kept=state.use)
         system, use = xp.writable(xp.own(state.system)), xp.writable(xp.own(state.use))
         system[:, 0, 0] = xp.take(torch.where(square > 0, square, 1))
         system[:, 1, 0], system[:, 1, 1] = 0, 1

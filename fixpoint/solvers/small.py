@@ -4,7 +4,7 @@ A product of two states is one number a row, and a solver's small systems are ma
 lie in the host's memory, these numbers are NumPy arrays: an operation on a tiny tensor costs several on a tiny array.
 Elsewhere (on a GPU, under autograd, while compiling) they stay tensors, so that no step waits for the device.
 
-    xp = arithmetic(products)     # one of the two, for this step
+    xp = arithmetic(products)  # one of the two, for this step
     numbers = xp.take(products)
 """
 
@@ -128,8 +128,12 @@ class TorchArithmetic(NumPyArithmetic):
 NUMPY, TORCH = NumPyArithmetic(), TorchArithmetic()
 
 
-def arithmetic(x: Tensor) -> NumPyArithmetic:
-    """NumPy's for what lies in the host's memory while nobody traces ``x``; else torch's."""
-    if x.is_cpu and not x.requires_grad and not torch.compiler.is_compiling():
-        return NUMPY
-    return TORCH
+def arithmetic(*xs: Tensor, kept: Small = None) -> NumPyArithmetic:
+    """NumPy's for what lies in the host's memory, torch's elsewhere and while autograd or a compiler traces.
+
+    ``xs`` are the tensors that the numbers come from; ``kept`` are numbers that an earlier step kept. Once they are
+    tensors they stay tensors.
+    """
+    if isinstance(kept, Tensor) or torch.compiler.is_compiling():
+        return TORCH
+    return NUMPY if all(x.is_cpu and not x.requires_grad for x in xs) else TORCH

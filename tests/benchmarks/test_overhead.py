@@ -253,7 +253,7 @@ def recorded(work: Callable[[], None]) -> Callable[[], None]:
 def likeness(monkeypatch: pytest.MonkeyPatch) -> device.Device:
     """The CPU in a CUDA device's place: small systems are tensors, as they are there."""
     for name in ("anderson", "broyden"):
-        monkeypatch.setattr(f"fixpoint.solvers.{name}.arithmetic", lambda x: TORCH)
+        monkeypatch.setattr(f"fixpoint.solvers.{name}.arithmetic", lambda *xs, kept=None: TORCH)
     return device.Device(name="cpu", backend="eager", capture=recorded, wait=lambda: None)
 
 
