@@ -136,4 +136,7 @@ def arithmetic(*xs: Tensor, kept: Small = None) -> NumPyArithmetic:
     """
     if isinstance(kept, Tensor) or torch.compiler.is_compiling():
         return TORCH
-    return NUMPY if all(x.is_cpu and not x.requires_grad for x in xs) else TORCH
+    for x in xs:
+        if not x.is_cpu or x.requires_grad:
+            return TORCH
+    return NUMPY
