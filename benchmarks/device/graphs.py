@@ -72,7 +72,7 @@ def recorded(work: Work) -> Work:
     return graph.replay
 
 
-def _on_tensors(_: Tensor) -> NumPyArithmetic:
+def _on_tensors(*_: Tensor, kept: object = None) -> NumPyArithmetic:
     return TORCH
 
 

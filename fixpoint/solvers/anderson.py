@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
 from fixpoint.solvers.history import History, recording, require_history_dtype
-from fixpoint.solvers.small import NumPyArithmetic, Small, arithmetic, arithmetic_of
+from fixpoint.solvers.small import NumPyArithmetic, Small, arithmetic
 
 # A change of the residual is independent of the basis when at least this share of its length lies outside. Of less,
 # much would be rounding, or tell that f is not linear here.
@@ -180,87 +180,90 @@ class Anderson(Solver):
         dtype, wide = fz.dtype, gram_dtype(fz)
         if dtype != wide:
             z, fz = z.to(wide), fz.to(wide)
-        now = 1 - state.newest
+        now, slot = 1 - state.newest, state.slot
         residuals = state.residuals.put(now, torch.sub, fz, z)
-        g = residuals.slots[now]
+        g = residuals.lines[now]
         if state.fz is None:
-            first = arithmetic(g).detach(arithmetic(g).take(residuals.product(now, now))[:, 0, 0])
-            return (z + self.damping * g).to(dtype), state._replace(residuals=residuals, newest=now, fz=fz, first=first)
+            xp = arithmetic(g, kept=state.use)
+            first = xp.detach(xp.take(residuals.product(now, g))[:, 0, 0])
+            z_next = z + self.damping * residuals.slots[now]
+            return z_next.to(dtype), state._replace(residuals=residuals, newest=now, fz=fz, first=first)
 
-        change = g - residuals.slots[state.newest]
-        xp, split, square = self._split(g, change, state)
+        # The change of g is worked on where the new image will stand: nothing reads that slot before.
+        work, at = (state.images, slot) if state.images.states.dtype == wide else (History.empty(1, z, wide), 0)
+        work = work.put(at, torch.sub, residuals.slots[now], residuals.slots[state.newest])
+        change = work.lines[at]
+        coordinates = state.basis.dots(g)
+        xp = arithmetic(coordinates, change, state.images.states, kept=state.use)
+        square = xp.detach(xp.take(residuals.product(now, g))[:, 0, 0])
+        product, size = xp.take(work.product(at, g))[:, 0, 0], xp.take(work.product(at, change))[:, 0, 0]
+        use = xp.own(state.use)
         with xp.quiet():
-            scale = 1 / xp.sqrt(
-                split.fresh + torch.finfo(wide).tiny
-            )  # a power would make 0 times infinity of a gradient
-            newest = split.cross * scale  # the coordinate of g along the new vector of the basis
+            along = xp.take(coordinates)[:, 0] * use
+            split = _Split.of(xp, along, xp.own(state.before), square, product, size)
+            # A power would make 0 times infinity of a gradient.
+            scale = 1 / xp.sqrt(split.fresh + torch.finfo(wide).tiny)
+            along, newest = split.along, split.cross * scale  # coordinates of g, the last one along the new vector
             guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
             trusted, guard = guard.judge(xp, square, split.outside - xp.detach(newest * newest))
-            use, along = xp.own(state.use), split.along
             if not (xp.holds(split.independent) and xp.holds(trusted)):
                 kept = (split.independent & trusted)[:, None]
                 newest, along, use = xp.where(trusted, newest, 0), xp.where(kept, along, 0), use * kept
-        step, basis, images = self._extrapolate(xp, fz, g, change, split.shared, scale, along, newest, state)
+        step, basis, images = self._extrapolate(xp, state, g, fz, change, split.shared, scale, along, newest)
         # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand. Where
         # it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.
-        ahead = xp.detach(xp.take(_products(step, g))) > 0
-        z_next = step.add_(z) if not recording(step, z) else step + z
+        ahead = xp.detach(xp.take(residuals.product(now, step))[:, 0, 0]) > 0
+        step = step[:, 0]
+        z_next = step + z if recording(step, z) else step.add_(z)
         if not xp.holds(ahead):
             z_next = torch.where(xp.tensor(ahead)[:, None], z_next, fz)
             guard = guard._replace(bound=xp.where(ahead, guard.bound, float("inf")))
             use, along, newest = use * ahead[:, None], xp.where(ahead[:, None], along, 0), xp.where(ahead, newest, 0)
             trusted = trusted & ahead
-        use, along, free = xp.copy(use), xp.writable(along), (state.slot + 1) % (self.memory + 1)
-        use[:, state.slot], along[:, state.slot] = trusted, newest
+        use, along, free = xp.copy(use), xp.writable(along), (slot + 1) % (self.memory + 1)
+        use[:, slot], along[:, slot] = trusted, newest
         use[:, free], along[:, free] = 0, 0
         state = AndersonState(basis, images, residuals, use, along, free, now, fz, None, guard)
         return z_next.to(dtype), state
 
-    def _split(self, g: Tensor, change: Tensor, state: AndersonState) -> tuple[NumPyArithmetic, _Split, Small]:
-        """The arithmetic of this step, how ``g`` and its change are split, and ``|g|^2``."""
-        products = state.basis.dots(g[:, None])
-        xp = arithmetic(products)
-        square, product, size = (xp.take(_products(x, y)) for x, y in ((g, g), (g, change), (change, change)))
-        square = xp.detach(square)
-        with xp.quiet():
-            along = xp.take(products)[:, 0] * xp.own(state.use)
-            return xp, _Split.of(xp, along, xp.own(state.before), square, product, size), square
-
     def _extrapolate(
         self,
         xp: NumPyArithmetic,
-        fz: Tensor,
+        state: AndersonState,
         g: Tensor,
+        fz: Tensor,
         change: Tensor,
         shared: Small,
         scale: Small,
         along: Small,
         newest: Small,
-        state: AndersonState,
     ) -> tuple[Tensor, History, History]:
-        """The step from z, and the basis and the images with one more vector; ``change`` is used up."""
+        """The step from z ``(rows, 1, dim)``, and the basis and the images with one vector more.
+
+        ``change`` ``(rows, 1, dim)``, the change of ``g``, is used up. ``shared`` are its coordinates in the basis, and
+        ``scale`` is one over the length of the rest; ``along`` and ``newest`` are the coordinates of ``g``.
+        """
         assert state.fz is not None
-        basis, images, slot = state.basis, state.images, state.slot
         if self.ridge > 0:
             along, newest = along / (1 + self.ridge), newest / (1 + self.ridge)
-        weights, weight = xp.tensor(along[:, None]), xp.tensor((newest * scale)[:, None])
+        weights, weight = xp.tensor(along[:, None]), xp.tensor((newest * scale)[:, None, None])
         shared, scale = xp.tensor(shared[:, None]), xp.tensor(scale[:, None])
-        change = basis.subtract(change[:, None], shared, in_place=True)[:, 0]
+        change = state.basis.subtract(change, shared, in_place=True)
         remainder = None
         if self.damping < 1:
-            remainder = torch.addcmul(basis.subtract(g[:, None], weights)[:, 0], change, weight, value=-1)
-        basis = basis.put(slot, torch.mul, change, scale)
-        change = torch.sub(fz, state.fz) if recording(fz, state.fz, change) else torch.sub(fz, state.fz, out=change)
-        change = images.subtract(change[:, None], shared, in_place=True)[:, 0]
-        step = torch.addcmul(g, change, weight, value=-1)
-        step = images.subtract(step[:, None], weights, in_place=True)[:, 0]
-        images = images.put(slot, torch.mul, change, scale)
+            remainder = torch.addcmul(state.basis.subtract(g, weights), change, weight, value=-1)
+        basis = state.basis.put(state.slot, torch.mul, change[:, 0], scale)
+        image = state.images.subtract((fz - state.fz)[:, None], shared, in_place=True)
+        images = state.images.put(state.slot, torch.mul, image[:, 0], scale)
+        recorded = recording(g, image, weight)
+        step = torch.addcmul(g, image, weight, value=-1, out=None if recorded else image)
+        step = state.images.subtract(step, weights, in_place=True)
         if remainder is not None:
             step = step - (1 - self.damping) * remainder
         return step, basis, images
 
     def forget(self, state: AndersonState, rows: Tensor) -> AndersonState:
-        xp = arithmetic_of(state.use)
+        xp = arithmetic(kept=state.use)
         forgotten = xp.take(rows)
         guard = state.guard
         if guard is not None:  # two plain steps, for the next one finds a difference of two maps
@@ -272,9 +275,3 @@ class Anderson(Solver):
             )
         use, before = (xp.where(forgotten[:, None], 0, x) for x in (state.use, state.before))
         return state._replace(use=use, before=before, guard=guard)
-
-
-def _products(x: Tensor, y: Tensor) -> Tensor:
-    """Products ``(rows,)`` of the rows of ``x`` and ``y``."""
-    columns = y[None].permute(1, 2, 0)  # with the strides of y[:, :, None], bmm is twenty times slower on a CPU
-    return torch.bmm(x[:, None], columns)[:, 0, 0]

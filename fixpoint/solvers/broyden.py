@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fixpoint.solvers.base import Solver, gram_dtype, require_count, small_dtype
 from fixpoint.solvers.history import History, require_history_dtype
-from fixpoint.solvers.small import TORCH, Small, arithmetic, arithmetic_of
+from fixpoint.solvers.small import TORCH, Small, arithmetic
 
 
 class BroydenState(NamedTuple):
@@ -77,7 +77,7 @@ class Broyden(Solver):
         if state.held == self.memory:
             state = self._restart(g, state)
         steps, system, use, held, _ = state
-        xp = arithmetic(g)
+        xp = arithmetic(g, steps.states, kept=use)
         system, use = xp.own(system), xp.own(use)
         direction, scale = g, torch.ones_like(g[:, :1])
         if held > 0:
@@ -104,7 +104,7 @@ class Broyden(Solver):
         return z_next.to(z.dtype), BroydenState(steps, system, use, held + 1, g)
 
     def forget(self, state: BroydenState, rows: Tensor) -> BroydenState:
-        xp = arithmetic_of(state.use)
+        xp = arithmetic(kept=state.use)
         return state._replace(use=xp.where(xp.take(rows)[:, None], 0, state.use))
 
     def _restart(self, g: Tensor, state: BroydenState) -> BroydenState:
@@ -124,7 +124,7 @@ class Broyden(Solver):
         steps = state.steps if self.memory > 3 else History(state.steps.states.clone())
         steps = steps.put(0, torch.mul, step, torch.ones_like(scale)[:, None])
         steps = steps.put(1, torch.mul, -(step + change), scale[:, None])
-        xp = arithmetic(square)
+        xp = arithmetic(g, steps.states, kept=state.use)
         system, use = xp.writable(xp.own(state.system)), xp.writable(xp.own(state.use))
         system[:, 0, 0] = xp.take(torch.where(square > 0, square, 1))
         system[:, 1, 0], system[:, 1, 1] = 0, 1

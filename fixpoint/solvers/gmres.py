@@ -85,7 +85,10 @@ class GMRES(Solver):
         unit = torch.linalg.vector_norm(residual, ord=torch.inf, dim=1, keepdim=True)
         unit = torch.where((unit > 0) & (unit < torch.inf), unit, 1)
         residual = residual / unit
-        xp = arithmetic(residual)
+        if state is None:
+            xp = arithmetic(residual)
+        else:
+            xp = arithmetic(residual, state.base, state.basis[-1].states, kept=state.knowledge.use)
         scale = xp.take(unit[:, 0].to(exact))
         size = scale * xp.take(torch.linalg.vector_norm(image / unit, dim=1).to(exact))
         room = self.memory + _SPARE

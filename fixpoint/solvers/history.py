@@ -51,9 +51,9 @@ class History:
             return torch.bmm(xs, self._columns if among is None else self._columns[..., among])
         return torch.stack([(xs * past.to(xs.dtype)).sum(dim=2) for past in self.lines[among or slice(None)]], dim=2)
 
-    def product(self, slot: int, other: int) -> Tensor:
-        """Products ``(rows, 1, 1)`` of the states at two slots."""
-        return torch.bmm(self.lines[slot], self._column[other])
+    def product(self, slot: int, x: Tensor) -> Tensor:
+        """Products ``(rows, 1, 1)`` of ``x`` ``(rows, 1, dim)`` with the state at ``slot``."""
+        return torch.bmm(x, self._column[slot])
 
     def subtract(self, x: Tensor, weights: Tensor, among: slice | None = None, *, in_place: bool = False) -> Tensor:
         """``x - sum_j weights_j state_j``; ``in_place`` overwrites ``x``, unless autograd records.

@@ -4,7 +4,7 @@ A product of two states is one number a row, and a solver's small systems are ma
 lie in the host's memory, these numbers are NumPy arrays: an operation on a tiny tensor costs several on a tiny array.
 Elsewhere (on a GPU, under autograd, while compiling) they stay tensors, so that no step waits for the device.
 
-    xp = arithmetic(products)     # one of the two, for this step
+    xp = arithmetic(products)  # one of the two, for this step
     numbers = xp.take(products)
 """
 
@@ -128,13 +128,15 @@ class TorchArithmetic(NumPyArithmetic):
 NUMPY, TORCH = NumPyArithmetic(), TorchArithmetic()
 
 
-def arithmetic_of(x: Small) -> NumPyArithmetic:
-    """That of numbers which an earlier step kept."""
-    return TORCH if isinstance(x, Tensor) else NUMPY
+def arithmetic(*xs: Tensor, kept: Small = None) -> NumPyArithmetic:
+    """NumPy's for what lies in the host's memory, torch's elsewhere and while autograd or a compiler traces.
 
-
-def arithmetic(x: Tensor) -> NumPyArithmetic:
-    """NumPy's for what lies in the host's memory while nobody traces ``x``; else torch's."""
-    if x.is_cpu and not x.requires_grad and not torch.compiler.is_compiling():
-        return NUMPY
-    return TORCH
+    ``xs`` are the tensors that the numbers come from; ``kept`` are numbers that an earlier step kept. Once they are
+    tensors they stay tensors.
+    """
+    if isinstance(kept, Tensor) or torch.compiler.is_compiling():
+        return TORCH
+    for x in xs:
+        if not x.is_cpu or x.requires_grad:
+            return TORCH
+    return NUMPY

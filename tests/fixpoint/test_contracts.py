@@ -160,7 +160,7 @@ class TestAveragedPhantomOfTheDocs(BackwardContract):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("contract", [TestPicard, TestAnderson, TestBroyden, TestIFT, TestUnroll])
+@pytest.mark.parametrize("contract", [TestPicard, TestAnderson, TestBroyden, TestGMRES, TestIFT, TestUnroll])
 def test_contracts_hold_on_cuda(contract):
     class OnCuda(contract, unittest.TestCase):
         device = "cuda"

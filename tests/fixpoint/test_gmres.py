@@ -9,6 +9,7 @@ from scipy.sparse.linalg import LinearOperator, gmres
 
 import fixpoint
 from fixpoint import GMRES, Anderson, Status
+from fixpoint.solvers.small import TORCH
 
 D = torch.float64
 
@@ -167,6 +168,17 @@ def test_a_map_without_a_fixed_point_ends_unsolved_and_finite():
     sol = fixpoint.solve(lambda z: slopes * z + b, b, solver=GMRES(), max_evals=40, on_failure="ignore")
     assert sol.status.tolist() == [Status.MAX_EVALS]
     assert torch.isfinite(sol.value).all()
+
+
+def test_on_a_device_it_does_what_it_does_on_the_host(monkeypatch):
+    A, b = gaussian(9, 3, rows=4)
+    b[2] = 0
+    host = fixpoint.solve(affine(A, b), b, solver=GMRES(), rtol=1e-9)
+    monkeypatch.setattr("fixpoint.solvers.gmres.arithmetic", lambda *xs, kept=None: TORCH)
+    device = fixpoint.solve(affine(A, b), b, solver=GMRES(), rtol=1e-9)
+    assert host.converged.all()
+    assert device.evals.tolist() == host.evals.tolist()
+    torch.testing.assert_close(device.value, host.value, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("memory", [4, 15])
