@@ -143,6 +143,7 @@ class RowMap:
 
     def _output(self, z: Tensor, inputs: Sequence[Tensor]) -> Any:
         state = self.layout.unflatten(z)
+        written = _versions(state)
         if not inputs:
             output = self._in_ambient_state(lambda: self._f(state, *self._args), z)
         else:
@@ -150,6 +151,8 @@ class RowMap:
             args = map_leaves(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, self._args)
             with _replaced(self._places, list(given)):
                 output = self._in_ambient_state(lambda: self._f(state, *args), *inputs, z)
+        if _versions(state) != written:
+            raise ValueError(_CHANGED)
         return output
 
     def _in_ambient_state(self, evaluate: Callable[[], Any], *tensors: Tensor) -> Any:
@@ -169,10 +172,7 @@ class RowMap:
     def _evaluate(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
         if torch.compiler.is_compiling():
             return self.layout.flatten(self._output(z, inputs))
-        written = version(z)
         output = self._output(z, inputs)
-        if version(z) != written:
-            raise ValueError(_CHANGED)
         references = sys.getrefcount(output)
         own = torch.is_grad_enabled() or _is_own(output, references)
         return self.layout.flatten(output) if own else self._copied(output)
@@ -183,7 +183,7 @@ class RowMap:
         return rows if transformed(rows) else rows.clone()
 
     def _evaluate_checked(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
-        before, written = z.detach().clone(), version(z)
+        before = z.detach().clone()
         try:
             output = self._output(z, inputs)
         except TypeError as error:
@@ -194,8 +194,8 @@ class RowMap:
                 error.add_note("z is no leaf that requires grad: an f that differentiates uses torch.func.grad")
             raise
         require_same_layout(output, self.layout.example)
-        # The version tells of a change that altered no value, such as relu_() on zeros; .data escapes the version.
-        if version(z) != written or not torch.equal(plain(before), plain(z.detach())):
+        # What is written through .data is not counted as a change.
+        if not torch.equal(plain(before), plain(z.detach())):
             raise ValueError(_CHANGED)
         self._checked = True
         fz = self._copied(output)
@@ -205,6 +205,13 @@ class RowMap:
 
 
 _CHANGED = "f changed its input in place (z += ..., z.relu_()): return a new tensor instead"
+
+
+def _versions(state: Any) -> Any:
+    """How often the leaves of a state were written to; nothing in code that is compiled."""
+    if torch.compiler.is_compiling():
+        return None
+    return version(state) if isinstance(state, Tensor) else [version(leaf) for _, leaf in leaves(state)]
 
 
 def _savable(leaf: Any) -> Any:
