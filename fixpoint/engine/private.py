@@ -30,6 +30,17 @@ DROPOUTS = _classes(dropout, "_DropoutNd")
 CHECKPOINTS = _classes(checkpoint, "_CheckpointFrame")
 
 
+def unwrapped(x: Tensor) -> Tensor:
+    """``x`` without any wrapper of torch.func: ``torch.func.debug_unwrap``, public in later versions."""
+    public = getattr(torch.func, "debug_unwrap", None)
+    if public is not None:
+        return cast(Tensor, public(x))
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
 def unwrap_if_dead(x: Tensor) -> Tensor:
     """``x`` without its outermost wrapper of torch.func, if that transformation is over.
 

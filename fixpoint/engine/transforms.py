@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fixpoint.engine.private import unwrap_if_dead
+from fixpoint.engine.private import unwrap_if_dead, unwrapped
 
 Functional = Callable[..., Tensor]  # f(z, *inputs), a map on rows that depends on nothing else
 
@@ -31,7 +31,7 @@ def transformed(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return any(torch.func.debug_unwrap(x) is not x or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return any(unwrapped(x) is not x or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def is_capturing(x: Tensor) -> bool:
@@ -48,7 +48,7 @@ def alive(x: Tensor) -> Tensor:
 
 def plain(x: Tensor) -> Tensor:
     """The numbers behind a tensor that torch.func has wrapped, to look at and not to compute with."""
-    return x if torch.compiler.is_compiling() else torch.func.debug_unwrap(x)
+    return x if torch.compiler.is_compiling() else unwrapped(x)
 
 
 def depends_on_nothing_else(f: Functional, z: Tensor, inputs: Sequence[Tensor]) -> bool:
