@@ -60,6 +60,7 @@ class Knowledge(NamedTuple):
     expected: Small  # (rows, n)
     doubt: Small  # (rows,): standard error of the residual expected
     share: Small  # (rows,): how far to go along a residual
+    contracts: Small  # (rows,): no plain step has made the residual larger
     careful: Small  # (rows,): images are learnt far from the best point, where rounding spoils them less
     over: Small  # (rows,): the row starts over from the point that is evaluated now
 
@@ -90,6 +91,7 @@ class Knowledge(NamedTuple):
             expected=zero,
             doubt=zero[:, 0],
             share=xp.zeros_like(length) + 1 if before is None else before.share,
+            contracts=length == length if before is None else before.contracts,
             careful=length < 0 if before is None else before.careful,
             over=length < 0,
         )
@@ -117,6 +119,11 @@ class Knowledge(NamedTuple):
         noise = self.doubt / abs(xp.where(learns, self.step[:, -1], zero[:, 0] + 1))
         singular = xp.maximum(_NOISE * noise, eps**0.8 * xp.maximum(stretch, zero[:, 0] + 1))
         learnt = learns & ~wild & (pivot[:, 0] > singular)
+        # Rounding has taken over: where the point is better than those before, go on from there.
+        failed, less = learns & ~learnt, learns & (measured.total**2 <= (self.anchored**2).sum(-1))
+        plain = learns & (self.share == 1) & (self.use[:, :-1].sum(-1) == 0)
+        contracts = self.contracts & ~(plain & ~less)
+        begins, learns = begins | (failed & less), learns & ~(failed & less)
         good = learnt[:, None]
         safe = xp.where(good, pivot, zero + 1)
         cosine, sine = turned[:, -1:] / safe, below / safe
@@ -142,7 +149,7 @@ class Knowledge(NamedTuple):
         here = _shifted(xp, measured.inside)
         here = xp.where(pending[:, None], here, _joined(xp, here[:, :-1], measured.outside[:, None]))
         target = xp.where(moves[:, None], _times(rotation, here), target)
-        less = learns & (measured.total**2 <= (self.anchored**2).sum(-1))
+        less = less & learns
         anchor = xp.where(less[:, None], _padded(xp, self.anchor + self.step), anchor)
         anchored = xp.where(less[:, None], seen, anchored)
         anchor = xp.where(moves[:, None], xp.zeros_like(anchor), anchor)
@@ -166,8 +173,9 @@ class Knowledge(NamedTuple):
             expected=self.expected,
             doubt=self.doubt,
             share=xp.where(learnt, self._best_share(xp, triangle, rotation), self.share),
-            careful=self.careful | wild,
-            over=learns & ~learnt,
+            contracts=contracts,
+            careful=self.careful | (failed & ~begins),
+            over=failed & ~begins,
         )
         return known, Change(begins, moves, ~begins & ~learns & pending)
 
@@ -176,7 +184,9 @@ class Knowledge(NamedTuple):
 
         It is one of three. The best point and on along its residual, which teaches the newest vector's image and will
         do as a solution: so goes a contraction. The anchor and a long way along the newest vector, where what was
-        learnt near the best point would be spoilt by rounding. Or the best point for itself, to see its residual.
+        learnt near the best point would be spoilt by rounding: a row goes so only if it has been seen to expand. Or the
+        best point for itself, to see its residual. A contraction whose residual is as small as its rounding starts over
+        at each step, with plain ones.
         """
         zero = xp.zeros_like(self.size)[:, None]
         best = zero
@@ -190,12 +200,13 @@ class Knowledge(NamedTuple):
         onward = best - self.anchor + _joined(xp, along[:, :-1], end)
         once = rounding * self.size
         roundings = self._roundings(xp, onward)
-        careful = (self.careful | (roundings > max(_MOST_ROUNDINGS, _MOST_DOUBT / rounding)))[:, None]
+        careful = self.careful | (roundings > max(_MOST_ROUNDINGS, _MOST_DOUBT / rounding))
+        careful, contracts = (careful & ~self.contracts)[:, None], self.contracts[:, None]
 
         near = remains**2 < _PROGRESS**2 * (self.anchored**2).sum(-1)[:, None]
         unknown = remains < _UNKNOWN * (once * roundings)[:, None]
         pending = ((self.use[:, -1] > 0) & ~self.over)[:, None]
-        verify = ~pending | xp.where(careful, near, unknown)
+        verify = ~pending | xp.where(careful, near, unknown & ~contracts)
         if last:
             verify = verify | True
         away = _joined(xp, xp.zeros_like(onward[:, :-1]), xp.maximum(remains, self.size[:, None]))
@@ -205,7 +216,8 @@ class Knowledge(NamedTuple):
         expected = self.anchored - _times(self.rotation.swapaxes(1, 2), turned)
         careful = self.careful | (careful & pending)[:, 0]
         doubt = once * xp.where(careful, xp.zeros_like(once) + 2**0.5, roundings)
-        return self._replace(step=step, expected=expected, doubt=doubt, careful=careful), self.anchor + step
+        over = self.over | (contracts & unknown)[:, 0]
+        return self._replace(step=step, expected=expected, doubt=doubt, careful=careful, over=over), self.anchor + step
 
     def _longest(self, xp: NumPyArithmetic) -> Small:
         """Length of the longest image known ``(rows,)``; zero where there is none."""

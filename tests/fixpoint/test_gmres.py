@@ -197,3 +197,17 @@ def test_it_holds_a_state_for_each_evaluation_and_at_most_its_memory_and_a_block
 def test_memory_must_be_a_count(memory):
     with pytest.raises((TypeError, ValueError), match="memory must be"):
         GMRES(memory=memory)
+
+
+@pytest.mark.parametrize("rho", [0.3, 0.5])
+def test_an_f_that_is_coarser_than_its_dtype_is_solved_to_its_rounding(rho):
+    # As under autocast. Anderson's best is the measure: where rounding rules, neither can be sure of more.
+    for seed in range(5):
+        A, b = contraction(rho, symmetric=False, seed=seed, dim=30)
+        A, b = A.bfloat16(), b.bfloat16()
+
+        def f(z, A=A, b=b):
+            return (z.bfloat16() @ A.T + b).float()
+
+        sol = fixpoint.solve(f, b.float(), solver=GMRES(), rtol=1e-6, max_evals=100, on_failure="ignore")
+        assert float(sol.relative_residual) <= 0.5 * torch.finfo(torch.bfloat16).eps
