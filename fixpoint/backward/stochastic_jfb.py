@@ -113,6 +113,9 @@ class StochasticJFB(Backward):
 def MultiStepJFB(*, no_grad: int, grad: int, attach_start: bool = False) -> StochasticJFB:  # noqa: N802 - a rule
     """Multi-step JFB, the form of fixed depth: always ``no_grad`` steps without gradient, then ``grad`` with.
 
+    Code that ``torch.compile`` takes as one graph cannot solve to a tolerance, so there the rule takes these steps
+    without gradients, too.
+
     Source: X. Bai and L. Melas-Kyriazi, Fixed Point Diffusion Models, CVPR 2024, section 3.3.
 
     Example:

@@ -191,3 +191,12 @@ def test_a_compiled_value_is_the_state_where_its_image_overflows():
 
     compiled = torch.compile(value, backend="eager", fullgraph=True)
     assert compiled(torch.tensor(1.0, requires_grad=True)).tolist() == value(torch.tensor(1.0)).tolist()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_steps_of_fixed_depth_compile_whole_with_and_without_gradients(normal, cell_class, grad):
+    torch.compiler.reset()
+    layer, x = FixedPointLayer(cell_class(), backward=fixpoint.MultiStepJFB(no_grad=30, grad=2)), normal(3, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(compiled(x), layer(x, rtol=1e-6), rtol=1e-4, atol=1e-5)
