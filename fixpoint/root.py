@@ -64,7 +64,8 @@ def root(
         backward: How gradients are attached to the root that was found: IFT, Phantom or Neumann, say; no rule that goes
             through the forward solve (Unroll, SHINE). Those of IFT do not depend on s.
         rtol, atol: A row is done when ``||g(x)|| <= atol + rtol * slope * ||x||``, where the slope is the smallest that
-            g showed along the last three steps; so ``||g(x)|| / slope`` is how far x is from the root, by these slopes.
+            g showed along the last three steps, without steps longer than a tenth of x; so ``||g(x)|| / slope`` is how
+            far x is from the root, by these slopes.
             A row is not done, other than by atol, where g is larger than at x0. Numbers, or tensors with one for each
             row. What is small beside a root at zero is told from x0; where x0 is zero as well, give an atol.
         norm: Takes a state to one value for each row, in place of the Euclidean norm; of x and of g(x).

@@ -194,7 +194,7 @@ class _Run:
         """The next states. Rows that have ended stay, and the solver sees them as solved."""
         fz = self._with_ended(fz)
         z, self.state = self.solver.step(z, fz, self.state)
-        return self._with_ended(self.retreat.step(z, fz))
+        return self._with_ended(self.retreat.step(z, fz, self.solver))
 
     def _with_ended(self, x: Tensor) -> Tensor:
         """``x`` with the rows that have ended as they were left."""
@@ -242,13 +242,13 @@ class _Retreat:
         self._good, self._checked_at = (z, fz), nfev
         return z, fz
 
-    def step(self, z_next: Tensor, fz: Tensor) -> Tensor:
+    def step(self, z_next: Tensor, fz: Tensor, solver: Solver) -> Tensor:
         """The next state, with plain steps where they are due."""
         if not np.count_nonzero(self._left):
             return z_next
         index = like(z_next, np.flatnonzero(self._left))
         self._left[self._left > 0] -= 1
-        return z_next.index_copy(0, index, fz.index_select(0, index))
+        return z_next.index_copy(0, index, solver.plain(fz).index_select(0, index))
 
 
 @without_autocast

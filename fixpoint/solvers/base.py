@@ -59,6 +59,10 @@ class Solver(abc.ABC):
         """Solve from the rows ``z`` ``(rows, dim)``; only a solver that needs a loop of its own overrides it."""
         return iterate(f, z, self, tolerance, **options)
 
+    def plain(self, fz: Tensor) -> Tensor:
+        """Where plain iteration goes from images ``fz`` ``(rows, dim)``: to these themselves, nearly always."""
+        return fz
+
     def forget(self, state: Any, rows: Tensor) -> Any:
         """``state`` without what is remembered of the rows in the mask ``rows`` ``(rows,)``; None if that cannot be.
 

@@ -25,6 +25,9 @@ from fixpoint.solvers.base import Solver, gram_dtype
 _ROUNDINGS = 64.0
 # The slope of g is the smallest of so many steps.
 _SLOPES = 3
+# A step of this share of x is a long one. What is this small beside x0 is near zero, and every step long beside it.
+_LONG = 0.1
+_NEAR = 1e-8
 # A row starts over when all of these slopes are so many times the one that the solver works with, or as much smaller.
 _UNFIT = 5.0
 
@@ -76,7 +79,9 @@ class _Memory(NamedTuple):
 
     x: Tensor  # (rows, dim), of the last step
     g: Tensor
+    start: Tensor  # (rows,), the length of x0
     scales: Tensor | None = None  # (rows, _SLOPES): signed inverse slopes of the last steps, the newest first
+    local: Any = None  # (rows, _SLOPES): which of them were seen along a step that was not long
     scale: Any = None  # (rows,): the one that the solver works with
     inner: Any = None  # the solver's state
 
@@ -107,6 +112,10 @@ class Rescaled(Solver):
     def adjoint(self) -> Solver | None:
         return self.solver.adjoint()
 
+    def plain(self, fz: Tensor) -> Tensor:
+        unknown = torch.zeros_like(fz[:, 0])  # what such a step shows of the slope is not known yet
+        return self.join(fz, fz[:, : -2 * self.width], unknown, unknown)
+
     def init(self, z: Tensor) -> _Memory | None:
         return None
 
@@ -116,24 +125,35 @@ class Rescaled(Solver):
             # A step that is short enough to tell the slope along g; its scale is not known yet.
             x_next = x - torch.finfo(z.dtype).eps ** 0.5 * scale[:, None] * g
             unknown = torch.zeros_like(scale)
-            return self.join(z, x_next, unknown, unknown), _Memory(x, g)
+            return self.join(z, x_next, unknown, unknown), _Memory(x, g, row_norms(x, 1))
         secant, fitting = inverse_slopes(x - state.x, g - state.g)
+        local = torch.isfinite(secant) & ~_is_long(x, state.x, state.start)
         largest = _largest_scale(x, g)
         if state.scales is None:
             secant = torch.where(torch.isfinite(secant), secant, largest)
             scales, inner = secant[:, None].repeat(1, _SLOPES), self.solver.init(x)
+            local = local[:, None].repeat(1, _SLOPES)
             working = _bounded(fitting, largest, largest)
         else:
-            secant = torch.where(torch.isfinite(secant), secant, state.scales[:, 0])
-            scales, inner, working = torch.cat((secant[:, None], state.scales[:, :-1]), dim=1), state.inner, state.scale
+            known = torch.where(torch.isnan(state.scales), secant[:, None], state.scales)
+            secant = torch.where(torch.isfinite(secant), secant, known[:, 0])
+            scales, inner, working = torch.cat((secant[:, None], known[:, :-1]), dim=1), state.inner, state.scale
+            local = torch.cat((local[:, None], state.local[:, :-1]), dim=1)
             ratio = (scales / working[:, None]).abs()
             unfit = (ratio.amin(dim=1) > _UNFIT) | (ratio.amax(dim=1) < 1 / _UNFIT)
             forgotten = self.solver.forget(inner, unfit)
             if forgotten is not None:
                 inner, working = forgotten, torch.where(unfit, _bounded(fitting, secant, 2 * largest), working)
         x_next, inner = self.solver.step(x, x - working[:, None] * g, inner)
-        scale = torch.copysign(scales.abs().amax(dim=1), secant)
-        return self.join(z, x_next, scale, working), _Memory(x, g, scales, working, inner)
+        # A step that rounding swallows teaches nothing, and its size may come from slopes far away: see the slope here.
+        swallowed = (x_next == x).all(dim=1) & (row_norms(g, 1) > 0)
+        x_next = torch.where(swallowed[:, None], x - torch.finfo(z.dtype).eps ** 0.5 * largest[:, None] * g, x_next)
+        local &= ~swallowed[:, None]
+        # Where a long step leads slopes may be others, and along it they say little: then nothing says how good x is.
+        scale = torch.copysign(torch.where(local, scales.abs(), 0).amax(dim=1), secant)
+        scale = torch.where(_is_long(x_next, x, state.start), 0, scale)
+        scales = torch.where(swallowed[:, None], torch.nan, scales)
+        return self.join(z, x_next, scale, working), _Memory(x, g, state.start, scales, local, working, inner)
 
     def parts(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x and g(x), both ``(rows, dim)``, and the scale ``(rows,)`` between them in f, in at least float32."""
@@ -147,6 +167,11 @@ class Rescaled(Solver):
         numbers = torch.zeros_like(z[:, -2 * self.width :])
         numbers[:, 0], numbers[:, self.width] = scale.to(z.dtype), working.to(z.dtype)
         return torch.cat((x.to(z.dtype), numbers), dim=1)
+
+
+def _is_long(x: Tensor, before: Tensor, start: Tensor) -> Tensor:
+    """Whether the step from ``before`` to ``x``, both ``(rows, dim)``, is long beside x; ``start``: length of x0."""
+    return row_norms(x - before, 1) > _LONG * torch.maximum(row_norms(x, 1), _NEAR * start)
 
 
 def inverse_slopes(dx: Tensor, dg: Tensor) -> tuple[Tensor, Tensor]:

@@ -341,3 +341,22 @@ def test_no_root_where_g_is_larger_than_at_the_start():
         found = fixpoint.root(g, x0, (A, b), on_failure="ignore", backward=None)
         rounding = 64 * g(x0, A, b).norm(dim=1)
         assert (found.residual <= rounding)[found.converged].all()
+
+
+@pytest.mark.parametrize("length", [1.0, 30.0])
+def test_slopes_of_far_places_make_no_root(length):
+    # exp is so steep far out that any g passed for small by the slopes seen there: 3 rows of 100 from 30 away.
+    generator, wrong, converged = torch.Generator().manual_seed(0), 0, 0
+    for _ in range(30):
+        A = torch.randn(4, 4, generator=generator, dtype=torch.float64) + 2 * torch.eye(4, dtype=torch.float64)
+        b = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+        x0 = length * torch.randn(20, 4, generator=generator, dtype=torch.float64)
+        g = lambda x, A, b: torch.exp(0.3 * x) + x @ A - b - 1  # noqa: E731
+        found = fixpoint.root(g, x0, (A, b), on_failure="ignore", backward=None)
+        x = found.value
+        jacobian = torch.diag_embed(0.3 * torch.exp(0.3 * x)) + A.T
+        newton = torch.linalg.solve(jacobian, g(x, A, b)[..., None])[..., 0]
+        off = newton.norm(dim=1) > 0.01 * x.norm(dim=1)
+        wrong, converged = wrong + int((off & found.converged).sum()), converged + int(found.converged.sum())
+    assert converged > 400
+    assert wrong <= converged / 200
