@@ -123,7 +123,7 @@ class Solution:
             _adjoint=adjoint or AdjointSlot(),
         )
 
-    def complaint(self, what: str = "row") -> str:
+    def failure_message(self, what: str = "row") -> str:
         """One line: how many rows did not converge, why, and what to change; empty if all did."""
         status = plain(torch.as_tensor(self.status))
         failed = status[status != Status.CONVERGED]

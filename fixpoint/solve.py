@@ -242,7 +242,7 @@ def report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None
     """Warn or raise if rows did not converge; for the caller of the public function that calls this."""
     if on_failure == "ignore":
         return
-    message = solution.complaint(what)
+    message = solution.failure_message(what)
     if message and on_failure == "raise":
         raise ConvergenceError(message, solution)
     if message:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.engine.outcome import like
+from fixpoint.engine.outcome import tensor_like
 from fixpoint.engine.tolerance import Array, to_host
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Certificate:
         """
         rows, steps = len(self.rows), sweeper.steps
         images = self.images.reshape(rows, steps, -1)
-        defects = images - states[like(states, self.places)].reshape(images.shape)
+        defects = images - states[tensor_like(states, self.places)].reshape(images.shape)
         step = torch.arange(steps, device=states.device).expand(rows, -1)
         errors = defects + sweeper.inherited(defects, step)
         norms = [torch.linalg.vector_norm(x, dim=2) for x in (defects, images, errors)]

@@ -15,7 +15,7 @@ from fixpoint.chains.sweep import Past
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.loop import Map, Watcher
-from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, handing_over, like
+from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, handing_over, tensor_like
 from fixpoint.engine.tolerance import Array, Status, Tolerance, to_host
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class ChainRun:
     """
 
     def __init__(self, z: Tensor, sweeper: CausalSweep, tolerance: Tolerance) -> None:
-        self.like, self.sweeper = z, sweeper
+        self.start, self.sweeper = z, sweeper
         states = sweeper.split(z)
         rows, steps, dim = states.shape
         options = sweeper.options
@@ -132,7 +132,7 @@ class ChainRun:
 
     def rows(self) -> Tensor:
         """The states as rows ``(B, T * D)``; may share their memory, which the next round writes to."""
-        return self.sweeper.join(self.states[:-1].reshape(len(self.like), self.steps, self.sweeper.dim), self.like)
+        return self.sweeper.join(self.states[:-1].reshape(len(self.start), self.steps, self.sweeper.dim), self.start)
 
     def predicted_error(self) -> Array:
         """Norm of the predicted errors of each row: infinity while a state has not been seen, or cannot be trusted."""
@@ -140,13 +140,13 @@ class ChainRun:
 
     def outcome(self) -> LoopResult:
         """What is known by now."""
-        z, active = self.like, self.status == ACTIVE
+        z, active = self.start, self.status == ACTIVE
         return LoopResult(
             z=self.rows().clone(),
             residual=figures_like(z, self.residual),
             scale=figures_like(z, np.sqrt(np.square(self.scale).sum(axis=1))),
-            status=like(z, np.where(active, self.ended_early, self.status)),
-            evals=like(z, np.where(active, self.nfev, self.evals)),
+            status=tensor_like(z, np.where(active, self.ended_early, self.status)),
+            evals=tensor_like(z, np.where(active, self.nfev, self.evals)),
             nfev=self.nfev,
             trace=figures_like(z, np.stack(self.trace)) if self.trace else None,
             predicted_error=figures_like(z, self.predicted_error()),
@@ -186,10 +186,10 @@ def evaluate(run: ChainRun, f: Map, places: Array) -> Tensor:
     part = getattr(f, "part", None)  # torch.func leaves none
     if run.sweeper.single_steps and part is not None:
         row, step = np.divmod(places, run.steps)
-        images = part(run.rows(), like(run.like, row), like(run.like, step))
+        images = part(run.rows(), tensor_like(run.start, row), tensor_like(run.start, step))
     else:
         every = f(run.rows().clone())  # f may keep what it got
-        images = run.sweeper.split(every).flatten(0, 1)[like(run.like, places)]
+        images = run.sweeper.split(every).flatten(0, 1)[tensor_like(run.start, places)]
     run.nfev += 1
     return images.to(run.states.dtype)
 
@@ -199,7 +199,7 @@ def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
     step = run.done[rows]
     places = rows * run.steps + step
     images = evaluate(run, f, places)
-    run.states[like(run.like, places)] = images
+    run.states[tensor_like(run.start, places)] = images
     scale = to_host(torch.linalg.vector_norm(images, dim=1))
     finite = np.isfinite(scale)
     run.error[rows, step] = np.where(finite, 0.0, np.inf)
@@ -224,29 +224,29 @@ def open_windows(run: ChainRun, rows: Array) -> Windows:
 
 def move_guesses(run: ChainRun, new: Windows) -> None:
     """Move the states that enter the windows as the states before them have moved."""
-    rows, step = like(run.like, new.rows), like(run.like, new.step)
+    rows, step = tensor_like(run.start, new.rows), tensor_like(run.start, new.step)
     last, before = run.moved[rows].unbind(1)
     moved = run.sweeper.follow(step, last, before)
-    places = like(run.like, new.places(run.steps))
+    places = tensor_like(run.start, new.places(run.steps))
     run.write(run.states, places, run.states[places] + moved)
     # The last two of the states before the windows and those that have entered.
     moved = torch.cat((before[:, None], last[:, None], moved), dim=1)
-    number, count = torch.arange(len(rows), device=moved.device), like(run.like, new.count)
+    number, count = torch.arange(len(rows), device=moved.device), tensor_like(run.start, new.count)
     run.moved[rows] = torch.stack((moved[number, count + 1], moved[number, count]), dim=1)
     # What these places remember was of other steps.
-    run.past.known[like(run.like, new.places(run.width))] = False
+    run.past.known[tensor_like(run.start, new.places(run.width))] = False
 
 
 def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     """Evaluate the windows, sweep along them, and see which states are done."""
-    z, on_host = run.like, windows.places(run.steps)
-    places, step = like(z, on_host), like(z, windows.step)
-    kept = like(z, windows.places(run.width))
+    z, on_host = run.start, windows.places(run.steps)
+    places, step = tensor_like(z, on_host), tensor_like(z, windows.step)
+    kept = tensor_like(z, windows.places(run.width))
     images = run.states.new_zeros(on_host.size, run.states.shape[1])
     chosen = np.flatnonzero(windows.inside)
-    images[like(z, chosen)] = evaluate(run, f, on_host.ravel()[chosen])
+    images[tensor_like(z, chosen)] = evaluate(run, f, on_host.ravel()[chosen])
     images = images.reshape(*on_host.shape, -1)
-    states, inputs = run.states[places], run.states[like(z, windows.places(run.steps, before=True))]
+    states, inputs = run.states[places], run.states[tensor_like(z, windows.places(run.steps, before=True))]
     known = torch.isfinite(images).all(dim=2)
     swept = run.sweeper.swept(states, inputs, images, known, step, Past(*(x[kept] for x in run.past)))
     change = swept.states - states
@@ -254,7 +254,7 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     run.write(run.states, places, swept.states)
     for ours, new in zip(run.past, swept.past, strict=True):
         run.write(ours, kept, new)
-    rows, last = like(z, windows.rows), like(z, windows.count - 1)
+    rows, last = tensor_like(z, windows.rows), tensor_like(z, windows.count - 1)
     number = torch.arange(len(rows), device=change.device)
     run.moved[rows] += torch.stack((change[number, last], before[number, last]), dim=1)
     norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, swept.states, swept.corrections, before)]
@@ -301,4 +301,4 @@ def certify(run: ChainRun, f: Map, rows: Array) -> None:
     run.done[rows] = findings.first_wrong[again]
     run.end[rows] = run.steps if run.width == run.steps else run.done[rows]
     run.past.known[:] = False
-    run.moved[like(run.like, rows)] = 0
+    run.moved[tensor_like(run.start, rows)] = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.compaction import Compaction
-from fixpoint.engine.outcome import BestSoFar, LoopResult, figures_like, handing_over, like
+from fixpoint.engine.outcome import BestSoFar, LoopResult, figures_like, handing_over, tensor_like
 from fixpoint.engine.tolerance import Array, Figures, Status, Tolerance
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class _Retreat:
         lost = active & ~(np.isfinite(figures.residual) & np.isfinite(figures.scale))
         if self._good is None or not np.count_nonzero(lost):
             return None
-        index = like(z, np.flatnonzero(lost))
+        index = tensor_like(z, np.flatnonzero(lost))
         before, image = (x.detach().index_select(0, index) for x in self._good)
         sound = torch.isfinite(before).all(dim=1) & torch.isfinite(image).all(dim=1)
         stepped_plainly = (z.detach().index_select(0, index) == image).all(dim=1)
@@ -230,7 +230,7 @@ class _Retreat:
         """State and image to go on with; remembered for the next check."""
         if lost is not None:
             assert self._good is not None
-            index = like(z, np.flatnonzero(lost))
+            index = tensor_like(z, np.flatnonzero(lost))
             z, fz = (
                 new.index_copy(0, index, old.index_select(0, index))
                 for new, old in zip((z, fz), self._good, strict=True)
@@ -246,7 +246,7 @@ class _Retreat:
         """The next state, with plain steps where they are due."""
         if not np.count_nonzero(self._left):
             return z_next
-        index = like(z_next, np.flatnonzero(self._left))
+        index = tensor_like(z_next, np.flatnonzero(self._left))
         self._left[self._left > 0] -= 1
         return z_next.index_copy(0, index, solver.plain(fz).index_select(0, index))
 

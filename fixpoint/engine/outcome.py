@@ -59,7 +59,7 @@ class LoopResult:
         status = np.where(tolerance.done(figures), Status.CONVERGED, self.status.cpu().numpy())
         status = np.where(np.isfinite(figures.residual), status, Status.NON_FINITE)
         residual, scale = figures_like(self.z, np.stack(figures[:2]))
-        return replace(self, residual=residual, scale=scale, status=like(self.z, status))
+        return replace(self, residual=residual, scale=scale, status=tensor_like(self.z, status))
 
 
 class BestSoFar:
@@ -102,7 +102,7 @@ class BestSoFar:
         """Numbers of the rows that have ended, and their states ``(n, dim)``; None if no row has."""
         if self.remaining == len(self.active):
             return None
-        index = like(self.z, np.flatnonzero(~self.active))
+        index = tensor_like(self.z, np.flatnonzero(~self.active))
         return index, self.z.index_select(0, index)
 
     @property
@@ -207,7 +207,7 @@ class BestSoFar:
         if count == self.remaining:
             self.z, self._own = z, False
         elif count:
-            index = like(z, np.flatnonzero(best))
+            index = tensor_like(z, np.flatnonzero(best))
             if self._own:
                 self.z.index_copy_(0, index, z.index_select(0, index))
             else:
@@ -216,8 +216,8 @@ class BestSoFar:
     def result(self, otherwise: Status = Status.MAX_EVALS) -> LoopResult:
         """What is known by now; ``otherwise`` is said of rows that have not ended."""
         residual, scale = figures_like(self.z, np.stack((self.residual, self.scale)))
-        status = like(self.z, np.where(self.active | self.unconfirmed, otherwise, self.status))
-        evals = like(self.z, np.where(self.active, self.nfev, self.evals))
+        status = tensor_like(self.z, np.where(self.active | self.unconfirmed, otherwise, self.status))
+        evals = tensor_like(self.z, np.where(self.active, self.nfev, self.evals))
         trace = figures_like(self.z, np.stack(self.trace)) if self.trace else None
         return LoopResult(self.z, residual, scale, status, evals, self.nfev, trace, coupled=self.together)
 
@@ -240,7 +240,7 @@ def result_of(error: BaseException) -> LoopResult | None:
     return getattr(error, "fixpoint_result", None)
 
 
-def like(z: Tensor, array: Array) -> Tensor:
+def tensor_like(z: Tensor, array: Array) -> Tensor:
     """``array`` where ``z`` is, without waiting for the device."""
     return torch.from_numpy(array).to(z.device, non_blocking=True)
 

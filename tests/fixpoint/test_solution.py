@@ -50,7 +50,7 @@ def test_repr_is_one_line_with_the_main_figures():
 
 
 def test_a_converged_solution_has_no_complaint():
-    assert fixpoint.solve(halve, torch.zeros(3, 1)).complaint() == ""
+    assert fixpoint.solve(halve, torch.zeros(3, 1)).failure_message() == ""
 
 
 def test_a_solution_is_immutable():

@@ -195,7 +195,7 @@ def test_callback_stops_the_solve_by_returning_true():
     )
     assert sol.nfev == 4
     assert (sol.status == Status.STOPPED).all()
-    assert "raise max_evals" not in sol.complaint()
+    assert "raise max_evals" not in sol.failure_message()
 
 
 def test_callback_is_called_after_the_first_evaluation_and_once_in_check_every():
