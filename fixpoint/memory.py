@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fixpoint.engine.layout import Layout, map_leaves
+from fixpoint.engine.loop import iterate
+from fixpoint.engine.tolerance import Array, Figures, Tolerance, row_norm
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver, require_count
 
@@ -44,8 +49,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Bytes that ``fixpoint.solve`` will hold in a forward solve from z0, found without allocating any of them.
 
-    The solver takes its steps on tensors of the meta device, which have shapes and no data, and whatever is alive is
-    added up. So it works for every solver that keeps to its contract, your own included. Of ``CausalQuasiNewton`` it
+    The loop itself runs on tensors of the meta device, which have shapes and no data, and whatever is alive is added
+    up. So it works for every solver that keeps to its contract, your own included. Of ``CausalQuasiNewton`` it
     says what a window over the whole chain takes; a narrower one takes less.
 
     Args:
@@ -71,32 +76,55 @@ def estimate_memory(
     layout = Layout.of(shapes, batch_dims)
     flat = layout.flatten(shapes)
     _, solver = solver.bind(None, layout)
-    held = rose_at = 0
     with torch.no_grad(), LiveBytes() as live:
-        z = torch.empty_like(flat)
-        throughout = [z, torch.empty_like(flat)]  # the copy of z0, and the best state of each row
-        throughout += [z, z]
-        if len(flat) > 1:
-            throughout.append(torch.empty_like(flat))  # the rows that have ended
-        state = solver.init(z)
-        for count in range(1, max_evals + 1):
-            before = held, live.peak
-            held = max(held, live.now)
-            fz = torch.empty_like(z)
-            torch.linalg.vector_norm(fz - z, dim=1)
-            throughout[2:4] = z, fz  # to which a row can go back, until the next check
-            if count == max_evals:
-                break
-            if len(flat) > 1:
-                # As the solver is shown them: rows that have ended stand where they were left.
-                z, fz = torch.empty_like(z), torch.empty_like(fz)
-            z, state = solver.step(z, fz, state)
-            del fz
-            rose_at = count if (held, live.peak) != before else rose_at
-            if count > 2 * rose_at + 10:
-                break  # full: it took half as long to get here
+        f = _Witness(live)
+        iterate(f, torch.empty_like(flat), solver, _Unmeasured(rtol=0.0, atol=0.0), max_evals=max_evals, watch=f.is_full)
     size = flat.numel() * flat.element_size()
-    return MemoryEstimate(bytes=live.peak, states=held / size if size else 0.0, state_bytes=size)
+    return MemoryEstimate(bytes=live.peak, states=f.held / size if size else 0.0, state_bytes=size)
+
+
+class _Witness:
+    """An f without data, which sees how much is held whenever it is evaluated."""
+
+    def __init__(self, live: LiveBytes) -> None:
+        self.held = 0
+        self._live = live
+        self._before = 0, 0
+        self._rose_at = 0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.held = max(self.held, self._live.now)
+        return torch.empty_like(z)
+
+    def is_full(self, nfev: int, *_: object) -> bool:
+        """Whether no more is held than before for so long that no history grows any more."""
+        now = self.held, self._live.peak
+        if now != self._before:
+            self._before, self._rose_at = now, nfev
+        return nfev > 2 * self._rose_at + 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unmeasured(Tolerance):
+    """Figures without data, of a run that holds the most: rows get worse, and all but the last end at the third check.
+
+    So the best states are others than the last ones, and rows that have ended are kept as well.
+    """
+
+    checks: Iterator[int] = field(default_factory=count)
+
+    def started(self, z: Tensor, fz: Tensor, figures: Figures) -> Tolerance:
+        return self
+
+    def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True) -> Figures:
+        row_norm(fz - z)
+        check, rows = next(self.checks), len(z)
+        residual, merit = np.ones(rows), np.full(rows, float(check))
+        if check < 2:
+            merit[:1] = -check  # one row gets better at the second check, for which the best states are copied
+        elif rows > 1:
+            residual[:-1] = 0
+        return Figures(residual, np.ones(rows), merit)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -53,12 +53,12 @@ def measured_peak(solver, rows, dim, folder):
     return max(event["Total Allocated"] for event in events) - before
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 2, 8])
 @pytest.mark.parametrize("solver", [*SOLVERS, Hoarder()], ids=repr)
-def test_is_never_below_the_measured_peak_and_at_most_a_quarter_above(solver, rows, tmp_path):
+def test_is_never_below_the_measured_peak_and_at_most_a_fifth_above(solver, rows, tmp_path):
     measured = measured_peak(solver, rows, 2**15, tmp_path)
     estimate = fixpoint.estimate_memory(torch.zeros(rows, 2**15), solver=solver, max_evals=30)
-    assert measured <= estimate.bytes <= 1.25 * measured
+    assert measured <= estimate.bytes <= 1.2 * measured
 
 
 @pytest.mark.parametrize("memory", [1, 2, 5, 10, 20])
@@ -80,8 +80,8 @@ def test_memory_is_bounded_for_our_solvers_and_not_for_one_that_keeps_everything
 
 def test_a_history_that_grows_counts_as_far_as_the_evaluations_let_it():
     z0 = torch.empty(1, 4096, device="meta")
-    three, five = (fixpoint.estimate_memory(z0, solver=Hoarder(), max_evals=n).states for n in (3, 5))
-    assert five - three == 2
+    five, eight = (fixpoint.estimate_memory(z0, solver=Hoarder(), max_evals=n).states for n in (5, 8))
+    assert eight - five == 3
 
 
 def test_allocates_nothing():
