@@ -132,7 +132,7 @@ class ForwardSolve:
 
         A row whose outcome is not finite would make NaN of every gradient that rows share, though its own incoming
         gradient is zero. So it is recorded once more with the state and the arguments of another row in its place, if
-        that leaves the outcomes of the others as they were. Where the outcome is known already it is ``out``;
+        that leaves the outcomes of the others as they were; not where f closes over the row's own data. Where the outcome is known already it is ``out``;
         ``failed`` ``(rows,)`` says which rows have failed though it is finite.
         """
         out = apply(self.f, z) if out is None else out
@@ -146,15 +146,16 @@ class ForwardSolve:
             return without_gradient(out)
         index = torch.arange(len(z), device=z.device)
         index = torch.where(failed, index[~failed][0], index)
-        part = self.f.take(index, self.layout)
-        try:
-            other = apply(part, z.index_select(0, index))
-        except Exception:  # f knows its rows by number
-            return out
-        same = same_images(other.detach(), out.detach(), self.tolerance.rounding)
-        if not bool((same | failed).all()):
-            return out
-        return torch.where(failed[:, None], out.detach(), other)
+        # A parameter may look like an argument with rows, as it has as many. One that a failed row broke is none.
+        for part in (self.f.take(index, self.layout), self.f.take(index, self.layout, broken_at=failed)):
+            try:
+                other = apply(part, z.index_select(0, index))
+            except Exception:  # f knows its rows by number
+                continue
+            same = same_images(other.detach(), out.detach(), self.tolerance.rounding)
+            if bool((same | failed).all()) and bool(torch.isfinite(other.detach()).all()):
+                return torch.where(failed[:, None], out.detach(), other)
+        return out
 
     def adjoint_solver(self, solver: Solver | None) -> Solver | None:
         """``solver``, or else what suits the forward solver, made to suit ``u = v + J^T u``; None: any will do."""

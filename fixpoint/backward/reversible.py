@@ -80,11 +80,15 @@ class Reversible(Backward):
             raise ValueError("callback and keep do not work with Reversible(), whose steps= fix the evaluations")
         if run.transformed:
             raise ValueError("Reversible() does not work under torch.func or forward-mode differentiation; IFT() does")
+        value, result = self._attach(run)
+        # Where a row has failed, the others go their way once more without it.
+        return run.recorded(lambda f, z0: self._attach(replace(run, f=f, z0=z0, results=[]))[0], run.z0, value), result
+
+    def _attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
         count, solver = 2 * self.steps, _Coupled(damping=self.damping)
         with torch.no_grad():
             result = replace(run, solver=solver, depth=count).on(_explicit(run.f, run.inputs))
-        value = _Reversed.apply(run.f, solver, count, *result.state, run.z0, *run.inputs)
-        return value, result
+        return _Reversed.apply(run.f, solver, count, *result.state, run.z0, *run.inputs), result
 
 
 def _explicit(f: Functional, inputs: tuple[Tensor, ...]) -> Map:

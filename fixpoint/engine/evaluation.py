@@ -77,11 +77,18 @@ class RowMap:
             return False
         return not (is_compiled(self._f) or any(m._forward_hooks or m._forward_pre_hooks for m in self.ambient.modules))
 
-    def take(self, index: Tensor, layout: Layout | None = None) -> RowMap:
-        """f on the rows ``index``, with those rows of the arguments that have the batch dimension."""
+    def take(self, index: Tensor, layout: Layout | None = None, *, broken_at: Tensor | None = None) -> RowMap:
+        """f on the rows ``index``, with those rows of the arguments that have the batch dimension.
+
+        ``broken_at`` ``(rows,)``: only of arguments that are not finite in one of these rows.
+        """
+
+        def is_broken(leaf: Tensor) -> bool:
+            return broken_at is None or not bool(torch.isfinite(leaf.detach()[broken_at.to(leaf.device)]).all())
 
         def pick(leaf: Any) -> Any:
-            return leaf.index_select(0, index.to(leaf.device)) if self._is_aligned(leaf) else leaf
+            aligned = self._is_aligned(leaf) and is_broken(leaf)
+            return leaf.index_select(0, index.to(leaf.device)) if aligned else leaf
 
         args = map_leaves(pick, self._args)
         layout = layout or self.layout.with_rows(len(index))

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import fixpoint
 from fixpoint import Broyden, Picard, Status
@@ -39,6 +40,29 @@ def test_a_shared_parameter_gets_the_gradient_of_the_other_rows(rule, normal, ma
     alone = fixpoint.solve(f, z0[KEPT], (x[KEPT],), backward=copy.deepcopy(rule), **options)
     (expected,) = torch.autograd.grad((alone.value * alone.converged[:, None]).sum(), W)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+class Tanh(nn.Module):
+    def __init__(self, W):
+        super().__init__()
+        self.W = nn.Parameter(W)
+
+    def forward(self, z, x):
+        return torch.tanh(z @ self.W.T + x)
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_a_parameter_with_as_many_rows_as_the_batch_is_no_argument_of_a_row(rule, normal, as_module):
+    W, x = 0.2 * normal(4, 4), normal(4, 4, seed=1)
+    x[1] = torch.nan
+
+    def gradient(x):
+        module, z0 = Tanh(W.clone()), torch.zeros(len(x), 4, dtype=D)
+        f, args = (module, (x,)) if as_module else (lambda z, x, W: torch.tanh(z @ W.T + x), (x, module.W))
+        sol = fixpoint.solve(f, z0, args, backward=copy.deepcopy(rule), solver=Broyden(memory=40), on_failure="ignore")
+        return torch.autograd.grad((sol.value * sol.converged[:, None]).nan_to_num().sum(), module.W)[0]
+
+    torch.testing.assert_close(gradient(x), gradient(x[KEPT]), rtol=1e-9, atol=1e-12)
 
 
 def test_an_unmasked_gradient_of_a_failed_row_counts_for_nothing(normal):
