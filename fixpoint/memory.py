@@ -78,7 +78,8 @@ def estimate_memory(
     _, solver = solver.bind(None, layout)
     with torch.no_grad(), LiveBytes() as live:
         f = _Witness(live)
-        iterate(f, torch.empty_like(flat), solver, _Unmeasured(rtol=0.0, atol=0.0), max_evals=max_evals, watch=f.is_full)
+        tolerance = _Unmeasured(rtol=0.0, atol=0.0)
+        iterate(f, torch.empty_like(flat), solver, tolerance, max_evals=max_evals, watch=f.is_full)
     size = flat.numel() * flat.element_size()
     return MemoryEstimate(bytes=live.peak, states=f.held / size if size else 0.0, state_bytes=size)
 

@@ -27,7 +27,7 @@ class Counts:
     max_evals: int = 1
     check_every: int = 1
     depth: int | None = None
-    keep: frozenset[int] = field(default_factory=frozenset)
+    keep_states: frozenset[int] = field(default_factory=frozenset)
 
 
 def check_options(
@@ -40,7 +40,7 @@ def check_options(
     on_failure: str = "warn",
     check_every: Any = 1,
     depth: Any = None,
-    keep: Collection[Any] = (),
+    keep_states: Collection[Any] = (),
 ) -> Counts:
     """Raise for an option of ``solve`` that cannot work, whatever the problem; others are checked where they act."""
     if not isinstance(args, tuple | list):
@@ -57,10 +57,11 @@ def check_options(
         max_evals=require_count("max_evals", max_evals),
         check_every=require_count("check_every", check_every),
         depth=None if depth is None else require_count("depth", depth, 0),
-        keep=frozenset(require_count("keep's entry", nfev) for nfev in keep),
+        keep_states=frozenset(require_count("keep_states' entry", nfev) for nfev in keep_states),
     )
-    if keep and (options.check_every > 1 or depth is not None):
-        raise ValueError(f"keep needs check_every=1 and depth=None, found check_every={check_every}, depth={depth}")
+    if keep_states and (options.check_every > 1 or depth is not None):
+        found = f"check_every={check_every}, depth={depth}"
+        raise ValueError(f"keep_states needs check_every=1 and depth=None, found {found}")
     if on_failure not in get_args(OnFailure):
         raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, found {on_failure!r}")
     return options

@@ -74,8 +74,8 @@ class Solution:
         nfev: Batched evaluations of f in the solve; a backward rule's own are not in it.
         trace: ``(nfev, *batch)`` residuals if recorded, else None; predicted errors where ``predicted_error`` is not
             None. A row that has ended keeps its final figure.
-        states: What ``keep`` asked for, by number of evaluations: the states reached before the solve ended. With
-            gradients attached, each is one more application of f, with the gradient of JFB.
+        states: What ``keep_states`` asked for, by number of evaluations: the states reached before the solve ended.
+            With gradients attached, each is one more application of f, with the gradient of JFB.
         aux: What f returned beside the state when it was evaluated at the value, with ``has_aux=True``; else None.
         predicted_error: Norm of the predicted errors of each row, from a solver that judges by them
             (``CausalQuasiNewton`` on a chain); None for all others.

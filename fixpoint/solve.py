@@ -49,7 +49,7 @@ def solve(
     callback: Callable[[Progress], object] | None = None,
     depth: int | None = None,
     compact: bool = True,
-    keep: Collection[int] = (),
+    keep_states: Collection[int] = (),
     has_aux: bool = False,
 ) -> Solution:
     """Solve ``z = f(z, *args)``, row by row, and attach gradients to the solution.
@@ -83,8 +83,8 @@ def solve(
         compact: Leave rows that are done out of what f sees, where an argument has the batch's one dimension, and not
             where f is seen to be compiled or has hooks. What is found in this way is confirmed by an evaluation of all
             rows. Set it to False for an f that must always see the same batch size.
-        keep: Numbers of evaluations whose states go into ``Solution.states``, for ``fixpoint.correction_loss``. Needs
-            ``check_every=1`` and turns ``compact`` off; runs of fixed depth keep none.
+        keep_states: Numbers of evaluations whose states go into ``Solution.states``, for ``fixpoint.correction_loss``.
+            Needs ``check_every=1`` and turns ``compact`` off; runs of fixed depth keep none.
         has_aux: f returns ``(state, aux)``. The aux of one more evaluation, at the solution, is in ``Solution.aux``.
 
     Returns:
@@ -116,7 +116,7 @@ def solve(
         on_failure=on_failure,
         check_every=check_every,
         depth=depth,
-        keep=keep,
+        keep_states=keep_states,
     )
     problem_z0 = getattr(f, "z0", None)
     if problem_z0 is not None:
@@ -135,7 +135,7 @@ def solve(
     if backward is None or not backward.uses_start:
         flat = flat.detach()
     adjoint = AdjointSlot(layout, _report_adjoint)
-    watch = _Watch(layout, counts.max_evals, callback, counts.keep) if callback or counts.keep else None
+    watch = _Watch(layout, counts.max_evals, callback, counts.keep_states) if callback or counts.keep_states else None
     run = ForwardSolve(
         f=rows,
         z0=flat,
@@ -149,10 +149,10 @@ def solve(
         problem=problem,
         transformed=transformed(flat, *rows.inputs),
         report_adjoint=adjoint.fill,
-        compaction=Compaction(rows) if compact and not keep and rows.can_take else None,
+        compaction=Compaction(rows) if compact and not keep_states and rows.can_take else None,
     )
     if run.watch and run.transformed:
-        raise ValueError("callback and keep do not work under torch.func or forward-mode differentiation")
+        raise ValueError("callback and keep_states do not work under torch.func or forward-mode differentiation")
     try:
         # Code that is compiled whole cannot solve to a tolerance: a rule with steps of its own takes these.
         own_steps = torch.compiler.is_compiling() and counts.depth is None
@@ -193,15 +193,15 @@ class _Watch:
     """What a loop shows its states to: keeps some for the solution, and calls the caller's callback."""
 
     def __init__(
-        self, layout: Layout, max_evals: int, callback: Callable[[Progress], object] | None, keep: Collection[int]
+        self, layout: Layout, max_evals: int, callback: Callable[[Progress], object] | None, wanted: Collection[int]
     ) -> None:
-        self._layout, self._max_evals, self._callback, self._keep = layout, max_evals, callback, keep
+        self._layout, self._max_evals, self._callback, self._wanted = layout, max_evals, callback, wanted
         self._kept: dict[int, Tensor] = {}
 
     def __call__(
         self, nfev: int, residual: Tensor, active: int, z: Tensor, predicted_error: Tensor | None = None, /
     ) -> object:
-        if nfev in self._keep:
+        if nfev in self._wanted:
             self._kept[nfev] = z
         if self._callback is None:
             return None

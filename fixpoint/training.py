@@ -112,9 +112,9 @@ def spectral_radius(
 def correction_loss(solution: Solution, criterion: Callable[[Any], Tensor], *, decay: float = 0.8) -> Tensor:
     """Fixed-point correction: a loss on states on the way, the later the heavier.
 
-    ``sum_i decay^(K - i) criterion(state_i)`` over the K states that ``solve(keep=...)`` kept, in their order, to be
-    added to the loss of the solution itself. It teaches f to be near its goal after few evaluations. Each state has
-    the gradient of JFB, so the cost is one recorded application of f for each.
+    ``sum_i decay^(K - i) criterion(state_i)`` over the K states that ``solve(keep_states=...)`` kept, in their order,
+    to be added to the loss of the solution itself. It teaches f to be near its goal after few evaluations. Each state
+    has the gradient of JFB, so the cost is one recorded application of f for each.
 
     Args:
         solution: With at least one state in ``solution.states``.
@@ -132,7 +132,7 @@ def correction_loss(solution: Solution, criterion: Callable[[Any], Tensor], *, d
     Example:
         >>> import torch, fixpoint
         >>> w = torch.tensor(0.5, requires_grad=True)
-        >>> sol = fixpoint.solve(lambda z: w * torch.cos(z), torch.zeros(2, 3), keep=(1, 2))
+        >>> sol = fixpoint.solve(lambda z: w * torch.cos(z), torch.zeros(2, 3), keep_states=(1, 2))
         >>> loss = sol.value.square().mean() + fixpoint.correction_loss(sol, lambda z: z.square().mean())
         >>> loss.backward()
         >>> sorted(sol.states)
@@ -141,7 +141,7 @@ def correction_loss(solution: Solution, criterion: Callable[[Any], Tensor], *, d
     if not 0 < decay <= 1:
         raise ValueError(f"decay must lie in (0, 1], found {decay}")
     if not solution.states:
-        raise ValueError("solution.states is empty: pass keep=(...) to solve, with numbers of evaluations it reaches")
+        raise ValueError("solution.states is empty: pass to solve keep_states=(...), evaluations that it reaches")
     states = [solution.states[nfev] for nfev in sorted(solution.states)]
     weighted = [decay ** (len(states) - i) * criterion(state) for i, state in enumerate(states, start=1)]
     return torch.stack(weighted).sum()

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Solve = Callable[[Map, Tensor], LoopResult]
 Report = Callable[[LoopResult], None]
 DoubleBackward = Callable[[Tensor], "tuple[Tensor | None, ...] | None"]
+Gradients = TypeVar("Gradients", bound="tuple[Tensor | None, ...] | None")
 
 
 def solve_functionally(f: Functional, solve: Solve, linear: Solve, z0: Tensor, inputs: Sequence[Tensor]) -> LoopResult:
@@ -225,7 +226,7 @@ def attach_adjoint(
     def answer_differentiably(v: Tensor) -> tuple[Tensor | None, ...]:
         if [version(x) for x in run.inputs] != versions:
             raise RuntimeError("an argument or a parameter of f was changed in place between forward and backward")
-        gradients = _each(double_backward, v) if double_backward else None
+        gradients = for_each_gradient(double_backward, v) if double_backward else None
         if gradients is not None:
             return None, *gradients
         with torch.no_grad():
@@ -236,17 +237,18 @@ def attach_adjoint(
     return attached, run.measured(result, fz)
 
 
-def _each(double_backward: DoubleBackward, v: Tensor) -> tuple[Tensor | None, ...] | None:
-    """``double_backward(v)``, one after the other where several gradients come at once."""
+def for_each_gradient(pull: Callable[[Tensor], Gradients], v: Tensor) -> Gradients:
+    """``pull(v)``, one after the other where several gradients come at once."""
     batch = unbatched(v)
     if batch is None:
-        return double_backward(v)
+        return pull(v)
     members, batched = batch
-    results = [double_backward(member) for member in members]
-    if any(result is None for result in results):
-        return None
-    columns = zip(*(result for result in results if result is not None), strict=True)
-    return tuple(None if column[0] is None else batched(torch.stack(column)) for column in columns)
+    results = [pull(member) for member in members]
+    found = [result for result in results if result is not None]
+    if len(found) < len(results):
+        return cast(Gradients, None)
+    columns = zip(*found, strict=True)
+    return cast(Gradients, tuple(None if column[0] is None else batched(torch.stack(column)) for column in columns))
 
 
 def _warn_if_detached(run: ForwardSolve, z: Tensor, fz: Tensor) -> None:

@@ -132,8 +132,9 @@ class ForwardSolve:
 
         A row whose outcome is not finite would make NaN of every gradient that rows share, though its own incoming
         gradient is zero. So it is recorded once more with the state and the arguments of another row in its place, if
-        that leaves the outcomes of the others as they were; not where f closes over the row's own data. Where the outcome is known already it is ``out``;
-        ``failed`` ``(rows,)`` says which rows have failed though it is finite.
+        that leaves the outcomes of the others as they were. It cannot replace data of the row that f closes over. Where
+        the outcome is known already it is ``out``; ``failed`` ``(rows,)`` says which rows have failed though it is
+        finite.
         """
         out = apply(self.f, z) if out is None else out
         if self.transformed or torch.compiler.is_compiling() or is_capturing(z):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fixpoint.backward.attachment import refuse_second_order
+from fixpoint.backward.attachment import for_each_gradient, refuse_second_order
 from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import LoopResult
@@ -46,7 +46,7 @@ class Reversible(Backward):
 
     Raises:
         TypeError, ValueError: If an option is of the wrong type or out of range; in the solve, if f closes over
-            something that requires grad, or with ``depth``, ``callback`` or ``keep``.
+            something that requires grad, or with ``depth``, ``callback`` or ``keep_states``.
         RuntimeError: In backward, if f is no longer the map that it was; in the backward of a gradient.
 
     Source: S. McCallum, K. Arora, J. Foster, Reversible Deep Equilibrium Models, 2025, arXiv:2509.12917.
@@ -77,7 +77,7 @@ class Reversible(Backward):
         if run.depth is not None:
             raise ValueError(f"Reversible(steps=...) has a depth of its own, found depth={run.depth}")
         if run.watch is not None:
-            raise ValueError("callback and keep do not work with Reversible(), whose steps= fix the evaluations")
+            raise ValueError("callback and keep_states do not work with Reversible(), whose steps= fix the evaluations")
         if run.transformed:
             raise ValueError("Reversible() does not work under torch.func or forward-mode differentiation; IFT() does")
         value, result = self._attach(run)
@@ -142,9 +142,10 @@ class _Reversed(torch.autograd.Function):
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[6:]) if needed]
         with torch.no_grad():
             transposed = _Transposed(ctx.f, ctx.solver, inputs, wanted, v.dtype)
-            gradients = transposed(ctx.solver.init(z0), (last, before), ctx.count, v)
+            first = ctx.solver.init(z0)
+            gradients = for_each_gradient(lambda v: transposed(first, (last, before), ctx.count, v), v)
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = [refuse_second_order(gradient, v, z0, *inputs) for gradient in gradients]
+            gradients = tuple(refuse_second_order(gradient, v, z0, *inputs) for gradient in gradients)
         start, *rest = gradients
         found = dict(zip(wanted, rest, strict=True))
         return None, None, None, None, None, start, *(found.get(i) for i in range(len(inputs)))
@@ -162,7 +163,7 @@ class _Transposed:
         self._f, self._solver, self._dtype = f, solver, dtype
         self._inputs, self._wanted = [x.detach() for x in inputs], wanted
 
-    def __call__(self, first: Pair, last: Pair, count: int, v: Tensor) -> list[Tensor]:
+    def __call__(self, first: Pair, last: Pair, count: int, v: Tensor) -> tuple[Tensor, ...]:
         """Gradients for z0 and for the wanted inputs, from the gradient ``v`` of the last state."""
         bars = v.to(last[0].dtype), torch.zeros_like(last[0])
         reach = self._reach(last[0].dtype)
@@ -170,7 +171,7 @@ class _Transposed:
         if found is None:
             found = self._replay(first, last, count, bars, reach if count > reach else 0)
         (z_bar, y_bar), totals = found
-        return [(z_bar + y_bar).to(v.dtype), *totals]
+        return ((z_bar + y_bar).to(v.dtype), *totals)
 
     def _reach(self, dtype: torch.dtype) -> float:
         """How many evaluations can be reversed with a digit to spare: rounding grows by 1 / |1 - damping| in each.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fixpoint.backward.attachment import attach_adjoint
@@ -62,7 +63,11 @@ class SHINE(Backward):
         if not isinstance(run.solver, Broyden):
             raise TypeError(f"SHINE reuses the inverse that Broyden() builds, found solver={run.solver!r}")
         result = run.solve()
-        inverse = partial(run.solver.transposed_inverse, result.state)
+        transposed, rows = partial(run.solver.transposed_inverse, result.state), len(result.z)
+
+        def inverse(v: Tensor) -> Tensor:
+            """Of several gradients at once, one after the other."""
+            return torch.cat([*map(transposed, v.split(rows))]) if rows else v
 
         def adjoint(image: Map, v: Tensor) -> LoopResult:
             solver = _Preconditioned(inverse=inverse, solver=Broyden(memory=self.refine + 1))

@@ -41,7 +41,7 @@ class StochasticJFB(Backward):
 
     Raises:
         TypeError, ValueError: If a bound or the seed is no integer or out of range, or both a seed and a generator are
-            given; in the solve, with ``callback`` or ``keep``.
+            given; in the solve, with ``callback`` or ``keep_states``.
         RuntimeError: In a reentrant checkpoint's backward, with a seed or a generator: its draws cannot be known there.
 
     Source: X. Bai and L. Melas-Kyriazi, Fixed Point Diffusion Models, CVPR 2024, Algorithm 1.
@@ -86,7 +86,9 @@ class StochasticJFB(Backward):
 
     def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
         if run.watch is not None:
-            raise ValueError("callback and keep do not work with StochasticJFB(), whose depths are drawn beforehand")
+            raise ValueError(
+                "callback and keep_states do not work with StochasticJFB(): its depths are drawn beforehand"
+            )
         n = self._draw(self.min_no_grad, self.max_no_grad)
         m = self._draw(self.min_grad, self.max_grad)
         result = run.run_steps(n)

@@ -147,7 +147,8 @@ class CausalSweep(Solver):
         """In windows; in the ordinary loop, all rows whole, where gradients are recorded."""
         if torch.is_grad_enabled():
             return super().run(f, z, tolerance, **options)
-        return iterate_windows(f, z, self, tolerance, **options)
+        max_evals, record, watch = options["max_evals"], options.get("record", False), options.get("watch")
+        return iterate_windows(f, z, self, tolerance, max_evals=max_evals, record=record, watch=watch)
 
     def init(self, z: Tensor) -> Past:
         return Past.empty((len(z), self.steps), self.options.memory, self.dim, self.split(z))

@@ -13,7 +13,6 @@ from fixpoint.chains.certificate import Certificate
 from fixpoint.chains.error_control import Norms, judge
 from fixpoint.chains.sweep import Past
 from fixpoint.engine.ambient import without_autocast
-from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.loop import Map, Watcher
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, handing_over, tensor_like
 from fixpoint.engine.tolerance import Array, Status, Tolerance, to_host
@@ -62,17 +61,13 @@ def iterate_windows(
     tolerance: Tolerance,
     *,
     max_evals: int,
-    check_every: int = 1,
     record: bool = False,
     watch: Watcher | None = None,
-    compaction: Compaction | None = None,
 ) -> LoopResult:
     """Evaluate windows of ``f`` and sweep along them until every row of ``z`` ``(B, T * D)`` has ended.
 
-    Options as for ``iterate``. Two of them have no effect: chains are checked after every evaluation, whatever
-    ``check_every`` is, and what is done is not evaluated again, with or without a ``compaction``.
+    Options as for ``iterate``. Chains are checked after every evaluation, and what is done is not evaluated again.
     """
-    del check_every, compaction
     run = ChainRun(z, sweeper, tolerance)
     with handing_over(run.outcome):
         while run.remaining and run.nfev < max_evals:

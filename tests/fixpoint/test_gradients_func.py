@@ -189,7 +189,7 @@ def test_truncated_rules_under_transformations_equal_their_plain_gradients(A, b,
 
 
 def test_unsupported_combinations_say_so(A, b):
-    with pytest.raises(ValueError, match="callback and keep"):
+    with pytest.raises(ValueError, match="callback and keep_states"):
         grad(lambda A: solved(A, b, callback=lambda progress: None).sum())(A)
     for rule in (fixpoint.Reversible(), fixpoint.Neumann(terms=2), fixpoint.SHINE()):
         with pytest.raises(ValueError, match=r"under torch\.func"):

@@ -238,7 +238,7 @@ def test_fixed_depth():
 
 
 def test_states_on_the_way_are_arrays():
-    sol = fixpoint.solve(np.cos, np.zeros(2), solver=fixpoint.Picard(), keep=(1, 3))
+    sol = fixpoint.solve(np.cos, np.zeros(2), solver=fixpoint.Picard(), keep_states=(1, 3))
     np.testing.assert_array_equal(sol.states[1], np.zeros(2))
     np.testing.assert_array_equal(sol.states[3], np.cos(np.cos(np.zeros(2))))
     assert all(isinstance(state, np.ndarray) for state in sol.states.values())

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fixpoint
-from fixpoint import IFT, Broyden, FixedPointLayer, Neumann, Picard, Unroll
+from fixpoint import IFT, Broyden, FixedPointLayer, Picard, Unroll
 
 D = torch.float64
 
@@ -123,13 +123,13 @@ def test_a_rule_that_uses_the_start_gives_it_its_gradient(cell_class):
     assert z0.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("rule", [IFT(rtol=1e-12), Neumann(terms=5)], ids=repr)
 def test_several_incoming_gradients_at_once(rule, normal):
     W, x = 0.2 * normal(3, 3), normal(2, 3, seed=1).requires_grad_()
 
     def value(x):
         z0 = torch.zeros(2, 3, dtype=D)
-        return fixpoint.solve(lambda z, x: torch.tanh(z @ W + x), z0, (x,), rtol=1e-12, backward=rule).value
+        options = {"solver": Broyden(), "rtol": 1e-12, "on_failure": "ignore", "backward": copy.deepcopy(rule)}
+        return fixpoint.solve(lambda z, x: torch.tanh(z @ W + x), z0, (x,), **options).value
 
     one_by_one = torch.autograd.functional.jacobian(value, x)
     torch.testing.assert_close(torch.autograd.functional.jacobian(value, x, vectorize=True), one_by_one)

@@ -191,10 +191,10 @@ def test_it_runs_through_the_loop_and_reports_what_it_knows(normal, cell_class):
     assert fixpoint.solve(cell, z0, (x,), backward=Reversible(steps=4)).trace is None
 
 
-@pytest.mark.parametrize("option", [{"callback": print}, {"keep": (2,)}], ids=["callback", "keep"])
+@pytest.mark.parametrize("option", [{"callback": print}, {"keep_states": (2,)}], ids=["callback", "keep_states"])
 def test_an_option_that_it_cannot_honour_is_refused_before_f_is_evaluated(normal, cell_class, option):
     cell = cell_class()
-    with pytest.raises(ValueError, match=r"callback and keep do not work with Reversible"):
+    with pytest.raises(ValueError, match=r"callback and keep_states do not work with Reversible"):
         fixpoint.solve(cell, torch.zeros(3, 4, dtype=D), (normal(3, 4),), backward=Reversible(), **option)
     assert cell.calls == 0
 

@@ -130,10 +130,10 @@ def test_the_status_is_that_of_the_state_that_is_handed_over():
     assert solution.status.tolist() == [Status.MAX_EVALS, Status.NON_FINITE]
 
 
-@pytest.mark.parametrize("option", [{"callback": print}, {"keep": (2,)}], ids=["callback", "keep"])
+@pytest.mark.parametrize("option", [{"callback": print}, {"keep_states": (2,)}], ids=["callback", "keep_states"])
 def test_an_option_that_cannot_be_honoured_is_refused_before_f_is_evaluated(normal, cell_class, option):
     cell, rule = cell_class(), MultiStepJFB(no_grad=3, grad=2)
-    with pytest.raises(ValueError, match="callback and keep do not work with StochasticJFB"):
+    with pytest.raises(ValueError, match="callback and keep_states do not work with StochasticJFB"):
         fixpoint.solve(cell, torch.zeros(2, 4, dtype=D), (normal(2, 4),), backward=rule, **option)
     assert cell.calls == 0
 

@@ -117,7 +117,8 @@ def test_the_spectral_radius_predicts_the_rate_of_plain_iteration(normal):
 @pytest.mark.parametrize("rule", [IFT(), JFB(), Unroll()], ids=repr)
 def test_kept_states_are_those_of_the_iteration_with_the_gradient_of_one_application(normal, cell_class, rule):
     cell, x = cell_class(), normal(3, 4)
-    sol = fixpoint.solve(cell, torch.zeros(3, 4, dtype=D), (x,), solver=Picard(), backward=rule, keep=(2, 5, 10_000))
+    options = {"solver": Picard(), "backward": rule, "keep_states": (2, 5, 10_000)}
+    sol = fixpoint.solve(cell, torch.zeros(3, 4, dtype=D), (x,), **options)
     assert list(sol.states) == [2, 5]
     z = torch.zeros(3, 4, dtype=D)
     for nfev in range(1, 6):
@@ -138,7 +139,7 @@ def test_kept_states_without_gradients_are_the_evaluated_states(contraction, cou
     f = counted(problem)
     seen = {}
     sol = fixpoint.solve(
-        f, problem.z0, keep=[1, 3], callback=lambda progress: seen.update({progress.nfev: progress.value})
+        f, problem.z0, keep_states=[1, 3], callback=lambda progress: seen.update({progress.nfev: progress.value})
     )
     assert f.calls == sol.nfev
     assert torch.equal(sol.states[1], problem.z0)
@@ -149,7 +150,7 @@ def test_kept_states_without_gradients_are_the_evaluated_states(contraction, cou
 def test_the_correction_loss_weighs_later_states_more():
     w = torch.tensor(0.5, dtype=D, requires_grad=True)
     z0 = torch.zeros(1, dtype=D)
-    sol = fixpoint.solve(lambda z: w * z + 1, z0, solver=Picard(), keep=(3, 1, 2))
+    sol = fixpoint.solve(lambda z: w * z + 1, z0, solver=Picard(), keep_states=(3, 1, 2))
     loss = fixpoint.correction_loss(sol, torch.sum, decay=0.5)
     states = [0.0, 1.0, 1.5]  # f of them: 1, 1.5, 1.75; d/dw of f with the state held: the state
     assert loss.item() == pytest.approx(0.25 * 1 + 0.5 * 1.5 + 1.75)
@@ -161,16 +162,16 @@ def test_what_cannot_work_says_so():
     halve = lambda z: z / 2  # noqa: E731
     z0 = torch.ones(2, 3)
     for options in ({"check_every": 2}, {"depth": 3}):
-        with pytest.raises(ValueError, match="keep needs"):
-            fixpoint.solve(halve, z0, keep=(1,), **options)
+        with pytest.raises(ValueError, match="keep_states needs"):
+            fixpoint.solve(halve, z0, keep_states=(1,), **options)
     with pytest.raises(ValueError, match="found 0"):
-        fixpoint.solve(halve, z0, keep=(0,))
+        fixpoint.solve(halve, z0, keep_states=(0,))
     with pytest.raises(TypeError, match=r"found 1\.5"):
-        fixpoint.FixedPointLayer(halve, keep=(1.5,))
+        fixpoint.FixedPointLayer(halve, keep_states=(1.5,))
     sol = fixpoint.solve(halve, z0)
     with pytest.raises(ValueError, match="empty"):
         fixpoint.correction_loss(sol, torch.sum)
-    sol = fixpoint.solve(halve, z0, keep=(1,))
+    sol = fixpoint.solve(halve, z0, keep_states=(1,))
     with pytest.raises(ValueError, match="found 0"):
         fixpoint.correction_loss(sol, torch.sum, decay=0)
     with pytest.raises(ValueError, match="found 0"):
