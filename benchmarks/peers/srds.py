@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from benchmarks.peers.windows import Callback, Record
 from fixpoint_diffusion.chains import SamplingChain, Transitions, wide
-from fixpoint_diffusion.peers.windows import Callback, Record
 from fixpoint_diffusion.sampling import SamplingResult
 
 
