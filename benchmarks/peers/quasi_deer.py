@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.windows import Callback, carry, slide
-from fixpoint_diffusion.chains import SamplingChain, wide
+from fixpoint_diffusion.chains import SamplingChain
+from fixpoint_diffusion.processes import wide
 from fixpoint_diffusion.sampling import SamplingResult
 
 
