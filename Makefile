@@ -42,7 +42,7 @@ docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 doctest: $(INSTALLED)
-	$(BIN)/python -m pytest --doctest-modules fixpoint fixpoint_diffusion
+	$(BIN)/python -m pytest --doctest-modules fixpoint fixpoint_diffusion benchmarks/peers
 	$(BIN)/sphinx-build -W -q -b doctest docs docs/_build/doctest
 
 mutation: $(INSTALLED)

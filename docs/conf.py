@@ -1,6 +1,12 @@
 """Sphinx configuration."""
 
+import sys
+from pathlib import Path
+
 import fixpoint
+
+# `benchmarks` is not installed: the pages import it from this checkout.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 project = "fixpoint"
 author = "The fixpoint developers"

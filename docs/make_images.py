@@ -17,8 +17,8 @@ import fixpoint
 from fixpoint.plotting import plot_residuals
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, sample
 from fixpoint_diffusion.denoisers import embedded
-from fixpoint_diffusion.drawing import DrawOptions, draw
-from fixpoint_diffusion.grids import save_grid
+from fixpoint_diffusion.sampling.drawing import DrawOptions, draw
+from fixpoint_diffusion.sampling.grids import save_grid
 
 FOLDER = Path(__file__).parent / "images"
 SIZE = (6.4, 3.6)

@@ -16,7 +16,7 @@ except ImportError:  # pragma: no cover
 # torch and diffusers take seconds to import: each command imports what it uses, so that --help is instant.
 if TYPE_CHECKING:
     from fixpoint_diffusion.denoisers import DiffusersDenoiser
-    from fixpoint_diffusion.fpdm import FPDMDenoiser
+    from fixpoint_diffusion.models import FPDMDenoiser
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -123,8 +123,8 @@ def info(
 
     Example: fixpoint-diffusion info ddpm-digits
     """
-    from fixpoint_diffusion.checksums import CHECKSUM_FILE, verify_checksums
     from fixpoint_diffusion.denoisers import EMBEDDED_MODELS
+    from fixpoint_diffusion.denoisers.checksums import CHECKSUM_FILE, verify_checksums
 
     if model is None:
         for name in EMBEDDED_MODELS:
@@ -191,9 +191,9 @@ def sample(
     import numpy as np
 
     from fixpoint_diffusion.denoisers import EMBEDDED_MODELS
-    from fixpoint_diffusion.drawing import DrawOptions, draw
-    from fixpoint_diffusion.grids import save_grid
     from fixpoint_diffusion.metrics import digit_quality
+    from fixpoint_diffusion.sampling.drawing import DrawOptions, draw
+    from fixpoint_diffusion.sampling.grids import save_grid
 
     options = DrawOptions(
         num_images=num_images,

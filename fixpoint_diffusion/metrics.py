@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.data import load_digits, split_held_out
+from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 
 @dataclass(frozen=True, kw_only=True)

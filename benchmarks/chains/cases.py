@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, StochasticDDIMChain, embedded, initial_noise
-from fixpoint_diffusion.data import load_digits
+from fixpoint_diffusion.training.data import load_digits
 
 SHAPE = (1, 8, 8)
 DENOISERS = ("unet", "fpdm", "gaussian", "mixture")

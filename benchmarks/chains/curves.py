@@ -14,9 +14,9 @@ from torch import Tensor
 
 from benchmarks.chains.cases import Setting, batch, chain
 from benchmarks.chains.methods import METHODS, Method
+from benchmarks.peers import paradigms
 from fixpoint import Progress
 from fixpoint_diffusion import DDIMChain
-from fixpoint_diffusion.peers import paradigms
 
 ERRORS = (1e-1, 1e-2, 1e-3)
 _NEAR_ENOUGH = 5e-4  # where a peer is ended

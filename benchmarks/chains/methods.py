@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks.peers import paradigms, parataa, quasi_deer, srds
 from fixpoint import Anderson, CausalQuasiNewton, Picard, Progress, Solver
 from fixpoint_diffusion import DDIMChain, SamplingResult, deq_ddim_settings, sample
-from fixpoint_diffusion.peers import paradigms, parataa, quasi_deer, srds
 
 RTOL = 1e-3
 FULL_WINDOW = "ours, full window"

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from benchmarks.chains.cases import SHAPE, batch
 from benchmarks.chains.methods import ours
 from fixpoint_diffusion import embedded, initial_noise
-from fixpoint_diffusion.data import load_digits, split_held_out
 from fixpoint_diffusion.metrics import frechet_distance
+from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 _BATCH = 250
 Sampler = Callable[[range], Tensor]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from benchmarks.device.common import Part
 from fixpoint_diffusion import NoiseSchedule
-from fixpoint_diffusion.data import load_digits
 from fixpoint_diffusion.denoisers import DiffusersDenoiser
-from fixpoint_diffusion.fpdm.blocks import DiTBlock, Head, TimestepEmbedding, sincos_positions
+from fixpoint_diffusion.models.blocks import DiTBlock, Head, TimestepEmbedding, sincos_positions
+from fixpoint_diffusion.training.data import load_digits
 
 TRAINING_SECONDS = 60.0
 _XL = {"width": 1152, "heads": 16, "depth": 28}

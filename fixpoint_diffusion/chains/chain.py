@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fixpoint_diffusion.chains.transitions import Transitions, wide
-from fixpoint_diffusion.prior import GaussianPrior
+from fixpoint_diffusion.processes import GaussianPrior, Transitions, wide
 
 Denoiser = Callable[..., Tensor]
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fixpoint_diffusion.chains.chain import Denoiser, SamplingChain
-from fixpoint_diffusion.chains.transitions import Transitions
-from fixpoint_diffusion.schedules import NoiseSchedule
+from fixpoint_diffusion.processes import NoiseSchedule, Transitions
 
 
 class DDIMChain(SamplingChain):

@@ -8,9 +8,7 @@ from torch import Tensor
 
 from fixpoint_diffusion.chains.chain import Denoiser
 from fixpoint_diffusion.chains.ddim import DDIMChain
-from fixpoint_diffusion.chains.transitions import Transitions
-from fixpoint_diffusion.noise import step_noise
-from fixpoint_diffusion.schedules import NoiseSchedule
+from fixpoint_diffusion.processes import NoiseSchedule, Transitions, step_noise
 
 
 class StochasticDDIMChain(DDIMChain):

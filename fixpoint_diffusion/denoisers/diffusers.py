@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fixpoint_diffusion.prior import GaussianPrior
-
-if TYPE_CHECKING:
-    from fixpoint_diffusion.fpdm import FPDMDenoiser
+from fixpoint_diffusion.models import FPDMDenoiser
+from fixpoint_diffusion.processes import GaussianPrior
 
 WEIGHTS = "diffusion_pytorch_model"
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -128,8 +126,6 @@ def load_denoiser(
     model_folder = _find_model_folder(folder)
     config = _read_json(model_folder / "config.json")
     if config.get("_class_name") == "FPDM":
-        from fixpoint_diffusion.fpdm import FPDMDenoiser
-
         denoiser = FPDMDenoiser.from_folder(model_folder)
         denoiser.model.to(device=device or "cpu", dtype=dtype or torch.float32).eval().requires_grad_(False)
         return denoiser

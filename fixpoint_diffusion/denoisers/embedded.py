@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from fixpoint_diffusion.checksums import verify_checksums
+from fixpoint_diffusion.denoisers.checksums import verify_checksums
 from fixpoint_diffusion.denoisers.diffusers import DiffusersDenoiser, load_denoiser
-
-if TYPE_CHECKING:
-    from fixpoint_diffusion.fpdm import FPDMDenoiser
+from fixpoint_diffusion.models import FPDMDenoiser
 
 EMBEDDED_MODELS = ("ddpm-digits", "fpdm-digits")
 

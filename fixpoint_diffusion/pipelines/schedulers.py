@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from fixpoint_diffusion.chains.transitions import Transitions, check_timesteps
+from fixpoint_diffusion.processes.transitions import Transitions, check_timesteps
 
 DDPM_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 SERVED = f"DDIMScheduler, and DDPMScheduler with a variance_type of {', '.join(DDPM_VARIANCES)}"

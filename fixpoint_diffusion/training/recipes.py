@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fixpoint_diffusion.checksums import write_checksums
+from fixpoint_diffusion.denoisers.checksums import write_checksums
 from fixpoint_diffusion.denoisers.diffusers import NEEDS_DIFFUSERS, WEIGHTS
-from fixpoint_diffusion.fpdm import FPDM, FPDMConfig, save_fpdm
-from fixpoint_diffusion.prior import GaussianPrior
-from fixpoint_diffusion.training.loop import TrainingConfig, TrainingLog
+from fixpoint_diffusion.models import FPDM, FPDMConfig, save_fpdm
+from fixpoint_diffusion.processes import GaussianPrior
+from fixpoint_diffusion.training.trainer import TrainingConfig, TrainingLog
 
 DIGITS_UNET = {
     "block_out_channels": (32, 64),

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fixpoint_diffusion.data import load_images, split_held_out
-from fixpoint_diffusion.prior import GaussianPrior
-from fixpoint_diffusion.schedules import NoiseSchedule
+from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule
 from fixpoint_diffusion.training.checkpoints import load_record
-from fixpoint_diffusion.training.loop import TrainingConfig, TrainingLog, train
+from fixpoint_diffusion.training.data import load_images, split_held_out
 from fixpoint_diffusion.training.recipes import RECIPES, build_model, export
+from fixpoint_diffusion.training.trainer import TrainingConfig, TrainingLog, train
 
 CHECKPOINT = Path("checkpoint") / "state.safetensors"
 
@@ -30,7 +29,7 @@ class TrainingRun:
     Attributes:
         folder: where the checkpoint and at the end the model go.
         kind: the recipe, a key of ``fixpoint_diffusion.training.recipes.RECIPES``.
-        data: what ``fixpoint_diffusion.data.load_images`` takes.
+        data: what ``fixpoint_diffusion.training.data.load_images`` takes.
         settings: settings of the model's architecture, beyond the recipe's.
         config: settings of training.
         images: what is trained on, ``(N, C, H, W)``.
@@ -144,7 +143,7 @@ class TrainingRun:
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
-            FloatingPointError: as ``fixpoint_diffusion.training.loop.train``.
+            FloatingPointError: as ``fixpoint_diffusion.training.trainer.train``.
         """
         schedule_config = RECIPES[self.kind].schedule_config
         origin = {"kind": self.kind, "data": self.data, "settings": dict(self.settings)}

@@ -16,7 +16,7 @@ from benchmarks.chains.curves import Curve, Outcome, spread
 from benchmarks.chains.methods import BY_NAME, FULL_WINDOW, METHODS, RTOL
 from fixpoint import Recurrence
 from fixpoint_diffusion import NoiseSchedule
-from fixpoint_diffusion.data import load_digits
+from fixpoint_diffusion.training.data import load_digits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MIXTURE = Setting("mixture", 12, 0.0, 1, 1)

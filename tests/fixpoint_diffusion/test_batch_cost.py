@@ -3,7 +3,7 @@
 import torch
 
 from fixpoint_diffusion import DDIMChain, NoiseSchedule
-from fixpoint_diffusion.batch_cost import BatchCost
+from fixpoint_diffusion.sampling.batch_cost import BatchCost
 
 
 def chain(samples: int = 2, steps: int = 50, denoiser=lambda x, t: 0.5 * x) -> DDIMChain:

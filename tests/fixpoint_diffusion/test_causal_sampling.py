@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import fixpoint
 from fixpoint import CausalQuasiNewton, Status
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, StochasticDDIMChain, initial_noise, sample
-from fixpoint_diffusion.studies.chains import embedded_chain
+from fixpoint_diffusion.experiments.chains import embedded_chain
 
 LINEAR = NoiseSchedule.linear()
 
@@ -87,7 +87,7 @@ def test_samples_that_take_turns_are_all_finished(mixture):
 
 
 def test_large_chains_get_a_budget_and_small_ones_do_not(mixture, monkeypatch):
-    from fixpoint_diffusion.batch_cost import BatchCost
+    from fixpoint_diffusion.sampling.batch_cost import BatchCost
 
     monkeypatch.setattr(BatchCost, "measure", classmethod(lambda cls, chain: cls((1, 1000), (0.001, 1.0))))
     large = mixture_chain(mixture, samples=3, steps=300)

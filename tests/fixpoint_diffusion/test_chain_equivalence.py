@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fixpoint
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, StochasticDDIMChain, initial_noise, sample
-from fixpoint_diffusion.schedules import PREDICTION_TYPES, TIMESTEP_SPACINGS
+from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, TIMESTEP_SPACINGS
 
 LINEAR = NoiseSchedule.linear()
 SCHEDULES = {

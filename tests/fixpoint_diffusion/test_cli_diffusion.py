@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from fixpoint_diffusion.checksums import verify_checksums
 from fixpoint_diffusion.cli import app, main
 from fixpoint_diffusion.denoisers import load_denoiser
-from fixpoint_diffusion.prior import PRIOR_FILE
+from fixpoint_diffusion.denoisers.checksums import verify_checksums
+from fixpoint_diffusion.processes.prior import PRIOR_FILE
 from fixpoint_diffusion.training.checkpoints import load_record
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

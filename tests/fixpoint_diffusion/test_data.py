@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 
-from fixpoint_diffusion.data import LabelledImages, load_digits, load_images, split_held_out
+from fixpoint_diffusion.training.data import LabelledImages, load_digits, load_images, split_held_out
 
 
 def test_digits_are_sklearns_in_unit_range() -> None:

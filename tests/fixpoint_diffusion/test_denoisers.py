@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fixpoint_diffusion.checksums import verify_checksums, write_checksums
 from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, DiffusersDenoiser, embedded, embedded_folder, load_denoiser
+from fixpoint_diffusion.denoisers.checksums import verify_checksums, write_checksums
 from tests.fixpoint_diffusion.tiny import tiny_unet
 
 diffusers = pytest.importorskip("diffusers")

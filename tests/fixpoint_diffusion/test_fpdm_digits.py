@@ -7,10 +7,11 @@ import torch
 
 import fixpoint
 from fixpoint_diffusion import NoiseSchedule, initial_noise
-from fixpoint_diffusion.data import load_digits, split_held_out
 from fixpoint_diffusion.denoisers import embedded, embedded_folder
-from fixpoint_diffusion.fpdm import FPDM, fpdm_layer_problem, fpdm_steps, sample_fpdm
 from fixpoint_diffusion.metrics import digit_confidence
+from fixpoint_diffusion.models import FPDM, fpdm_layer_problem
+from fixpoint_diffusion.sampling import fpdm_steps, sample_fpdm
+from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 
 @pytest.fixture(scope="module")

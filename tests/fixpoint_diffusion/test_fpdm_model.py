@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fixpoint
-from fixpoint_diffusion.fpdm import (
+from fixpoint_diffusion.models import (
     FPDM,
     FPDMConfig,
     FPDMDenoiser,
@@ -20,7 +20,7 @@ from fixpoint_diffusion.fpdm import (
     load_fpdm,
     save_fpdm,
 )
-from fixpoint_diffusion.fpdm.blocks import ImplicitBlock, sincos_positions, timestep_features
+from fixpoint_diffusion.models.blocks import ImplicitBlock, sincos_positions, timestep_features
 
 SMALL = FPDMConfig(sample_size=8, patch_size=2, width=16, heads=2)
 

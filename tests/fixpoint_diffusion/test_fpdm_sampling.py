@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fixpoint
-from fixpoint_diffusion.fpdm import FPDM, FPDMConfig, allocate, fpdm_layer_problem, fpdm_steps, sample_fpdm
-from fixpoint_diffusion.noise import step_noise
-from fixpoint_diffusion.schedules import NoiseSchedule
+from fixpoint_diffusion.models import FPDM, FPDMConfig, allocate, fpdm_layer_problem
+from fixpoint_diffusion.processes import NoiseSchedule, step_noise
+from fixpoint_diffusion.sampling import fpdm_steps, sample_fpdm
 
 CONFIG = FPDMConfig(sample_size=4, patch_size=2, width=16, heads=2)
 SCHEDULE = NoiseSchedule.linear().zero_terminal_snr()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fixpoint_diffusion.grids import image_grid, save_grid
+from fixpoint_diffusion.sampling.grids import image_grid, save_grid
 
 
 def test_grid_places_images_row_by_row_between_gaps() -> None:

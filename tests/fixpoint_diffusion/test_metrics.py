@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, metrics
-from fixpoint_diffusion.data import load_digits, split_held_out
 from fixpoint_diffusion.denoisers import embedded
 from fixpoint_diffusion.metrics import digit_confidence, digit_probabilities, digit_quality
+from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 
 def test_classifier_is_accurate_and_calibrated_on_digits_it_never_saw() -> None:

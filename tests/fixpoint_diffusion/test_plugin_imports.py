@@ -1,4 +1,4 @@
-"""The plugin uses the core as anyone else could: by ``fixpoint`` and the names in ``fixpoint.__all__`` alone."""
+"""The plugin's imports: of the core, the names in ``fixpoint.__all__`` alone; of its own folders, those before it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,23 @@ import pytest
 import fixpoint
 import fixpoint_diffusion
 
-FILES = sorted(Path(fixpoint_diffusion.__file__).parent.rglob("*.py"))
+ROOT = Path(fixpoint_diffusion.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+# A folder, or a file that is in none, imports from those before it and from itself.
+ORDER = (
+    "processes",
+    "models",
+    "denoisers",
+    "chains",
+    "sampling",
+    "training",
+    "metrics",
+    "pipelines",
+    "experiments",
+    "problems",
+    "cli",
+    "__init__",
+)
 
 
 def private_uses(source: str) -> list[str]:
@@ -44,7 +60,65 @@ def names_a_module(value: object) -> bool:
     return isinstance(value, str) and value.startswith("fixpoint.") and value != "fixpoint.problems"
 
 
-@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(FILES[0].parent)) for file in FILES])
+def place(file: Path) -> str:
+    """The folder that a file of the plugin is in, or its own name where it is in none."""
+    return file.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def upward_imports(source: str, where: str) -> list[str]:
+    """Everything that source in ``where`` imports of the plugin, at any depth, and that comes after it in the order."""
+    allowed = ORDER[: ORDER.index(where) + 1]
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "fixpoint_diffusion":
+            # A folder, or a public name of the package itself.
+            names = [f"{node.module}.{name.name}" for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = ["." * node.level + (node.module or "")]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "" or (package == "fixpoint_diffusion" and rest.partition(".")[0] not in allowed):
+                found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(ROOT)) for file in FILES])
+def test_plugin_imports_run_one_way(file: Path) -> None:
+    assert place(file) in ORDER, f"{place(file)} is new: say in ORDER what it may import"
+    assert upward_imports(file.read_text(), place(file)) == []
+
+
+def test_the_order_names_what_is_there() -> None:
+    assert {place(file) for file in FILES} == set(ORDER)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from fixpoint_diffusion.sampling import sample",
+        "from fixpoint_diffusion.sampling.sample import sample",
+        "from fixpoint_diffusion import sampling",
+        "from fixpoint_diffusion import DDIMChain",
+        "import fixpoint_diffusion",
+        "import fixpoint_diffusion.training.data",
+        "from ..sampling import sample",
+        "def later():\n    from fixpoint_diffusion.sampling import sample",
+    ],
+)
+def test_the_check_sees_each_way_to_import_upwards(source: str) -> None:
+    assert upward_imports(source, "chains") != []
+
+
+def test_the_check_allows_imports_downwards() -> None:
+    source = "import torch\nfrom fixpoint_diffusion.processes.noise import step_noise\nimport fixpoint"
+    assert upward_imports(source + "\nfrom fixpoint_diffusion.chains.chain import SamplingChain", "chains") == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(ROOT)) for file in FILES])
 def test_plugin_imports_only_public_names_of_the_core(file: Path) -> None:
     assert private_uses(file.read_text()) == []
 

@@ -13,8 +13,8 @@ from fixpoint_diffusion import (
     initial_noise,
     load_denoiser,
 )
-from fixpoint_diffusion.data import load_digits
 from fixpoint_diffusion.denoisers.embedded import embedded_folder
+from fixpoint_diffusion.training.data import load_digits
 
 SCHEDULE = NoiseSchedule.linear()
 
@@ -103,7 +103,7 @@ def test_saved_beside_a_model_it_is_found_again(tmp_path):
 
 @pytest.mark.parametrize("name", ["ddpm-digits", "fpdm-digits"])
 def test_embedded_models_bring_the_prior_of_their_training_images(name):
-    from fixpoint_diffusion.data import split_held_out
+    from fixpoint_diffusion.training.data import split_held_out
 
     denoiser = load_denoiser(embedded_folder(name))
     expected = GaussianPrior.of(split_held_out(load_digits())[0].images)

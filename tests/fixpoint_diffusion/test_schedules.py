@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixpoint_diffusion import NoiseSchedule
-from fixpoint_diffusion.schedules import TIMESTEP_SPACINGS
+from fixpoint_diffusion.processes.schedules import TIMESTEP_SPACINGS
 
 LINEAR = NoiseSchedule.linear()
 ODD_LENGTHS = [1, 2, 3, 7, 10, 25, 33, 50, 61, 100, 333, 500, 999, 1000]  # at 61, diffusers returns 62 trailing ones

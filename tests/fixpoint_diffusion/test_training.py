@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fixpoint_diffusion.schedules import NoiseSchedule
+from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.training.checkpoints import TrainingState, load_state, save_state
-from fixpoint_diffusion.training.loop import TrainingConfig, diffusion_loss, learning_rate_at, loss_weight, train
+from fixpoint_diffusion.training.trainer import TrainingConfig, diffusion_loss, learning_rate_at, loss_weight, train
 
 SCHEDULE = NoiseSchedule.linear().alphas_cumprod
 TINY = TrainingConfig(steps=12, batch_size=4, warmup_steps=3, ema_decay=0.9, log_every=5, checkpoint_every=100)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, Solver
 from fixpoint_diffusion.chains import DDIMChain, StochasticDDIMChain
-from fixpoint_diffusion.fpdm import FPDMDenoiser, sample_fpdm
-from fixpoint_diffusion.noise import initial_noise
-from fixpoint_diffusion.sampling import sample
-from fixpoint_diffusion.schedules import NoiseSchedule
+from fixpoint_diffusion.models import FPDMDenoiser
+from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
+from fixpoint_diffusion.sampling.fpdm import sample_fpdm
+from fixpoint_diffusion.sampling.sample import sample
 
 if TYPE_CHECKING:
     from fixpoint_diffusion.denoisers import DiffusersDenoiser

@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fixpoint import Anderson, Blockwise, CausalQuasiNewton, Progress, Solution, Solver, solve
-from fixpoint_diffusion.batch_cost import BatchCost
 from fixpoint_diffusion.chains import SamplingChain
+from fixpoint_diffusion.sampling.batch_cost import BatchCost
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from fixpoint import Anderson, Broyden, Picard, Solution, Solver, bench, solve
-from fixpoint_diffusion.chains import Transitions, wide
 from fixpoint_diffusion.denoisers import embedded
-from fixpoint_diffusion.fpdm import FPDM, FPDMDenoiser, FPDMLayerProblem, fpdm_layer_problem, sample_fpdm
 from fixpoint_diffusion.metrics import digit_quality
-from fixpoint_diffusion.noise import initial_noise
-from fixpoint_diffusion.schedules import NoiseSchedule
+from fixpoint_diffusion.models import FPDM, FPDMDenoiser, FPDMLayerProblem, fpdm_layer_problem
+from fixpoint_diffusion.processes import NoiseSchedule, Transitions, initial_noise, wide
+from fixpoint_diffusion.sampling import sample_fpdm
 
 SOLVERS: dict[str, Solver] = {"Picard": Picard(), "Anderson": Anderson(), "Broyden": Broyden()}
 RTOLS = (1e-2, 1e-3, 1e-4)

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.chains import SamplingChain, Transitions, wide
-from fixpoint_diffusion.peers.windows import Callback, Record
+from benchmarks.peers.windows import Callback, Record
+from fixpoint_diffusion.chains import SamplingChain
+from fixpoint_diffusion.processes import Transitions, wide
 from fixpoint_diffusion.sampling import SamplingResult
 
 

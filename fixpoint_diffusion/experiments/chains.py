@@ -13,9 +13,8 @@ from torch import Tensor
 from fixpoint import CausalQuasiNewton, Picard, Progress, bench
 from fixpoint_diffusion.chains import DDIMChain, StochasticDDIMChain
 from fixpoint_diffusion.denoisers import embedded
-from fixpoint_diffusion.noise import initial_noise
+from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.sampling import deq_ddim_settings, sample
-from fixpoint_diffusion.schedules import NoiseSchedule
 
 MAX_ROUNDS = 50  # of whatever the paper sets no limit for
 COLUMNS = ("chain", "method", "rounds", "denoiser rows", "seconds", "error of x_0", "converged")

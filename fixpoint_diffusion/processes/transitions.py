@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.schedules import PREDICTION_TYPES, NoiseSchedule, check_choice
+from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, NoiseSchedule, check_choice
 
 
 def wide(x: Tensor) -> Tensor:

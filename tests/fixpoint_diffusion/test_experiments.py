@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fixpoint
+from fixpoint_diffusion.experiments import chains, fpdm
 from fixpoint_diffusion.problems import ddim_chain, fpdm_layer, sddim_chain
-from fixpoint_diffusion.studies import chains, fpdm
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peers import paradigms, parataa, quasi_deer, srds
+from benchmarks.peers.windows import slide
 from fixpoint import Progress, Status
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, StochasticDDIMChain, initial_noise
 from fixpoint_diffusion.chains import SamplingChain
-from fixpoint_diffusion.peers import paradigms, parataa, quasi_deer, srds
-from fixpoint_diffusion.peers.windows import slide
 
 SCHEDULE = NoiseSchedule.linear()
 T = 12

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fixpoint_diffusion.fpdm.config import FPDMConfig
-from fixpoint_diffusion.fpdm.model import FPDM
-from fixpoint_diffusion.prior import GaussianPrior
+from fixpoint_diffusion.models.fpdm import FPDM
+from fixpoint_diffusion.models.fpdm_config import FPDMConfig
+from fixpoint_diffusion.processes import GaussianPrior
 
 CLASS_NAME = "FPDM"
 CONFIG_FILE = "config.json"
@@ -85,7 +85,7 @@ class FPDMDenoiser:
     """An FPDM as a denoiser: ``denoiser(x, t)`` returns the network's raw output for ``x`` ``(N, C, H, W)``.
 
     Every call starts the layer anew from the pre blocks' output, so that a row's result depends on that row alone;
-    reuse between timesteps belongs to :func:`~fixpoint_diffusion.fpdm.sample_fpdm`.
+    reuse between timesteps belongs to :func:`~fixpoint_diffusion.sampling.sample_fpdm`.
 
     Args:
         model: The model; what it learned of the variance is dropped.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint import Backward, FixedPointLayer, Picard, Solution, Solver, StochasticJFB, Unroll
-from fixpoint_diffusion.fpdm.blocks import (
+from fixpoint_diffusion.models.blocks import (
     DiTBlock,
     Head,
     ImplicitBlock,
@@ -16,7 +16,7 @@ from fixpoint_diffusion.fpdm.blocks import (
     TimestepEmbedding,
     sincos_positions,
 )
-from fixpoint_diffusion.fpdm.config import FPDMConfig
+from fixpoint_diffusion.models.fpdm_config import FPDMConfig
 
 
 class FPDM(nn.Module):

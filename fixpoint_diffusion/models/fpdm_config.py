@@ -13,7 +13,7 @@ _SIZES = {"S": (384, 6), "B": (768, 12), "L": (1024, 16), "XL": (1152, 16)}
 
 @dataclass(frozen=True, kw_only=True)
 class FPDMConfig:
-    """Architecture and training bounds of an :class:`~fixpoint_diffusion.fpdm.FPDM`.
+    """Architecture and training bounds of an :class:`~fixpoint_diffusion.models.FPDM`.
 
     Args:
         sample_size: Height and width of the (square) image or latent, in pixels.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fixpoint import Progress, Solution, Status
-from fixpoint_diffusion.chains import SamplingChain, wide
+from fixpoint_diffusion.chains import SamplingChain
+from fixpoint_diffusion.processes import wide
 from fixpoint_diffusion.sampling import SamplingResult
 
 Callback = Callable[[Progress], object]

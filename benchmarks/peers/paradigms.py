@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.chains import SamplingChain, Transitions
-from fixpoint_diffusion.peers.windows import Callback, carry, slide
+from benchmarks.peers.windows import Callback, carry, slide
+from fixpoint_diffusion.chains import SamplingChain
+from fixpoint_diffusion.processes import Transitions
 from fixpoint_diffusion.sampling import SamplingResult
 
 

@@ -10,11 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fixpoint import Picard, Solution, Solver
-from fixpoint_diffusion.chains import Transitions, wide
-from fixpoint_diffusion.fpdm.allocation import iterations_per_step
-from fixpoint_diffusion.fpdm.model import FPDM
-from fixpoint_diffusion.noise import step_noise
-from fixpoint_diffusion.schedules import NoiseSchedule
+from fixpoint_diffusion.models.allocation import iterations_per_step
+from fixpoint_diffusion.models.fpdm import FPDM
+from fixpoint_diffusion.processes import NoiseSchedule, Transitions, step_noise, wide
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def sample_fpdm(
 
     Source: Bai and Melas-Kyriazi, CVPR 2024, Sec. 3.3; footnote 4 for the cost.
 
-    >>> from fixpoint_diffusion.fpdm import FPDM, FPDMConfig
+    >>> from fixpoint_diffusion.models import FPDM, FPDMConfig
     >>> model = FPDM(FPDMConfig(width=16, heads=2))
     >>> schedule = NoiseSchedule.linear().zero_terminal_snr()
     >>> samples = sample_fpdm(model, torch.randn(2, 1, 8, 8), schedule, steps=10, iterations=3)
@@ -165,7 +163,7 @@ def fpdm_steps(
 
     Arguments and errors are those of :func:`sample_fpdm`.
 
-    >>> from fixpoint_diffusion.fpdm import FPDM, FPDMConfig
+    >>> from fixpoint_diffusion.models import FPDM, FPDMConfig
     >>> model = FPDM(FPDMConfig(width=16, heads=2))
     >>> schedule = NoiseSchedule.linear().zero_terminal_snr()
     >>> [step.timestep for step in fpdm_steps(model, torch.randn(2, 1, 8, 8), schedule, steps=4)]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fixpoint import CausalQuasiNewton, Recurrence, solve
-from fixpoint_diffusion.chains.transitions import Transitions, wide
+from fixpoint_diffusion.processes.transitions import Transitions, wide
 
 PRIOR_FILE = "prior.safetensors"
 _LARGEST_BASIS = 4096
@@ -29,7 +29,7 @@ class GaussianPrior:
         basis: ``(D, D)`` float64, orthogonal; None: the entries themselves.
 
     Example:
-        >>> from fixpoint_diffusion.data import load_digits
+        >>> from fixpoint_diffusion.training.data import load_digits
         >>> prior = GaussianPrior.of(load_digits().images)
         >>> prior.variances.shape, prior.basis.shape
         (torch.Size([64]), torch.Size([64, 64]))

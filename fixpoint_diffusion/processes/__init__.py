@@ -1,0 +1,8 @@
+"""What a denoiser is trained on and a sampler goes back along: schedules, one step's coefficients, noise, the prior."""
+
+from fixpoint_diffusion.processes.noise import initial_noise, step_noise
+from fixpoint_diffusion.processes.prior import GaussianPrior
+from fixpoint_diffusion.processes.schedules import NoiseSchedule
+from fixpoint_diffusion.processes.transitions import Transitions, wide
+
+__all__ = ["GaussianPrior", "NoiseSchedule", "Transitions", "initial_noise", "step_noise", "wide"]
