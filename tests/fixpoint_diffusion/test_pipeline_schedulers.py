@@ -168,6 +168,23 @@ def test_nothing_is_drawn_for_a_deterministic_loop() -> None:
     assert torch.equal(generator.get_state(), torch.Generator().manual_seed(0).get_state())
 
 
+def test_noise_has_the_channels_of_the_images_where_the_network_predicts_variances_too() -> None:
+    noises = []
+    for variance_type, channels in (("fixed_small", 3), ("learned_range", 6)):
+        scheduler = DDPMScheduler(variance_type=variance_type)
+        scheduler.set_timesteps(5)
+        noises.append(
+            scheduler_noise(
+                scheduler,
+                (2, channels, 4),
+                generator=torch.Generator().manual_seed(0),
+                dtype=torch.float64,
+                device=torch.device("cpu"),
+            )
+        )
+    assert torch.equal(*noises)
+
+
 def test_timesteps_beyond_the_schedule_are_refused() -> None:
     """An offset moves the first of a thousand steps to 1000, where diffusers' loop runs out of its table."""
     scheduler = DDIMScheduler(steps_offset=1)

@@ -18,7 +18,7 @@ from diffusers.schedulers import scheduling_ddpm, scheduling_ddpm_parallel
 from torch import Tensor
 
 import fixpoint
-from fixpoint_diffusion import DDIMChain, NoiseSchedule, SamplingChain, StochasticDDIMChain, sample
+from fixpoint_diffusion import DDIMChain, NoiseSchedule, SamplingChain, StochasticDDIMChain, Transitions, sample
 from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.processes import Clip, DynamicThreshold, SamplerConfig
 from fixpoint_diffusion.processes.scheduler_tables import CLASSES, DDIM_CLASSES, DDPM_CLASSES, SOLVER_CLASSES
@@ -205,6 +205,12 @@ def test_learned_variance_is_solved_in_parallel() -> None:
     for solver in (fixpoint.Picard(), fixpoint.CausalQuasiNewton()):
         result = sample(chain, solver=solver, rtol=1e-9)
         torch.testing.assert_close(result.trajectory, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_variances_of_ddpm_need_all_of_its_noise() -> None:
+    schedule = NoiseSchedule.linear()
+    with pytest.raises(ValueError, match=r"variance_type='fixed_large' is DDPM's and needs eta=1, got eta=0\.5"):
+        Transitions.of(schedule, schedule.timesteps(5), eta=0.5, variance_type="fixed_large")
 
 
 def test_a_learned_variance_that_is_not_there_is_missed() -> None:
