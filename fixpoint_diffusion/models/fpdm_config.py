@@ -72,7 +72,7 @@ class FPDMConfig:
             raise ValueError(f"width must be a multiple of 4 and of heads, got width {self.width}, heads {self.heads}")
         ratio = self.mlp_ratio
         if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 < ratio < float("inf"):
-            raise ValueError(f"FPDMConfig.mlp_ratio must be a positive number, got {ratio!r}")
+            raise ValueError(f"FPDMConfig.mlp_ratio must be positive and finite, got {ratio!r}")
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {self.prediction_type!r}")
 
