@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fixpoint_diffusion.chains.chain import Denoiser, SamplingChain
+from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import SamplerConfig, X0Hook, step_noise
 
 
@@ -49,7 +50,7 @@ def chain_from_scheduler(
     """
     config = scheduler if isinstance(scheduler, SamplerConfig) else SamplerConfig.from_diffusers(scheduler)
     transitions = config.transitions(
-        steps, eta=eta, x0_hook=x0_hook, prediction_type=getattr(denoiser, "prediction_type", None)
+        steps, eta=eta, x0_hook=x0_hook, prediction_type=describe(denoiser).prediction_type
     )
     noise = None
     if bool((transitions.sigma > 0).any()) or transitions.learned_variance:

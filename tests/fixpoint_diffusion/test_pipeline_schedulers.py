@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fixpoint_diffusion import SamplingChain
+from fixpoint_diffusion.pipelines import ParallelDDPMPipeline
 from fixpoint_diffusion.pipelines.schedulers import check_scheduler, scheduler_noise, scheduler_transitions
+from tests.fixpoint_diffusion.tiny import tiny_unet
 
 X_T = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 PREDICTIONS = st.sampled_from(["epsilon", "v_prediction", "sample"])
@@ -258,3 +260,17 @@ def test_schedulers_that_cannot_be_read_are_named(scheduler: Any, message: str) 
 )
 def test_schedulers_that_can_be_served_pass(scheduler: Any) -> None:
     check_scheduler(scheduler)
+
+
+@pytest.mark.parametrize("variance_type", ["learned_range", "fixed_large"])
+def test_the_pipeline_of_a_network_that_predicts_variances_is_that_of_diffusers(variance_type: str) -> None:
+    torch.manual_seed(0)
+    unet = tiny_unet(out_channels=2 if variance_type == "learned_range" else 1)
+    scheduler = DDPMScheduler(variance_type=variance_type, thresholding=True, sample_max_value=1.5)
+    images = []
+    for kind in (diffusers.DDPMPipeline, ParallelDDPMPipeline):
+        pipe = kind(unet, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        options = {"batch_size": 2, "num_inference_steps": 8, "output_type": "np"}
+        images.append(torch.from_numpy(pipe(generator=torch.manual_seed(1), **options).images))
+    torch.testing.assert_close(images[1], images[0], rtol=0, atol=2e-3)

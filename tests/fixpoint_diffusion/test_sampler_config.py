@@ -216,7 +216,7 @@ def test_variances_of_ddpm_need_all_of_its_noise() -> None:
 def test_a_learned_variance_that_is_not_there_is_missed() -> None:
     config = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
     chain = chain_from_scheduler(network("epsilon", 3), X_T, config, steps=8)
-    with pytest.raises(ValueError, match=r"\[2, 6, 4\].*it returned torch.Size\(\[2, 3, 4\]\)"):
+    with pytest.raises(ValueError, match=r"(2, 6, 4|twice the channels)"):
         chain.sequential()
 
 
