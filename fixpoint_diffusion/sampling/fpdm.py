@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fixpoint import Picard, Solution, Solver
+from fixpoint_diffusion.denoisers.modules import compute_dtype
 from fixpoint_diffusion.models.allocation import iterations_per_step
 from fixpoint_diffusion.models.fpdm import FPDM
 from fixpoint_diffusion.processes import NoiseSchedule, Transitions, step_noise, wide
@@ -172,12 +173,12 @@ def fpdm_steps(
     counts = iterations_per_step(iterations, steps)
     timesteps = schedule.timesteps(steps, spacing)
     transitions = Transitions.of(schedule, timesteps, eta=eta, prediction_type=model.config.prediction_type)
-    parameter = next(model.parameters())
+    dtype = compute_dtype(model, x_T.dtype)
     latent, z0 = x_T, None
     for k, count in enumerate(counts):
         timestep = int(timesteps[k])
         output, solution = model(
-            latent.to(parameter.dtype),
+            latent.to(dtype),
             torch.tensor(timestep, device=latent.device),
             y,
             z0,

@@ -185,7 +185,8 @@ def test_rounds_and_rows_are_counted_and_a_split_call_is_one_round(mixture) -> N
 
     chain = make_chain(denoiser, steps=6, max_rows=5)
     split = chain(chain.z0)
-    assert (chain.rounds, chain.evals, seen) == (1, 12, [5, 5, 2])
+    assert (chain.rounds, chain.evals, seen) == (1, 12, [5, chain.check_evals, 5, 2])
+    assert chain.check_evals == 3
     chain.sequential()
     assert (chain.rounds, chain.evals) == (7, 24)
     chain.reset_counters()
@@ -266,8 +267,11 @@ def test_pure_noise_start_needs_a_prediction_of_v_or_the_sample(mixture) -> None
         ({"timesteps": torch.tensor([1000, 3])}, ValueError, "descend strictly"),
         ({"timesteps": torch.tensor([3, -1])}, ValueError, "descend strictly"),
         ({"timesteps": torch.tensor([], dtype=torch.int64)}, ValueError, "shape"),
-        ({"timesteps": torch.tensor([3.0, 1.0])}, TypeError, "tensor of integers, got torch.float32"),
-        ({"timesteps": [3, 1]}, TypeError, "tensor of integers, got list"),
+        ({"timesteps": torch.tensor([3.0, 1.5])}, ValueError, "whole numbers.*entry 1 is 1.5: round them"),
+        ({"timesteps": torch.tensor([float("nan")])}, ValueError, "whole numbers.*entry 0 is nan"),
+        ({"timesteps": torch.tensor([3.0, 1.0]).bfloat16()}, TypeError, "tensor of integers.*got torch.bfloat16"),
+        ({"timesteps": [3, 1]}, TypeError, "tensor of integers.*got list"),
+        ({"clip_sample": 1.0, "x0_hook": lambda x_0, step, sample: x_0}, ValueError, "either clip_sample or x0_hook"),
         ({"max_rows": 0}, ValueError, "max_rows must be at least 1"),
         ({"x_T": torch.ones(2, 3, dtype=torch.int64)}, ValueError, "floating-point"),
         ({"eta": 1.0, "noise": torch.zeros(2, 9, 3)}, ValueError, "shape is .*, expected .*50"),
