@@ -24,6 +24,7 @@ ORDER = (
     "pipelines",
     "experiments",
     "problems",
+    "commands",
     "cli",
     "__init__",
 )
