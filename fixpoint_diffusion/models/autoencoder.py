@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CLASS_NAME = "AutoencoderKL"
 
 
 class LatentDecoder:
@@ -49,6 +52,7 @@ class LatentDecoder:
             if not (folder / "vae" / "config.json").is_file():
                 raise FileNotFoundError(f"{folder} holds no autoencoder: expected config.json in it or in vae/")
             folder = folder / "vae"
+        _check_class(folder / "config.json")
         with torch.random.fork_rng(devices=[]):
             try:
                 vae, report = AutoencoderKL.from_pretrained(
@@ -86,3 +90,14 @@ class LatentDecoder:
         """Images ``(N, C, H, W)``, about in [-1, 1], from latents ``(N, c, h, w)``."""
         config = self.vae.config
         return self.vae.decode(latents / config.scaling_factor + (config.get("shift_factor") or 0.0)).sample
+
+
+def _check_class(config: Path) -> None:
+    """Before diffusers reads another model's weights into an autoencoder, and warns of every one."""
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{config} is not valid JSON: {error}") from error
+    name = values.get("_class_name") if isinstance(values, dict) else type(values).__name__
+    if name != CLASS_NAME:
+        raise ValueError(f"{config} describes a {name}, expected an {CLASS_NAME}")

@@ -204,13 +204,13 @@ class RunFolder:
         existing = next(
             folder for folder in (self.folder.absolute(), *self.folder.absolute().parents) if folder.exists()
         )
-        free = shutil.disk_usage(existing).free
+        disk = shutil.disk_usage(existing)
         each = 100 if self.format == ImageFormat.png else 4 * int(np.prod(image_shape))
         need = (self.num_images - self.done) * each
-        if need > free:
+        if need > disk.free and disk.total:  # a file system that knows no size says 0
             raise OSError(
-                f"{self.num_images} images of {'x'.join(map(str, image_shape))} need at least {need / 1e9:,.1f} GB, "
-                f"and the disk of {self.folder} has {free / 1e9:,.1f} GB left"
+                f"{self.num_images} images of {'x'.join(map(str, image_shape))} need at least {need / 1e9:,.3f} GB, "
+                f"and the disk of {self.folder} has {disk.free / 1e9:,.3f} GB left"
             )
 
 
