@@ -316,7 +316,7 @@ def test_autoencoder_in_a_pipeline_folder_is_found(vae: Path, tmp_path: Path) ->
         ("ddpm-digits", ("--class", "1"), "this model has none"),
         ("ddpm-digits", ("--vae", "vae"), "the autoencoder decodes 4xHxW"),
         ("ddpm-digits", ("--vae", "no-such"), "no autoencoder folder"),
-        ("ddpm-digits", ("--vae", "unet"), "describes a UNet2DModel, expected an AutoencoderKL"),
+        ("ddpm-digits", ("--vae", "unet"), "_class_name is 'UNet2DModel'; expected 'AutoencoderKL'"),
         ("dit", ("--format", "png", "--class", "0"), "PNG holds images of 1 or 3 channels"),
         ("", (), "no model folder"),
         ("unet/config.json", (), "no model folder"),
