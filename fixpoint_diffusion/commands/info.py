@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fixpoint_diffusion.commands.shared import open_model
+
+if TYPE_CHECKING:
+    from fixpoint_diffusion.denoisers.protocol import ConditioningInput
 
 
 def info(
@@ -17,9 +20,8 @@ def info(
 
     Example: fixpoint-diffusion info ddpm-digits
     """
-    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS
+    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, describe
     from fixpoint_diffusion.denoisers.checksums import CHECKSUM_FILE, verify_checksums
-    from fixpoint_diffusion.sampling.job import class_labels_of
 
     if model is None:
         for name in EMBEDDED_MODELS:
@@ -30,6 +32,7 @@ def info(
         typer.echo("\nMore of one: fixpoint-diffusion info NAME_OR_FOLDER")
         return
     denoiser, folder = open_model(model)
+    about = describe(denoiser)
     checked = (folder / CHECKSUM_FILE).is_file()
     schedule = denoiser.schedule_config
     rows = {
@@ -38,8 +41,9 @@ def info(
         "parameters": f"{sum(p.numel() for p in denoiser.model.parameters()):,}",
         "weights": f"{sum(p.stat().st_size for p in folder.rglob('*.safetensors')) / 1e6:.2f} MB",
         "samples": "any size" if denoiser.sample_shape is None else "x".join(map(str, denoiser.sample_shape)),
-        "classes": _classes(class_labels_of(denoiser)),
-        "predicts": denoiser.prediction_type,
+        "classes": _classes(about.class_labels),
+        "inputs": ", ".join(["x", "t", *about.conditioning]),
+        "predicts": denoiser.prediction_type + (" and a variance" if about.learned_variance else ""),
         "schedule": "not given" if schedule is None else _schedule(schedule),
         "timesteps": "not given" if schedule is None else _timesteps(schedule),
         "clipping": "not given" if schedule is None else _clipping(schedule),
@@ -49,10 +53,10 @@ def info(
         typer.echo(f"{name:10} {value}")
 
 
-def _classes(known: tuple[int, int | None] | None) -> str:
-    if known is None:
+def _classes(known: ConditioningInput | None) -> str:
+    if known is None or known.num_classes is None:
         return "none"
-    count, null = known
+    count, null = known.num_classes, known.null_label
     return f"{count}, --class 0 to {count - 1}" + ("" if null is None else f"; {null} means no class, for --guidance")
 
 

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 import typer
 
 if TYPE_CHECKING:
-    from fixpoint_diffusion.denoisers import DiffusersDenoiser
-    from fixpoint_diffusion.models import FPDMDenoiser
+    from fixpoint_diffusion.denoisers import NetworkDenoiser
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def open_model(model: str, *, device: str = "cpu") -> tuple[DiffusersDenoiser | FPDMDenoiser, Path]:
+def open_model(model: str, *, device: str = "cpu") -> tuple[NetworkDenoiser, Path]:
     """Load an embedded model by its name, or a model folder; returns the denoiser and the folder.
 
     Raises:

@@ -12,15 +12,14 @@ from tqdm.auto import tqdm
 
 from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, Solver
 from fixpoint_diffusion.chains import DDIMChain, SamplingChain, StochasticDDIMChain
-from fixpoint_diffusion.denoisers import Guided
-from fixpoint_diffusion.models import FPDMDenoiser
+from fixpoint_diffusion.denoisers import FPDMDenoiser, Guided, NetworkDenoiser, describe
+from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.sampling.fpdm import sample_fpdm
 from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, parse_classes
 from fixpoint_diffusion.sampling.sample import sample
 
 if TYPE_CHECKING:
-    from fixpoint_diffusion.denoisers import DiffusersDenoiser
     from fixpoint_diffusion.models.autoencoder import LatentDecoder
 
 SOLVERS: dict[SolverName, Solver] = {
@@ -75,7 +74,7 @@ class SamplingJob:
 
     def __init__(
         self,
-        denoiser: DiffusersDenoiser | FPDMDenoiser,
+        denoiser: NetworkDenoiser,
         options: SamplingOptions,
         *,
         decoder: LatentDecoder | None = None,
@@ -89,7 +88,7 @@ class SamplingJob:
         self._sample_shape = denoiser.sample_shape
         self.image_shape = self._sample_shape if decoder is None else decoder.image_shape(self._sample_shape)
         self._schedule = NoiseSchedule.from_diffusers(denoiser.schedule_config)
-        self._device = next(denoiser.model.parameters()).device
+        self._device = denoiser.device
         self._denoiser = self._prepare(denoiser)
         self._prepare_classes(denoiser)
         # A chain of one image that is not run: whatever does not fit is said before anything is written.
@@ -180,10 +179,10 @@ class SamplingJob:
         x_T, steps, conditioning = self._noise(samples), self.options.steps, {}
         denoiser: Any = self._denoiser
         if (labels := self._model_labels(samples)) is not None:
-            conditioning["class_labels"] = labels
+            conditioning[CLASS_LABELS] = labels
             if self.options.guidance != 1:
                 denoiser = Guided(denoiser, self.options.guidance)
-                conditioning["negative_class_labels"] = torch.full_like(labels, self._null_label or 0)
+                conditioning[f"negative_{CLASS_LABELS}"] = torch.full_like(labels, self._null_label or 0)
         if eta == 0:
             return DDIMChain(denoiser, x_T, self._schedule, steps=steps, conditioning=conditioning)
         return StochasticDDIMChain(
@@ -207,7 +206,7 @@ class SamplingJob:
             labels = torch.full((len(samples),), self._null_label)
         return None if labels is None else labels.to(self._device)
 
-    def _prepare(self, denoiser: DiffusersDenoiser | FPDMDenoiser) -> DiffusersDenoiser | FPDMDenoiser:
+    def _prepare(self, denoiser: NetworkDenoiser) -> NetworkDenoiser:
         options = self.options
         if not isinstance(denoiser, FPDMDenoiser):
             if options.iterations is not None or options.reuse is not None:
@@ -222,30 +221,22 @@ class SamplingJob:
             denoiser.model, schedule_config=denoiser.schedule_config, depth=iterations, prior=denoiser.prior
         )
 
-    def _prepare_classes(self, denoiser: DiffusersDenoiser | FPDMDenoiser) -> None:
-        known = class_labels_of(denoiser)
-        self._null_label = None if known is None else known[1]
+    def _prepare_classes(self, denoiser: NetworkDenoiser) -> None:
+        about = describe(denoiser)
+        if unknown := [name for name in about.conditioning if name != CLASS_LABELS]:
+            raise ValueError(f"this model takes {', '.join(unknown)}, which cannot be given here: sample by a pipeline")
+        known = about.class_labels
+        count = 0 if known is None else known.num_classes or 0
+        self._null_label = None if known is None else known.null_label
         self.classes: tuple[int, ...] | None = None
         if self.options.classes is not None:
             if known is None:
                 raise ValueError("--class is for models with classes, and this model has none")
-            self.classes = parse_classes(self.options.classes, known[0])
+            self.classes = parse_classes(self.options.classes, count)
             if self.options.guidance != 1 and self._null_label is None:
                 raise ValueError("--guidance needs a model that was also trained without labels, and this one was not")
         elif known is not None and self._null_label is None:
-            raise ValueError(f"this model has {known[0]} classes and must be told one: --class 0, or --class all")
-
-
-def class_labels_of(denoiser: Any) -> tuple[int, int | None] | None:
-    """``(num_classes, null_label)`` of a denoiser that takes class labels, None of one that takes none."""
-    config = getattr(denoiser.model, "config", None)
-    if isinstance(denoiser, FPDMDenoiser):
-        count = denoiser.model.config.num_classes
-        return None if count is None else (count, count)
-    if (count := getattr(config, "num_embeds_ada_norm", None)) is not None:
-        return count, count
-    count = getattr(config, "num_class_embeds", None)
-    return None if count is None else (count, None)
+            raise ValueError(f"this model has {count} classes and must be told one: --class 0, or --class all")
 
 
 def _last_latent(chain: SamplingChain, *, progress: bool) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fixpoint_diffusion.denoisers.checksums import write_checksums
-from fixpoint_diffusion.denoisers.diffusers import NEEDS_DIFFUSERS, WEIGHTS
+from fixpoint_diffusion.denoisers.diffusers_models import NEEDS_DIFFUSERS, WEIGHTS
 from fixpoint_diffusion.models import FPDM, FPDMConfig, save_fpdm
 from fixpoint_diffusion.processes import GaussianPrior
 from fixpoint_diffusion.training.trainer import TrainingConfig, TrainingLog
