@@ -49,7 +49,7 @@ class SamplingChain:
     Example:
         >>> from fixpoint_diffusion import NoiseSchedule
         >>> schedule = NoiseSchedule.linear()
-        >>> transitions = Transitions.of(schedule, schedule.timesteps(5), clip_sample=1.0)
+        >>> transitions = Transitions.of(schedule, schedule.timesteps(5))
         >>> def denoiser(x, t, label):
         ...     return x * label.reshape(-1, 1)
         >>> labels = torch.tensor([0.1, 0.9])
@@ -152,7 +152,7 @@ class SamplingChain:
         sample, step = sample.to(x.device), step.to(x.device)
         out = self.denoise(x, sample, step)
         noise = None if self.noise is None else wide(self.noise[sample, step])
-        return self.transitions.step(wide(x), wide(out), step, noise).to(x.dtype)
+        return self.transitions.step(wide(x), wide(out), step, noise, sample).to(x.dtype)
 
     def sequential(self, *, progress: bool = False) -> Tensor:
         """The trajectory of the ordinary sampler, one step after another, with the same noise.
@@ -191,7 +191,8 @@ class SamplingChain:
 
     def denoise_all(self, x: Tensor) -> Tensor:
         """The denoiser's outputs for the inputs of all steps, ``(B, T, *shape)``, in one round."""
-        return self.denoise(x.flatten(0, 1), *self._all_rows()).reshape(x.shape)
+        out = self.denoise(x.flatten(0, 1), *self._all_rows())
+        return out.unflatten(0, x.shape[:2])
 
     def accumulate(self, x: Tensor, out: Tensor) -> Tensor:
         """The right-hand side of Eq. 10 from each step's input and denoiser output, both ``(B, T, *shape)``."""
@@ -213,8 +214,11 @@ class SamplingChain:
         out = self.denoiser(x, self.timesteps.to(x.device)[step], **conditioning)
         if not isinstance(out, Tensor):
             raise ValueError(f"the denoiser must return a tensor, got {type(out).__name__}")
-        for name in ("shape", "dtype", "device"):
-            found, expected = getattr(out, name), getattr(x, name)
+        shape = x.shape
+        if self.transitions.learned_variance:
+            shape = torch.Size([len(x), 2 * x.shape[1], *x.shape[2:]])
+        for name, expected in (("shape", shape), ("dtype", x.dtype), ("device", x.device)):
+            found = getattr(out, name)
             if found != expected:
                 raise ValueError(f"the denoiser must return the {name} of its input, {expected}; it returned {found}")
         return out

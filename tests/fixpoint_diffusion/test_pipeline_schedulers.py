@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -179,24 +180,64 @@ class OtherSteps(DDIMScheduler):
     """A subclass may step in any way."""
 
 
+SOLVERS = [
+    diffusers.PNDMScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.EulerDiscreteScheduler,
+    diffusers.EulerAncestralDiscreteScheduler,
+]
+LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading"}
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_the_advice_for_other_solvers_works_on_latents(kind: type) -> None:
+    """Followed to the letter, on data far beyond [-1, 1]: diffusers' loop, and the exact flow of that data."""
+    pipe = SimpleNamespace(scheduler=kind(**LATENT, steps_offset=1))
+    with pytest.raises(ValueError, match=f"the steps of {kind.__name__} cannot be solved in parallel") as caught:
+        check_scheduler(pipe.scheduler)
+    _, advice = str(caught.value).split("pipe.scheduler = ")
+    pipe.scheduler = eval(advice, {"DDIMScheduler": DDIMScheduler, "pipe": pipe})
+    check_scheduler(pipe.scheduler)
+
+    mean, levels = 9.0, pipe.scheduler.alphas_cumprod.double()
+
+    def latents(x: Tensor, t: Tensor) -> Tensor:
+        """The noise in latents that all have one value."""
+        a = levels[t].reshape(-1, 1)
+        return (x - a.sqrt() * mean) / (1 - a).sqrt()
+
+    pipe.scheduler.set_timesteps(20)
+    x = X_T
+    for t in in_float64(pipe.scheduler).timesteps:
+        x = pipe.scheduler.step(latents(x, t.expand(2)), t, x).prev_sample
+    chain = SamplingChain(latents, X_T, scheduler_transitions(pipe.scheduler))
+    torch.testing.assert_close(chain.sequential()[:, -1], x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(x, torch.full_like(x, mean), rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize(
-    ("scheduler", "name"),
+    ("scheduler", "message"),
     [
-        (diffusers.PNDMScheduler(), "PNDMScheduler cannot"),
-        (diffusers.DPMSolverMultistepScheduler(), "DPMSolverMultistepScheduler cannot"),
-        (diffusers.EulerAncestralDiscreteScheduler(), "EulerAncestralDiscreteScheduler cannot"),
-        (OtherSteps(), "OtherSteps cannot"),
-        (DDPMScheduler(variance_type="learned_range"), "DDPMScheduler with variance_type='learned_range' cannot"),
-        (DDPMScheduler(variance_type="fixed_large_log"), "DDPMScheduler with variance_type='fixed_large_log' cannot"),
-        (DDIMScheduler(thresholding=True), "DDIMScheduler with thresholding=True cannot"),
-        (DDPMScheduler(thresholding=True), "DDPMScheduler with thresholding=True cannot"),
+        (OtherSteps(), "the scheduler OtherSteps is not known"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler describes a flow"),
+        (diffusers.EulerDiscreteScheduler(use_karras_sigmas=True), "with use_karras_sigmas=True cannot be honoured"),
+        (DDPMScheduler(variance_type="fixed_large_log"), "with variance_type='fixed_large_log' cannot be honoured"),
     ],
 )
-def test_schedulers_that_cannot_be_served_are_named_with_those_that_can(scheduler: Any, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} be solved in parallel; .*: DDIMScheduler, and DDPMScheduler"):
+def test_schedulers_that_cannot_be_read_are_named(scheduler: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         check_scheduler(scheduler)
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler(), DDPMScheduler(), DDPMScheduler(variance_type="fixed_large")])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(thresholding=True),
+        DDPMScheduler(variance_type="fixed_large"),
+        DDPMScheduler(variance_type="learned_range", thresholding=True),
+        diffusers.DDIMParallelScheduler(),
+        diffusers.CogVideoXDDIMScheduler(),
+    ],
+)
 def test_schedulers_that_can_be_served_pass(scheduler: Any) -> None:
     check_scheduler(scheduler)
