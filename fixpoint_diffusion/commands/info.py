@@ -34,7 +34,6 @@ def info(
     denoiser, folder = open_model(model)
     about = describe(denoiser)
     checked = (folder / CHECKSUM_FILE).is_file()
-    schedule = denoiser.schedule_config
     rows = {
         "folder": folder,
         "class": type(denoiser.model).__name__,
@@ -44,9 +43,7 @@ def info(
         "classes": _classes(about.class_labels),
         "inputs": ", ".join(["x", "t", *about.conditioning]),
         "predicts": denoiser.prediction_type + (" and a variance" if about.learned_variance else ""),
-        "schedule": "not given" if schedule is None else _schedule(schedule),
-        "timesteps": "not given" if schedule is None else _timesteps(schedule),
-        "clipping": "not given" if schedule is None else _clipping(schedule),
+        **_sampling(denoiser.schedule_config),
         "checksums": f"{len(verify_checksums(folder))} files match" if checked else f"no {CHECKSUM_FILE}",
     }
     for name, value in rows.items():
@@ -60,20 +57,22 @@ def _classes(known: ConditioningInput | None) -> str:
     return f"{count}, --class 0 to {count - 1}" + ("" if null is None else f"; {null} means no class, for --guidance")
 
 
-def _schedule(config: Mapping[str, Any]) -> str:
+def _sampling(config: Mapping[str, Any] | None) -> dict[str, str]:
+    """What the scheduler's configuration says of sampling, or why it is not read."""
+    from fixpoint_diffusion.processes import Clip, SamplerConfig
+
+    if config is None:
+        return {"schedule": "not given"}
+    try:
+        schedule = SamplerConfig.from_diffusers(config).schedule
+    except ValueError as error:
+        return {"schedule": f"cannot be sampled from here: {error}"}
     betas = f"{config.get('beta_schedule')} {config.get('beta_start')}..{config.get('beta_end')}"
     terminal = ", zero terminal SNR" if config.get("rescale_betas_zero_snr") else ""
-    return f"{betas}, {config.get('num_train_timesteps')} timesteps{terminal}"
-
-
-def _timesteps(config: Mapping[str, Any]) -> str:
-    offset = config.get("steps_offset", 0)
-    return f"{config.get('timestep_spacing', 'leading')} spacing" + (f", offset {offset}" if offset else "")
-
-
-def _clipping(config: Mapping[str, Any]) -> str:
-    if config.get("thresholding"):
-        return f"of predicted images, at quantile {config.get('dynamic_thresholding_ratio', 0.995)} of each"
-    if config.get("clip_sample"):
-        return f"of predicted images, to {config.get('clip_sample_range', 1.0)}"
-    return "none"
+    hook = schedule.x0_hook
+    clipping = f"of predicted images, to {hook.limit}" if isinstance(hook, Clip) else f"of predicted images, {hook}"
+    return {
+        "schedule": f"{betas}, {len(schedule)} timesteps{terminal}",
+        "timesteps": f"{schedule.timestep_spacing} spacing, offset {schedule.steps_offset}",
+        "clipping": "none" if hook is None else clipping,
+    }

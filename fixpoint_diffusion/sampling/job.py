@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, Solver
-from fixpoint_diffusion.chains import DDIMChain, SamplingChain, StochasticDDIMChain
+from fixpoint_diffusion.chains import SamplingChain, chain_from_scheduler
 from fixpoint_diffusion.denoisers import FPDMDenoiser, Guided, NetworkDenoiser, describe
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
-from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
+from fixpoint_diffusion.processes import SamplerConfig, initial_noise
 from fixpoint_diffusion.sampling.fpdm import sample_fpdm
 from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, parse_classes
 from fixpoint_diffusion.sampling.sample import sample
@@ -87,7 +87,7 @@ class SamplingJob:
         self._decoder = decoder
         self._sample_shape = denoiser.sample_shape
         self.image_shape = self._sample_shape if decoder is None else decoder.image_shape(self._sample_shape)
-        self._schedule = NoiseSchedule.from_diffusers(denoiser.schedule_config)
+        self._config = SamplerConfig.from_diffusers(denoiser.schedule_config)
         self._device = denoiser.device
         self._denoiser = self._prepare(denoiser)
         self._prepare_classes(denoiser)
@@ -163,8 +163,9 @@ class SamplingJob:
         return sample_fpdm(
             denoiser.model,
             self._noise(samples),
-            self._schedule,
+            self._config.schedule,
             steps=self.options.steps,
+            spacing=self._config.schedule.timestep_spacing,
             iterations=self.settings["iterations"],
             reuse=self.settings["reuse"],
             eta=self.options.eta,
@@ -183,12 +184,10 @@ class SamplingJob:
             if self.options.guidance != 1:
                 denoiser = Guided(denoiser, self.options.guidance)
                 conditioning[f"negative_{CLASS_LABELS}"] = torch.full_like(labels, self._null_label or 0)
-        if eta == 0:
-            return DDIMChain(denoiser, x_T, self._schedule, steps=steps, conditioning=conditioning)
-        return StochasticDDIMChain(
+        return chain_from_scheduler(
             denoiser,
             x_T,
-            self._schedule,
+            self._config,
             steps=steps,
             eta=eta,
             seed=self.options.seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,20 @@ def vae(tmp_path: Path) -> Path:
     return tmp_path / "vae"
 
 
+def tiny_text_unet() -> diffusers.UNet2DConditionModel:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=8,
+    )
+
+
 def saved(model: diffusers.ModelMixin, folder: Path) -> Path:
     model.save_pretrained(folder)
     (folder / "scheduler_config.json").write_text(json.dumps(SCHEDULE))
@@ -230,9 +245,9 @@ def test_pictures_are_the_rounded_images_named_by_number_and_class(tmp_path: Pat
             np.testing.assert_array_equal(np.asarray(picture), pixels[0].numpy())
 
 
-def oracle(model, x_T: torch.Tensor, labels: torch.Tensor, guidance: float, null: int) -> torch.Tensor:
+def oracle(model, x_T: torch.Tensor, labels: torch.Tensor, guidance: float, null: int, scheduler=None) -> torch.Tensor:
     """Guided DDIM by diffusers' own scheduler."""
-    scheduler = diffusers.DDIMScheduler.from_config(SCHEDULE)
+    scheduler = scheduler or diffusers.DDIMScheduler.from_config(SCHEDULE)
     scheduler.set_timesteps(3)
     latent = x_T
     with torch.no_grad():
@@ -243,6 +258,17 @@ def oracle(model, x_T: torch.Tensor, labels: torch.Tensor, guidance: float, null
                 out = without + guidance * (out - without)
             latent = scheduler.step(out, t, latent).prev_sample
     return latent
+
+
+def test_clipping_of_the_schedulers_configuration_is_honoured(tmp_path: Path, conditional_unet: Path) -> None:
+    config = {"_class_name": "DDPMScheduler", "clip_sample": True, "clip_sample_range": 0.5}
+    (conditional_unet / "scheduler_config.json").write_text(json.dumps(config))
+    sampled(tmp_path / "out", "--model", conditional_unet, "--num-images", 2, "--class", 3)
+    scheduler = diffusers.DDIMScheduler(clip_sample=True, clip_sample_range=0.5)
+    model, x_T = load_denoiser(conditional_unet).model, initial_noise(0, range(2), (1, 8, 8))
+    expected = oracle(model, x_T, torch.tensor([3, 3]), 1.0, null=0, scheduler=scheduler)
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "images.npy"), expected, atol=1e-4)
+    assert expected.abs().max() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("solver", ["sequential", "causal"])
@@ -313,6 +339,8 @@ def test_autoencoder_in_a_pipeline_folder_is_found(vae: Path, tmp_path: Path) ->
         ("unet", ("--class", "-1"), "--class takes"),
         ("unet", ("--class", "1", "--guidance", "2"), "trained without labels"),
         ("unet", ("--guidance", "2"), "--guidance needs --class"),
+        ("flow", (), "FlowMatchEulerDiscreteScheduler describes"),
+        ("text", (), "takes encoder_hidden_states"),
         ("ddpm-digits", ("--class", "1"), "this model has none"),
         ("ddpm-digits", ("--vae", "vae"), "the autoencoder decodes 4xHxW"),
         ("ddpm-digits", ("--vae", "no-such"), "no autoencoder folder"),
@@ -354,6 +382,9 @@ def test_what_does_not_fit_ends_in_one_line_and_writes_nothing(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(conditional_unet, "flow")
+    Path("flow/scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    saved(tiny_text_unet(), tmp_path / "text")
     Path("taken").mkdir()
     Path("taken/images.npy").write_text("mine")
     Path("damaged").mkdir()
@@ -403,7 +434,7 @@ def test_info_says_what_a_model_takes(conditional_unet: Path, dit: Path) -> None
     config = {**SCHEDULE, "clip_sample": True, "clip_sample_range": 2.0, "timestep_spacing": "trailing"}
     (dit / "scheduler_config.json").write_text(json.dumps(config))
     facts = CliRunner().invoke(app, ["info", str(dit)]).output
-    for fact in ("4x8x8", "5, --class 0 to 4; 5 means no class", "to 2.0", "trailing", "epsilon"):
+    for fact in ("4x8x8", "5, --class 0 to 4; 5 means no class", "to 2.0", "trailing", "epsilon", "x, t, class_labels"):
         assert fact in facts
     facts = CliRunner().invoke(app, ["info", str(conditional_unet)]).output
     assert re.search(r"classes +4, --class 0 to 3\n", facts)
