@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fixpoint_diffusion.chains.chain import Denoiser, SamplingChain
+from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import Clip, NoiseSchedule, Transitions, X0Hook
 
 
@@ -73,7 +74,7 @@ class DDIMChain(SamplingChain):
         if clip_sample is not None and x0_hook is not None:
             raise ValueError("pass either clip_sample or x0_hook; a hook may clip too")
         if prediction_type is None:
-            prediction_type = getattr(denoiser, "prediction_type", None) or schedule.prediction_type
+            prediction_type = describe(denoiser).prediction_type or schedule.prediction_type
         if timesteps is None:
             timesteps = schedule.timesteps(50 if steps is None else steps, spacing)
         transitions = Transitions.of(

@@ -60,13 +60,15 @@ def _classes(known: ConditioningInput | None) -> str:
 def _sampling(config: Mapping[str, Any] | None) -> dict[str, str]:
     """What the scheduler's configuration says of sampling, or why it is not read."""
     from fixpoint_diffusion.processes import Clip, SamplerConfig
+    from fixpoint_diffusion.processes.scheduler_tables import CLASSES
 
     if config is None:
         return {"schedule": "not given"}
     try:
-        schedule = SamplerConfig.from_diffusers(config).schedule
+        sampler = SamplerConfig.from_diffusers(config)
     except ValueError as error:
         return {"schedule": f"cannot be sampled from here: {error}"}
+    schedule, config = sampler.schedule, {**CLASSES[sampler.class_name], **config}
     betas = f"{config.get('beta_schedule')} {config.get('beta_start')}..{config.get('beta_end')}"
     terminal = ", zero terminal SNR" if config.get("rescale_betas_zero_snr") else ""
     hook = schedule.x0_hook

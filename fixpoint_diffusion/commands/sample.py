@@ -72,9 +72,13 @@ def sample(
             folder.write(batch, seconds=time.perf_counter() - began)
             began = time.perf_counter()
     except KeyboardInterrupt:
+        folder.discard_empty()
         there = f"{folder.done} of {folder.num_images} images"
         typer.echo(f"\nInterrupted; {there} are in {out}. The same command goes on.")
         raise typer.Exit(130) from None
+    except BaseException:
+        folder.discard_empty()
+        raise
     figures = folder.finish(_judge(model, folder))
     width = max(map(len, figures))
     typer.echo("\n".join(f"{name:{width}}  {value}" for name, value in figures.items() if value is not None))

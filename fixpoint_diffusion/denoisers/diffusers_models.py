@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from fixpoint_diffusion.denoisers.diffusers import DiffusersDenoiser
 from fixpoint_diffusion.denoisers.protocol import ConditioningInput
-from fixpoint_diffusion.denoisers.registry import Family, LoadOptions
+from fixpoint_diffusion.denoisers.registry import Family, LoadOptions, family_of
 from fixpoint_diffusion.files import read_json
 from fixpoint_diffusion.models.weights import (
     StoredTensor,
@@ -117,8 +118,9 @@ def refuse_classes(family: str, num_classes: int | None) -> None:
 
 def save_module(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> None:
     """Write ``config.json`` and the weights as diffusers does; the model itself keeps its dtype."""
-    weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in _state(model)}
-    model.save_pretrained(folder, safe_serialization=True, state_dict=weights)  # type: ignore[operator]
+    # By torch's method: that of diffusers warns of modules to be kept in float32, even where there are none.
+    stored: Any = model if dtype is None else nn.Module.to(copy.deepcopy(model), dtype)
+    stored.save_pretrained(folder, safe_serialization=True)
 
 
 def load_module(folder: Path, config: Mapping[str, Any], options: LoadOptions) -> nn.Module:
@@ -140,6 +142,7 @@ def load_module(folder: Path, config: Mapping[str, Any], options: LoadOptions) -
         if hasattr(expected, "_fix_state_dict_keys_on_load"):
             expected._fix_state_dict_keys_on_load(stored)  # names that old versions of diffusers wrote
         check_fit(expected, stored, folder, dtype=options.dtype)
+        _try_out(expected, source)
     # Building the model draws initial weights that the stored ones replace: keep that out of the caller's random state.
     with torch.random.fork_rng(devices=[]):
         try:
@@ -164,8 +167,29 @@ def load_module(folder: Path, config: Mapping[str, Any], options: LoadOptions) -
     return network
 
 
-def _state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [(name, tensor.detach()) for name, tensor in model.state_dict().items()]
+def _try_out(network: nn.Module, source: Path) -> None:
+    """Call a network of a known family on ``meta``, where that costs nothing: settings may fail only there."""
+    family = family_of(network)
+    config: Any = getattr(network, "config", None)
+    if family is None or config is None:
+        return
+    shape = family.sample_shape(config)
+    if shape is None:
+        return
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape):
+        raise ValueError(f"{source} describes samples of shape {shape}; expected positive whole numbers")
+    denoiser, rows = family.denoiser(network.eval()), {}
+    for name, wanted in denoiser.conditioning.items():
+        row = [1 if size == -1 else size for size in wanted.shape]
+        rows[name] = torch.zeros(1, *row, dtype=wanted.dtype, device="meta")
+    try:
+        with torch.no_grad():
+            denoiser(torch.zeros(1, *shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta"), **rows)
+    except NotImplementedError:
+        return
+    except Exception as error:  # as when it was built
+        if "meta" not in str(error):
+            raise ValueError(f"{source} does not describe a usable network: {describe_error(error)}") from error
 
 
 def _stored(folder: Path, variant: str | None, use_safetensors: bool) -> dict[str, StoredTensor]:

@@ -110,9 +110,7 @@ def check_fit(expected: nn.Module, stored: Mapping[str, StoredTensor], source: P
     if problems:
         raise ValueError(f"the weights in {source} do not fit its config.json: {'; '.join(problems)}")
     weights = sum(_bytes(tensor) for tensor in state.values())
-    beside = sum(_bytes(tensor) for tensor in expected.buffers()) - sum(
-        _bytes(tensor) for name, tensor in state.items() if name in dict(expected.named_buffers())
-    )
+    beside = sum(_bytes(tensor) for name, tensor in expected.named_buffers() if name not in state)
     if beside > max(_LARGEST_BUFFERS, 4 * weights):
         raise ValueError(
             f"config.json in {source} asks for {beside / 1e9:.1f} GB beside weights of {weights / 1e9:.3g} GB: "

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fixpoint import Picard, Solution, Solver
+from fixpoint_diffusion.denoisers.modules import compute_dtype
 from fixpoint_diffusion.models.allocation import iterations_per_step
 from fixpoint_diffusion.models.fpdm import FPDM
 from fixpoint_diffusion.processes import NoiseSchedule, Transitions, step_noise, wide
@@ -182,7 +183,7 @@ def fpdm_steps(
     counts = iterations_per_step(iterations, steps)
     timesteps = schedule.timesteps(steps, spacing)
     transitions = Transitions.of(schedule, timesteps, eta=eta, prediction_type=model.config.prediction_type)
-    parameter = next(model.parameters())
+    dtype = compute_dtype(model, x_T.dtype)
     if guidance != 1:
         if y is None or model.config.num_classes is None:
             raise ValueError("guidance needs the classes y, and a model that has classes")
@@ -192,7 +193,7 @@ def fpdm_steps(
         timestep = int(timesteps[k])
         inputs = latent if guidance == 1 else torch.cat([latent, latent])
         output, solution = model(
-            inputs.to(parameter.dtype),
+            inputs.to(dtype),
             torch.tensor(timestep, device=latent.device),
             y,
             z0,

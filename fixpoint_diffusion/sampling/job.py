@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, Solver
 from fixpoint_diffusion.chains import SamplingChain, chain_from_scheduler
-from fixpoint_diffusion.denoisers import FPDMDenoiser, Guided, NetworkDenoiser, describe
+from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided, NetworkDenoiser, describe
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
 from fixpoint_diffusion.processes import SamplerConfig, initial_noise
 from fixpoint_diffusion.sampling.fpdm import sample_fpdm
@@ -183,7 +183,6 @@ class SamplingJob:
             conditioning[CLASS_LABELS] = labels
             if self.options.guidance != 1:
                 denoiser = Guided(denoiser, self.options.guidance)
-                conditioning[f"negative_{CLASS_LABELS}"] = torch.full_like(labels, self._null_label or 0)
         return chain_from_scheduler(
             denoiser,
             x_T,
@@ -207,17 +206,26 @@ class SamplingJob:
 
     def _prepare(self, denoiser: NetworkDenoiser) -> NetworkDenoiser:
         options = self.options
+        variance = self._config.transitions(options.steps, eta=options.eta).learned_variance
         if not isinstance(denoiser, FPDMDenoiser):
             if options.iterations is not None or options.reuse is not None:
                 raise ValueError("--iterations and --reuse are for FPDM models, and this model is none")
-            return denoiser
+            return _with_variance(denoiser) if variance else denoiser
+        if variance and options.solver == SolverName.sequential:
+            raise ValueError(
+                "the steps of an FPDM know no learned variance: take --eta below 1, or a parallel --solver"
+            )
         iterations = options.iterations or DEFAULT_ITERATIONS
         reuse = options.reuse is not False and options.solver == SolverName.sequential
         config = denoiser.model.config
         passes = options.steps * (config.n_pre + iterations + config.n_post)
         self.settings = {"iterations": iterations, "reuse": reuse, "block_passes": passes}
         return FPDMDenoiser(
-            denoiser.model, schedule_config=denoiser.schedule_config, depth=iterations, prior=denoiser.prior
+            denoiser.model,
+            schedule_config=denoiser.schedule_config,
+            depth=iterations,
+            prior=denoiser.prior,
+            learned_variance=variance,
         )
 
     def _prepare_classes(self, denoiser: NetworkDenoiser) -> None:
@@ -236,6 +244,18 @@ class SamplingJob:
                 raise ValueError("--guidance needs a model that was also trained without labels, and this one was not")
         elif known is not None and self._null_label is None:
             raise ValueError(f"this model has {count} classes and must be told one: --class 0, or --class all")
+
+
+def _with_variance(denoiser: NetworkDenoiser) -> NetworkDenoiser:
+    """The same network, whose output keeps what it says of the variance."""
+    return DiffusersDenoiser(
+        denoiser.model,
+        prediction_type=denoiser.prediction_type,
+        schedule_config=denoiser.schedule_config,
+        prior=denoiser.prior,
+        sample_shape=denoiser.sample_shape,
+        learned_variance=True,
+    )
 
 
 def _last_latent(chain: SamplingChain, *, progress: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -83,12 +84,11 @@ class RunFolder:
         self.num_images = max(num_images, self.done)
         self._one_file = format == ImageFormat.npy and self.done == 0 and num_images <= batch_size
         self._check_room(image_shape)
-        made = _make_folder(self.folder)
+        self._made = _make_folder(self.folder)
         try:
             self._write_record()
         except OSError as error:
-            for folder in made:
-                folder.rmdir()
+            self.discard_empty()
             raise _plain(error, self.folder) from error
 
     def write(self, batch: SampleBatch, *, seconds: float) -> None:
@@ -122,6 +122,15 @@ class RunFolder:
             self._write_record()
         except OSError as error:
             raise _plain(error, self.folder) from error
+
+    def discard_empty(self) -> None:
+        """Where no image was written, delete the record and the folders that were made for it."""
+        if self.done == 0:
+            (self.folder / RECORD).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else is in there
+                for folder in [self.folder / IMAGES, *self._made]:
+                    if folder.exists():
+                        folder.rmdir()
 
     def read(self, count: int) -> Tensor:
         """The first images that are there, at most so many: ``(n, *image_shape)`` float32."""

@@ -24,7 +24,7 @@ from fixpoint_diffusion.denoisers import embedded, load_denoiser
 from fixpoint_diffusion.models import FPDM, FPDMConfig
 from fixpoint_diffusion.models.autoencoder import LatentDecoder
 from fixpoint_diffusion.models.checkpoint import save_fpdm
-from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
+from fixpoint_diffusion.processes import NoiseSchedule, initial_noise, step_noise
 from fixpoint_diffusion.sampling.fpdm import sample_fpdm
 from fixpoint_diffusion.sampling.grids import to_pixels
 from fixpoint_diffusion.sampling.job import SamplingJob
@@ -81,18 +81,7 @@ def conditional_unet(tmp_path: Path) -> Path:
 @pytest.fixture
 def dit(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        sample_size=8,
-        num_embeds_ada_norm=5,
-    )
-    for parameter in model.parameters():  # zero gates would hide the class
-        torch.nn.init.normal_(parameter, std=0.1)
-    return saved(model, tmp_path / "dit")
+    return saved(tiny_dit(), tmp_path / "dit")
 
 
 @pytest.fixture
@@ -121,6 +110,21 @@ def vae(tmp_path: Path) -> Path:
     )
     model.save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
+
+
+def tiny_dit(out_channels: int = 4) -> diffusers.DiTTransformer2DModel:
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=out_channels,
+        num_layers=1,
+        sample_size=8,
+        num_embeds_ada_norm=5,
+    )
+    for parameter in model.parameters():  # zero gates would hide the class
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def tiny_text_unet() -> diffusers.UNet2DConditionModel:
@@ -405,7 +409,26 @@ def test_images_that_are_not_finite_are_not_written(tmp_path: Path, conditional_
     code, error = run_main("sample", *options)
     assert code == 2
     assert "not finite" in error or "NaN" in error
-    assert not list(tmp_path.glob("out/*.npy"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_learned_variance_gives_what_diffusers_gives(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tiny_dit(out_channels=8)
+    folder = saved(model, tmp_path / "dit")
+    config = {"_class_name": "DDPMScheduler", "variance_type": "learned_range", "clip_sample": False}
+    (folder / "scheduler_config.json").write_text(json.dumps(config))
+    sampled(tmp_path / "out", "--model", folder, "--num-images", 2, "--class", 1, "--eta", 1, "--seed", 5)
+    scheduler = diffusers.DDPMScheduler.from_config(config)
+    scheduler.set_timesteps(3)
+    latent, labels = initial_noise(5, range(2), (4, 8, 8)), torch.tensor([1, 1])
+    noises = step_noise(5, range(2), range(3), (4, 8, 8))
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for k, t in enumerate(scheduler.timesteps):
+            patch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, k=k, **__: noises[:, k])
+            out = model.eval()(latent, t.expand(2), class_labels=labels).sample
+            latent = scheduler.step(out, t, latent).prev_sample
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "images.npy"), latent, atol=1e-4)
 
 
 def test_full_disk_keeps_what_is_there_and_says_so(tmp_path: Path) -> None:
