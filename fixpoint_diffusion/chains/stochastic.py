@@ -18,8 +18,7 @@ class StochasticDDIMChain(DDIMChain):
     images gives what B batches of one give, and the sequential and every parallel run see the same ones.
 
     Args:
-        denoiser, x_T, schedule, steps, timesteps, spacing, prediction_type, clip_sample, x0_hook, noise_from_clipped,
-            conditioning, max_rows: as for :class:`DDIMChain`.
+        denoiser, x_T, schedule: as for :class:`DDIMChain`, and so are the options down to ``max_rows``.
         eta: share of DDPM's noise: 0 is deterministic DDIM, 1 is DDPM; with clipping or a hook, DDPM also needs
             ``noise_from_clipped=True``.
         seed: of the noise.

@@ -66,15 +66,18 @@ def scheduler_noise(
 
     Args:
         scheduler: as for :func:`scheduler_transitions`.
-        shape: of the noise, ``(B, *shape)``: that of the network's output in the loop, without a learned variance.
+        shape: of the network's output in the loop, ``(B, C, ...)``; with a learned variance ``(B, 2 C, ...)``.
         eta: what DDIM's ``step`` would be given.
         generator: one for all, or one for each of B; None: the global one.
         dtype, device: of the network's output.
 
     Returns:
-        ``(B, T, *shape)``, zeros where DDPM draws none; None for DDIM with ``eta`` = 0.
+        ``(B, T, C, ...)``, zeros where DDPM draws none; None for DDIM with ``eta`` = 0.
     """
-    if check_scheduler(scheduler).is_ddpm:
+    config = check_scheduler(scheduler)
+    if config.variance_type in ("learned", "learned_range"):
+        shape = (shape[0], shape[1] // 2, *shape[2:])
+    if config.is_ddpm:
         drawn = scheduler.timesteps > 0
     elif eta > 0:
         drawn = torch.ones(len(scheduler.timesteps), dtype=torch.bool)

@@ -22,8 +22,8 @@ from fixpoint_diffusion.processes.scheduler_tables import (
     OTHER_PROCESSES,
     PLAIN_VALUES,
 )
-from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, NoiseSchedule
-from fixpoint_diffusion.processes.transitions import Transitions, check_timesteps
+from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, NoiseSchedule, check_timesteps
+from fixpoint_diffusion.processes.transitions import Transitions
 from fixpoint_diffusion.processes.x0_hooks import Clip, DynamicThreshold, X0Hook
 
 _BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")

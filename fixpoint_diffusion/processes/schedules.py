@@ -226,6 +226,36 @@ class NoiseSchedule:
         return torch.from_numpy(ascending[::-1].astype(np.int64))
 
 
+def check_timesteps(timesteps: torch.Tensor, n: int) -> torch.Tensor:
+    """The timesteps as int64 on the CPU; raises unless they are whole numbers that descend within a schedule of n."""
+    # Half precision cannot tell one timestep from the next.
+    refused = (torch.bool, torch.float16, torch.bfloat16)
+    if not isinstance(timesteps, torch.Tensor) or timesteps.is_complex() or timesteps.dtype in refused:
+        found = timesteps.dtype if isinstance(timesteps, torch.Tensor) else type(timesteps).__name__
+        raise TypeError(f"timesteps must be a tensor of integers, or of whole numbers in float32 or 64, got {found}")
+    given = timesteps.detach().cpu()
+    if given.ndim != 1 or len(given) == 0:
+        raise ValueError(f"timesteps must have shape (T,) with T >= 1, got {tuple(given.shape)}")
+    fractions = (given != given.floor()) | ~given.isfinite() if given.is_floating_point() else given != given
+    if bool(fractions.any()):
+        k = int(fractions.nonzero()[0])
+        raise ValueError(
+            f"timesteps must be whole numbers, those of the schedule's table; entry {k} is {float(given[k]):g}: round "
+            "them, or give Transitions.between the signal level of each"
+        )
+    timesteps = given.to(torch.int64)
+    outside = (timesteps < 0) | (timesteps >= n)
+    outside[1:] |= timesteps.diff() >= 0
+    if bool(outside.any()):
+        k = int(outside.nonzero()[0])
+        after = f", after {int(timesteps[k - 1])}" if k else ""
+        raise ValueError(
+            f"timesteps must descend strictly within 0 .. {n - 1}; entry {k} of {len(timesteps)} is "
+            f"{int(timesteps[k])}{after}"
+        )
+    return timesteps
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise a ``ValueError`` that lists the choices unless the value is one of them."""
     if value not in choices:

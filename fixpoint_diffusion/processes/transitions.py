@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, NoiseSchedule, check_choice
+from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, NoiseSchedule, check_choice, check_timesteps
 from fixpoint_diffusion.processes.x0_hooks import X0Hook
 
 # In diffusers' words. The first is DDIM's own, the others are DDPM's, with eta = 1.
@@ -327,33 +327,3 @@ class Transitions:
             return chosen
         leading = 1 if isinstance(k, Tensor) else 2
         return chosen.reshape(-1, *[1] * (x.ndim - leading))
-
-
-def check_timesteps(timesteps: Tensor, n: int) -> Tensor:
-    """The timesteps as int64 on the CPU; raises unless they are whole numbers that descend within a schedule of n."""
-    # Half precision cannot tell one timestep from the next.
-    refused = (torch.bool, torch.float16, torch.bfloat16)
-    if not isinstance(timesteps, Tensor) or timesteps.is_complex() or timesteps.dtype in refused:
-        found = timesteps.dtype if isinstance(timesteps, Tensor) else type(timesteps).__name__
-        raise TypeError(f"timesteps must be a tensor of integers, or of whole numbers in float32 or 64, got {found}")
-    given = timesteps.detach().cpu()
-    if given.ndim != 1 or len(given) == 0:
-        raise ValueError(f"timesteps must have shape (T,) with T >= 1, got {tuple(given.shape)}")
-    fractions = (given != given.floor()) | ~given.isfinite() if given.is_floating_point() else given != given
-    if bool(fractions.any()):
-        k = int(fractions.nonzero()[0])
-        raise ValueError(
-            f"timesteps must be whole numbers, those of the schedule's table; entry {k} is {float(given[k]):g}: round "
-            "them, or give Transitions.between the signal level of each"
-        )
-    timesteps = given.to(torch.int64)
-    outside = (timesteps < 0) | (timesteps >= n)
-    outside[1:] |= timesteps.diff() >= 0
-    if bool(outside.any()):
-        k = int(outside.nonzero()[0])
-        after = f", after {int(timesteps[k - 1])}" if k else ""
-        raise ValueError(
-            f"timesteps must descend strictly within 0 .. {n - 1}; entry {k} of {len(timesteps)} is "
-            f"{int(timesteps[k])}{after}"
-        )
-    return timesteps

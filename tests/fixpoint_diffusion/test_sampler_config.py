@@ -88,6 +88,7 @@ def network(prediction_type: str, channels: int) -> Callable[[Tensor, Tensor], T
         out = 1.5 * torch.tanh(x.roll(1, dims=1)) + (t / 2000).reshape(-1, 1, 1)
         return out if channels == 3 else torch.cat([out, 0.5 + 0.4 * torch.sin(3 * x)], dim=1)
 
+    denoiser.learned_variance = channels == 6  # type: ignore[attr-defined]
     return denoiser
 
 
