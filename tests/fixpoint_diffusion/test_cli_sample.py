@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 from fixpoint_diffusion.cli import app, main
 from fixpoint_diffusion.denoisers import embedded, load_denoiser
+from fixpoint_diffusion.denoisers.registry import family
 from fixpoint_diffusion.models import FPDM, FPDMConfig
 from fixpoint_diffusion.models.autoencoder import LatentDecoder
 from fixpoint_diffusion.models.checkpoint import save_fpdm
@@ -357,7 +358,7 @@ def test_autoencoder_in_a_pipeline_folder_is_found(vae: Path, tmp_path: Path) ->
         ("ddpm-digits", ("--num-images", "9999999999999999", "--format", "png"), "GB left"),
         ("ddpm-digits", ("--eta", "nan"), "--eta"),
         ("ddpm-digits", ("--rtol", "inf"), "--rtol"),
-        ("ddpm-digits", ("--guidance", "inf"), "--guidance"),
+        ("ddpm-digits", ("--guidance", "inf"), "--guidance must be at least 0.0 and finite"),
         ("ddpm-digits", ("--guidance", "nan"), "--guidance"),
         ("ddpm-digits", ("--seed", "-1"), "--seed"),
         ("ddpm-digits", ("--steps", "99999999999999999999"), "timesteps"),
@@ -451,6 +452,14 @@ def test_full_disk_keeps_what_is_there_and_says_so(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
     sampled(tmp_path / "out", "--num-images", 40, "--batch-size", 30)
     assert len(arrays(tmp_path / "out")) == 40
+
+
+def test_sequences_are_sampled_and_have_no_grid(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = saved(family("unet-1d").build((2, 16), None, {}), tmp_path / "model")
+    sampled(tmp_path / "out", "--model", folder, "--num-images", 3, "--batch-size", 2)
+    assert arrays(tmp_path / "out").shape == (3, 2, 16)
+    assert not (tmp_path / "out" / "grid.png").exists()
 
 
 def test_info_says_what_a_model_takes(conditional_unet: Path, dit: Path) -> None:
