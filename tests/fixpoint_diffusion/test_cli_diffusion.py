@@ -115,7 +115,7 @@ def test_unusable_input_ends_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_main(monkeypatch, *arguments) == 1
+    assert run_main(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert message in error.splitlines()[-1]
     assert "Traceback" not in error
@@ -152,7 +152,7 @@ def test_unknown_settings_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str, line: str
 ) -> None:
     (tmp_path / "s.json").write_text(line)
-    assert run_main(monkeypatch, "train", kind, "--settings", tmp_path / "s.json", "--out", tmp_path / "out") == 1
+    assert run_main(monkeypatch, "train", kind, "--settings", tmp_path / "s.json", "--out", tmp_path / "out") == 2
     assert "settings" in (error := capsys.readouterr().err) or "depth" in error
     assert "Traceback" not in error
 
@@ -166,13 +166,13 @@ def test_missing_library_names_the_extra_to_install(
     monkeypatch.setitem(sys.modules, module, None)
     command = {"diffusers": ("info", "ddpm-digits"), "sklearn": ("train",), "PIL": ("sample", "--steps", 1)}[module]
     monkeypatch.chdir(tmp_path)
-    assert run_main(monkeypatch, *command) == 1
+    assert run_main(monkeypatch, *command) == 2
     assert "pip install 'fixpoint[diffusion]'" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_second_run_into_the_same_folder_is_refused(settings: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert train(settings, tmp_path / "out", "--steps", 1).exit_code == 0
-    assert run_main(monkeypatch, "train", "--steps", 1, "--out", tmp_path / "out") == 1
+    assert run_main(monkeypatch, "train", "--steps", 1, "--out", tmp_path / "out") == 2
     assert "already holds a training run" in capsys.readouterr().err
 
 
@@ -215,7 +215,7 @@ def test_info_describes_one_model() -> None:
 def test_info_notices_damaged_files(settings: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     train(settings, tmp_path / "out", "--steps", 1)
     (tmp_path / "out" / "training_log.csv").write_text("changed")
-    assert run_main(monkeypatch, "info", tmp_path / "out") == 1
+    assert run_main(monkeypatch, "info", tmp_path / "out") == 2
     assert "training_log.csv differs" in capsys.readouterr().err
 
 
