@@ -13,6 +13,8 @@ try:
 except ImportError:  # pragma: no cover
     raise SystemExit("fixpoint-diffusion needs typer: pip install 'fixpoint[diffusion]'") from None
 
+from fixpoint_diffusion.training.encode_command import encode
+
 # torch and diffusers take seconds to import: each command imports what it uses, so that --help is instant.
 if TYPE_CHECKING:
     from fixpoint_diffusion.denoisers import DiffusersDenoiser
@@ -24,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Sample from diffusion models in parallel or in sequence, train small ones, and look at model folders.",
 )
+
+
+app.command()(encode)
 
 
 class ModelKind(StrEnum):
