@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fixpoint_diffusion.models.autoencoder import LatentEncoder, autoencoder_folder, load_autoencoder
@@ -151,7 +152,7 @@ def _encode_rows(
     parts = []
     done = rows.start
     loader = DataLoader(dataset, batch_size=options.batch_size, sampler=rows, num_workers=options.workers)
-    for batch in loader:
+    for batch in _readable(loader):
         images = batch["images"].to(options.device)
         samples = range(done, done + len(images))
         noise = None
@@ -165,6 +166,14 @@ def _encode_rows(
         done += len(images)
         count(len(images))
     return np.concatenate(parts)
+
+
+def _readable(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+    """The loader's batches; of an error in a worker, whose message holds a traceback, the last line."""
+    try:
+        yield from loader
+    except ValueError as error:
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def _is_whole(file: Path, count: int, info: LatentsInfo) -> bool:

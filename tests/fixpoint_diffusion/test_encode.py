@@ -183,6 +183,14 @@ def test_values_that_are_not_finite_are_refused_by_image(pictures: Path, tmp_pat
         run(pictures, tmp_path / "vae", tmp_path / "out")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_named_in_one_line(pictures: Path, vae: Path, tmp_path: Path, workers: int) -> None:
+    picture = pictures / "dogs" / "5.png"
+    picture.write_bytes(picture.read_bytes()[:-60])
+    with pytest.raises(ValueError, match=r"^\S*5\.png cannot be decoded[^\n]*$"):
+        run(pictures, vae, tmp_path / "out", workers=workers)
+
+
 def test_damaged_folders_of_latents_are_refused(pictures: Path, vae: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(pictures, vae, out)
