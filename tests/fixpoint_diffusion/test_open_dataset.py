@@ -117,6 +117,14 @@ def test_center_crop_scales_as_pillow_does(tmp_path: Path) -> None:
     np.testing.assert_allclose(image, np.clip(expected, -1, 1), atol=1e-5)
 
 
+def test_scaling_does_not_leave_the_range(tmp_path: Path) -> None:
+    values = np.zeros((9, 9), dtype=np.uint8)
+    values[:, 4:] = 255  # bicubic weights overshoot at such an edge
+    Image.fromarray(values).save(tmp_path / "1.png")
+    image = open_dataset(tmp_path, size=20)[0]["images"]
+    assert (float(image.min()), float(image.max())) == (-1, 1)
+
+
 @pytest.fixture
 def ramp(tmp_path: Path) -> Path:
     """Four images 1x12x10 whose every pixel has a value of its own."""
