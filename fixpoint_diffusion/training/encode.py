@@ -45,6 +45,8 @@ class EncodeOptions:
         for name in ("batch_size", "shard_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be from 0 to 2**64 - 1, got {self.seed}")
 
 
 def encode(
@@ -131,6 +133,8 @@ def _prepare(folder: Path, info: LatentsInfo, dataset: ImageDataset) -> None:
                 f"choose another folder"
             )
     else:
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(f"{folder} is a file; expected a folder")
         present = [path.name for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
         if present:
             raise FileExistsError(f"{folder} holds {', '.join(sorted(present)[:3])}: choose an empty folder")
@@ -151,7 +155,9 @@ def _encode_rows(
     """The latents ``(len(rows), c, h, w)`` of some rows."""
     parts = []
     done = rows.start
-    loader = DataLoader(dataset, batch_size=options.batch_size, sampler=rows, num_workers=options.workers)
+    loader = DataLoader(
+        dataset, batch_size=min(options.batch_size, len(rows)), sampler=rows, num_workers=options.workers
+    )
     for batch in _readable(loader):
         images = batch["images"].to(options.device)
         samples = range(done, done + len(images))

@@ -161,6 +161,12 @@ def test_unusable_images_folders_and_autoencoders_are_refused(pictures: Path, va
     assert not (tmp_path / "out").exists()
     with pytest.raises(FileExistsError, match="choose an empty folder"):
         run(pictures, vae, pictures)
+    with pytest.raises(FileExistsError, match="is a file"):
+        run(pictures, vae, vae / "config.json")
+    with pytest.raises(ValueError, match="device 'nonsense'"):
+        run(pictures, vae, tmp_path / "out", device="nonsense")
+    with pytest.raises(ValueError, match="seed"):
+        EncodeOptions(seed=2**64)
     with pytest.raises(FileNotFoundError, match="no autoencoder folder"):
         run(pictures, tmp_path / "nothing", tmp_path / "out")
     run(pictures, vae, tmp_path / "out")
@@ -236,7 +242,7 @@ def test_decoder_takes_back_what_the_encoder_scales() -> None:
 
 def test_command_encodes_a_folder(pictures: Path, vae: Path, tmp_path: Path) -> None:
     command = ["encode", str(pictures), "--vae", str(vae), "--out", str(tmp_path / "out"), "--size", "4"]
-    result = CliRunner().invoke(app, [*command, "--crop", "patch", "--channels", "RGB"])
+    result = CliRunner().invoke(app, [*command, "--crop", "patch", "--channels", "RGB", "--batch-size", "9" * 20])
     assert result.exit_code == 0, result.output
     assert "7 latents 2x2x2, 2 classes" in result.output
     assert open_dataset(tmp_path / "out").sample_shape == (2, 2, 2)
