@@ -28,7 +28,9 @@ def tiny_vae(**settings: Any) -> AutoencoderKL:
 
 @pytest.fixture
 def vae(tmp_path: Path) -> Path:
-    tiny_vae(scaling_factor=0.7, shift_factor=0.3).save_pretrained(tmp_path / "vae")
+    model = tiny_vae(scaling_factor=0.7, shift_factor=0.3)
+    model.quant_conv.bias.data[2:] -= 3  # log variances: standard deviations that are not 1
+    model.save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
 
 
@@ -84,7 +86,7 @@ def test_samples_follow_the_posterior_and_not_the_batch(pictures: Path, vae: Pat
     run(pictures, vae, tmp_path / "c", sample=True, seed=6)
     a, b, c = (all_rows(tmp_path / name) for name in "abc")
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    assert (a - c).abs().max() > 0.1
+    assert (a - c).abs().max() > 0.05
     model = AutoencoderKL.from_pretrained(vae).eval()
     dataset = open_dataset(pictures)
     with torch.no_grad():
