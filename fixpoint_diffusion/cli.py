@@ -13,6 +13,7 @@ try:
 except ImportError:  # pragma: no cover
     raise SystemExit("fixpoint-diffusion needs typer: pip install 'fixpoint[diffusion]'") from None
 
+from fixpoint_diffusion.commands.encode import encode
 from fixpoint_diffusion.commands.info import info
 from fixpoint_diffusion.commands.sample import sample
 
@@ -22,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Sample from diffusion models in parallel or in sequence, train small ones, and look at model folders.",
 )
+
+
+app.command()(encode)
 
 
 class ModelKind(StrEnum):
