@@ -73,12 +73,13 @@ class DiffusersDenoiser:
 
         Further inputs have one row for each row of x; a chain passes its conditioning so.
         """
-        parameter = next(self.model.parameters(), x)
+        # Not the first parameter's: that may be packed, or stored in another dtype than it is computed in.
+        dtype = getattr(self.model, "dtype", next(self.model.parameters(), x).dtype)
         repeated = {
             name: value.expand(len(x), *value.shape[1:]) if isinstance(value, Tensor) else value
             for name, value in self.inputs.items()
         }
-        output = self.model(x.to(parameter.dtype), t, **repeated, **inputs)
+        output = self.model(x.to(dtype), t, **repeated, **inputs)
         output = output if isinstance(output, Tensor) else output.sample
         return output[:, : x.shape[1]].to(x.dtype)
 

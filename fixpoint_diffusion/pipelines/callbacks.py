@@ -45,25 +45,38 @@ def check_assignment(pipeline: Any, name: str, value: Any) -> None:
         raise ValueError(f"the callback set {name} of the pipeline; {CANNOT_CHANGE}")
 
 
-def check_tensors(tensors: Mapping[str, Tensor | None], given: Mapping[str, Any], *, how: str) -> None:
-    """Compare what a callback was given copies of with what it left or returned.
+def check_unchanged(values: Mapping[str, Any], found: Mapping[str, Any], *, how: str) -> None:
+    """Compare what a run works with, by name, with what a callback left of it or returned.
 
     Args:
-        tensors: the tensors by name, as they are in the run.
-        given: those that came back; others, and names that no run has, are not looked at.
-        how: what the callback did with them, for the message.
+        values: what the run works with.
+        found: what came back. Names that are not in ``values`` mean nothing to the run, and are let pass.
+        how: what the callback did with values that differ, for the message.
 
     Raises:
         ValueError: for values that differ.
     """
-    changed = [name for name, value in given.items() if name in tensors and not _equal(value, tensors[name])]
+    changed = [name for name, value in found.items() if name in values and not _equal(value, values[name])]
     if changed:
         raise ValueError(f"the callback {how} {', '.join(changed)}; {CANNOT_CHANGE}")
 
 
+def check_returned(values: Mapping[str, Any], returned: Any) -> None:
+    """Refuse what a callback returned unless it is None or a dict with the run's own values, as they are.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not isinstance(returned, Mapping | None):
+        raise ValueError(f"the callback must return a dict of tensors or None, got {type(returned).__name__}")
+    check_unchanged(values, returned or {}, how="returned another")
+
+
 def _equal(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) and not isinstance(other, Tensor):
+        return bool(one is other or one == other)
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return one is other
+        return False
     if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
         return False
     return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
 from fixpoint import Solution
-from fixpoint_diffusion.pipelines.callbacks import CANNOT_CHANGE, check_tensors, read_only
+from fixpoint_diffusion.pipelines.callbacks import CANNOT_CHANGE, check_returned, check_unchanged, read_only
 from fixpoint_diffusion.pipelines.parallel import AfterRound, Guidance, ParallelPipeline
 
 
@@ -43,7 +44,8 @@ class ParallelStableDiffusionPipeline(ParallelPipeline, StableDiffusionPipeline)
     Raises:
         ValueError: at a call with an image for an IP adapter, with one of diffusers' own callbacks, which change the
             guidance of later steps, or with a callback that sets ``pipe._guidance_scale``, another setting of the run
-            or a component, that changes a tensor it was given, or that returns another.
+            or a component, that changes in place a tensor it was given or the ``cross_attention_kwargs``, or that
+            returns another tensor.
 
     Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CVPR 2022).
     """
@@ -71,32 +73,25 @@ class ParallelStableDiffusionPipeline(ParallelPipeline, StableDiffusionPipeline)
 
         def after_round(inputs: Mapping[str, Any], index: int, latents: Tensor) -> bool:
             if callback is not None:
-                prompts = inputs["encoder_hidden_states"]
-                negative = prompts[: len(prompts) // 2] if self.do_classifier_free_guidance else None
-                tensors = {
-                    "latents": latents.to(prompts.dtype),
-                    "prompt_embeds": prompts,
-                    "negative_prompt_embeds": negative,
-                }
-                copies = {name: None if tensors[name] is None else tensors[name].clone() for name in names}
+                tensors = self._tensors(inputs["encoder_hidden_states"], latents)
+                given = {name: None if tensors[name] is None else tensors[name].clone() for name in names}
+                settings = {name: copy(value) for name, value in inputs.items() if not isinstance(value, Tensor)}
                 with read_only(self, shared):
-                    returned = callback(self, index, self.scheduler.timesteps[-1], dict(copies))
-                check_tensors(tensors, copies, how="changed in place")
-                check_tensors(tensors, returned or {}, how="returned another")
+                    returned = callback(self, index, self.scheduler.timesteps[-1], dict(given))
+                check_unchanged(tensors | settings, {**given, **inputs}, how="changed in place")
+                check_returned(tensors, returned)
             return bool(self.interrupt or shared.interrupt)
 
         return after_round
 
-    def _look(
-        self,
-        shared: StableDiffusionPipeline,
-        callback: Callable[..., Any],
-        index: int,
-        timestep: Tensor,
-        latents: Tensor,
-    ) -> None:
-        """Call the deprecated ``callback``, which returns nothing, with a copy."""
-        seen = latents.clone()
+    def _tensors(self, prompts: Tensor, latents: Tensor) -> dict[str, Any]:
+        """All that a callback may ask for, as the original's loop holds it."""
+        negative = prompts[: len(prompts) // 2] if self.do_classifier_free_guidance else None
+        return {"latents": latents.to(prompts.dtype), "prompt_embeds": prompts, "negative_prompt_embeds": negative}
+
+    def _look(self, shared: Any, callback: Callable[..., Any], index: int, timestep: Tensor, latents: Tensor) -> None:
+        """Call the deprecated ``callback``, which comes once, at the end, and returns nothing."""
+        given = latents.clone()
         with read_only(self, shared):
-            callback(index, timestep, seen)
-        check_tensors({"latents": latents}, {"latents": seen}, how="changed in place")
+            callback(index, timestep, given)
+        check_unchanged({"latents": latents}, {"latents": given}, how="changed in place")

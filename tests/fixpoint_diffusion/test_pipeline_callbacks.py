@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 import fixpoint
@@ -184,6 +185,47 @@ def test_what_changes_nothing_for_diffusers_is_let_pass(pipe: Any) -> None:
     torch.testing.assert_close(output.images, run(pipe).images)
     torch.testing.assert_close(inner[0], run(pipe, guidance_scale=2.0, num_inference_steps=3).images)
     run(pipe, lambda *given: None, num_inference_steps=3)  # nothing returned is nothing changed
+
+
+class Scaled(AttnProcessor):
+    """Attention that is told how strong it shall be, as a LoRA is."""
+
+    def __call__(self, *args: Any, strength: float, **kwargs: Any) -> Tensor:
+        return strength * super().__call__(*args, **kwargs)
+
+
+def test_settings_of_the_network_are_not_changed_on_the_way(pipe: Any) -> None:
+    torch.manual_seed(0)
+    pipe.unet = tiny_conditional_unet()
+    pipe.unet.set_attn_processor(Scaled())
+    original = diffusers.StableDiffusionPipeline.from_pipe(pipe)
+    original.set_progress_bar_config(disable=True)
+
+    def loop(change: bool) -> Tensor:
+        def callback(given: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            if change:
+                given.cross_attention_kwargs["strength"] = 3.0
+            return tensors
+
+        call = {**PROMPTS, "num_inference_steps": 5, "output_type": "latent", "callback_on_step_end": callback}
+        noise = torch.Generator().manual_seed(0)
+        return original(generator=noise, cross_attention_kwargs={"strength": 1.0}, **call).images
+
+    def callback(given: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        given.cross_attention_kwargs["strength"] = 3.0
+        return tensors
+
+    plain, changed = loop(change=False), loop(change=True)
+    assert float((plain - changed).norm() / plain.norm()) > 1e-3
+    with pytest.raises(ValueError, match="the callback changed in place cross_attention_kwargs"):
+        run(pipe, callback, cross_attention_kwargs={"strength": 1.0})
+    output = run(pipe, cross_attention_kwargs={"strength": 1.0}, num_inference_steps=5)
+    torch.testing.assert_close(output.images, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_dict_of_tensors_is_refused(pipe: Any) -> None:
+    with pytest.raises(ValueError, match="must return a dict of tensors or None, got Tensor"):
+        run(pipe, lambda given, index, timestep, tensors: tensors["latents"])
 
 
 @pytest.mark.filterwarnings("ignore:`callback:FutureWarning", "ignore:Passing `callback:FutureWarning")
