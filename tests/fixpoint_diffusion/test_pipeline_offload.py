@@ -106,7 +106,7 @@ def test_images_are_those_of_diffusers_with_the_same_networks(kind: str, way: Ca
         pipe = getattr(pipelines if options else diffusers, name)(**parts(kind))
         pipe.set_progress_bar_config(disable=True)
         way(pipe)
-        call = {**CALLS[kind], "num_inference_steps": 5, "output_type": "pt", **options}
+        call = {**CALLS[kind], "num_inference_steps": 3, "output_type": "pt", **options}
         for _ in range(2):  # some hooks are taken off and put on again after a call
             output = pipe(generator=torch.Generator().manual_seed(5), **call)
         outputs.append(output)

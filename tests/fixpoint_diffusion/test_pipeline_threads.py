@@ -49,7 +49,7 @@ class Meeting:
         count = getattr(self.counts, "count", 0)
         if threading.current_thread() is not threading.main_thread() and count < times:
             self.counts.count = count + 1
-            self.barrier.wait(timeout=30)
+            self.barrier.wait(timeout=120)
 
 
 @pytest.mark.parametrize(
