@@ -13,6 +13,8 @@ try:
 except ImportError:  # pragma: no cover
     raise SystemExit("fixpoint-diffusion needs typer: pip install 'fixpoint[diffusion]'") from None
 
+from fixpoint_diffusion.evaluation.command import evaluate
+
 # torch and diffusers take seconds to import: each command imports what it uses, so that --help is instant.
 if TYPE_CHECKING:
     from fixpoint_diffusion.denoisers import DiffusersDenoiser
@@ -24,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Sample from diffusion models in parallel or in sequence, train small ones, and look at model folders.",
 )
+
+
+app.command()(evaluate)
 
 
 class ModelKind(StrEnum):
@@ -191,7 +196,7 @@ def sample(
     import numpy as np
 
     from fixpoint_diffusion.denoisers import EMBEDDED_MODELS
-    from fixpoint_diffusion.metrics import digit_quality
+    from fixpoint_diffusion.evaluation import digit_quality
     from fixpoint_diffusion.sampling.drawing import DrawOptions, draw
     from fixpoint_diffusion.sampling.grids import save_grid
 

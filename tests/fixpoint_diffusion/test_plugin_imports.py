@@ -20,7 +20,7 @@ ORDER = (
     "chains",
     "sampling",
     "training",
-    "metrics",
+    "evaluation",
     "pipelines",
     "experiments",
     "problems",
