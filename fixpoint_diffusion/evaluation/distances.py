@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,21 +126,37 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor, *, projections: int =
     >>> sliced_wasserstein(x, x)
     0.0
     """
-    samples, reference = _pair(samples, reference, least=1)
+    return sliced_wasserstein_of_blocks([samples], reference, projections=projections, seed=seed)([0])
+
+
+def sliced_wasserstein_of_blocks(
+    blocks: Sequence[Tensor], reference: Tensor, *, projections: int = 1000, seed: int = 0
+) -> Callable[[Sequence[int]], float]:
+    """``sliced_wasserstein`` of any union of blocks of samples, as a function of the blocks' numbers.
+
+    Projections are computed and sorted once: a subset of what is sorted is sorted.
+    """
+    samples, reference = _pair(torch.cat(list(blocks)), reference, least=1)
     d = samples.shape[1]
     directions = torch.randn(projections, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     directions = directions / directions.norm(dim=1, keepdim=True)
-    # The quantile functions are steps: constant between neighbours among all multiples of 1/N and 1/M.
-    n, m = len(samples), len(reference)
-    steps = torch.unique(torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]))  # in units of 1 / (N M)
-    widths = steps.diff().double() / (n * m)
-    rows, other_rows = steps[:-1] // m, steps[:-1] // n
-    total = 0.0
-    for some in directions.split(50):
-        ordered, other = (x @ some.T for x in (samples, reference))
-        gaps = ordered.sort(dim=0).values[rows] - other.sort(dim=0).values[other_rows]
-        total += float((widths[:, None] * gaps.square()).sum())
-    return 3 * d * total / projections
+    ordered, order = (directions @ samples.T).sort(dim=1)
+    others = (directions @ reference.T).sort(dim=1).values
+    owners = torch.cat([torch.full((len(block),), number) for number, block in enumerate(blocks)])[order]
+
+    def distance(chosen: Sequence[int]) -> float:
+        mine = ordered[torch.isin(owners, torch.tensor(list(chosen)))].reshape(projections, -1)
+        # The quantile functions are steps: constant between neighbours among all multiples of 1/N and 1/M.
+        n, m = mine.shape[1], others.shape[1]
+        steps = torch.unique(torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]))  # in units of 1 / (N M)
+        widths = steps.diff().double() / (n * m)
+        rows, other_rows = steps[:-1] // m, steps[:-1] // n
+        total = 0.0
+        for some, other in zip(mine.split(50), others.split(50), strict=True):  # memory
+            total += float(((some[:, rows] - other[:, other_rows]).square() @ widths).sum())
+        return 3 * d * total / projections
+
+    return distance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -83,7 +85,7 @@ class ModuleFeatures(FeatureExtractor):
         low, high = self.input_range
         if (low, high) == (0, 255):
             return self.module(to_uint8(images).float())
-        return self.module(low + (images + 1) * ((high - low) / 2))
+        return self.module(images * ((high - low) / 2) + (high + low) / 2)
 
 
 class InceptionFeatures(FeatureExtractor):
@@ -147,7 +149,7 @@ class DINOv2Features(FeatureExtractor):
         folder: a model folder with ``config.json`` and safetensors weights.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or no weights in it.
+        OSError: if there is no such folder, or no weights in it.
         ValueError: if it holds another kind of model.
 
     Source: Stein et al., "Exposing flaws of generative model evaluation metrics..." (NeurIPS 2023).
@@ -205,11 +207,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no weights file {path}; how to get one is in the documentation (Evaluation)")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path} is no file of weights: {str(error).splitlines()[0][:200]}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds a {type(state).__name__}; expected a dictionary of tensors")

@@ -39,11 +39,6 @@ class CollectedFeatures:
         """Mean and covariance of all images, or of those in some blocks."""
         return RunningMoments.union(self.blocks[b] for b in blocks).statistics(label=self.features)
 
-    def kept_in(self, blocks: Sequence[int]) -> Tensor:
-        """The kept features of some of ten equal blocks of them."""
-        parts = self.kept.tensor_split(BLOCKS)
-        return torch.cat([parts[b] for b in blocks])
-
 
 def collect_features(
     images: Images,
@@ -76,7 +71,10 @@ def collect_features(
     >>> found.num_images, tuple(found.kept.shape), found.blocks[0].count
     (1797, (100, 64), 180)
     """
-    extractor = extractor.to(device).eval()
+    try:
+        extractor = extractor.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # torch's for an unknown device, and for one that is not there
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
     generator = torch.Generator().manual_seed(seed)
     blocks = tuple(RunningMoments() for _ in range(BLOCKS))
     kept = _Reservoir(max_kept, generator)

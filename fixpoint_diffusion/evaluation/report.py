@@ -14,7 +14,7 @@ from fixpoint_diffusion.evaluation.distances import (
     frechet_distance,
     kernel_distance,
     precision_recall,
-    sliced_wasserstein,
+    sliced_wasserstein_of_blocks,
 )
 from fixpoint_diffusion.evaluation.extractors import FeatureExtractor
 from fixpoint_diffusion.evaluation.features import BLOCKS, CollectedFeatures, collect_features
@@ -216,11 +216,9 @@ def _figures(
             if name in metrics:
                 figures[name] = estimate_of_share(share, count)
     if "mind" in metrics:
-        kept, reference = one, other.kept
-        figures["mind"] = _by_blocks(
-            lambda blocks: sliced_wasserstein(kept.kept_in(blocks), reference, seed=seed),
-            [len(part) for part in kept.kept.tensor_split(BLOCKS)],
-        )
+        blocks = one.kept.tensor_split(BLOCKS)
+        of_blocks = sliced_wasserstein_of_blocks(blocks, other.kept, seed=seed)
+        figures["mind"] = _by_blocks(of_blocks, [len(block) for block in blocks])
     return figures
 
 

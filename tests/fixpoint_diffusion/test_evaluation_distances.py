@@ -109,7 +109,7 @@ def test_kernel_distance_equals_brute_force() -> None:
 
 
 def test_kernel_distance_of_one_subset_equals_brute_force_to_rounding() -> None:
-    """Two images four times over: every subset of two rows is one of few, whose values are known."""
+    """Of four images, a subset has two: its value is one of 36 that are known."""
     x = draw(4, 3, seed=0)
     y = draw(4, 3, seed=1)
     found = kernel_distance(x, y, subsets=1, seed=3)
