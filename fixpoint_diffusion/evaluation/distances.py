@@ -15,9 +15,8 @@ from fixpoint_diffusion.evaluation.statistics import FeatureStatistics
 def frechet_distance(samples: Tensor | FeatureStatistics, reference: Tensor | FeatureStatistics) -> float:
     """Frechet distance of the Gaussians fitted to two sets of features (FID with Inception's features).
 
-    Both covariances are factored, ``C = L L^T`` and ``C' = M M^T``; the trace of ``(C C')^(1/2)`` is the sum of the
-    singular values of ``L^T M``. That is several times faster than the eigenvalues of ``C C'`` and loses no digits
-    where the covariances are singular.
+    The trace of ``(C C')^(1/2)`` is the sum of the roots of the eigenvalues of the symmetric ``L^T C' L`` with
+    ``C = L L^T``: faster than those of ``C C'``, and right where a covariance is singular.
 
     Args:
         samples, reference: features ``(N, d)`` with N at least 2, or their statistics.
@@ -40,7 +39,8 @@ def frechet_distance(samples: Tensor | FeatureStatistics, reference: Tensor | Fe
     )
     if one.mean.shape != other.mean.shape:
         raise ValueError(f"features have {len(one.mean)} dimensions, the reference's {len(other.mean)}")
-    overlap = torch.linalg.svdvals(_factor(one.cov).T @ _factor(other.cov)).sum()
+    factor = _factor(one.cov)
+    overlap = torch.linalg.eigvalsh(factor.T @ other.cov @ factor).clamp(min=0).sqrt().sum()
     distance = (one.mean - other.mean).square().sum() + one.cov.trace() + other.cov.trace() - 2 * overlap
     return max(float(distance), 0.0)
 
@@ -78,7 +78,8 @@ def kernel_distance(samples: Tensor, reference: Tensor, *, subsets: int = 100, s
     try:
         from torchmetrics.image.kid import KernelInceptionDistance
     except ImportError as error:
-        raise ImportError("the kernel distance needs torchmetrics: pip install 'fixpoint[diffusion]'") from error
+        remedy = "pip install 'fixpoint[diffusion]'"
+        raise ImportError(f"the kernel distance needs torchmetrics ({error}): {remedy}") from error
 
     samples, reference = _pair(samples, reference, least=4)
     subset_size = min(1000, len(samples) // 2, len(reference) // 2)
@@ -213,7 +214,7 @@ def _factor(cov: Tensor) -> Tensor:
         return factor
     values, vectors = torch.linalg.eigh(cov)
     # Eigenvalues of rounding errors are left out: their roots would be far above rounding.
-    kept = values > len(values) * torch.finfo(cov.dtype).eps * values[-1]
+    kept = values > len(values) * torch.finfo(cov.dtype).eps * values[-1].clamp(min=0)
     return vectors[:, kept] * values[kept].sqrt()
 
 
