@@ -85,9 +85,8 @@ def collect_features(
         rows = torch.cat(waiting)
         waiting.clear()
         order = torch.randperm(len(rows), generator=generator)
-        # Turned at every call, so that the last rows, which ten may not divide, do not all add to the first blocks.
-        for k, part in enumerate(order.tensor_split(BLOCKS)):
-            blocks[(k + count) % BLOCKS].update(rows[part])
+        for block, part in zip(blocks, order.tensor_split(BLOCKS), strict=True):
+            block.update(rows[part])
 
     with torch.no_grad(), tqdm(desc=images.name, unit="image", disable=not progress) as bar:
         for batch in images.batches(batch_size):
