@@ -14,6 +14,7 @@ except ImportError:  # pragma: no cover
     raise SystemExit("fixpoint-diffusion needs typer: pip install 'fixpoint[diffusion]'") from None
 
 from fixpoint_diffusion.commands.encode import encode
+from fixpoint_diffusion.commands.evaluate import evaluate
 from fixpoint_diffusion.commands.info import info
 from fixpoint_diffusion.commands.sample import sample
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 
 
 app.command()(encode)
+app.command()(evaluate)
 
 
 class ModelKind(StrEnum):
