@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fixpoint_diffusion.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,7 @@ def load_autoencoder(folder: str | Path, *, device: torch.device | str = "cpu") 
 
     folder = autoencoder_folder(folder)
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    name = config.get("_class_name") if isinstance(config, dict) else None
+    name = read_json(path).get("_class_name")
     if name != "AutoencoderKL":
         raise ValueError(f"{path}: _class_name is {name!r}; expected 'AutoencoderKL'")
     # Building the model draws initial weights that the stored ones replace: keep that out of the caller's random state.

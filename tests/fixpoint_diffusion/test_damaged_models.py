@@ -87,7 +87,7 @@ def test_whatever_is_damaged_ends_in_one_line_or_in_a_model_that_works(folder: P
 @pytest.mark.parametrize("name", ["config.json", "scheduler_config.json"])
 def test_json_nested_too_deep_is_refused(folder: Path, name: str) -> None:
     (folder / name).write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(ValueError, match=f"{name} is not usable JSON: it is nested too deep"):
+    with pytest.raises(ValueError, match=f"{name} is not valid JSON: it is nested too deep"):
         load_denoiser(folder)
 
 

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fixpoint_diffusion.files import read_json
+
 INFO_FILE = "latents.json"
 LABELS_FILE = "labels.npy"
 
@@ -68,12 +70,9 @@ class LatentsInfo:
             ValueError: if it is damaged or of another kind.
         """
         path = folder / INFO_FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        content = read_json(path)
         names = {entry.name for entry in fields(cls)}
-        if not isinstance(content, dict) or set(content) != names:
+        if set(content) != names:
             raise ValueError(f"{path} does not describe latents: expected an object with {', '.join(sorted(names))}")
         info = cls(**content)
         counts = (info.rows, info.shard_rows, *info.sample_shape)
