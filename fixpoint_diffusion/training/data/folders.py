@@ -1,0 +1,85 @@
+"""The files of a folder of pictures, with the classes that its subfolders name."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from fixpoint_diffusion.training.data.pictures import picture_suffixes
+
+# What file managers leave behind, beside names that begin with a dot.
+LITTER = ("Thumbs.db", "desktop.ini", "__MACOSX")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFolder:
+    """Pictures in natural order (``2.png`` before ``10.png``), with one class number each where there are classes."""
+
+    files: list[Path]
+    labels: list[int] | None
+    class_names: tuple[str, ...] | None
+
+
+def scan_folder(folder: Path, *, labels: bool) -> PictureFolder:
+    """Find all pictures under ``folder``; each subfolder is a class, whatever folders are inside it.
+
+    A file that is no picture is named in a warning. Hidden files are left out without one.
+
+    Args:
+        folder: the folder.
+        labels: False: the subfolders mean nothing.
+
+    Raises:
+        ValueError: if there is no picture, a class is empty, or pictures lie beside class folders.
+    """
+    files = _walk(folder, set())
+    suffixes = picture_suffixes()
+    pictures = [file for file in files if file.suffix.lower() in suffixes]
+    others = [str(file.relative_to(folder)) for file in files if file.suffix.lower() not in suffixes]
+    if not pictures:
+        raise ValueError(f"{folder} holds no picture: 0 image files and {len(others)} others {others[:3]}")
+    if others:
+        more = ", ..." if len(others) > 3 else ""
+        warnings.warn(
+            f"{folder}: {len(others)} files are no pictures and are left out: {', '.join(others[:3])}{more}",
+            stacklevel=4,
+        )
+    own_class = [file.relative_to(folder).parts[0] if file.parent != folder else None for file in pictures]
+    if not labels or own_class.count(None) == len(pictures):
+        return PictureFolder(files=pictures, labels=None, class_names=None)
+    if None in own_class:
+        raise ValueError(
+            f"{folder} holds {own_class.count(None)} pictures beside class folders, such as "
+            f"{pictures[own_class.index(None)].name}: move them into a class, or open it without labels"
+        )
+    names = tuple(p.name for p in sorted(_visible(folder), key=_natural_order) if p.is_dir())
+    empty = [name for name in names if name not in own_class]
+    if empty:
+        raise ValueError(f"{folder}: no picture in the class folder {empty[0]!r}: fill it or remove it")
+    number = {name: index for index, name in enumerate(names)}
+    return PictureFolder(files=pictures, labels=[number[name or ""] for name in own_class], class_names=names)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in LITTER]
+
+
+def _walk(folder: Path, seen: set[str]) -> list[Path]:
+    """All visible files, each folder's own before those of its subfolders; links to a folder above end there."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        raise ValueError(f"{folder} is a link to a folder that holds it")
+    entries = sorted(_visible(folder), key=_natural_order)
+    files = [path for path in entries if not path.is_dir()]
+    for path in entries:
+        if path.is_dir():
+            files += _walk(path, seen | {real})
+    return files
+
+
+def _natural_order(path: Path) -> list[tuple[int, str]]:
+    """``2.png`` before ``10.png``."""
+    return [(int(part or 0), text) for text, part in re.findall(r"(\D+)|(\d+)", path.name)]

@@ -1,0 +1,74 @@
+"""A folder of latents as ``fixpoint-diffusion encode`` writes it: shards, labels, and what was done in a JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+INFO_FILE = "latents.json"
+LABELS_FILE = "labels.npy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsInfo:
+    """What the latents in a folder are; two encodings of the same data with the same settings are equal in all.
+
+    A latent is ``(z - shift_factor) * scaling_factor`` for the autoencoder's z, per channel where these are lists.
+
+    Attributes:
+        source: what was encoded, and ``source_fingerprint`` of names and sizes of its files.
+        settings: how images were cut before: channels, size, crop, seed of places.
+        vae: the autoencoder's folder, and ``vae_sha256`` of its weights.
+        posterior: ``"mean"`` or ``"sample"`` of what the autoencoder gives for an image, the latter with ``seed``.
+        rows: how many latents there are, ``shard_rows`` in each file but the last.
+        sample_shape: shape of one latent.
+    """
+
+    source: str
+    source_fingerprint: str
+    settings: dict[str, Any]
+    vae: str
+    vae_sha256: str
+    posterior: str
+    seed: int
+    scaling_factor: float | list[float]
+    shift_factor: float | list[float]
+    rows: int
+    shard_rows: int
+    sample_shape: list[int]
+    num_classes: int | None
+    class_names: list[str] | None
+
+    def shards(self, folder: Path) -> list[tuple[Path, int]]:
+        """All shard files in order, each with its number of rows, whether they are there yet or not."""
+        begins = range(0, self.rows, self.shard_rows)
+        return [
+            (folder / f"latents-{number:05d}.npy", min(self.shard_rows, self.rows - begin))
+            for number, begin in enumerate(begins)
+        ]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> LatentsInfo:
+        """Read the folder's ``latents.json``.
+
+        Raises:
+            ValueError: if it is damaged or of another kind.
+        """
+        path = folder / INFO_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        names = {entry.name for entry in fields(cls)}
+        if not isinstance(content, dict) or set(content) != names:
+            raise ValueError(f"{path} does not describe latents: expected an object with {', '.join(sorted(names))}")
+        info = cls(**content)
+        counts = (info.rows, info.shard_rows, *info.sample_shape)
+        if not all(isinstance(count, int) and count > 0 for count in counts):
+            raise ValueError(f"{path}: rows, shard_rows and sample_shape must be positive integers, got {counts}")
+        return info
