@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import Sampler
 
 from fixpoint_diffusion.processes.noise import step_noise
 from fixpoint_diffusion.training.config import TrainingConfig
+from fixpoint_diffusion.training.data import EpochSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,30 +43,25 @@ class Share:
         return range(start, start + length)
 
 
-class StepSampler(Sampler[list[int]]):
-    """Indices of the images of each piece of each step from ``start`` on: the batch sampler of a ``DataLoader``.
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """``(index, draw)`` of the images of each piece of each step from ``start`` on, for a ``DataLoader``'s batches.
 
-    The data set is gone through in one random order after another; step k takes the k-th ``batch_size`` of them.
+    The data set is gone through in one random order after another; each step takes the next ``batch_size`` of them.
     """
 
-    def __init__(self, count: int, share: Share, *, start: int = 0) -> None:
-        self.count, self.share, self.start = count, share, start
+    def __init__(self, length: int, share: Share, *, start: int = 0) -> None:
+        self.length, self.share, self.start = length, share, start
 
     def __len__(self) -> int:
         return (self.share.config.steps - self.start) * self.share.config.accumulate
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         config = self.share.config
-        epoch, order = -1, np.empty(0, dtype=np.int64)
-        for step in range(self.start, config.steps):
+        rows = iter(EpochSampler(self.length, seed=config.seed, start=self.start * config.batch_size))
+        for _ in range(self.start, config.steps):
+            batch = list(islice(rows, config.batch_size))
             for piece in range(config.accumulate):
-                chosen = []
-                for row in self.share.rows(piece):
-                    wanted, place = divmod(step * config.batch_size + row, self.count)
-                    if wanted != epoch:
-                        epoch, order = wanted, np.random.default_rng((config.seed, wanted)).permutation(self.count)
-                    chosen.append(int(order[place]))
-                yield chosen
+                yield [batch[row] for row in self.share.rows(piece)]
 
 
 def draw(share: Share, step: int, piece: int, shape: tuple[int, ...], timesteps: int, device: torch.device) -> Drawn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -172,23 +171,13 @@ def grey_value_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> 
     return torch.where(x < -0.999, up_to, torch.where(x > 0.999, from_there, inside))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelInput:
-    """How a model takes class labels.
+def drop_classes(labels: Tensor, dropped: Tensor, null_label: int | None) -> Tensor:
+    """``labels`` ``(B,)`` with the null class where ``dropped`` ``(B,)`` is true; as they are without a null class.
 
-    Attributes:
-        name: the argument that they are passed as.
-        num_classes: how many classes there are, without the null class.
-        null_label: the label that stands for "no class"; None: the model has none.
+    >>> drop_classes(torch.tensor([3, 1, 2]), torch.tensor([True, False, True]), 10)
+    tensor([10,  1, 10])
     """
-
-    name: str
-    num_classes: int
-    null_label: int | None
-
-    def drop(self, labels: Tensor, dropped: Tensor) -> Tensor:
-        """``labels`` ``(B,)`` with the null class where ``dropped`` ``(B,)`` is true."""
-        return labels if self.null_label is None else torch.where(dropped, self.null_label, labels)
+    return labels if null_label is None else torch.where(dropped, null_label, labels)
 
 
 def _step_back(alphas_cumprod: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
 from fixpoint_diffusion.training.batches import Share, StepSampler, draw, seed_of
 from fixpoint_diffusion.training.checkpoints import (
     TrainingState,
@@ -28,22 +29,22 @@ from fixpoint_diffusion.training.checkpoints import (
     save_state,
 )
 from fixpoint_diffusion.training.config import TrainingConfig, ema_decay_at, learning_rate_at
+from fixpoint_diffusion.training.data import ImageDataset
 from fixpoint_diffusion.training.logs import LOG_FILE, TrainingLog, tensorboard_writer
-from fixpoint_diffusion.training.objectives import LabelInput, diffusion_loss
+from fixpoint_diffusion.training.objectives import diffusion_loss, drop_classes
 
 NEEDS_ACCELERATE = "training needs the accelerate library: pip install 'fixpoint[diffusion]'"
 
 
 def train(
     model: nn.Module,
-    data: Dataset[dict[str, Any]],
+    data: ImageDataset,
     alphas_cumprod: Tensor,
     config: TrainingConfig,
     *,
     checkpoint: str | Path,
     resume: bool = False,
-    labels: LabelInput | None = None,
-    discretised: bool = True,
+    labels: ConditioningInput | None = None,
     origin: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
     workers: int = 0,
@@ -59,16 +60,15 @@ def train(
     process would have, to rounding. All draw the same depths of stochastic JFB, and on GPUs each its own dropout.
 
     Args:
-        model: called as ``model(x_t, t)``, with labels also by ``labels.name``; see ``diffusion_loss``.
-        data: a data set of ``{"images": (C, *size) float32, "labels": int}``, such as ``open_dataset`` gives.
+        model: called as ``model(x_t, t)``, with labels as ``model(x_t, t, class_labels=...)``; see ``diffusion_loss``.
+        data: what ``open_dataset`` gives.
         alphas_cumprod: ``(steps,)`` of the noise schedule, float64.
         config: see ``TrainingConfig``.
         checkpoint: the file to write checkpoints to, and to resume from. The log is beside it, as CSV, and for
             tensorboard if that is installed.
         resume: continue from ``checkpoint``; its config must equal ``config``, but for ``steps``, which may be more.
             The learning rate is then that of a run of so many steps.
-        labels: how the model takes the labels of ``data``; None: it gets none.
-        discretised: whether images are grey values of 8 bits (for a learned variance); False for latents.
+        labels: what the model takes as class labels, of which it gets those of ``data``; None: it gets none.
         origin: JSON-able facts kept in the checkpoint for whoever resumes (which recipe, which data).
         device: where to train. Under ``accelerate launch`` any name but ``"cpu"`` means each process's own device.
         workers: processes that read images; 0: this one. No result depends on it.
@@ -92,11 +92,11 @@ def train(
         share = Share(config=config, process=accelerator.process_index, processes=accelerator.num_processes)
         loader = DataLoader(
             data,
-            batch_sampler=StepSampler(len(data), share, start=start),  # type: ignore[arg-type]
+            batch_sampler=StepSampler(len(data), share, start=start),
             num_workers=workers,
             generator=torch.Generator(),  # for the workers' seeds, which would come from the global one
         )
-        run = _Run(model.to(accelerator.device), alphas_cumprod, share, accelerator, labels, discretised, start=start)
+        run = _Run(model.to(accelerator.device), alphas_cumprod, share, accelerator, labels, not data.is_latent, start=start)
         try:
             if state is not None:
                 run.restore(state)
@@ -158,7 +158,7 @@ class _Run:
         alphas_cumprod: Tensor,
         share: Share,
         accelerator: Any,
-        labels: LabelInput | None,
+        labels: ConditioningInput | None,
         discretised: bool,
         *,
         start: int,
@@ -207,7 +207,8 @@ class _Run:
         drawn = draw(self.share, step, piece, tuple(x_0.shape[1:]), len(self.alphas_cumprod), x_0.device)
         conditioning = {}
         if self.labels is not None:
-            conditioning[self.labels.name] = self.labels.drop(batch["labels"].to(x_0.device), drawn.dropped)
+            given = batch["labels"].to(x_0.device)
+            conditioning[CLASS_LABELS] = drop_classes(given, drawn.dropped, self.labels.null_label)
         return diffusion_loss(
             self.model,
             x_0,
