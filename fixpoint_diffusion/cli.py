@@ -15,8 +15,7 @@ except ImportError:  # pragma: no cover
 
 # torch and diffusers take seconds to import: each command imports what it uses, so that --help is instant.
 if TYPE_CHECKING:
-    from fixpoint_diffusion.denoisers import DiffusersDenoiser
-    from fixpoint_diffusion.models import FPDMDenoiser
+    from fixpoint_diffusion.denoisers import NetworkDenoiser
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -221,7 +220,7 @@ def sample(
     typer.echo(f"written to {out}: grid.png, images.npy, sample.json")
 
 
-def _open_model(model: str, *, device: str = "cpu") -> tuple[DiffusersDenoiser | FPDMDenoiser, Path]:
+def _open_model(model: str, *, device: str = "cpu") -> tuple[NetworkDenoiser, Path]:
     from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded_folder, load_denoiser
 
     folder = embedded_folder(model) if model in EMBEDDED_MODELS else Path(model)

@@ -1,7 +1,36 @@
 """Denoisers: anything called as ``denoiser(x: (N, *shape), t: (N,) int64) -> (N, *shape)``, and where to get one."""
 
-from fixpoint_diffusion.denoisers.diffusers import DiffusersDenoiser, load_denoiser
+from fixpoint_diffusion.denoisers.diffusers import DiffusersDenoiser
 from fixpoint_diffusion.denoisers.embedded import EMBEDDED_MODELS, embedded, embedded_folder
+from fixpoint_diffusion.denoisers.fpdm import FPDMDenoiser
 from fixpoint_diffusion.denoisers.guided import Guided
+from fixpoint_diffusion.denoisers.loading import load_denoiser
+from fixpoint_diffusion.denoisers.protocol import (
+    ConditioningInput,
+    Denoiser,
+    Description,
+    NetworkDenoiser,
+    describe,
+)
+from fixpoint_diffusion.denoisers.registry import Family, families, family, family_of, family_of_class, register_family
 
-__all__ = ["EMBEDDED_MODELS", "DiffusersDenoiser", "Guided", "embedded", "embedded_folder", "load_denoiser"]
+__all__ = [
+    "EMBEDDED_MODELS",
+    "ConditioningInput",
+    "Denoiser",
+    "Description",
+    "DiffusersDenoiser",
+    "FPDMDenoiser",
+    "Family",
+    "Guided",
+    "NetworkDenoiser",
+    "describe",
+    "embedded",
+    "embedded_folder",
+    "families",
+    "family",
+    "family_of",
+    "family_of_class",
+    "load_denoiser",
+    "register_family",
+]

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from fixpoint_diffusion.denoisers.checksums import verify_checksums
-from fixpoint_diffusion.denoisers.diffusers import DiffusersDenoiser, load_denoiser
-from fixpoint_diffusion.models import FPDMDenoiser
+from fixpoint_diffusion.denoisers.loading import load_denoiser
+from fixpoint_diffusion.denoisers.protocol import NetworkDenoiser
 
 EMBEDDED_MODELS = ("ddpm-digits", "fpdm-digits")
 
@@ -36,7 +36,7 @@ def embedded_folder(name: str) -> Path:
 
 def embedded(
     name: str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> DiffusersDenoiser | FPDMDenoiser:
+) -> NetworkDenoiser:
     """Load an embedded model; nothing is downloaded.
 
     Args:

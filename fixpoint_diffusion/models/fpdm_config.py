@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES
+
 _SIZES = {"S": (384, 6), "B": (768, 12), "L": (1024, 16), "XL": (1152, 16)}
 
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, Solver
 from fixpoint_diffusion.chains import DDIMChain, StochasticDDIMChain
-from fixpoint_diffusion.models import FPDMDenoiser
+from fixpoint_diffusion.denoisers import FPDMDenoiser, NetworkDenoiser
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.sampling.fpdm import sample_fpdm
 from fixpoint_diffusion.sampling.sample import sample
-
-if TYPE_CHECKING:
-    from fixpoint_diffusion.denoisers import DiffusersDenoiser
 
 SOLVERS: dict[str, Solver] = {
     "causal": CausalQuasiNewton(),
@@ -62,7 +59,7 @@ class DrawOptions:
     reuse: bool | None = None
 
 
-def draw(denoiser: DiffusersDenoiser | FPDMDenoiser, options: DrawOptions, *, progress: bool = True) -> Drawn:
+def draw(denoiser: NetworkDenoiser, options: DrawOptions, *, progress: bool = True) -> Drawn:
     """Draw images from a loaded denoiser.
 
     Raises:
@@ -74,7 +71,7 @@ def draw(denoiser: DiffusersDenoiser | FPDMDenoiser, options: DrawOptions, *, pr
     if options.max_rows is not None and options.solver != "causal":
         raise ValueError(f"--max-rows is for --solver causal, not for --solver {options.solver}")
     schedule = NoiseSchedule.from_diffusers(denoiser.schedule_config)
-    device = next(denoiser.model.parameters()).device
+    device = denoiser.device
     x_T = initial_noise(options.seed, range(options.num_images), denoiser.sample_shape, device=device)
     if isinstance(denoiser, FPDMDenoiser):
         if options.solver == "sequential":
@@ -93,7 +90,7 @@ def draw(denoiser: DiffusersDenoiser | FPDMDenoiser, options: DrawOptions, *, pr
 
 
 def _draw_chain(
-    denoiser: DiffusersDenoiser | FPDMDenoiser,
+    denoiser: NetworkDenoiser,
     x_T: Tensor,
     schedule: NoiseSchedule,
     options: DrawOptions,

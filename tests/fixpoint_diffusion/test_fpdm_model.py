@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fixpoint
+from fixpoint_diffusion.denoisers import FPDMDenoiser
 from fixpoint_diffusion.models import (
     FPDM,
     FPDMConfig,
-    FPDMDenoiser,
     fpdm_layer_problem,
     load_fpdm,
     save_fpdm,

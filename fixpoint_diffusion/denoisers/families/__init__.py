@@ -1,0 +1,1 @@
+"""One file a model family, each with a variable ``FAMILY``; the registry finds them here."""

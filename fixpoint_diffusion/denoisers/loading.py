@@ -1,0 +1,103 @@
+"""Loading any denoiser from a local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fixpoint_diffusion.denoisers.diffusers import DiffusersDenoiser
+from fixpoint_diffusion.denoisers.diffusers_models import listing, load_module
+from fixpoint_diffusion.denoisers.protocol import NetworkDenoiser
+from fixpoint_diffusion.denoisers.registry import LoadOptions, family_of_class
+from fixpoint_diffusion.files import read_json
+from fixpoint_diffusion.processes import GaussianPrior
+from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES
+
+# Where a pipeline folder may keep its denoiser.
+MODEL_FOLDERS = ("unet", "transformer")
+
+
+def load_denoiser(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    allow_pickle: bool = False,
+) -> NetworkDenoiser:
+    """Load a denoiser from a local folder; the network is never used.
+
+    Three layouts are understood: a model folder (``config.json`` and ``diffusion_pytorch_model.safetensors``), the same
+    with ``scheduler_config.json`` beside them (as in ``google/ddpm-cifar10-32``, and as ``fixpoint-diffusion train``
+    writes), and a pipeline folder with ``unet/`` or ``transformer/`` and ``scheduler/`` in it. The model's class is the
+    ``_class_name`` of its config: that of a known family (:func:`fixpoint_diffusion.denoisers.families`), or any model
+    of diffusers. A ``prior.safetensors`` beside the weights (``GaussianPrior.of(images).save(folder)``) makes parallel
+    sampling need fewer rounds.
+
+    The model comes in evaluation mode and with frozen parameters; gradients with respect to x still flow.
+
+    Args:
+        folder: a folder on this machine. Not the name of a repository: fetch that first.
+        dtype: of the weights; None: float32, whatever they are stored in.
+        device: where to put them; None: the CPU.
+        device_map: where to put which part, as for ``from_pretrained`` of diffusers, by accelerate; instead of
+            ``device``.
+        allow_pickle: also read ``diffusion_pytorch_model.bin``, through ``torch.load(weights_only=True)``. Pickles are
+            refused otherwise.
+
+    Returns:
+        A :class:`~fixpoint_diffusion.denoisers.Denoiser`, made by the model's family: a ``DiffusersDenoiser``, or for
+        a config of class FPDM an ``FPDMDenoiser``.
+
+    Raises:
+        FileNotFoundError: if the folder or a part of it is missing; the message lists what was found.
+        ValueError: if a file is damaged, the config is unusable, the weights do not fit it, are packed integers or are
+            not finite, or only a pickle is there.
+        ImportError: if the class needs diffusers and that is not installed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r} (models are loaded from local folders, never downloaded)")
+    if device is not None and device_map is not None:
+        raise ValueError("pass either device or device_map")
+    options = LoadOptions(
+        dtype=dtype or torch.float32, device=device or "cpu", device_map=device_map, allow_pickle=allow_pickle
+    )
+    model_folder = _find_model_folder(folder)
+    config = read_json(model_folder / "config.json")
+    family = family_of_class(config.get("_class_name"))
+    # Small files first: what is wrong with them is known before the weights are read.
+    schedule = read_schedule_config(folder)
+    prior = GaussianPrior.load(model_folder)
+    about: dict[str, Any] = {"schedule_config": schedule, "prior": prior}
+    if schedule is not None and "prediction_type" in schedule:
+        about["prediction_type"] = schedule["prediction_type"]
+        if about["prediction_type"] not in PREDICTION_TYPES:
+            raise ValueError(
+                f"the scheduler config in {folder} has prediction_type {about['prediction_type']!r}; expected one of "
+                f"{', '.join(PREDICTION_TYPES)}"
+            )
+    model = (family.load if family else load_module)(model_folder, config, options)
+    model.eval().requires_grad_(False)
+    return (family.denoiser if family else DiffusersDenoiser)(model, **about)
+
+
+def read_schedule_config(folder: Path) -> dict[str, Any] | None:
+    """The scheduler configuration in a model or pipeline folder, None where there is none."""
+    for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
+        if path.is_file():
+            return read_json(path)
+    return None
+
+
+def _find_model_folder(folder: Path) -> Path:
+    for candidate in (folder, *(folder / name for name in MODEL_FOLDERS)):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"{folder} is not a model folder: expected config.json in it or in {' or '.join(MODEL_FOLDERS)}/, "
+        f"found {listing(folder)}"
+    )
