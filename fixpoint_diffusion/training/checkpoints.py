@@ -165,7 +165,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     total = 0
     for name in sorted(tensors):
         data = tensors[name].reshape(-1).view(torch.uint8).numpy()
-        total = zlib.crc32(data, zlib.crc32(name.encode(), total))
+        total = zlib.crc32(data.tobytes(), zlib.crc32(name.encode(), total))
     return f"{total:08x}"
 
 

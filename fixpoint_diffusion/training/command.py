@@ -21,9 +21,9 @@ class Precision(StrEnum):
 
 
 class Crop(StrEnum):
-    center = "center"
-    random = "random"
-    patch = "patch"
+    CENTER = "center"
+    RANDOM = "random"
+    PATCH = "patch"
 
 
 # Each is a field of TrainingConfig by the name of the option.
@@ -53,7 +53,7 @@ def train(
     ] = "digits",
     channels: Annotated[str | None, typer.Option(help="L, LA, RGB or RGBA (default: as the files have it).")] = None,
     size: Annotated[str | None, typer.Option(help="Side of the images, or HEIGHTxWIDTH, to which all are cut.")] = None,
-    crop: Annotated[Crop, typer.Option(help="How that size is reached; patch does not scale.")] = Crop.center,
+    crop: Annotated[Crop, typer.Option(help="How that size is reached; patch does not scale.")] = Crop.CENTER,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror images left and right at random.")] = False,
     latents: Annotated[bool, typer.Option("--latents", help="The .npy file holds latents, of any range.")] = False,
     classes: Annotated[bool, typer.Option("--classes", help="Train a model that is told the data's classes.")] = False,
@@ -99,6 +99,7 @@ def train(
         raise typer.BadParameter(f"the model in {init} says of what kind it is; drop {kind}", param_hint="--init")
     _check_kind(kind)
 
+    from fixpoint_diffusion.files import read_json
     from fixpoint_diffusion.training.runs import DataOptions, TrainingRun
 
     if resume:
@@ -113,7 +114,7 @@ def train(
             ),
             classes=classes,
             init=init,
-            settings=None if settings is None else _read_settings(settings),
+            settings=None if settings is None else read_json(settings),
             training=training,
             device=device,
             workers=workers,
@@ -155,15 +156,3 @@ def _size(text: str | None) -> int | tuple[int, int] | None:
 
 def _plain(value: Any) -> Any:
     return value.value if isinstance(value, StrEnum) else value
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    import json
-
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a JSON object of settings, got a {type(settings).__name__}")
-    return settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from torch import nn
 
 from fixpoint_diffusion.denoisers.checksums import write_checksums
 from fixpoint_diffusion.denoisers.registry import Family
+from fixpoint_diffusion.files import write_json
 from fixpoint_diffusion.processes import GaussianPrior
 from fixpoint_diffusion.training.data import ImageDataset
 from fixpoint_diffusion.training.logs import LOG_FILE, TrainingLog
@@ -30,7 +30,7 @@ def export(
     schedule_config: Mapping[str, Any],
     training: Mapping[str, Any],
     log: TrainingLog,
-    prior: GaussianPrior,
+    prior: GaussianPrior | None,
 ) -> None:
     """Write ``config.json``, the weights and all that belongs to them; the files of an older export go last.
 
@@ -45,16 +45,12 @@ def export(
         family.save(model, unfinished, torch.float16 if largest < torch.finfo(torch.float16).max else None)
         write_json(unfinished / SCHEDULER_FILE, schedule_config)
         write_json(unfinished / "training_config.json", training)
-        prior.save(unfinished)
+        if prior is not None:
+            prior.save(unfinished)
         log.write_csv(unfinished / LOG_FILE)
         write_checksums(unfinished)
         for path in unfinished.iterdir():
             os.replace(path, folder / path.name)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def prior_of(data: ImageDataset) -> GaussianPrior | None:

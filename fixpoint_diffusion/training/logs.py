@@ -46,7 +46,7 @@ class TrainingLog:
 
 
 def tensorboard_writer(folder: Path, *, first_step: int) -> Any | None:
-    """A tensorboard writer into ``folder``, which replaces what is there from ``first_step`` on; None if not installed."""
+    """A tensorboard writer into ``folder``, which replaces what is there from ``first_step`` on; None without one."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

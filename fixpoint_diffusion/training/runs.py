@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint_diffusion.denoisers import load_denoiser
-from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
+from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput, NetworkDenoiser
 from fixpoint_diffusion.denoisers.registry import Family, family, family_of
+from fixpoint_diffusion.files import write_json
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.training.checkpoints import load_record, locked
 from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.data import ImageDataset, open_dataset, split_held_out
-from fixpoint_diffusion.training.export import SCHEDULER_FILE, export, prior_of, write_json
+from fixpoint_diffusion.training.export import SCHEDULER_FILE, export, prior_of
 from fixpoint_diffusion.training.logs import TrainingLog
 from fixpoint_diffusion.training.trainer import train
 
@@ -56,16 +57,16 @@ class TrainableDenoiser(nn.Module):
 
     def __init__(self, network: nn.Module, family: Family, channels: int) -> None:
         super().__init__()
-        config: Any = network.config
         self.network = network
-        # Kept in a tuple, so that it is no submodule a second time.
-        learned = getattr(config, "out_channels", channels) == 2 * channels
-        self.calls = (family.denoiser(network, learned_variance=learned),)
-        self.learned_variance = learned
-        self.labels: ConditioningInput | None = self.calls[0].conditioning.get(CLASS_LABELS)
+        learned = getattr(network.config, "out_channels", channels) == 2 * channels
+        self.denoiser: NetworkDenoiser = family.denoiser(network, learned_variance=learned)
+        for module in network.modules():
+            if type(module).__name__ == "LabelEmbedding":
+                # diffusers' own class dropout would come on top of the trainer's.
+                setattr(module, "dropout_prob", 0.0)  # noqa: B010 - unknown to the type checker
 
     def forward(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
-        return self.calls[0](x, t, **conditioning)
+        return self.denoiser(x, t, **conditioning)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,20 +212,19 @@ class TrainingRun:
 
     @classmethod
     def _with(cls, network: nn.Module, data: ImageDataset, **fields: Any) -> TrainingRun:
-        its_family: Family = fields["family"]
-        shape = its_family.sample_shape(dict(network.config) if isinstance(network.config, dict) else vars(network.config))
+        model = TrainableDenoiser(network, fields["family"], data.sample_shape[0])
+        shape = model.denoiser.sample_shape
         if shape is not None and tuple(shape) != tuple(data.sample_shape):
             raise ValueError(f"the model is for samples of shape {shape}, the data has {tuple(data.sample_shape)}")
-        model = TrainableDenoiser(network, its_family, data.sample_shape[0])
-        labels = model.labels
-        # A family that always takes a class has one for models without.
+        labels = model.denoiser.conditioning.get(CLASS_LABELS)
+        # A family that always takes a class has one in a model without.
         if labels is None or labels.num_classes is None or labels.num_classes < 2:
             labels = None
         elif data.num_classes is None or data.num_classes > labels.num_classes:
-            found = "no classes" if data.num_classes is None else f"{data.num_classes} classes"
-            raise ValueError(f"the model takes {labels.num_classes} classes, the data has {found}")
+            found = "none" if data.num_classes is None else data.num_classes
+            raise ValueError(f"the model is told one of {labels.num_classes} classes, the data has {found}")
         schedule = dict(fields.pop("schedule_config"))
-        if model.learned_variance:
+        if model.denoiser.learned_variance:
             schedule["variance_type"] = "learned_range"
         return cls(data=data, model=model, labels=labels, schedule_config=schedule, **fields)
 
@@ -289,7 +289,9 @@ def _load(folder: str | Path) -> tuple[nn.Module, Family, dict[str, Any]]:
     denoiser: Any = load_denoiser(folder)
     its_family = family_of(denoiser.model)
     if its_family is None:
-        raise ValueError(f"{folder} holds a {type(denoiser.model).__name__}, a kind of model that cannot be trained here")
+        raise ValueError(
+            f"{folder} holds a {type(denoiser.model).__name__}, a kind of model that cannot be trained here"
+        )
     if denoiser.schedule_config is None:
         raise ValueError(f"{folder} does not say on which noise schedule the model was trained: no {SCHEDULER_FILE}")
     schedule = {**denoiser.schedule_config, "prediction_type": denoiser.prediction_type}

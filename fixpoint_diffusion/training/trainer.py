@@ -96,7 +96,8 @@ def train(
             num_workers=workers,
             generator=torch.Generator(),  # for the workers' seeds, which would come from the global one
         )
-        run = _Run(model.to(accelerator.device), alphas_cumprod, share, accelerator, labels, not data.is_latent, start=start)
+        model.to(accelerator.device)
+        run = _Run(model, alphas_cumprod, share, accelerator, labels, discretised=not data.is_latent, start=start)
         try:
             if state is not None:
                 run.restore(state)
@@ -159,8 +160,8 @@ class _Run:
         share: Share,
         accelerator: Any,
         labels: ConditioningInput | None,
-        discretised: bool,
         *,
+        discretised: bool,
         start: int,
     ) -> None:
         config = share.config

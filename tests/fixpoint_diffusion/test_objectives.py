@@ -154,7 +154,9 @@ def test_learned_variance_adds_a_thousandth_of_the_bound_and_moves_no_mean(kind:
     hybrid = diffusion_loss(both, x_0, t, noise, SCHEDULE, config)
     x_t = noisy(x_0, noise, t)
     bound = variational_bound(x_0, x_t, t, predicted_x_0(x_t, wrong, SCHEDULE[t], kind), variance, SCHEDULE)
-    assert float(hybrid.detach()) == pytest.approx(float(simple.detach()) + VLB_WEIGHT * 1000 * float(bound.mean()), rel=1e-12)
+    assert float(hybrid.detach()) == pytest.approx(
+        float(simple.detach()) + VLB_WEIGHT * 1000 * float(bound.mean()), rel=1e-12
+    )
     simple.backward()
     hybrid.backward()
     torch.testing.assert_close(both.output.grad[:, :1], plain.output.grad)
