@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fixpoint_diffusion.denoisers.checks import call_checked, check_conditioning, check_fixed_function
+from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import GaussianPrior, Transitions, wide
 
 Denoiser = Callable[..., Tensor]
@@ -39,10 +41,12 @@ class SamplingChain:
     Attributes:
         rounds: batched denoiser calls so far.
         evals: denoiser rows so far.
+        check_evals: rows, beside those, of the one call that sees whether the denoiser is a fixed function.
 
     Raises:
         ValueError: inconsistent options or shapes; at its first call, a denoiser that returns another shape, dtype or
-            device than it was given.
+            device than it was given, changes x in place, draws at random (dropout in training mode), or lets rows of a
+            batch see each other (batch normalisation in training mode). One call of three rows more tells the last two.
 
     Source: Pokle, Geng, Kolter, "Deep Equilibrium Approaches to Diffusion Models" (NeurIPS 2022), Eq. 7 to 13.
 
@@ -78,14 +82,15 @@ class SamplingChain:
         self.x_T = x_T
         self.transitions = transitions
         self.noise = None if noise is None else self._check_noise(noise)
-        self.conditioning = self._check_conditioning(conditioning or {})
+        self.conditioning = check_conditioning(conditioning or {}, describe(denoiser), len(x_T), x_T.device)
         self.max_rows = max_rows
+        self.check_evals = 0
         self.reset_counters()
 
     @property
     def prior(self) -> GaussianPrior:
         """What is assumed of the images before the denoiser is asked: its attribute ``prior``, or a plain one."""
-        return getattr(self.denoiser, "prior", None) or GaussianPrior.isotropic()
+        return describe(self.denoiser).prior or GaussianPrior.isotropic()
 
     @property
     def start(self) -> Tensor:
@@ -209,15 +214,16 @@ class SamplingChain:
         return samples.repeat_interleave(self.steps), steps.repeat(len(self.x_T))
 
     def _call(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
-        conditioning = {name: rows[sample] for name, rows in self.conditioning.items()}
-        out = self.denoiser(x, self.timesteps.to(x.device)[step], **conditioning)
-        if not isinstance(out, Tensor):
-            raise ValueError(f"the denoiser must return a tensor, got {type(out).__name__}")
-        for name in ("shape", "dtype", "device"):
-            found, expected = getattr(out, name), getattr(x, name)
-            if found != expected:
-                raise ValueError(f"the denoiser must return the {name} of its input, {expected}; it returned {found}")
-        return out
+        t = self.timesteps.to(x.device)[step]
+        rows = {name: rows[sample] for name, rows in self.conditioning.items()}
+        # What the network learned of the variance stands behind the prediction.
+        channels = x.shape[1] * (2 if describe(self.denoiser).learned_variance else 1) if x.ndim > 1 else 1
+        out = call_checked(self.denoiser, x, t, rows, channels=channels)
+        if self.check_evals == 0 and len(x) and not torch.compiler.is_compiling():
+            self.check_evals = min(3, self.max_rows or 3)
+            out = out.clone()  # the denoiser may use the memory of its output again
+            check_fixed_function(self.denoiser, x.detach(), t, rows, out.detach(), rows=self.check_evals)
+        return out[:, : x.shape[1]] if x.ndim > 1 else out
 
     def _check_noise(self, noise: Tensor) -> Tensor:
         expected = torch.Size([len(self.x_T), self.steps, *self.x_T.shape[1:]])
@@ -229,13 +235,3 @@ class SamplingChain:
                     f"expected {wanted}"
                 )
         return noise
-
-    def _check_conditioning(self, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        for name, rows in conditioning.items():
-            if not isinstance(rows, Tensor) or rows.shape[:1] != self.x_T.shape[:1]:
-                found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-                raise ValueError(
-                    f"conditioning {name!r} must be a tensor with one row for each of {len(self.x_T)} samples, "
-                    f"got {found}"
-                )
-        return {name: rows.to(self.x_T.device) for name, rows in conditioning.items()}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fixpoint_diffusion.chains.chain import Denoiser, SamplingChain
+from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import NoiseSchedule, Transitions
 
 
@@ -65,7 +66,7 @@ class DDIMChain(SamplingChain):
         if timesteps is not None and (steps is not None or spacing is not None):
             raise ValueError("pass either timesteps, or steps and spacing")
         if prediction_type is None:
-            prediction_type = getattr(denoiser, "prediction_type", None) or schedule.prediction_type
+            prediction_type = describe(denoiser).prediction_type or schedule.prediction_type
         if timesteps is None:
             timesteps = schedule.timesteps(50 if steps is None else steps, spacing)
         transitions = Transitions.of(schedule, timesteps, prediction_type=prediction_type, clip_sample=clip_sample)

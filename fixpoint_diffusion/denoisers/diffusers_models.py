@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -117,8 +118,9 @@ def refuse_classes(family: str, num_classes: int | None) -> None:
 
 def save_module(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> None:
     """Write ``config.json`` and the weights as diffusers does; the model itself keeps its dtype."""
-    weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in _state(model)}
-    model.save_pretrained(folder, safe_serialization=True, state_dict=weights)  # type: ignore[operator]
+    # By torch's method: that of diffusers warns of modules to be kept in float32, even where there are none.
+    stored: Any = model if dtype is None else nn.Module.to(copy.deepcopy(model), dtype)
+    stored.save_pretrained(folder, safe_serialization=True)
 
 
 def load_module(folder: Path, config: Mapping[str, Any], options: LoadOptions) -> nn.Module:
@@ -162,10 +164,6 @@ def load_module(folder: Path, config: Mapping[str, Any], options: LoadOptions) -
     check_values(model.named_parameters(), folder)
     network: nn.Module = model if options.device_map is not None else model.to(options.device)
     return network
-
-
-def _state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [(name, tensor.detach()) for name, tensor in model.state_dict().items()]
 
 
 def _stored(folder: Path, variant: str | None, use_safetensors: bool) -> dict[str, StoredTensor]:

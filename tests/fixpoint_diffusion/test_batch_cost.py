@@ -45,6 +45,7 @@ def test_measuring_calls_the_denoiser_and_counts_nothing():
     problem = chain(denoiser=denoiser)
     cost = BatchCost.measure(problem)
     assert problem.rounds == problem.evals == 0
+    assert sizes.pop(1) == problem.check_evals
     assert sizes[:2] == [2, 2]  # a warm-up first
     assert tuple(sizes[1:]) == cost.rows
     assert all(seconds > 0 for seconds in cost.seconds)

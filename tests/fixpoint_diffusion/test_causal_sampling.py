@@ -74,6 +74,7 @@ def test_a_budget_holds_in_every_round(mixture):
     result = sample(chain, solver=CausalQuasiNewton(max_rows=32), rtol=1e-4)
     assert result.solution.converged.all()
     assert max(sizes) <= 32
+    assert sizes.pop(1) == chain.check_evals
     assert result.rounds == len(sizes)
     assert result.evals == sum(sizes)
 

@@ -185,7 +185,8 @@ def test_rounds_and_rows_are_counted_and_a_split_call_is_one_round(mixture) -> N
 
     chain = make_chain(denoiser, steps=6, max_rows=5)
     split = chain(chain.z0)
-    assert (chain.rounds, chain.evals, seen) == (1, 12, [5, 5, 2])
+    assert (chain.rounds, chain.evals, seen) == (1, 12, [5, chain.check_evals, 5, 2])
+    assert chain.check_evals == 3
     chain.sequential()
     assert (chain.rounds, chain.evals) == (7, 24)
     chain.reset_counters()

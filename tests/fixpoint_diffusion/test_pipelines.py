@@ -217,6 +217,7 @@ def test_output_says_what_it_cost(unet: nn.Module) -> None:
     output = pipe(batch_size=2, generator=torch.Generator().manual_seed(0), rtol=1e-3, max_rows=16)
     hook.remove()
     assert output.rounds < 50
+    assert sizes.pop(1) == 3  # the check of the network
     assert output.evals == sum(sizes)
     assert max(sizes) <= 16
     assert output.solution.value.shape == (2, 50, 1, 8, 8)

@@ -1,0 +1,133 @@
+"""What a chain asks of a denoiser: inputs that fit, none changed in place, and a fixed function of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from fixpoint_diffusion.denoisers.protocol import Description
+
+# Two batches of other sizes may be rounded in other ways; then a second look decides, at one size.
+_CLOSE = 1e-3
+
+
+def check_conditioning(
+    given: Mapping[str, Tensor], about: Description, samples: int, device: torch.device
+) -> dict[str, Tensor]:
+    """The conditioning of a chain, on its device, with what the denoiser itself holds for each sample.
+
+    Raises:
+        ValueError: If an input has no row for each sample, or class labels are no whole numbers or out of range.
+    """
+    conditioning = {**about.per_sample, **given}
+    for name, rows in conditioning.items():
+        if not isinstance(rows, Tensor) or rows.shape[:1] != (samples,):
+            found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(
+                f"conditioning {name!r} must be a tensor with one row for each of {samples} samples, got {found}"
+            )
+        wanted = about.conditioning.get(name.removeprefix("negative_"))
+        if wanted is None or wanted.num_classes is None or rows.device.type == "meta":
+            continue
+        null = wanted.null_label
+        fits = (rows >= 0) & (rows < wanted.num_classes) | (rows == (-1 if null is None else null))
+        if rows.is_floating_point() or rows.shape != (samples,) or not bool(fits.all()):
+            allowed = f"0 to {wanted.num_classes - 1}" + ("" if null is None else f", or {null} for no class")
+            raise ValueError(f"{name} must be {samples} whole numbers from {allowed}; got {_short(rows)}")
+    return {name: rows.to(device) for name, rows in conditioning.items()}
+
+
+def call_checked(
+    denoiser: Callable[..., Tensor], x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor], *, channels: int
+) -> Tensor:
+    """The denoiser's output for rows ``(N, C, ...)``, ``(N, channels, ...)``, checked.
+
+    The denoiser is given a copy of x, so that nothing of the caller's is ever written to.
+
+    Raises:
+        ValueError: If the output is no tensor, of another shape, dtype or device than asked for, or x was changed in
+            place.
+    """
+    own = x.clone()
+    versions = None if own.is_inference() or torch.compiler.is_compiling() else own._version
+    out = denoiser(own, t, **conditioning)
+    if versions is not None and own._version != versions:
+        raise ValueError("the denoiser changed its input in place (x += ..., x.clamp_()): return a new tensor instead")
+    if not isinstance(out, Tensor):
+        raise ValueError(f"the denoiser must return a tensor, got {type(out).__name__}")
+    expected = torch.Size([len(x), channels, *x.shape[2:]]) if x.ndim > 1 else x.shape
+    for name, wanted in (("shape", expected), ("dtype", x.dtype), ("device", x.device)):
+        found = getattr(out, name)
+        if found != wanted:
+            raise ValueError(f"the denoiser must return the {name} of its input, {wanted}; it returned {found}")
+    return out
+
+
+@torch.no_grad()
+def check_fixed_function(
+    denoiser: Callable[..., Tensor], x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor], out: Tensor, *, rows: int
+) -> None:
+    """See that a row's output is a function of that row alone, by one more call.
+
+    The last row of a call that was made is asked for again, beside its double and the first row with its sign turned,
+    which move what rows share: a mean, a maximum, attention. Where that gives something else, two calls more of the
+    same size tell whether it was more than rounding.
+
+    Args:
+        denoiser: called as ``denoiser(x, t, **conditioning)``.
+        x, t, conditioning: ``(N, ...)``, the rows of the call that was made.
+        out: what it returned.
+        rows: of the further call, from 1 to 3; with 1, where no call ever has two, only chance can be seen.
+
+    Raises:
+        ValueError: If the output depends on chance or on the rows beside it; the message names modules that do so.
+    """
+    index = torch.tensor([-1, -1, 0], device=x.device)[:rows]
+
+    def ask(*beside: Tensor) -> Tensor:
+        batch = torch.stack([x[-1], *beside])[:rows]
+        return denoiser(batch, t[index], **{name: value[index] for name, value in conditioning.items()})[0].clone()
+
+    first = ask(2 * x[-1], -x[0])
+    if _close(first, out[-1]):
+        return
+    if not _close(ask(2 * x[-1], -x[0]), first):
+        cause = _in_training(denoiser, _DropoutNd) or "it draws at random or keeps a state"
+        raise ValueError(f"the denoiser gives another output for the same input: {cause}")
+    if not _close(ask(x[-1], x[-1]), first):
+        cause = _in_training(denoiser, _BatchNorm) or "steps are solved as one batch, so rows must not see each other"
+        raise ValueError(f"the denoiser's output for a row depends on the rows beside it: {cause}")
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    a, b = a.float(), b.float()
+    # Values that are not finite are the solver's to report.
+    same = ~(torch.isfinite(a).all() & torch.isfinite(b).all())
+    same = same | ((a - b).norm() <= _CLOSE * torch.maximum(a.norm(), b.norm()))
+    try:
+        return bool(same)
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        return True  # under vmap values cannot be looked at
+
+
+def _in_training(denoiser: object, kind: type[nn.Module]) -> str | None:
+    """What to do about modules of that kind in training mode, or a network as a whole; None if there is none."""
+    while denoiser is not None:
+        network = denoiser if isinstance(denoiser, nn.Module) else getattr(denoiser, "model", None)
+        if isinstance(network, nn.Module):
+            active = [part for part in network.modules() if part.training]
+            found = [part for part in active if isinstance(part, kind)] or active
+            if found:
+                return f"{type(found[0]).__name__} is in training mode; call model.eval()"
+        denoiser = getattr(denoiser, "denoiser", None)  # of a denoiser around a denoiser
+    return None
+
+
+def _short(rows: Tensor) -> str:
+    return f"{tuple(rows.shape)} {str(rows.dtype).removeprefix('torch.')} {rows.flatten()[:5].tolist()}"
