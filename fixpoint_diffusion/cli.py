@@ -14,6 +14,7 @@ except ImportError:  # pragma: no cover
     raise SystemExit("fixpoint-diffusion needs typer: pip install 'fixpoint[diffusion]'") from None
 
 from fixpoint_diffusion.training.command import train
+from fixpoint_diffusion.training.encode_command import encode
 
 # torch and diffusers take seconds to import: each command imports what it uses, so that --help is instant.
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class SolverName(StrEnum):
 
 
 app.command()(train)
+app.command()(encode)
 
 
 @app.command()

@@ -13,6 +13,7 @@ import scipy.integrate
 import torch
 
 import fixpoint
+from fixpoint_diffusion.training.data import open_dataset
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -136,3 +137,13 @@ def test_recurrences_table_on_the_page_has_every_problem_and_method(recurrences:
     page = (EXAMPLES / "recurrences.txt").read_text().splitlines()[1:]
     found = [(line[:10].strip(), line[10:34].strip()) for line in page]
     assert found == [(p, m) for p in recurrences.PROBLEMS for m in ("one after another", *recurrences.SOLVERS)]
+
+
+def test_photographs_become_a_folder_of_classes(tmp_path: Path) -> None:
+    names = load("photographs").write_crops(tmp_path, per_class=3, size=32)
+    dataset = open_dataset(tmp_path)
+    assert dataset.class_names == tuple(sorted(names))
+    assert {"china", "flower"} <= set(names)
+    assert dataset.sample_shape == (3, 32, 32)
+    assert len(dataset) == 3 * len(names)
+    assert dataset[0]["images"].std() > 0.01

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +65,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if not self.is_latent:
             image = self.crop.apply(image, row, draw)
         return {"images": image} if self.labels is None else {"images": image, "labels": int(self.labels[index])}
+
+    def fingerprint(self) -> str:
+        """A text that changes with the files, the choice of rows, or the labels; contents of files are not read."""
+        chosen = None if self.indices is None else self.indices.tolist()
+        labels = None if self.labels is None else self.labels.tolist()
+        parts = [self.rows.fingerprint(), chosen, labels, self.class_names]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def subset(self, indices: Tensor) -> ImageDataset:
         """The rows ``indices`` ``(M,)``; classes keep their numbers."""

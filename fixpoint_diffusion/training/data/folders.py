@@ -80,6 +80,7 @@ def _walk(folder: Path, seen: set[str]) -> list[Path]:
     return files
 
 
-def _natural_order(path: Path) -> list[tuple[int, str]]:
-    """``2.png`` before ``10.png``."""
-    return [(int(part or 0), text) for text, part in re.findall(r"(\D+)|(\d+)", path.name)]
+def _natural_order(path: Path) -> tuple[list[tuple[int, int, str]], str]:
+    """``2.png`` before ``10.png``, numbers before words; the name itself decides between ``1`` and ``01``."""
+    parts = re.findall(r"(\d+)|(\D+)", path.name)
+    return [(0, int(number), "") if number else (1, 0, text) for number, text in parts], path.name

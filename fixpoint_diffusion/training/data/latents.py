@@ -15,31 +15,39 @@ LABELS_FILE = "labels.npy"
 class LatentsInfo:
     """What the latents in a folder are; two encodings of the same data with the same settings are equal in all.
 
-    A latent is ``(z - shift_factor) * scaling_factor`` for the autoencoder's z, per channel where these are lists.
+    A latent is ``(z - shift_factor) * scaling_factor`` for the autoencoder's z, with one number or one a channel.
 
     Attributes:
-        source: what was encoded, and ``source_fingerprint`` of names and sizes of its files.
-        settings: how images were cut before: channels, size, crop, seed of places.
-        vae: the autoencoder's folder, and ``vae_sha256`` of its weights.
+        source: what was encoded.
+        source_fingerprint: of the names and sizes of its files, the labels, and the choice of rows.
+        images: shape of an image before, and how it was cut: size, place, flip and seed.
+        vae: the autoencoder's folder.
+        vae_sha256: checksum of the autoencoder's weights.
         posterior: ``"mean"`` or ``"sample"`` of what the autoencoder gives for an image, the latter with ``seed``.
         rows: how many latents there are, ``shard_rows`` in each file but the last.
         sample_shape: shape of one latent.
+        num_classes, class_names: as those of the data set.
     """
 
     source: str
     source_fingerprint: str
-    settings: dict[str, Any]
+    images: dict[str, Any]
     vae: str
     vae_sha256: str
     posterior: str
     seed: int
-    scaling_factor: float | list[float]
-    shift_factor: float | list[float]
+    scaling_factor: list[float]
+    shift_factor: list[float]
     rows: int
     shard_rows: int
     sample_shape: list[int]
     num_classes: int | None
     class_names: list[str] | None
+
+    def differences(self, other: LatentsInfo) -> list[str]:
+        """Names of what differs; a folder that was moved is the same, if what is in it is."""
+        theirs = asdict(other)
+        return [name for name, value in asdict(self).items() if name not in ("source", "vae") and value != theirs[name]]
 
     def shards(self, folder: Path) -> list[tuple[Path, int]]:
         """All shard files in order, each with its number of rows, whether they are there yet or not."""

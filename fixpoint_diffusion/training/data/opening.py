@@ -86,13 +86,14 @@ def open_dataset(
 
 def _from_memory(data: LabelledImages, channels: str | None, cut: Crop, labels: bool) -> ImageDataset:
     count, *size = data.images.shape[1:]
-    if channels is not None and CHANNELS[channels] != count:
-        raise ValueError(f"the images have {count} channels; {channels!r} asks for {CHANNELS[channels]}")
+    if count > 4:
+        raise ValueError(f"the images have {count} channels; expected 1 to 4")
+    chosen = channels or natural_channels(count)
     cut.check(size[0], size[1], "the first image")
     classes = data.labels if labels else None
     return ImageDataset(
-        TensorRows(data.images),
-        sample_shape=(count, *(cut.size or size)),
+        TensorRows(data.images, chosen),
+        sample_shape=(CHANNELS[chosen], *(cut.size or size)),
         crop=cut,
         labels=classes,
         num_classes=None if classes is None else int(classes.max()) + 1,

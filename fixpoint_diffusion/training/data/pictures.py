@@ -45,7 +45,7 @@ def read_header(file: Path) -> PictureHeader:
             raise ValueError(f"{file} holds {getattr(image, 'n_frames', 'several')} frames; save each as one picture")
         channels = _natural_channels(image, file)
         width, height = image.size
-        if image.getexif().get(0x0112, 1) >= 5:  # EXIF orientations 5 to 8 lie on their side
+        if _orientation(image) >= 5:  # 5 to 8 lie on their side
             width, height = height, width
         return PictureHeader(channels, height, width)
 
@@ -116,12 +116,21 @@ def _natural_channels(image: Image.Image, file: Path) -> str:
     return ("L" if grey else "RGB") + ("A" if transparent else "")
 
 
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number of how the picture is turned; 1: as it is stored."""
+    # For a .png without EXIF at its beginning, Pillow would decode all of it to look for EXIF at its end.
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    return int(image.getexif().get(0x0112, 1))
+
+
 def _decode(image: Image.Image, natural: str) -> np.ndarray:
     """Planes ``(C, H, W)``, float32 in [0, 1], in the picture's natural channels."""
     from PIL import ImageOps
 
     transparent: Any = image.info.get("transparency")
-    ImageOps.exif_transpose(image, in_place=True)
+    if _orientation(image) != 1:
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         grey = np.asarray(image, dtype=np.float32)
         if not (grey.min() >= 0 and grey.max() <= 1):  # also true of NaN

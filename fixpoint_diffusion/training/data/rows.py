@@ -32,15 +32,16 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class TensorRows:
-    """Rows of a tensor ``(N, ...)`` in memory."""
+    """Images ``(N, C, H, W)`` in memory, in [-1, 1]."""
 
     images: Tensor
+    channels: str
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, index: int) -> Tensor:
-        return self.images[index]
+        return torch.from_numpy(_to_channels(self.images[index].numpy(), self.channels))
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.images.contiguous().numpy().tobytes()).hexdigest()
@@ -121,9 +122,7 @@ class ArrayRows:
                 f"{file}: row {index - begin} holds values from {values.min():g} to {values.max():g}; images as floats "
                 f"must lie in [-1, 1] (latents, which need not, are opened with latents=True)"
             )
-        if self.channels is not None and CHANNELS[self.channels] != len(values):
-            values = convert_channels((values + 1) / 2, natural_channels(len(values)), self.channels) * 2 - 1
-        return torch.from_numpy(values)
+        return torch.from_numpy(values if self.channels is None else _to_channels(values, self.channels))
 
     def fingerprint(self) -> str:
         parts = [
@@ -159,3 +158,10 @@ def map_array(file: Path) -> np.ndarray:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{file} does not open as an array: {error}") from error
+
+
+def _to_channels(values: np.ndarray, channels: str) -> np.ndarray:
+    """Change the channels of one image ``(C, H, W)`` in [-1, 1], where they are others."""
+    if len(values) == CHANNELS[channels]:
+        return values
+    return convert_channels((values + 1) / 2, natural_channels(len(values)), channels) * 2 - 1
