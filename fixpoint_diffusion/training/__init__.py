@@ -3,10 +3,11 @@
 from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.logs import TrainingLog
 from fixpoint_diffusion.training.objectives import diffusion_loss, variational_bound
-from fixpoint_diffusion.training.runs import TrainingRun
+from fixpoint_diffusion.training.runs import DataOptions, TrainingRun
 from fixpoint_diffusion.training.trainer import train
 
 __all__ = [
+    "DataOptions",
     "TrainingConfig",
     "TrainingLog",
     "TrainingRun",

@@ -182,24 +182,28 @@ class TrainingRun:
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
-            ValueError: if the checkpoint is damaged, or not of such a run, or ``steps`` are fewer than were taken.
+            ValueError: if the checkpoint is damaged, or not of such a run, ``steps`` are fewer than were taken, or the
+                data has changed.
         """
         folder = Path(folder)
         record = load_record(folder / CHECKPOINT)
         try:
             options = DataOptions(**record["origin"]["data"])
             config = TrainingConfig(**record["config"])
-            done = int(record["step"])
+            done, fingerprint = int(record["step"]), record["origin"]["fingerprint"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder / CHECKPOINT} is not from a training run in a folder: {error}") from error
         if steps is not None:
             if steps < done:
                 raise ValueError(f"{folder} has taken {done} steps already; steps must be at least that, got {steps}")
             config = dataclasses.replace(config, steps=steps)
+        data = options.open(seed=config.seed)
+        if data.fingerprint() != fingerprint:
+            raise ValueError(f"the data in {options.source} is not what the run in {folder} was started with")
         network, its_family, schedule_config = _load(folder / INITIAL)
         return cls._with(
             network,
-            options.open(seed=config.seed),
+            data,
             folder=folder,
             family=its_family,
             data_options=options,
@@ -250,7 +254,11 @@ class TrainingRun:
             FloatingPointError: as ``fixpoint_diffusion.training.train``; nothing is exported.
         """
         main = int(os.environ.get("RANK", "0")) == 0
-        origin = {"kind": self.family.name, "data": dataclasses.asdict(self.data_options)}
+        origin = {
+            "kind": self.family.name,
+            "data": dataclasses.asdict(self.data_options),
+            "fingerprint": self.data.fingerprint(),
+        }
         with locked(self.folder / CHECKPOINT.parent) if main else nullcontext():
             if main and self.steps_done == 0:
                 if (self.folder / CHECKPOINT).exists():

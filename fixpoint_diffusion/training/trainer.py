@@ -278,12 +278,14 @@ def _accelerator(config: TrainingConfig, device: torch.device | str) -> Iterator
         mixed_precision=config.precision,
         gradient_accumulation_steps=config.accumulate,
     )
+    if accelerator.device.type != device.type:
+        raise ValueError(f"asked to train on {device}, but accelerate has set up {accelerator.device} in this process")
     try:
         yield accelerator
     finally:
         if own:
-            # It holds for the whole process: the next run may want another precision.
-            AcceleratorState._reset_state()
+            # It holds for the whole process: the next run may want another precision, or another device.
+            AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
             GradientState._reset_state()
 
 

@@ -219,6 +219,29 @@ def test_resume_refuses_fewer_steps_than_were_taken(tmp_path: Path, monkeypatch,
     assert "has taken 3 steps already" in error
 
 
+def test_resume_refuses_data_that_has_changed(tmp_path: Path, pictures: Path, monkeypatch, capsys) -> None:
+    done(train(tmp_path / "out", "--steps", 1, "--data", pictures, "--size", 8))
+    (pictures / "cats" / "3.png").unlink()
+    error = refused(monkeypatch, capsys, "train", "--resume", "--steps", 2, "--out", tmp_path / "out")
+    assert "is not what the run" in error
+
+
+def test_failed_export_leaves_nothing_half_written_and_can_be_repeated(tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fixpoint_diffusion.training.export.write_checksums", full)
+        (tmp_path / "settings.json").write_text(json.dumps(SMALL["unet"]))
+        command = ("train", "--settings", tmp_path / "settings.json", "--batch-size", 4, "--steps", 1, "--out", out)
+        assert "no space left" in refused(patch, capsys, *command)
+    assert [path.name for path in out.iterdir()] == ["checkpoint"]
+    done(CliRunner().invoke(app, ["train", "--resume", "--out", str(out)]))
+    assert (out / WEIGHTS).is_file()
+
+
 def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_weights(tmp_path: Path) -> None:
     done(train(tmp_path / "whole", "--steps", 60))
     command = [
