@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from fixpoint_diffusion.cli import app, main
-from fixpoint_diffusion.denoisers import load_denoiser
+from fixpoint_diffusion.denoisers import family, load_denoiser
 from fixpoint_diffusion.denoisers.checksums import verify_checksums
 from fixpoint_diffusion.processes.prior import PRIOR_FILE
 from fixpoint_diffusion.training.checkpoints import load_record, load_state, locked
+from fixpoint_diffusion.training.runs import TrainableDenoiser
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STATE = Path("checkpoint") / "state.safetensors"
@@ -103,6 +104,16 @@ def test_class_folders_make_a_model_that_is_told_the_class(tmp_path: Path, pictu
     before, after = load_file(out / "checkpoint" / "initial" / WEIGHTS), load_state(out / STATE).model
     table = next(name for name in before if "class_emb" in name and name.endswith("weight"))
     assert bool((after[f"network.{table}"] != before[table]).any(1).all())
+
+
+def test_labels_are_dropped_by_the_trainer_alone() -> None:
+    network = family("dit").build((1, 8, 8), 2, SMALL["dit"])
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = TrainableDenoiser(network, family("dit"), 1).train()
+    x, t, labels = torch.randn(1, 1, 8, 8).expand(64, -1, -1, -1), torch.full((64,), 5), torch.zeros(64, dtype=int)
+    output = model(x, t, class_labels=labels)
+    torch.testing.assert_close(output, output[:1].expand_as(output))
 
 
 def test_without_classes_a_model_is_told_none(tmp_path: Path, pictures: Path) -> None:

@@ -75,11 +75,14 @@ def test_failed_write_leaves_the_last_state_and_nothing_else(tmp_path: Path, mon
 
 def test_writers_at_once_never_mix_two_states(tmp_path: Path) -> None:
     save_state(tmp_path / "c", state(1, 1.0))
-    done = threading.Event()
+    done, errors = threading.Event(), []
 
     def write(value: float) -> None:
         while not done.is_set():
-            save_state(tmp_path / "c", state(1, value))
+            try:
+                save_state(tmp_path / "c", state(1, value))
+            except OSError as error:
+                errors.append(error)
 
     writers = [threading.Thread(target=write, args=(value,)) for value in (1.0, 2.0)]
     for writer in writers:
@@ -92,6 +95,7 @@ def test_writers_at_once_never_mix_two_states(tmp_path: Path) -> None:
         done.set()
         for writer in writers:
             writer.join()
+    assert errors == []
 
 
 def test_file_that_is_absent_cut_or_foreign_is_refused(tmp_path: Path) -> None:
