@@ -23,7 +23,7 @@ from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.data import ImageDataset, open_dataset, split_held_out
 from fixpoint_diffusion.training.export import SCHEDULER_FILE, export, prior_of
 from fixpoint_diffusion.training.logs import TrainingLog
-from fixpoint_diffusion.training.trainer import train
+from fixpoint_diffusion.training.trainer import train, training_device
 
 CHECKPOINT = Path("checkpoint") / "state.safetensors"
 # The model as it was before the first step: what a resumed run builds its model from.
@@ -216,6 +216,7 @@ class TrainingRun:
 
     @classmethod
     def _with(cls, network: nn.Module, data: ImageDataset, **fields: Any) -> TrainingRun:
+        training_device(fields["device"], fields["config"])
         model = TrainableDenoiser(network, fields["family"], data.sample_shape[0])
         shape = model.denoiser.sample_shape
         if shape is not None and tuple(shape) != tuple(data.sample_shape):

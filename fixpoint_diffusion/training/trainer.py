@@ -260,6 +260,18 @@ def _load(checkpoint: Path, config: TrainingConfig) -> TrainingState:
     return state
 
 
+def training_device(name: torch.device | str, config: TrainingConfig) -> torch.device:
+    """The device of that name; ValueError where there is none, or it cannot train in that precision."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {str(name)!r} here: {str(error).splitlines()[0]}") from error
+    if config.precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision 'fp16' needs a GPU; on a CPU there is 'bf16'")
+    return device
+
+
 @contextmanager
 def _accelerator(config: TrainingConfig, device: torch.device | str) -> Iterator[Any]:
     """An ``Accelerator`` for this run alone, unless the process has one already."""
@@ -269,7 +281,7 @@ def _accelerator(config: TrainingConfig, device: torch.device | str) -> Iterator
     except ImportError as error:
         raise ImportError(NEEDS_ACCELERATE) from error
 
-    device = torch.device(device)
+    device = training_device(device, config)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     own = AcceleratorState._shared_state == {}
@@ -278,9 +290,9 @@ def _accelerator(config: TrainingConfig, device: torch.device | str) -> Iterator
         mixed_precision=config.precision,
         gradient_accumulation_steps=config.accumulate,
     )
-    if accelerator.device.type != device.type:
-        raise ValueError(f"asked to train on {device}, but accelerate has set up {accelerator.device} in this process")
     try:
+        if accelerator.device.type != device.type:
+            raise ValueError(f"asked to train on {device}, but accelerate gives this process {accelerator.device}")
         yield accelerator
     finally:
         if own:

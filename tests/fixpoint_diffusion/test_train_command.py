@@ -186,6 +186,8 @@ def test_init_refuses_what_does_not_fit(tmp_path: Path, monkeypatch, capsys) -> 
     [
         (("--learning-rate", "inf", "--steps", 1), "learning_rate must be positive and finite"),
         (("--learning-rate", "nan"), "learning_rate must be positive and finite"),
+        (("--device", "gpu"), "no device 'gpu'"),
+        (("--precision", "fp16"), "needs a GPU"),
         (("--accumulate", 3, "--batch-size", 4), "not a multiple of accumulate 3"),
         (("--size", "8x"), "HEIGHTxWIDTH"),
         (("--init", "no-such"), "no folder 'no-such'"),

@@ -287,6 +287,11 @@ def test_mixed_precision_computes_in_it_and_leaves_the_model_as_it_was(tmp_path,
     assert seen[-1] == torch.float32
 
 
+def test_half_precision_is_refused_without_a_gpu(tmp_path, images: ImageDataset) -> None:
+    with pytest.raises(ValueError, match="needs a GPU"):
+        run(TinyModel(), images, tmp_path / "c", dataclasses.replace(TINY, precision="fp16"))
+
+
 def test_log_is_written_as_csv_and_for_tensorboard_if_that_is_there(tmp_path, images, monkeypatch) -> None:
     calls = []
 
