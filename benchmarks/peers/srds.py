@@ -63,7 +63,7 @@ def srds(
         fine.alphas[first],
         fine.alphas_prev[last],
         prediction_type=fine.prediction_type,
-        clip_sample=fine.clip_sample,
+        x0_hook=fine.x0_hook,
         noise_from_clipped=fine.noise_from_clipped,
     )
     blocks = len(first)
@@ -76,7 +76,7 @@ def srds(
     def leap(block: int) -> Tensor:
         x = starts[running, block].to(chain.x_T.dtype)
         out = chain.denoise(x, running, torch.full_like(running, int(first[block])))
-        return coarse.step(wide(x), wide(out), block)
+        return coarse.step(wide(x), wide(out), block, sample=running)
 
     def walk() -> Tensor:
         """The fine sampler from all starts of the samples that are running."""

@@ -53,7 +53,7 @@ class SamplingChain:
     Example:
         >>> from fixpoint_diffusion import NoiseSchedule
         >>> schedule = NoiseSchedule.linear()
-        >>> transitions = Transitions.of(schedule, schedule.timesteps(5), clip_sample=1.0)
+        >>> transitions = Transitions.of(schedule, schedule.timesteps(5))
         >>> def denoiser(x, t, label):
         ...     return x * label.reshape(-1, 1)
         >>> labels = torch.tensor([0.1, 0.9])
@@ -157,7 +157,7 @@ class SamplingChain:
         sample, step = sample.to(x.device), step.to(x.device)
         out = self.denoise(x, sample, step)
         noise = None if self.noise is None else wide(self.noise[sample, step])
-        return self.transitions.step(wide(x), wide(out), step, noise).to(x.dtype)
+        return self.transitions.step(wide(x), wide(out), step, noise, sample).to(x.dtype)
 
     def sequential(self, *, progress: bool = False) -> Tensor:
         """The trajectory of the ordinary sampler, one step after another, with the same noise.
@@ -196,7 +196,8 @@ class SamplingChain:
 
     def denoise_all(self, x: Tensor) -> Tensor:
         """The denoiser's outputs for the inputs of all steps, ``(B, T, *shape)``, in one round."""
-        return self.denoise(x.flatten(0, 1), *self._all_rows()).reshape(x.shape)
+        out = self.denoise(x.flatten(0, 1), *self._all_rows())
+        return out.unflatten(0, x.shape[:2])
 
     def accumulate(self, x: Tensor, out: Tensor) -> Tensor:
         """The right-hand side of Eq. 10 from each step's input and denoiser output, both ``(B, T, *shape)``."""
@@ -217,13 +218,15 @@ class SamplingChain:
         t = self.timesteps.to(x.device)[step]
         rows = {name: rows[sample] for name, rows in self.conditioning.items()}
         # What the network learned of the variance stands behind the prediction.
-        channels = x.shape[1] * (2 if describe(self.denoiser).learned_variance else 1) if x.ndim > 1 else 1
+        wanted = self.transitions.learned_variance
+        returned = wanted or describe(self.denoiser).learned_variance
+        channels = x.shape[1] * (2 if returned else 1) if x.ndim > 1 else 1
         out = call_checked(self.denoiser, x, t, rows, channels=channels)
         if self.check_evals == 0 and len(x) and not torch.compiler.is_compiling():
             self.check_evals = min(3, self.max_rows or 3)
             out = out.clone()  # the denoiser may use the memory of its output again
             check_fixed_function(self.denoiser, x.detach(), t, rows, out.detach(), rows=self.check_evals)
-        return out[:, : x.shape[1]] if x.ndim > 1 else out
+        return out if wanted or x.ndim == 1 else out[:, : x.shape[1]]
 
     def _check_noise(self, noise: Tensor) -> Tensor:
         expected = torch.Size([len(self.x_T), self.steps, *self.x_T.shape[1:]])

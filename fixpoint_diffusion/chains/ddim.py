@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fixpoint_diffusion.chains.chain import Denoiser, SamplingChain
 from fixpoint_diffusion.denoisers.protocol import describe
-from fixpoint_diffusion.processes import NoiseSchedule, Transitions
+from fixpoint_diffusion.processes import Clip, NoiseSchedule, Transitions, X0Hook
 
 
 class DDIMChain(SamplingChain):
@@ -22,8 +22,12 @@ class DDIMChain(SamplingChain):
         spacing: rule that selects the timesteps; by default the schedule's.
         prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``; by default the denoiser's attribute of that
             name, or else the schedule's.
-        clip_sample: largest absolute value that a predicted image may have (diffusers' ``clip_sample_range``); None:
-            predictions are taken as they are.
+        clip_sample: largest absolute value that a predicted image may have (diffusers' ``clip_sample_range``); infinity
+            for no clipping. By default the schedule's ``x0_hook`` decides.
+        x0_hook: what is done to every predicted image before the step uses it, instead of the schedule's, as for
+            :class:`Transitions`.
+        noise_from_clipped: whether eps is derived anew from what clipping or the hook returned, as for
+            :class:`Transitions`.
 
     Attributes:
         transitions: the coefficients of every step.
@@ -60,15 +64,25 @@ class DDIMChain(SamplingChain):
         spacing: str | None = None,
         prediction_type: str | None = None,
         clip_sample: float | None = None,
+        x0_hook: X0Hook | None = None,
+        noise_from_clipped: bool = False,
         conditioning: Mapping[str, Tensor] | None = None,
         max_rows: int | None = None,
     ) -> None:
         if timesteps is not None and (steps is not None or spacing is not None):
             raise ValueError("pass either timesteps, or steps and spacing")
+        if clip_sample is not None and x0_hook is not None:
+            raise ValueError("pass either clip_sample or x0_hook; a hook may clip too")
         if prediction_type is None:
             prediction_type = describe(denoiser).prediction_type or schedule.prediction_type
         if timesteps is None:
             timesteps = schedule.timesteps(50 if steps is None else steps, spacing)
-        transitions = Transitions.of(schedule, timesteps, prediction_type=prediction_type, clip_sample=clip_sample)
+        transitions = Transitions.of(
+            schedule,
+            timesteps,
+            prediction_type=prediction_type,
+            x0_hook=x0_hook if clip_sample is None else Clip(clip_sample),
+            noise_from_clipped=noise_from_clipped,
+        )
         super().__init__(denoiser, x_T, transitions, conditioning=conditioning, max_rows=max_rows)
         self.schedule = schedule

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fixpoint_diffusion.chains.chain import Denoiser
 from fixpoint_diffusion.chains.ddim import DDIMChain
-from fixpoint_diffusion.processes import NoiseSchedule, Transitions, step_noise
+from fixpoint_diffusion.processes import NoiseSchedule, X0Hook, step_noise
 
 
 class StochasticDDIMChain(DDIMChain):
@@ -18,9 +18,9 @@ class StochasticDDIMChain(DDIMChain):
     images gives what B batches of one give, and the sequential and every parallel run see the same ones.
 
     Args:
-        denoiser, x_T, schedule, steps, timesteps, spacing, prediction_type, clip_sample, conditioning, max_rows: as for
-            :class:`DDIMChain`.
-        eta: share of DDPM's noise: 0 is deterministic DDIM, 1 is DDPM.
+        denoiser, x_T, schedule: as for :class:`DDIMChain`, and so are the options down to ``max_rows``.
+        eta: share of DDPM's noise: 0 is deterministic DDIM, 1 is DDPM; with clipping or a hook, DDPM also needs
+            ``noise_from_clipped=True``.
         seed: of the noise.
         noise: standard normal noise ``(B, T, *shape)`` in the dtype and on the device of x_T, instead of the seed's.
         first_sample: index of the first image of this batch among all that share the seed.
@@ -53,6 +53,8 @@ class StochasticDDIMChain(DDIMChain):
         spacing: str | None = None,
         prediction_type: str | None = None,
         clip_sample: float | None = None,
+        x0_hook: X0Hook | None = None,
+        noise_from_clipped: bool = False,
         conditioning: Mapping[str, Tensor] | None = None,
         max_rows: int | None = None,
         eta: float = 1.0,
@@ -69,17 +71,13 @@ class StochasticDDIMChain(DDIMChain):
             spacing=spacing,
             prediction_type=prediction_type,
             clip_sample=clip_sample,
+            x0_hook=x0_hook,
+            noise_from_clipped=noise_from_clipped,
             conditioning=conditioning,
             max_rows=max_rows,
         )
         self.eta = eta
-        self.transitions = Transitions.of(
-            schedule,
-            self.timesteps,
-            eta=eta,
-            prediction_type=self.transitions.prediction_type,
-            clip_sample=clip_sample,
-        )
+        self.transitions = self.transitions.with_eta(eta)
         if noise is None:
             samples = range(first_sample, first_sample + len(x_T))
             noise = step_noise(seed, samples, range(self.steps), x_T.shape[1:], dtype=x_T.dtype, device=x_T.device)

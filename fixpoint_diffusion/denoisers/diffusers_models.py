@@ -13,7 +13,7 @@ from torch import nn
 
 from fixpoint_diffusion.denoisers.diffusers import DiffusersDenoiser
 from fixpoint_diffusion.denoisers.protocol import ConditioningInput
-from fixpoint_diffusion.denoisers.registry import Family, LoadOptions
+from fixpoint_diffusion.denoisers.registry import Family, LoadOptions, family_of
 from fixpoint_diffusion.files import read_json
 from fixpoint_diffusion.models.weights import (
     StoredTensor,
@@ -142,6 +142,7 @@ def load_module(folder: Path, config: Mapping[str, Any], options: LoadOptions) -
         if hasattr(expected, "_fix_state_dict_keys_on_load"):
             expected._fix_state_dict_keys_on_load(stored)  # names that old versions of diffusers wrote
         check_fit(expected, stored, folder, dtype=options.dtype)
+        _try_out(expected, source)
     # Building the model draws initial weights that the stored ones replace: keep that out of the caller's random state.
     with torch.random.fork_rng(devices=[]):
         try:
@@ -164,6 +165,31 @@ def load_module(folder: Path, config: Mapping[str, Any], options: LoadOptions) -
     check_values(model.named_parameters(), folder)
     network: nn.Module = model if options.device_map is not None else model.to(options.device)
     return network
+
+
+def _try_out(network: nn.Module, source: Path) -> None:
+    """Call a network of a known family on ``meta``, where that costs nothing: settings may fail only there."""
+    family = family_of(network)
+    config: Any = getattr(network, "config", None)
+    if family is None or config is None:
+        return
+    shape = family.sample_shape(config)
+    if shape is None:
+        return
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape):
+        raise ValueError(f"{source} describes samples of shape {shape}; expected positive whole numbers")
+    denoiser, rows = family.denoiser(network.eval()), {}
+    for name, wanted in denoiser.conditioning.items():
+        row = [1 if size == -1 else size for size in wanted.shape]
+        rows[name] = torch.zeros(1, *row, dtype=wanted.dtype, device="meta")
+    try:
+        with torch.no_grad():
+            denoiser(torch.zeros(1, *shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta"), **rows)
+    except NotImplementedError:
+        return
+    except Exception as error:  # as when it was built
+        if "meta" not in str(error):
+            raise ValueError(f"{source} does not describe a usable network: {describe_error(error)}") from error
 
 
 def _stored(folder: Path, variant: str | None, use_safetensors: bool) -> dict[str, StoredTensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,11 @@ def load_denoiser(
             )
     model = (family.load if family else load_module)(model_folder, config, options)
     model.eval().requires_grad_(False)
-    return (family.denoiser if family else DiffusersDenoiser)(model, **about)
+    denoiser: NetworkDenoiser = (family.denoiser if family else DiffusersDenoiser)(model, **about)
+    shape, sizes = denoiser.sample_shape, {len(prior.mean), len(prior.variances)} - {1} if prior else set()
+    if shape is not None and sizes and sizes != {math.prod(shape)}:
+        raise ValueError(f"the prior in {model_folder} is for {max(sizes)} entries, but a sample has shape {shape}")
+    return denoiser
 
 
 def read_schedule_config(folder: Path) -> dict[str, Any] | None:

@@ -61,14 +61,18 @@ class FPDMConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"FPDMConfig.{name} must be an integer of at least {low}, got {value!r}")
-        if self.num_classes is not None and (not isinstance(self.num_classes, int) or self.num_classes < 1):
-            raise ValueError(f"FPDMConfig.num_classes must be None or a positive integer, got {self.num_classes!r}")
+        classes = self.num_classes
+        if classes is not None and (not isinstance(classes, int) or isinstance(classes, bool) or classes < 1):
+            raise ValueError(f"FPDMConfig.num_classes must be None or a positive integer, got {classes!r}")
+        if not isinstance(self.learn_sigma, bool):
+            raise ValueError(f"FPDMConfig.learn_sigma must be true or false, got {self.learn_sigma!r}")
         if self.sample_size % self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} does not divide sample_size {self.sample_size}")
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"width must be a multiple of 4 and of heads, got width {self.width}, heads {self.heads}")
-        if not self.mlp_ratio > 0:
-            raise ValueError(f"FPDMConfig.mlp_ratio must be positive, got {self.mlp_ratio!r}")
+        ratio = self.mlp_ratio
+        if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 < ratio < float("inf"):
+            raise ValueError(f"FPDMConfig.mlp_ratio must be positive and finite, got {ratio!r}")
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {self.prediction_type!r}")
 

@@ -92,8 +92,8 @@ def check_fit(expected: nn.Module, stored: Mapping[str, StoredTensor], source: P
     """
     state = expected.state_dict()
     missing, unknown = sorted(state.keys() - stored.keys()), sorted(stored.keys() - state.keys())
-    problems = [f"{_first(missing)} missing"] if missing else []
-    problems += [f"{_first(unknown)} unknown"] if unknown else []
+    problems = [f"missing: {_first(missing)}"] if missing else []
+    problems += [f"unknown: {_first(unknown)}"] if unknown else []
     both = sorted(state.keys() & stored.keys())
     shapes = [
         f"{name} has shape {stored[name].shape}, expected {tuple(state[name].shape)}"
@@ -110,9 +110,7 @@ def check_fit(expected: nn.Module, stored: Mapping[str, StoredTensor], source: P
     if problems:
         raise ValueError(f"the weights in {source} do not fit its config.json: {'; '.join(problems)}")
     weights = sum(_bytes(tensor) for tensor in state.values())
-    beside = sum(_bytes(tensor) for tensor in expected.buffers()) - sum(
-        _bytes(tensor) for name, tensor in state.items() if name in dict(expected.named_buffers())
-    )
+    beside = sum(_bytes(tensor) for name, tensor in expected.named_buffers() if name not in state)
     if beside > max(_LARGEST_BUFFERS, 4 * weights):
         raise ValueError(
             f"config.json in {source} asks for {beside / 1e9:.1f} GB beside weights of {weights / 1e9:.3g} GB: "
@@ -145,7 +143,7 @@ def describe_error(error: Exception) -> str:
 
 
 def _first(names: list[str]) -> str:
-    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _bytes(tensor: Tensor) -> int:

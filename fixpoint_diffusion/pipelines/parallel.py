@@ -153,7 +153,12 @@ class ParallelPipeline(DiffusionPipeline):
         x_T = step["sample"][:batch].to(torch.promote_types(out.dtype, torch.float32))
         conditioning, constants = _sort_inputs(asked.inputs, batch, guidance)
         kind = transitions.prediction_type
-        denoiser: Denoiser = DiffusersDenoiser(getattr(self, self._network), prediction_type=kind, inputs=constants)
+        denoiser: Denoiser = DiffusersDenoiser(
+            getattr(self, self._network),
+            prediction_type=kind,
+            inputs=constants,
+            learned_variance=transitions.learned_variance,
+        )
         if guidance:
             denoiser = Guided(denoiser, guidance.scale, rescale=guidance.rescale)
         return SamplingChain(

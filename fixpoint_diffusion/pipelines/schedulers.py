@@ -7,41 +7,33 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from fixpoint_diffusion.processes.transitions import Transitions, check_timesteps
+from fixpoint_diffusion.processes import SamplerConfig, Transitions
 
-DDPM_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
-SERVED = f"DDIMScheduler, and DDPMScheduler with a variance_type of {', '.join(DDPM_VARIANCES)}"
+# Latents are not clipped: their values go far beyond 1.
+ADVICE = "DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)"
 
 
-def check_scheduler(scheduler: Any) -> None:
-    """Raise a ``ValueError`` that names the scheduler unless its steps can be solved in parallel.
+def check_scheduler(scheduler: Any) -> SamplerConfig:
+    """What the scheduler does; a ``ValueError`` that names it unless its steps can be solved in parallel.
 
-    Exactly the two classes are served: a subclass may step in its own way.
+    DDIM's and DDPM's can. A subclass of theirs may step in its own way, and is refused.
     """
-    name, config = type(scheduler).__name__, scheduler.config
-    if type(scheduler) is DDPMScheduler and config.variance_type not in DDPM_VARIANCES:
-        name += f" with variance_type={config.variance_type!r}"
-    elif type(scheduler) in (DDIMScheduler, DDPMScheduler):
-        if not config.thresholding:
-            return
-        name += " with thresholding=True"
-    raise ValueError(
-        f"{name} cannot be solved in parallel; these can, without thresholding: {SERVED}. To change it: "
-        "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, thresholding=False)"
-    )
+    config = SamplerConfig.from_diffusers(scheduler)
+    if not config.own_steps:
+        raise ValueError(
+            f"the steps of {config.class_name} cannot be solved in parallel; those of DDIMScheduler and DDPMScheduler "
+            f"can. Its training process is theirs, so change it: pipe.scheduler = {ADVICE}"
+        )
+    return config
 
 
-def scheduler_transitions(
-    scheduler: DDIMScheduler | DDPMScheduler, *, eta: float = 0.0, use_clipped_model_output: bool = False
-) -> Transitions:
+def scheduler_transitions(scheduler: Any, *, eta: float = 0.0, use_clipped_model_output: bool = False) -> Transitions:
     """What the scheduler's ``step`` does at each of its timesteps.
 
-    The signal levels are the scheduler's own, float32 as they are, for a chain must equal its loop. A step of DDPM is
-    one of DDIM with eta = 1 that derives eps from the clipped image.
+    The signal levels are the scheduler's own, float32 as they are, for a chain must equal its loop.
 
     Args:
         scheduler: one that :func:`check_scheduler` lets pass, after its ``set_timesteps``.
@@ -50,32 +42,19 @@ def scheduler_transitions(
     Raises:
         ValueError: timesteps outside the schedule, or as ``Transitions.between``.
     """
-    config = scheduler.config
-    levels = scheduler.alphas_cumprod.to("cpu", torch.float64)
-    timesteps = check_timesteps(scheduler.timesteps, len(levels))
-    is_ddpm = isinstance(scheduler, DDPMScheduler)
-    if is_ddpm:
-        previous = torch.tensor([int(scheduler.previous_timestep(t)) for t in scheduler.timesteps])
-        final = torch.tensor(1.0, dtype=torch.float64)
-    else:
-        previous = timesteps - config.num_train_timesteps // scheduler.num_inference_steps
-        final = scheduler.final_alpha_cumprod.to("cpu", torch.float64)
-    transitions = Transitions.between(
-        timesteps,
-        levels[timesteps],
-        torch.where(previous < 0, final, levels[previous]),
-        eta=1.0 if is_ddpm else eta,
-        prediction_type=config.prediction_type,
-        clip_sample=config.clip_sample_range if config.clip_sample else None,
-        noise_from_clipped=is_ddpm or use_clipped_model_output,
+    config = check_scheduler(scheduler)
+    final = 1.0 if config.is_ddpm else float(scheduler.final_alpha_cumprod)
+    schedule = replace(config.schedule, alphas_cumprod=scheduler.alphas_cumprod, final_alpha=final)
+    return replace(config, schedule=schedule).transitions(
+        scheduler.num_inference_steps or len(scheduler.timesteps),
+        timesteps=scheduler.timesteps,
+        eta=None if config.is_ddpm else eta,
+        noise_from_clipped=use_clipped_model_output,
     )
-    if is_ddpm and config.variance_type == "fixed_large":
-        transitions = replace(transitions, sigma=(1 - transitions.alphas / transitions.alphas_prev).sqrt())
-    return transitions
 
 
 def scheduler_noise(
-    scheduler: DDIMScheduler | DDPMScheduler,
+    scheduler: Any,
     shape: Sequence[int],
     *,
     eta: float = 0.0,
@@ -87,15 +66,18 @@ def scheduler_noise(
 
     Args:
         scheduler: as for :func:`scheduler_transitions`.
-        shape: of the network's output in the loop, ``(B, *shape)``.
+        shape: of the network's output in the loop, ``(B, C, ...)``; with a learned variance ``(B, 2 C, ...)``.
         eta: what DDIM's ``step`` would be given.
         generator: one for all, or one for each of B; None: the global one.
         dtype, device: of the network's output.
 
     Returns:
-        ``(B, T, *shape)``, zeros where DDPM draws none; None for DDIM with ``eta`` = 0.
+        ``(B, T, C, ...)``, zeros where DDPM draws none; None for DDIM with ``eta`` = 0.
     """
-    if isinstance(scheduler, DDPMScheduler):
+    config = check_scheduler(scheduler)
+    if config.variance_type in ("learned", "learned_range"):
+        shape = (shape[0], shape[1] // 2, *shape[2:])
+    if config.is_ddpm:
         drawn = scheduler.timesteps > 0
     elif eta > 0:
         drawn = torch.ones(len(scheduler.timesteps), dtype=torch.bool)

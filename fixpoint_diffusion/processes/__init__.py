@@ -2,7 +2,20 @@
 
 from fixpoint_diffusion.processes.noise import initial_noise, step_noise
 from fixpoint_diffusion.processes.prior import GaussianPrior
+from fixpoint_diffusion.processes.sampler_config import SamplerConfig
 from fixpoint_diffusion.processes.schedules import NoiseSchedule
 from fixpoint_diffusion.processes.transitions import Transitions, wide
+from fixpoint_diffusion.processes.x0_hooks import Clip, DynamicThreshold, X0Hook
 
-__all__ = ["GaussianPrior", "NoiseSchedule", "Transitions", "initial_noise", "step_noise", "wide"]
+__all__ = [
+    "Clip",
+    "DynamicThreshold",
+    "GaussianPrior",
+    "NoiseSchedule",
+    "SamplerConfig",
+    "Transitions",
+    "X0Hook",
+    "initial_noise",
+    "step_noise",
+    "wide",
+]

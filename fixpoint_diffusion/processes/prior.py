@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -77,9 +79,22 @@ class GaussianPrior:
 
     @classmethod
     def load(cls, folder: str | Path) -> GaussianPrior | None:
-        """Read ``prior.safetensors`` from a model's folder; None if there is none."""
+        """Read ``prior.safetensors`` from a model's folder; None if there is none.
+
+        Raises:
+            ValueError: a damaged file, or tensors that are no such prior.
+        """
         path = Path(folder) / PRIOR_FILE
-        return cls(**load_file(path)) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        problem = _problem(tensors)
+        if problem:
+            raise ValueError(f"{path} is not a prior: {problem}")
+        return cls(**{name: tensor.double() for name, tensor in tensors.items()})
 
     def gains(self, transitions: Transitions) -> Tensor:
         """``(T, 1 or D)``: by how much the expected image follows a change of the latent, along the basis."""
@@ -122,3 +137,26 @@ class GaussianPrior:
     def _coordinates(self, flat: Tensor) -> Tensor:
         flat = wide(flat)
         return flat if self.basis is None else flat @ self.basis.to(flat)
+
+
+def _problem(tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a prior's tensors; None where nothing is."""
+    if not {"mean", "variances"} <= tensors.keys() <= {"mean", "variances", "basis"}:
+        return f"it holds {', '.join(sorted(tensors)) or 'nothing'}; expected mean, variances and perhaps basis"
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            return f"{name} must hold finite numbers, and is {str(tensor.dtype).removeprefix('torch.')}"
+    mean, variances, basis = tensors["mean"], tensors["variances"], tensors.get("basis")
+    sizes = {len(part) for part in (mean, variances) if part.ndim == 1}
+    if mean.ndim != 1 or variances.ndim != 1 or 0 in sizes or len(sizes - {1}) > 1:
+        return f"mean has shape {tuple(mean.shape)} and variances {tuple(variances.shape)}; expected (D,) or (1,)"
+    if bool((variances < 0).any()):
+        return "a variance is negative"
+    if basis is None:
+        return None
+    if basis.shape != (max(sizes), max(sizes)):
+        return f"basis has shape {tuple(basis.shape)}, expected {(max(sizes), max(sizes))}"
+    # A few random vectors, for the whole product takes seconds at thousands of entries.
+    vectors = torch.randn(len(basis), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    off = basis.double().mT @ (basis.double() @ vectors) - vectors
+    return None if float(off.abs().max()) < 1e-3 else "basis is not orthogonal"

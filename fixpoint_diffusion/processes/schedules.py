@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from fixpoint_diffusion.processes.x0_hooks import X0Hook
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing", "quadratic")
@@ -32,6 +31,8 @@ class NoiseSchedule:
             ``"sample"``. Chains use it where neither they nor the denoiser say otherwise.
         timestep_spacing: the spacing that :meth:`timesteps` uses by default.
         steps_offset: added to timesteps of the ``"leading"`` spacing (diffusers' option of this name).
+        x0_hook: what chains do to every predicted x_0 unless told otherwise: :class:`Clip`, :class:`DynamicThreshold`
+            or a function, as for :class:`Transitions`; None: nothing.
 
     Raises:
         ValueError: a value outside the ranges above.
@@ -49,6 +50,7 @@ class NoiseSchedule:
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
     steps_offset: int = 0
+    x0_hook: X0Hook | None = None
 
     def __post_init__(self) -> None:
         alphas = torch.as_tensor(self.alphas_cumprod).detach().to("cpu", torch.float64).clone()
@@ -121,50 +123,27 @@ class NoiseSchedule:
     def from_diffusers(cls, scheduler: Any) -> NoiseSchedule:
         """The schedule of a diffusers scheduler, computed anew in float64 from its configuration.
 
+        :meth:`SamplerConfig.from_diffusers` reads the same and more: steps that are the scheduler's own.
+
         Args:
-            scheduler: a diffusers scheduler, its ``config``, the path of a ``scheduler_config.json``, or a folder that
-                holds one, itself or in a subfolder ``scheduler``. Options that the configuration leaves out get the
-                defaults of ``DDIMScheduler``.
+            scheduler: as for :meth:`SamplerConfig.from_diffusers`.
 
         Returns:
-            The schedule, with the configuration's prediction type, timestep spacing and offset.
+            The schedule, with the configuration's prediction type, timestep spacing and offset, and its clipping or
+            thresholding as ``x0_hook``.
 
         Raises:
-            ValueError: a beta schedule, prediction type or spacing that this package does not know.
-            FileNotFoundError: no configuration at the given path.
-            TypeError: something that is none of the above.
+            ValueError, FileNotFoundError, TypeError: as :meth:`SamplerConfig.from_diffusers`.
 
         Example:
             >>> config = {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1}
             >>> schedule = NoiseSchedule.from_diffusers(config)
-            >>> schedule.timesteps(4)
-            tensor([751, 501, 251,   1])
+            >>> schedule.timesteps(4), schedule.x0_hook
+            (tensor([751, 501, 251,   1]), Clip(limit=1.0))
         """
-        config = _read_config(scheduler)
-        steps = config.get("num_train_timesteps", 1000)
-        ends = (config.get("beta_start", 1e-4), config.get("beta_end", 0.02))
-        name = config.get("beta_schedule", "linear")
-        if config.get("trained_betas") is not None:
-            schedule = cls.from_betas(torch.as_tensor(config["trained_betas"], dtype=torch.float64))
-        elif name == "linear":
-            schedule = cls.linear(steps, *ends)
-        elif name == "scaled_linear":
-            schedule = cls.scaled_linear(steps, *ends)
-        elif name == "squaredcos_cap_v2":
-            schedule = cls.cosine(steps)
-        else:
-            known = "'linear', 'scaled_linear', 'squaredcos_cap_v2', or trained_betas"
-            raise ValueError(f"unknown beta_schedule {name!r} in the scheduler's configuration; expected {known}")
-        if config.get("rescale_betas_zero_snr", False):
-            schedule = schedule.zero_terminal_snr()
-        set_alpha_to_one = config.get("set_alpha_to_one", True)
-        return replace(
-            schedule,
-            final_alpha=1.0 if set_alpha_to_one else float(schedule.alphas_cumprod[0]),
-            prediction_type=config.get("prediction_type", "epsilon"),
-            timestep_spacing=config.get("timestep_spacing", "leading"),
-            steps_offset=config.get("steps_offset", 0),
-        )
+        from fixpoint_diffusion.processes.sampler_config import SamplerConfig
+
+        return SamplerConfig.from_diffusers(scheduler).schedule
 
     def zero_terminal_snr(self) -> NoiseSchedule:
         """The same schedule rescaled so that the last timestep is pure noise (Lin et al., 2023, Algorithm 1).
@@ -182,6 +161,19 @@ class NoiseSchedule:
         alphas = ((roots - last) * first / (first - last)).square()
         alphas[0] = self.alphas_cumprod[0]  # exactly, so that a final_alpha equal to it stays valid
         return replace(self, alphas_cumprod=alphas)
+
+    def shift_snr(self, scale: float) -> NoiseSchedule:
+        """The same schedule with every signal-to-noise ratio divided by ``scale``, as CogVideoX does.
+
+        Example:
+            >>> shifted = NoiseSchedule(torch.tensor([0.5])).shift_snr(3.0)
+            >>> float(shifted.alphas_cumprod[0])
+            0.25
+        """
+        if not scale > 0:
+            raise ValueError(f"snr_shift_scale must be a positive number, got {scale}")
+        alphas = self.alphas_cumprod
+        return NoiseSchedule(alphas / (scale + (1 - scale) * alphas))
 
     def timesteps(self, steps: int, spacing: str | None = None) -> torch.Tensor:
         """Timesteps for a sampling chain of the given length, from the noise end.
@@ -234,6 +226,36 @@ class NoiseSchedule:
         return torch.from_numpy(ascending[::-1].astype(np.int64))
 
 
+def check_timesteps(timesteps: torch.Tensor, n: int) -> torch.Tensor:
+    """The timesteps as int64 on the CPU; raises unless they are whole numbers that descend within a schedule of n."""
+    # Half precision cannot tell one timestep from the next.
+    refused = (torch.bool, torch.float16, torch.bfloat16)
+    if not isinstance(timesteps, torch.Tensor) or timesteps.is_complex() or timesteps.dtype in refused:
+        found = timesteps.dtype if isinstance(timesteps, torch.Tensor) else type(timesteps).__name__
+        raise TypeError(f"timesteps must be a tensor of integers, or of whole numbers in float32 or 64, got {found}")
+    given = timesteps.detach().cpu()
+    if given.ndim != 1 or len(given) == 0:
+        raise ValueError(f"timesteps must have shape (T,) with T >= 1, got {tuple(given.shape)}")
+    fractions = (given != given.floor()) | ~given.isfinite() if given.is_floating_point() else given != given
+    if bool(fractions.any()):
+        k = int(fractions.nonzero()[0])
+        raise ValueError(
+            f"timesteps must be whole numbers, those of the schedule's table; entry {k} is {float(given[k]):g}: round "
+            "them, or give Transitions.between the signal level of each"
+        )
+    timesteps = given.to(torch.int64)
+    outside = (timesteps < 0) | (timesteps >= n)
+    outside[1:] |= timesteps.diff() >= 0
+    if bool(outside.any()):
+        k = int(outside.nonzero()[0])
+        after = f", after {int(timesteps[k - 1])}" if k else ""
+        raise ValueError(
+            f"timesteps must descend strictly within 0 .. {n - 1}; entry {k} of {len(timesteps)} is "
+            f"{int(timesteps[k])}{after}"
+        )
+    return timesteps
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise a ``ValueError`` that lists the choices unless the value is one of them."""
     if value not in choices:
@@ -244,17 +266,3 @@ def _positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return value
-
-
-def _read_config(scheduler: Any) -> Mapping[str, Any]:
-    if isinstance(scheduler, str | Path):
-        path = Path(scheduler)
-        candidates = [path, path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json"]
-        file = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if file is None:
-            raise FileNotFoundError(f"no scheduler_config.json at {path}, nor in its subfolder 'scheduler'")
-        return json.loads(file.read_text())
-    config = getattr(scheduler, "config", scheduler)
-    if not isinstance(config, Mapping):
-        raise TypeError(f"expected a diffusers scheduler, its config or a path, got {type(scheduler).__name__}")
-    return config

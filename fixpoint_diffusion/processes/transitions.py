@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, NoiseSchedule, check_choice
+from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, NoiseSchedule, check_choice, check_timesteps
+from fixpoint_diffusion.processes.x0_hooks import X0Hook
+
+# In diffusers' words. The first is DDIM's own, the others are DDPM's, with eta = 1.
+VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
 def wide(x: Tensor) -> Tensor:
@@ -28,15 +32,22 @@ class Transitions:
     :meth:`between` for levels that are not those of a schedule.
 
     Attributes:
-        timesteps: ``(T,)`` int64: what the denoiser is told at each step.
+        timesteps: ``(T,)``: what the denoiser is told at each step.
         alphas: ``(T,)`` float64, the signal level (cumulative alpha) that each step starts from.
         alphas_prev: ``(T,)`` float64, the one it arrives at (that of the timestep before it in the forward process).
         direction: ``(T,)`` float64, the weight of eps in the latent that each step arrives at.
         sigma: ``(T,)`` float64, standard deviation of the noise that each step adds; 0 at a last step that ends at 1.
+            With a learned variance, the least that DDPM allows.
         prediction_type: what the denoiser predicts.
-        clip_sample: largest absolute value of a predicted x_0; None: as predicted.
-        noise_from_clipped: whether eps is derived anew from the clipped x_0 (as DDPM does, and diffusers' DDIM when
-            told ``use_clipped_model_output``), or stays what the denoiser said.
+        x0_hook: what is done to every predicted x_0 before the step uses it, called as ``x0_hook(x_0, step, sample)``
+            with rows ``(N, *shape)`` in float64 and, for each, its step and its sample, ``(N,)`` int64. It returns
+            the rows to go on with. :class:`Clip` and :class:`DynamicThreshold` are two; None: as predicted.
+        noise_from_clipped: whether eps is derived anew from the x_0 that the hook returned (as DDPM does, and DDIM in
+            diffusers when told ``use_clipped_model_output``), or stays what the denoiser said.
+        variance_type: ``"fixed_small"`` or ``"fixed_large"``: the noise has standard deviation ``sigma``. Otherwise the
+            denoiser's output has twice the channels, and the second half is the variance of each entry
+            (``"learned"``), or says where its logarithm lies between DDPM's two fixed ones, from -1 for the
+            small to 1 for the large (``"learned_range"``; Nichol and Dhariwal, 2021, Eq. 15). No noise at timestep 0.
     """
 
     timesteps: Tensor
@@ -45,13 +56,19 @@ class Transitions:
     direction: Tensor
     sigma: Tensor
     prediction_type: str = "epsilon"
-    clip_sample: float | None = None
+    x0_hook: X0Hook | None = None
     noise_from_clipped: bool = False
+    variance_type: str = "fixed_small"
 
     @property
     def steps(self) -> int:
         """T, the number of steps."""
         return len(self.timesteps)
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the noise's size is in the denoiser's output."""
+        return self.variance_type in ("learned", "learned_range")
 
     @classmethod
     def of(
@@ -61,23 +78,28 @@ class Transitions:
         *,
         eta: float = 0.0,
         prediction_type: str = "epsilon",
-        clip_sample: float | None = None,
+        x0_hook: X0Hook | None = None,
+        noise_from_clipped: bool = False,
+        variance_type: str = "fixed_small",
     ) -> Transitions:
         """The coefficients for the given timesteps, each step arriving where the next one starts.
 
         Args:
             schedule: the noise schedule; its ``final_alpha`` is where the last step arrives.
-            timesteps: ``(T,)`` integers, descending, within the schedule.
-            eta: share of DDPM's noise: 0 is deterministic, 1 is DDPM. More is legal as long as no step adds more noise
-                than the latent it leads to may hold.
+            timesteps: ``(T,)`` whole numbers, descending, within the schedule; in float32 or float64 too.
+            eta: share of DDPM's noise: 0 is deterministic, 1 is DDPM (where a hook changes x_0, together with
+                ``noise_from_clipped=True``). More is legal as long as no step adds more noise than the latent it leads
+                to may hold.
             prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
-            clip_sample: largest absolute value of a predicted x_0; None: as predicted.
+            x0_hook: the attribute of that name; by default the schedule's.
+            noise_from_clipped: the attribute of that name.
+            variance_type: the attribute of that name; all but ``"fixed_small"`` need ``eta=1``.
 
         Raises:
-            TypeError: timesteps that are no tensor of integers.
-            ValueError: timesteps that do not descend within the schedule, an eta below 0 or above the largest legal one
-                (which the message names), an unknown prediction type, ``"epsilon"`` at a timestep without signal, or a
-                clip_sample that is not positive.
+            TypeError: timesteps that are no tensor of numbers.
+            ValueError: timesteps that do not descend within the schedule or lie between its own, an eta below 0 or
+                above the largest legal one (which the message names), an unknown prediction or variance type, a
+                variance type that does not go with eta, or ``"epsilon"`` at a timestep without signal.
 
         Example:
             >>> schedule = NoiseSchedule.linear()
@@ -93,7 +115,9 @@ class Transitions:
             torch.cat([alphas[1:], torch.tensor([schedule.final_alpha], dtype=torch.float64)]),
             eta=eta,
             prediction_type=prediction_type,
-            clip_sample=clip_sample,
+            x0_hook=schedule.x0_hook if x0_hook is None else x0_hook,
+            noise_from_clipped=noise_from_clipped,
+            variance_type=variance_type,
         )
 
     @classmethod
@@ -105,8 +129,9 @@ class Transitions:
         *,
         eta: float = 0.0,
         prediction_type: str = "epsilon",
-        clip_sample: float | None = None,
+        x0_hook: X0Hook | None = None,
         noise_from_clipped: bool = False,
+        variance_type: str = "fixed_small",
     ) -> Transitions:
         """The coefficients of steps between given signal levels.
 
@@ -114,9 +139,9 @@ class Transitions:
         ``N // T``-th timestep before the current one do not, when T does not divide N.
 
         Args:
-            timesteps, alphas, alphas_prev, prediction_type, clip_sample, noise_from_clipped: the attributes of those
-                names.
-            eta: as for :meth:`of`.
+            timesteps: what the denoiser is told; fractions too, where the levels lie between those of its training.
+            alphas, alphas_prev, prediction_type, x0_hook, noise_from_clipped: the attributes of those names.
+            eta, variance_type: as for :meth:`of`.
 
         Raises:
             ValueError: as :meth:`of`, timesteps apart.
@@ -127,12 +152,14 @@ class Transitions:
             tensor([0.7746, 0.0000], dtype=torch.float64)
         """
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        if clip_sample is not None and not clip_sample > 0:
-            raise ValueError(f"clip_sample must be a positive number or None, got {clip_sample}")
+        check_choice("variance_type", variance_type, VARIANCE_TYPES)
+        if variance_type != "fixed_small" and eta != 1:
+            raise ValueError(f"variance_type={variance_type!r} is DDPM's and needs eta=1, got eta={eta:g}")
         if prediction_type == "epsilon" and alphas[0] == 0:
             raise ValueError(
-                f"timestep {int(timesteps[0])} holds no signal (zero terminal SNR), where a prediction of the noise "
-                "says nothing about the image: use a denoiser that predicts v or the sample, or leave that timestep out"
+                f"timestep {float(timesteps[0]):g} holds no signal (zero terminal SNR), where a prediction of the "
+                "noise says nothing about the image: use a denoiser that predicts v or the sample, or leave that "
+                "timestep out"
             )
         share = 1 - alphas / alphas_prev
         if not eta >= 0:
@@ -146,29 +173,51 @@ class Transitions:
                 f"left of the old noise); the largest legal eta for these timesteps is {largest:.6g}"
             )
         kept = alphas / alphas_prev * (1 - alphas_prev) / (1 - alphas)
+        sigma = eta * (share * (1 - alphas_prev) / (1 - alphas)).sqrt()
+        if variance_type == "fixed_large":
+            sigma = share.sqrt() * (timesteps > 0)
         return cls(
             timesteps=timesteps,
             alphas=alphas,
             alphas_prev=alphas_prev,
             # 1 - a' - sigma^2, written so that nothing cancels at eta = 1; above, rounding must not leave -1e-17.
             direction=((1 - alphas_prev) * (1 - eta**2 + eta**2 * kept)).clamp(min=0).sqrt(),
-            sigma=eta * (share * (1 - alphas_prev) / (1 - alphas)).sqrt(),
+            sigma=sigma,
             prediction_type=prediction_type,
-            clip_sample=clip_sample,
+            x0_hook=x0_hook,
             noise_from_clipped=noise_from_clipped,
+            variance_type=variance_type,
         )
 
-    def predict(self, x: Tensor, out: Tensor, k: int | slice | Tensor) -> tuple[Tensor, Tensor]:
+    def with_eta(self, eta: float) -> Transitions:
+        """The same steps with another share of DDPM's noise; arguments and errors as for :meth:`of`."""
+        other = Transitions.between(
+            self.timesteps,
+            self.alphas,
+            self.alphas_prev,
+            eta=eta,
+            prediction_type=self.prediction_type,
+            variance_type=self.variance_type,
+        )
+        return replace(self, direction=other.direction, sigma=other.sigma)
+
+    def predict(
+        self, x: Tensor, out: Tensor, k: int | slice | Tensor, sample: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What the denoiser's outputs say about the latents: ``(x_0, eps)`` with ``x = sqrt(a) x_0 + sqrt(1 - a) eps``.
 
-        With ``clip_sample``, x_0 is clipped, and the equation holds only if eps is derived from the clipped x_0.
+        With a hook, x_0 is what it returned, and the equation holds only if eps is derived from that.
 
         Args:
             x: latents, ``(B, *shape)`` for one step k, ``(B, n, *shape)`` for a slice of n steps, ``(N, *shape)`` for
                 a tensor of N steps, one for each row.
-            out: the denoiser's outputs for them, of the same shape.
+            out: the denoiser's outputs for them, of the same shape, or with twice the channels, of which the second
+                half is about the variance.
             k: which step or steps.
+            sample: for the hook, which sample each row belongs to: ``(N,)`` int64 where k is a tensor; None: rows are
+                samples 0, 1, 2, ...
         """
+        out, _ = self._split(x, out, k)
         signal, noise = self._like(self.alphas.sqrt(), x, k), self._like((1 - self.alphas).sqrt(), x, k)
         if self.prediction_type == "epsilon":
             x_0, eps = (x - noise * out) / signal, out
@@ -176,22 +225,32 @@ class Transitions:
             x_0, eps = signal * x - noise * out, signal * out + noise * x
         else:
             x_0, eps = out, (x - signal * out) / noise
-        if self.clip_sample is not None:
-            x_0 = x_0.clamp(-self.clip_sample, self.clip_sample)
+        if self.x0_hook is not None:
+            x_0 = self._apply_hook(x_0, k, sample)
             if self.noise_from_clipped:
                 eps = (x - signal * x_0) / noise
         return x_0, eps
 
-    def step(self, x: Tensor, out: Tensor, k: int | slice | Tensor, noise: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        x: Tensor,
+        out: Tensor,
+        k: int | slice | Tensor,
+        noise: Tensor | None = None,
+        sample: Tensor | None = None,
+    ) -> Tensor:
         """The latents after step (or steps) k, each from the one before it.
 
         Args:
-            x, out, k: as for :meth:`predict`.
-            noise: standard normal, of the same shape; None where sigma is 0.
+            x, out, k, sample: as for :meth:`predict`.
+            noise: standard normal, of the shape of x; None where sigma is 0.
+
+        Raises:
+            ValueError: noise and a learned variance, but an output that holds none; a hook that returns another shape.
         """
-        x_0, eps = self.predict(x, out, k)
+        x_0, eps = self.predict(x, out, k, sample)
         after = self._like(self.alphas_prev.sqrt(), x, k) * x_0 + self._like(self.direction, x, k) * eps
-        return after if noise is None else after + self._like(self.sigma, x, k) * noise
+        return after if noise is None else after + self._noise_scale(x, out, k) * noise
 
     def cumulative(self, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
         """All latents, each as the sum of all steps before it (DEQ-DDIM, Eq. 10; stochastic: Eq. 22 and 23).
@@ -202,8 +261,8 @@ class Transitions:
 
         Args:
             x: the latents that each step starts from, ``(B, T, *shape)``; the first is x_T.
-            out: the denoiser's outputs for them, of the same shape.
-            noise: standard normal, of the same shape; None where sigma is 0.
+            out: the denoiser's outputs for them, as for :meth:`predict`.
+            noise: standard normal, of the shape of x; None where sigma is 0.
 
         Returns:
             The latents after each step, ``(B, T, *shape)``.
@@ -215,6 +274,51 @@ class Transitions:
         change = after[:, rest] - self._like(factors, x, rest) * x[:, rest]
         return product * (torch.cat([after[:, :1], change], dim=1) / product).cumsum(dim=1)
 
+    def _apply_hook(self, x_0: Tensor, k: int | slice | Tensor, sample: Tensor | None) -> Tensor:
+        """The hook on one row after another, whatever the shape of x_0."""
+        assert self.x0_hook is not None
+        steps = torch.arange(self.steps, device=x_0.device)[k].reshape(-1)
+        if isinstance(k, slice):
+            rows, count = x_0.flatten(0, 1), len(steps)
+            samples = torch.arange(len(x_0), device=x_0.device).repeat_interleave(count)
+            steps = steps.repeat(len(x_0))
+        else:
+            rows = x_0
+            samples = torch.arange(len(x_0), device=x_0.device) if sample is None else sample.to(x_0.device)
+            steps = steps.expand(len(x_0))
+        found = self.x0_hook(rows, steps, samples)
+        if not isinstance(found, Tensor) or found.shape != rows.shape:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"x0_hook must return a tensor of the shape of its input {tuple(rows.shape)}, got {shape}")
+        return found.to(x_0.dtype).reshape(x_0.shape)
+
+    def _noise_scale(self, x: Tensor, out: Tensor, k: int | slice | Tensor) -> Tensor:
+        """Standard deviation of the noise of the steps k."""
+        if not self.learned_variance:
+            return self._like(self.sigma, x, k)
+        _, values = self._split(x, out, k)
+        if values is None:
+            raise ValueError(
+                f"variance_type={self.variance_type!r} needs a denoiser that predicts variances too, with twice the "
+                f"channels of x; for x of shape {tuple(x.shape)} it returned {tuple(out.shape)}"
+            )
+        if self.variance_type == "learned":
+            scale = values.sqrt()
+        else:
+            large = 1 - self.alphas / self.alphas_prev
+            small = (large * (1 - self.alphas_prev) / (1 - self.alphas)).clamp(min=1e-20)
+            share = (values + 1) / 2
+            scale = ((share * self._like(large.log(), x, k) + (1 - share) * self._like(small.log(), x, k)) / 2).exp()
+        return torch.where(self._like(self.timesteps, x, k) > 0, scale, 0)
+
+    @staticmethod
+    def _split(x: Tensor, out: Tensor, k: int | slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        """The denoiser's prediction, and what it says about the variance; None where it says nothing."""
+        if out.shape == x.shape:
+            return out, None
+        prediction, values = out.chunk(2, dim=2 if isinstance(k, slice) else 1)
+        return prediction, values
+
     @staticmethod
     def _like(coefficients: Tensor, x: Tensor, k: int | slice | Tensor) -> Tensor:
         """The coefficients of the steps k, shaped to multiply x."""
@@ -223,16 +327,3 @@ class Transitions:
             return chosen
         leading = 1 if isinstance(k, Tensor) else 2
         return chosen.reshape(-1, *[1] * (x.ndim - leading))
-
-
-def check_timesteps(timesteps: Tensor, n: int) -> Tensor:
-    """The timesteps as int64 on the CPU; raises unless they descend within a schedule of n."""
-    if not isinstance(timesteps, Tensor) or timesteps.is_floating_point() or timesteps.dtype == torch.bool:
-        found = timesteps.dtype if isinstance(timesteps, Tensor) else type(timesteps).__name__
-        raise TypeError(f"timesteps must be a tensor of integers, got {found}")
-    timesteps = timesteps.detach().to("cpu", torch.int64)
-    if timesteps.ndim != 1 or len(timesteps) == 0:
-        raise ValueError(f"timesteps must have shape (T,) with T >= 1, got {tuple(timesteps.shape)}")
-    if timesteps[0] >= n or timesteps[-1] < 0 or not bool((timesteps.diff() < 0).all()):
-        raise ValueError(f"timesteps must descend strictly within 0 .. {n - 1}, got {timesteps.tolist()}")
-    return timesteps

@@ -16,6 +16,7 @@ from fixpoint_diffusion import (
     initial_noise,
     sample,
 )
+from fixpoint_diffusion.processes import Clip
 
 LINEAR = NoiseSchedule.linear()
 X_T = initial_noise(0, range(2), (3,), dtype=torch.float64)
@@ -44,7 +45,7 @@ def test_noise_is_derived_from_the_clipped_image_only_when_asked() -> None:
     x, out, t = torch.tensor([[2.0]]).double(), torch.tensor([[0.5]]).double(), torch.tensor([500])
     # x_0 = (2 - sqrt(0.75) / 2) / 0.5 is clipped to 1.
     for again, eps in ((False, 0.5), (True, (2 - 0.5) / 0.75**0.5)):
-        steps = Transitions.between(t, alphas, arrive, clip_sample=1.0, noise_from_clipped=again)
+        steps = Transitions.between(t, alphas, arrive, x0_hook=Clip(1.0), noise_from_clipped=again)
         assert float(steps.step(x, out, 0)) == pytest.approx(0.8 * 1 + 0.6 * eps)
 
 

@@ -106,7 +106,7 @@ def test_unusable_input_ends_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_main(monkeypatch, *arguments) == 1
+    assert run_main(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert message in error.splitlines()[-1]
     assert "Traceback" not in error
@@ -121,7 +121,7 @@ def test_missing_library_names_the_extra_to_install(
     monkeypatch.setitem(sys.modules, module, None)
     command = {"diffusers": ("info", "ddpm-digits"), "sklearn": ("train",), "PIL": ("sample", "--steps", 1)}[module]
     monkeypatch.chdir(tmp_path)
-    assert run_main(monkeypatch, *command) == 1
+    assert run_main(monkeypatch, *command) == 2
     assert "pip install 'fixpoint[diffusion]'" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -140,7 +140,7 @@ def test_info_describes_one_model() -> None:
 def test_info_notices_damaged_files(settings: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     train(settings, tmp_path / "out", "--steps", 1)
     (tmp_path / "out" / "training_log.csv").write_text("changed")
-    assert run_main(monkeypatch, "info", tmp_path / "out") == 1
+    assert run_main(monkeypatch, "info", tmp_path / "out") == 2
     assert "training_log.csv differs" in capsys.readouterr().err
 
 

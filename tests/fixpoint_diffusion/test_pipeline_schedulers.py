@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fixpoint_diffusion import SamplingChain
+from fixpoint_diffusion.pipelines import ParallelDDPMPipeline
 from fixpoint_diffusion.pipelines.schedulers import check_scheduler, scheduler_noise, scheduler_transitions
+from tests.fixpoint_diffusion.tiny import tiny_unet
 
 X_T = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 PREDICTIONS = st.sampled_from(["epsilon", "v_prediction", "sample"])
@@ -167,6 +170,23 @@ def test_nothing_is_drawn_for_a_deterministic_loop() -> None:
     assert torch.equal(generator.get_state(), torch.Generator().manual_seed(0).get_state())
 
 
+def test_noise_has_the_channels_of_the_images_where_the_network_predicts_variances_too() -> None:
+    noises = []
+    for variance_type, channels in (("fixed_small", 3), ("learned_range", 6)):
+        scheduler = DDPMScheduler(variance_type=variance_type)
+        scheduler.set_timesteps(5)
+        noises.append(
+            scheduler_noise(
+                scheduler,
+                (2, channels, 4),
+                generator=torch.Generator().manual_seed(0),
+                dtype=torch.float64,
+                device=torch.device("cpu"),
+            )
+        )
+    assert torch.equal(*noises)
+
+
 def test_timesteps_beyond_the_schedule_are_refused() -> None:
     """An offset moves the first of a thousand steps to 1000, where diffusers' loop runs out of its table."""
     scheduler = DDIMScheduler(steps_offset=1)
@@ -179,24 +199,78 @@ class OtherSteps(DDIMScheduler):
     """A subclass may step in any way."""
 
 
+SOLVERS = [
+    diffusers.PNDMScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.EulerDiscreteScheduler,
+    diffusers.EulerAncestralDiscreteScheduler,
+]
+LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading"}
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_the_advice_for_other_solvers_works_on_latents(kind: type) -> None:
+    """Followed to the letter, on data far beyond [-1, 1]: diffusers' loop, and the exact flow of that data."""
+    pipe = SimpleNamespace(scheduler=kind(**LATENT, steps_offset=1))
+    with pytest.raises(ValueError, match=f"the steps of {kind.__name__} cannot be solved in parallel") as caught:
+        check_scheduler(pipe.scheduler)
+    _, advice = str(caught.value).split("pipe.scheduler = ")
+    pipe.scheduler = eval(advice, {"DDIMScheduler": DDIMScheduler, "pipe": pipe})
+    check_scheduler(pipe.scheduler)
+
+    mean, levels = 9.0, pipe.scheduler.alphas_cumprod.double()
+
+    def latents(x: Tensor, t: Tensor) -> Tensor:
+        """The noise in latents that all have one value."""
+        a = levels[t].reshape(-1, 1)
+        return (x - a.sqrt() * mean) / (1 - a).sqrt()
+
+    pipe.scheduler.set_timesteps(20)
+    x = X_T
+    for t in in_float64(pipe.scheduler).timesteps:
+        x = pipe.scheduler.step(latents(x, t.expand(2)), t, x).prev_sample
+    chain = SamplingChain(latents, X_T, scheduler_transitions(pipe.scheduler))
+    torch.testing.assert_close(chain.sequential()[:, -1], x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(x, torch.full_like(x, mean), rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize(
-    ("scheduler", "name"),
+    ("scheduler", "message"),
     [
-        (diffusers.PNDMScheduler(), "PNDMScheduler cannot"),
-        (diffusers.DPMSolverMultistepScheduler(), "DPMSolverMultistepScheduler cannot"),
-        (diffusers.EulerAncestralDiscreteScheduler(), "EulerAncestralDiscreteScheduler cannot"),
-        (OtherSteps(), "OtherSteps cannot"),
-        (DDPMScheduler(variance_type="learned_range"), "DDPMScheduler with variance_type='learned_range' cannot"),
-        (DDPMScheduler(variance_type="fixed_large_log"), "DDPMScheduler with variance_type='fixed_large_log' cannot"),
-        (DDIMScheduler(thresholding=True), "DDIMScheduler with thresholding=True cannot"),
-        (DDPMScheduler(thresholding=True), "DDPMScheduler with thresholding=True cannot"),
+        (OtherSteps(), "the scheduler OtherSteps is not known"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler describes a flow"),
+        (diffusers.EulerDiscreteScheduler(use_karras_sigmas=True), "with use_karras_sigmas=True cannot be honoured"),
+        (DDPMScheduler(variance_type="fixed_large_log"), "with variance_type='fixed_large_log' cannot be honoured"),
     ],
 )
-def test_schedulers_that_cannot_be_served_are_named_with_those_that_can(scheduler: Any, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} be solved in parallel; .*: DDIMScheduler, and DDPMScheduler"):
+def test_schedulers_that_cannot_be_read_are_named(scheduler: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         check_scheduler(scheduler)
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler(), DDPMScheduler(), DDPMScheduler(variance_type="fixed_large")])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(thresholding=True),
+        DDPMScheduler(variance_type="fixed_large"),
+        DDPMScheduler(variance_type="learned_range", thresholding=True),
+        diffusers.DDIMParallelScheduler(),
+        diffusers.CogVideoXDDIMScheduler(),
+    ],
+)
 def test_schedulers_that_can_be_served_pass(scheduler: Any) -> None:
     check_scheduler(scheduler)
+
+
+@pytest.mark.parametrize("variance_type", ["learned_range", "fixed_large"])
+def test_the_pipeline_of_a_network_that_predicts_variances_is_that_of_diffusers(variance_type: str) -> None:
+    torch.manual_seed(0)
+    unet = tiny_unet(out_channels=2 if variance_type == "learned_range" else 1)
+    scheduler = DDPMScheduler(variance_type=variance_type, thresholding=True, sample_max_value=1.5)
+    images = []
+    for kind in (diffusers.DDPMPipeline, ParallelDDPMPipeline):
+        pipe = kind(unet, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        options = {"batch_size": 2, "num_inference_steps": 8, "output_type": "np"}
+        images.append(torch.from_numpy(pipe(generator=torch.manual_seed(1), **options).images))
+    torch.testing.assert_close(images[1], images[0], rtol=0, atol=2e-3)

@@ -25,6 +25,7 @@ ORDER = (
     "pipelines",
     "experiments",
     "problems",
+    "commands",
     "cli",
     "__init__",
 )

@@ -1,0 +1,203 @@
+"""What chains see of a denoiser before they are solved, and what is passed to it for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fixpoint
+from fixpoint_diffusion import DDIMChain, NoiseSchedule, SamplingChain, initial_noise, sample
+from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided
+from fixpoint_diffusion.models import FPDM, FPDMConfig
+
+LINEAR = NoiseSchedule.linear()
+RUNS: dict[str, Callable[[SamplingChain], object]] = {
+    "sequential": lambda chain: chain.sequential(),
+    "sample": sample,
+    "solve": fixpoint.solve,
+    "one_step": lambda chain: chain.one_step(chain.z0),
+}
+
+
+class Network(nn.Module):
+    """A convolution and what ``kind`` says."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        if kind == "dropout":
+            self.extra: nn.Module = nn.Dropout(0.1)
+        elif kind == "batch norm":
+            self.extra = nn.BatchNorm2d(1)
+        else:
+            self.extra = nn.Identity()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        out = self.extra(self.conv(x))
+        if self.kind == "attention":
+            flat = out.flatten(1)
+            return (torch.softmax(flat @ flat.T / 8, dim=-1) @ flat).view_as(x)
+        if self.kind == "largest":
+            return out / out.abs().max()
+        return out
+
+
+CAUSES = {
+    ("dropout", True): "another output for the same input: Dropout is in training mode; call model.eval()",
+    ("batch norm", True): "depends on the rows beside it: BatchNorm2d is in training mode; call model.eval()",
+    ("attention", False): "depends on the rows beside it: steps are solved as one batch",
+    ("largest", False): "depends on the rows beside it: steps are solved as one batch",
+}
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("kind", "training"), CAUSES)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_denoiser_that_is_no_fixed_function_of_rows_is_named(
+    kind: str, training: bool, run: str, samples: int, wrapped: bool
+) -> None:
+    network = Network(kind).train(training)
+    denoiser = DiffusersDenoiser(network) if wrapped else network
+    chain = DDIMChain(denoiser, initial_noise(0, range(samples), (1, 8, 8)), LINEAR, steps=6)
+    with pytest.raises(ValueError, match=CAUSES[kind, training]):
+        RUNS[run](chain)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "batch norm", "plain"])
+def test_the_same_networks_in_evaluation_mode_pass(kind: str) -> None:
+    chain = DDIMChain(Network(kind).eval(), initial_noise(0, range(3), (1, 8, 8)), LINEAR, steps=6, max_rows=4)
+    torch.testing.assert_close(sample(chain, rtol=1e-6).images, chain.sequential()[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_check_costs_one_call_a_chain_and_no_more_rows_than_a_call_may_have() -> None:
+    rows: list[int] = []
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        rows.append(len(x))
+        return 0.5 * x
+
+    for max_rows, checked in ((None, 3), (2, 2), (1, 1)):
+        rows.clear()
+        chain = DDIMChain(denoiser, torch.ones(1, 4), LINEAR, steps=5, max_rows=max_rows)
+        chain.sequential()
+        chain.sequential()
+        assert rows == [1, checked] + [1] * 9
+        assert (chain.check_evals, chain.evals, chain.rounds) == (checked, 10, 10)
+
+
+def test_rounding_between_batch_sizes_is_no_fault() -> None:
+    """A network in half precision may round otherwise in another batch: here by 2 percent, the same at one size."""
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        return x * (1 + 0.02 * (len(x) % 3))
+
+    DDIMChain(denoiser, torch.ones(1, 4), LINEAR, steps=5).sequential()
+
+
+def test_chains_still_go_through_vmap() -> None:
+    def run(x_T: Tensor) -> Tensor:
+        chain = DDIMChain(lambda x, t: 0.5 * x, x_T, LINEAR, steps=3)
+        return chain(chain.inputs(x_T[:, None].expand(-1, 3, -1)))
+
+    x_T = torch.randn(2, 3, 4)
+    torch.testing.assert_close(torch.func.vmap(run)(x_T), torch.stack([run(part) for part in x_T]))
+
+
+def clamps(x: Tensor, t: Tensor) -> Tensor:
+    return 0.5 * x.clamp_(-1, 1)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_denoiser_that_changes_x_in_place_is_refused_and_leaves_no_mark(run: str, wrapped: bool) -> None:
+    class Clamps(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return clamps(x, t)
+
+    x_T = initial_noise(0, range(3), (1, 8, 8))
+    before = x_T.clone()
+    chain = DDIMChain(DiffusersDenoiser(Clamps()) if wrapped else clamps, x_T, LINEAR, steps=6)
+    with pytest.raises(ValueError, match="the denoiser changed its input in place"):
+        RUNS[run](chain)
+    assert torch.equal(x_T, before)
+
+
+def test_initial_noise_survives_even_a_change_that_nobody_sees() -> None:
+    def hidden(x: Tensor, t: Tensor) -> Tensor:
+        x.data.clamp_(-1, 1)
+        return 0.5 * x
+
+    x_T = initial_noise(0, range(3), (2,))
+    before = x_T.clone()
+    with torch.inference_mode():
+        DDIMChain(clamps, x_T, LINEAR, steps=6).sequential()
+    found = DDIMChain(hidden, x_T, LINEAR, steps=6).sequential()
+    assert torch.equal(x_T, before)
+    expected = DDIMChain(lambda x, t: 0.5 * x.clamp(-1, 1), x_T, LINEAR, steps=6).sequential()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.fixture
+def conditional() -> FPDMDenoiser:
+    """A small FPDM with random weights, far from the zeros that it starts with."""
+    torch.manual_seed(0)
+    model = FPDM(FPDMConfig(width=16, heads=2, num_classes=3)).eval().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return FPDMDenoiser(model, depth=3)
+
+
+LABELS = torch.tensor([2, 0, 1])
+SCALES = torch.tensor([1.0, 2.0, 5.0])
+
+
+def alone(denoiser: FPDMDenoiser, x_T: Tensor) -> Tensor:
+    """Each sample by itself, by the ordinary sampler, with its own scale as a number."""
+    rows = []
+    for i in range(len(x_T)):
+        guided = Guided(denoiser, float(SCALES[i]))
+        conditioning = {"class_labels": LABELS[i : i + 1]}
+        rows.append(DDIMChain(guided, x_T[i : i + 1], LINEAR, steps=5, conditioning=conditioning).sequential()[:, -1])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("max_rows", [None, 2])
+@pytest.mark.parametrize("run", ["sample", "solve", "sequential"])
+def test_every_sample_may_have_a_guidance_scale_of_its_own(
+    conditional: FPDMDenoiser, run: str, max_rows: int | None
+) -> None:
+    x_T = initial_noise(0, range(3), (1, 8, 8))
+    chain = DDIMChain(
+        Guided(conditional, SCALES), x_T, LINEAR, steps=5, conditioning={"class_labels": LABELS}, max_rows=max_rows
+    )
+    if run == "sample":
+        found = sample(chain, solver=fixpoint.Picard(), rtol=1e-7, on_failure="ignore").images
+    elif run == "solve":
+        found = fixpoint.solve(chain, solver=fixpoint.Picard(), rtol=1e-7, on_failure="ignore").value[:, -1]
+    else:
+        found = chain.sequential()[:, -1]
+    expected = alone(conditional, x_T)
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_scales_must_fit_the_rows(conditional: FPDMDenoiser) -> None:
+    x_T = initial_noise(0, range(2), (1, 8, 8))
+    with pytest.raises(ValueError, match="'guidance_scale' must be a tensor with one row for each of 2 samples"):
+        DDIMChain(Guided(conditional, SCALES), x_T, LINEAR, steps=5, conditioning={"class_labels": LABELS[:2]})
+    with pytest.raises(ValueError, match=r"the guidance has \(3,\) scales, expected one for each of 2 rows"):
+        Guided(conditional, SCALES)(x_T, torch.tensor([1, 2]), class_labels=LABELS[:2])
+    with pytest.raises(ValueError, match="scale must be a number or hold one for each sample"):
+        Guided(conditional, SCALES[:, None])
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 1, 4]), torch.tensor([0, -1, 1]), torch.tensor([0.0, 1.0, 2.0])])
+def test_class_labels_that_the_model_does_not_know_are_refused(conditional: FPDMDenoiser, labels: Tensor) -> None:
+    x_T = initial_noise(0, range(3), (1, 8, 8))
+    with pytest.raises(ValueError, match="class_labels must be 3 whole numbers from 0 to 2, or 3 for no class"):
+        DDIMChain(conditional, x_T, LINEAR, steps=5, conditioning={"class_labels": labels})
