@@ -10,9 +10,10 @@ try:
 except ImportError:  # pragma: no cover
     raise SystemExit("fixpoint-diffusion needs typer: pip install 'fixpoint[diffusion]'") from None
 
+from fixpoint_diffusion.commands.encode import encode
 from fixpoint_diffusion.commands.info import info
 from fixpoint_diffusion.commands.sample import sample
-from fixpoint_diffusion.training.command import train
+from fixpoint_diffusion.commands.train import train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,8 +22,8 @@ app = typer.Typer(
     help="Sample from diffusion models in parallel or in sequence, train small ones, and look at model folders.",
 )
 
-
 app.command()(train)
+app.command()(encode)
 app.command()(sample)
 app.command()(info)
 

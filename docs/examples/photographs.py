@@ -1,7 +1,7 @@
 """A folder of crops of photographs, one subfolder a class, from pictures that come with other packages.
 
-Run it as ``python docs/examples/photographs.py FOLDER``. The photographs are scikit-learn's two, and scikit-image's where
-it is installed; nothing is downloaded.
+Run it as ``python docs/examples/photographs.py FOLDER``. The photographs are scikit-learn's two, and three of
+scikit-image's where that is installed; nothing is downloaded.
 """
 
 from __future__ import annotations

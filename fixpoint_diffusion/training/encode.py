@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fixpoint_diffusion.models.autoencoder import LatentEncoder, autoencoder_folder, load_autoencoder
@@ -44,6 +45,8 @@ class EncodeOptions:
         for name in ("batch_size", "shard_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be from 0 to 2**64 - 1, got {self.seed}")
 
 
 def encode(
@@ -130,6 +133,8 @@ def _prepare(folder: Path, info: LatentsInfo, dataset: ImageDataset) -> None:
                 f"choose another folder"
             )
     else:
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(f"{folder} is a file; expected a folder")
         present = [path.name for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
         if present:
             raise FileExistsError(f"{folder} holds {', '.join(sorted(present)[:3])}: choose an empty folder")
@@ -150,8 +155,10 @@ def _encode_rows(
     """The latents ``(len(rows), c, h, w)`` of some rows."""
     parts = []
     done = rows.start
-    loader = DataLoader(dataset, batch_size=options.batch_size, sampler=rows, num_workers=options.workers)
-    for batch in loader:
+    loader = DataLoader(
+        dataset, batch_size=min(options.batch_size, len(rows)), sampler=rows, num_workers=options.workers
+    )
+    for batch in _readable(loader):
         images = batch["images"].to(options.device)
         samples = range(done, done + len(images))
         noise = None
@@ -165,6 +172,14 @@ def _encode_rows(
         done += len(images)
         count(len(images))
     return np.concatenate(parts)
+
+
+def _readable(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+    """The loader's batches; of an error in a worker, whose message holds a traceback, the last line."""
+    try:
+        yield from loader
+    except ValueError as error:
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def _is_whole(file: Path, count: int, info: LatentsInfo) -> bool:

@@ -128,7 +128,8 @@ def test_pictures_of_different_sizes_are_refused_by_name(tmp_path) -> None:
 
 
 def test_missing_and_empty_sources_say_what_there_is(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="'digits'"):
-        open_dataset("digit")
+    for source in ("digit", ""):
+        with pytest.raises(FileNotFoundError, match="'digits'"):
+            open_dataset(source)
     with pytest.raises(ValueError, match="0 image files"):
         open_dataset(tmp_path)

@@ -93,6 +93,9 @@ def test_transparency_and_mixed_modes_ask_for_a_choice(tmp_path: Path) -> None:
         ({"channels": "rgb"}, "channels must be one of L, LA, RGB, RGBA"),
         ({"size": 0}, "positive"),
         ({"size": (4, 4, 4)}, "positive"),
+        ({"size": 4.0}, "positive"),
+        ({"size": True}, "positive"),
+        ({"seed": -1}, "seed"),
         ({"crop": "middle", "size": 4}, "center, random, patch"),
         ({"crop": "random"}, "needs a size"),
         ({"crop": "patch", "size": 9}, "smaller than the patch"),
@@ -112,6 +115,14 @@ def test_center_crop_scales_as_pillow_does(tmp_path: Path) -> None:
     floats = Image.fromarray(values.astype(np.float32) / 127.5 - 1)
     expected = np.asarray(floats.resize((39, 16), Image.Resampling.BICUBIC))[:, 9:29]
     np.testing.assert_allclose(image, np.clip(expected, -1, 1), atol=1e-5)
+
+
+def test_scaling_does_not_leave_the_range(tmp_path: Path) -> None:
+    values = np.zeros((9, 9), dtype=np.uint8)
+    values[:, 4:] = 255  # bicubic weights overshoot at such an edge
+    Image.fromarray(values).save(tmp_path / "1.png")
+    image = open_dataset(tmp_path, size=20)[0]["images"]
+    assert (float(image.min()), float(image.max())) == (-1, 1)
 
 
 @pytest.fixture

@@ -104,6 +104,15 @@ def test_transparent_colour_of_a_picture_without_opacity(
     np.testing.assert_allclose(pixels(file, "L"), [[[1.0], [opaque]]], atol=1e-6)
 
 
+def test_palette_with_opacity(tmp_path: Path) -> None:
+    image = Image.new("PA", (2, 1))
+    image.putpalette([255, 0, 0, 0, 51, 255])
+    image.putdata([(0, 0), (1, 255)])
+    file = written(tmp_path, image, "a.tif")
+    assert read_header(file).channels == "RGBA"
+    np.testing.assert_allclose(pixels(file, "RGB"), [[[1, 1, 1], [0, 0.2, 1]]], atol=1e-6)
+
+
 def test_cmyk(tmp_path: Path) -> None:
     image = Image.new("CMYK", (2, 1))
     image.putdata([(255, 0, 0, 0), (0, 0, 0, 204)])

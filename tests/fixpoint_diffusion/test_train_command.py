@@ -52,9 +52,9 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(sys, "argv", ["fixpoint-diffusion", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         main()
-    assert stop.value.code not in (0, None)
+    assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert "Traceback" not in error
+    assert len(error.splitlines()) == 1
     return error
 
 
@@ -201,7 +201,7 @@ def test_unusable_options_write_nothing(tmp_path: Path, monkeypatch, capsys, arg
         np.save(tmp_path / "images.npy", np.zeros((5, 1, 8, 8), dtype=np.float32))
         arguments, message = ("--data", "images.npy", *arguments), "latents are taken as they are"
     error = refused(monkeypatch, capsys, "train", "--out", "out", *arguments)
-    assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", error).split())
+    assert message in error
     assert not (tmp_path / "out").exists()
 
 

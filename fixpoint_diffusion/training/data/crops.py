@@ -23,7 +23,7 @@ class Crop:
         seed: of places and flips.
 
     Raises:
-        ValueError: for an unknown place, a size that is not positive, or a place without a size.
+        ValueError: for an unknown place, a size that is not positive, a place without a size, or a negative seed.
     """
 
     size: tuple[int, int] | None = None
@@ -34,10 +34,12 @@ class Crop:
     def __post_init__(self) -> None:
         if self.place not in CROPS:
             raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {self.place!r}")
-        if self.size is not None and (len(self.size) != 2 or not all(isinstance(n, int) and n > 0 for n in self.size)):
+        if self.size is not None and not _is_size(self.size):
             raise ValueError(f"size must be a positive integer or two of them (height, width), got {self.size!r}")
         if self.size is None and self.place != "center":
             raise ValueError(f"crop={self.place!r} needs a size")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
 
     def check(self, height: int, width: int, name: str) -> None:
         """Raise ValueError if an image of this size cannot be cut to ``size``."""
@@ -63,6 +65,11 @@ class Crop:
         if self.flip and int(words[2]) % 2:
             image = image.flip(-1)
         return image.contiguous()
+
+
+def _is_size(value: object) -> bool:
+    """Whether it is (height, width); True counts as an int for Python, but not here."""
+    return isinstance(value, tuple) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
 
 
 def _cover(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -72,7 +72,7 @@ def open_dataset(
     if isinstance(source, LabelledImages) or str(source) == "digits":
         return _from_memory(source if isinstance(source, LabelledImages) else load_digits(), channels, cut, labels)
     path = Path(source)
-    if not path.exists():
+    if not str(source) or not path.exists():
         raise FileNotFoundError(f"no data set, .npy file or folder {str(source)!r}; the built-in set is 'digits'")
     encoded = (path / INFO_FILE).is_file()
     if latents or encoded:
@@ -159,7 +159,7 @@ def _from_arrays(path: Path, channels: str | None, cut: Crop, labels: bool, *, l
             natural = natural_channels(shape[1])
             raise ValueError(
                 f"{arrays[0]} has {shape[1]} channels: choose {natural!r} (with opacity) or {natural[:-1]!r} (laid "
-                f"over white), or open it with latents=True"
+                f"over white), or open it with latents=True; channels stand before height and width"
             )
         chosen = channels or natural_channels(shape[1] if len(shape) == 4 and 1 <= shape[1] <= 4 else 1)
         rows = ArrayRows(arrays, chosen)

@@ -142,15 +142,5 @@ def _decode(image: Image.Image, natural: str) -> np.ndarray:
         if natural == "LA":
             planes.append((values != transparent).astype(np.float32))
         return np.stack(planes)
-    picture = _lab_to_rgb(image) if image.mode == "LAB" else image.convert(natural)
-    array = np.asarray(picture, dtype=np.float32) / 255
+    array = np.asarray(image.convert(natural), dtype=np.float32) / 255
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-
-
-def _lab_to_rgb(image: Image.Image) -> Image.Image:
-    from PIL import ImageCms
-
-    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    result = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
-    assert result is not None  # None only where the conversion is asked for in place
-    return result

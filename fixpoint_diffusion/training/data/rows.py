@@ -137,7 +137,7 @@ class ArrayRows:
                 raise ValueError(f"{file} holds {kind} {array.shape}; latents are floats (N, ...), with N at least 1")
             return
         if array.ndim != 4 or array.size == 0 or array.shape[1] > 4:
-            swapped = array.ndim == 4 and array.shape[3] <= 4
+            swapped = array.ndim == 4 and array.shape[1] > 4 and array.shape[3] <= 4
             cure = "; move the channels forward: array.transpose(0, 3, 1, 2)" if swapped else ""
             cure = "; grey images are array[:, None]" if array.ndim == 3 else cure
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The command ``fixpoint-diffusion train``."""
+"""``fixpoint-diffusion train``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fixpoint_diffusion.commands.encode import ChannelsName, CropName
+from fixpoint_diffusion.commands.shared import check_device, folder_option
 
 
 class Weighting(StrEnum):
@@ -18,12 +21,6 @@ class Precision(StrEnum):
     no = "no"
     bf16 = "bf16"
     fp16 = "fp16"
-
-
-class Crop(StrEnum):
-    CENTER = "center"
-    RANDOM = "random"
-    PATCH = "patch"
 
 
 # Each is a field of TrainingConfig by the name of the option.
@@ -47,20 +44,25 @@ def train(
     kind: Annotated[
         str | None, typer.Argument(help="Model family: unet (default), dit, fpdm, ...; the docs list all.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the model, its log and the checkpoint.")] = Path("runs/train"),
+    out: Annotated[
+        Path, typer.Option(parser=folder_option, help="Folder for the model and its checkpoint.", metavar="FOLDER")
+    ] = Path("runs/train"),
     data: Annotated[
         str, typer.Option(help="'digits', a folder of images (with class subfolders or without), a .npy file, latents.")
     ] = "digits",
-    channels: Annotated[str | None, typer.Option(help="L, LA, RGB or RGBA (default: as the files have it).")] = None,
+    channels: Annotated[ChannelsName | None, typer.Option(help="Channels (default: as all files have them).")] = None,
     size: Annotated[str | None, typer.Option(help="Side of the images, or HEIGHTxWIDTH, to which all are cut.")] = None,
-    crop: Annotated[Crop, typer.Option(help="How that size is reached; patch does not scale.")] = Crop.CENTER,
+    crop: Annotated[CropName, typer.Option(help="How that size is reached; patch does not scale.")] = CropName.CENTER,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror images left and right at random.")] = False,
     latents: Annotated[bool, typer.Option("--latents", help="The .npy file holds latents, of any range.")] = False,
     classes: Annotated[bool, typer.Option("--classes", help="Train a model that is told the data's classes.")] = False,
     class_dropout: Annotated[
         float | None, typer.Option(help="Share of the labels replaced by 'no class', for guidance (default: 0.1).")
     ] = None,
-    init: Annotated[Path | None, typer.Option(help="Model folder to start from, in place of random weights.")] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(parser=folder_option, help="Model folder to start from, not random weights.", metavar="FOLDER"),
+    ] = None,
     settings: Annotated[Path | None, typer.Option(help="JSON file with settings of the model's architecture.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps in all.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step, over all processes.")] = None,
@@ -98,6 +100,7 @@ def train(
     if init is not None and kind is not None:
         raise typer.BadParameter(f"the model in {init} says of what kind it is; drop {kind}", param_hint="--init")
     _check_kind(kind)
+    check_device(device)
 
     from fixpoint_diffusion.files import read_json
     from fixpoint_diffusion.training.runs import DataOptions, TrainingRun
@@ -110,7 +113,7 @@ def train(
             out,
             kind=kind or "unet",
             data=DataOptions(
-                source=data, channels=channels, size=_size(size), crop=crop.value, flip=flip, latents=latents
+                source=data, channels=_plain(channels), size=_size(size), crop=crop.value, flip=flip, latents=latents
             ),
             classes=classes,
             init=init,
