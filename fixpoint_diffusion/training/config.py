@@ -11,8 +11,8 @@ Weighting = Literal["plain", "min-snr"]
 Precision = Literal["no", "bf16", "fp16"]
 _COUNTS = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
 _POSITIVE = ("learning_rate", "max_grad_norm", "min_snr_gamma")
-# One step of AdamW changes each weight by about the rate.
-_LARGEST_RATE = 1000
+# One step of AdamW changes each weight by about the rate; torch's generators take seeds of 63 bits.
+_LARGEST = {"learning_rate": 1000, "batch_size": 2**20, "seed": 2**63 - 1}
 _NOT_NEGATIVE = ("final_learning_rate", "warmup_steps", "weight_decay", "seed")
 
 
@@ -70,8 +70,9 @@ class TrainingConfig:
         for name in _POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        if self.learning_rate > _LARGEST_RATE:
-            raise ValueError(f"learning_rate must be at most {_LARGEST_RATE:g}, got {self.learning_rate:g}")
+        for name, largest in _LARGEST.items():
+            if getattr(self, name) > largest:
+                raise ValueError(f"{name} must be at most {largest}, got {getattr(self, name)}")
         for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")

@@ -54,7 +54,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         main()
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("Error: ")
     return error
 
 

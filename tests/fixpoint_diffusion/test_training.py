@@ -335,6 +335,8 @@ def test_resume_refuses_other_settings_and_other_models(tmp_path, images: ImageD
         ("learning_rate", math.inf),
         ("learning_rate", math.nan),
         ("learning_rate", 3e38),
+        ("batch_size", 10**20),
+        ("seed", 2**63),
         ("ema_decay", 1.0),
         ("class_dropout", 1.0),
         ("accumulate", 3),
