@@ -11,6 +11,7 @@ except ImportError:  # pragma: no cover
     raise SystemExit("fixpoint-diffusion needs typer: pip install 'fixpoint[diffusion]'") from None
 
 from fixpoint_diffusion.commands.encode import encode
+from fixpoint_diffusion.commands.evaluate import evaluate
 from fixpoint_diffusion.commands.info import info
 from fixpoint_diffusion.commands.sample import sample
 from fixpoint_diffusion.commands.train import train
@@ -24,6 +25,7 @@ app = typer.Typer(
 
 app.command()(train)
 app.command()(encode)
+app.command()(evaluate)
 app.command()(sample)
 app.command()(info)
 

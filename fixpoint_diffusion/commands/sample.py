@@ -95,7 +95,7 @@ def sample(
 def _judge(model: str, folder: RunFolder) -> dict[str, float]:
     """What the classifier of digits says of the first images of an embedded model."""
     from fixpoint_diffusion.denoisers import EMBEDDED_MODELS
-    from fixpoint_diffusion.metrics import digit_quality
+    from fixpoint_diffusion.evaluation import digit_quality
 
     if model not in EMBEDDED_MODELS:
         return {}

@@ -21,7 +21,7 @@ ORDER = (
     "chains",
     "sampling",
     "training",
-    "metrics",
+    "evaluation",
     "pipelines",
     "experiments",
     "problems",
