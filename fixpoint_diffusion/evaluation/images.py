@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+from fixpoint_diffusion.sampling.run_folder import IMAGES, ONE_FILE, RECORD
+from fixpoint_diffusion.training.data import load_digits
+from fixpoint_diffusion.training.data.folders import visible_files
+from fixpoint_diffusion.training.data.pictures import picture_suffixes, read_header, read_picture
+
 ARRAY_SUFFIXES = (".npy", ".npz")
 VALUE_RANGES = ((-1, 1), (0, 1), (0, 255))
 # No sampler overshoots [-1, 1] so far: what does is in another range, or no image.
@@ -25,12 +28,13 @@ class Images:
     """A set of images and the range of its values.
 
     Attributes:
-        data: a tensor ``(N, C, H, W)``; or a path: a folder of pictures (8-bit, grey or RGB, subfolders included), an
-            array file (``.npy``, or ``.npz`` with one array of images) or a folder of such files (shards). Arrays are
-            ``(N, C, H, W)`` or ``(N, H, W, C)`` with C 1 or 3. ``"digits"`` is scikit-learn's set.
+        data: a tensor ``(N, C, H, W)``; or a path: a folder of pictures of any mode (subfolders included; opacity is
+            laid over white), an array file (``.npy``, or ``.npz`` with one array of images), a folder of such files
+            (shards), or a folder that ``fixpoint-diffusion sample`` wrote. Arrays are ``(N, C, H, W)`` or
+            ``(N, H, W, C)`` with C 1 or 3. ``"digits"`` is scikit-learn's set.
         value_range: what the values of a tensor or an array mean: ``(-1, 1)``, ``(0, 1)`` or ``(0, 255)``. None:
             floats in [-1, 1], and refused if they look otherwise: no negative value among the first batch, or values
-            beyond 10. Pictures are 8-bit and need no declaration.
+            beyond 10. Pictures say it themselves.
 
     Values slightly outside their range, as samplers make them, are clipped.
 
@@ -70,15 +74,13 @@ class Images:
                 raise ValueError(f"images must be (N, C, H, W), got {tuple(self.data.shape)}")
             yield from ((batch, None) for batch in self.data.detach().split(batch_size))
         elif str(self.data) == "digits":
-            from fixpoint_diffusion.training.data import load_digits
-
             yield from ((batch, (-1, 1)) for batch in load_digits().images.split(batch_size))
         else:
             path = Path(self.data)
             pictures, arrays = _files(path)
             for file in arrays:
                 yield from ((batch, None) for batch in _array_batches(file, batch_size))
-            yield from ((batch, (0, 255)) for batch in _picture_batches(pictures, batch_size))
+            yield from ((batch, (-1, 1)) for batch in _picture_batches(pictures, batch_size))
 
 
 def check_range(images: Tensor, value_range: tuple[float, float] | None, *, name: str, by_sight: bool = True) -> None:
@@ -134,26 +136,23 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
     """Picture files and array files at a path, in natural order; of one kind only."""
+    if (path / RECORD).is_file():  # beside its images a sampling run keeps a picture of some of them
+        path = next((path / name for name in (ONE_FILE, IMAGES) if (path / name).exists()), path)
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = sorted((p for p in path.rglob("*") if p.is_file()), key=lambda p: _natural_order(p, path))
+        files = visible_files(path)
     else:
         raise FileNotFoundError(f"no images at {path}; expected a folder, an array file or a statistics file")
-    pictures = [p for p in files if p.suffix.lower() in PICTURE_SUFFIXES]
+    suffixes = picture_suffixes()
+    pictures = [p for p in files if p.suffix.lower() in suffixes]
     arrays = [p for p in files if p.suffix.lower() in ARRAY_SUFFIXES]
     if bool(pictures) == bool(arrays):
         raise ValueError(
             f"{path} holds {len(pictures)} pictures and {len(arrays)} array files; "
-            f"expected only pictures ({', '.join(PICTURE_SUFFIXES)}) or only arrays ({', '.join(ARRAY_SUFFIXES)})"
+            f"expected only pictures or only arrays ({', '.join(ARRAY_SUFFIXES)})"
         )
     return pictures, arrays
-
-
-def _natural_order(path: Path, root: Path) -> list[str | int]:
-    """``2.png`` before ``10.png``: text and numbers in turn."""
-    parts = re.split(r"(\d+)", str(path.relative_to(root)))
-    return [int(part) if k % 2 else part for k, part in enumerate(parts)]
 
 
 def _picture_batches(files: list[Path], batch_size: int) -> Iterator[Tensor]:
@@ -173,20 +172,8 @@ def _picture_batches(files: list[Path], batch_size: int) -> Iterator[Tensor]:
 
 
 def _read_picture(file: Path) -> Tensor:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            if image.mode not in ("L", "RGB"):
-                raise ValueError(
-                    f"{file} is a picture of mode {image.mode}; expected 8-bit grey (L) or RGB: convert it"
-                )
-            if getattr(image, "is_animated", False):
-                raise ValueError(f"{file} holds several frames; expected one picture")
-            array = np.array(image)
-    except (OSError, SyntaxError, EOFError) as error:  # what Pillow raises for damaged files
-        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
-    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+    """``(C, H, W)`` in [-1, 1], grey or RGB as the file has it."""
+    return torch.from_numpy(read_picture(file, read_header(file).channels.removesuffix("A")))
 
 
 def _array_batches(file: Path, batch_size: int) -> Iterator[Tensor]:

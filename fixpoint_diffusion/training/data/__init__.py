@@ -2,14 +2,13 @@
 
 from fixpoint_diffusion.training.data.dataset import EpochSampler, ImageDataset
 from fixpoint_diffusion.training.data.labelled import LabelledImages, load_digits, split_held_out
-from fixpoint_diffusion.training.data.opening import load_images, open_dataset
+from fixpoint_diffusion.training.data.opening import open_dataset
 
 __all__ = [
     "EpochSampler",
     "ImageDataset",
     "LabelledImages",
     "load_digits",
-    "load_images",
     "open_dataset",
     "split_held_out",
 ]

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -115,8 +114,3 @@ class EpochSampler(Sampler[tuple[int, int]]):
             for index in order[offset:]:
                 yield int(index), epoch
             epoch, offset = epoch + 1, 0
-
-
-def read_all(dataset: ImageDataset) -> Tensor:
-    """All rows in memory ``(N, *sample_shape)``, at draw 0."""
-    return torch.stack([dataset[index]["images"] for index in range(len(dataset))])

@@ -35,7 +35,7 @@ def scan_folder(folder: Path, *, labels: bool) -> PictureFolder:
     Raises:
         ValueError: if there is no picture, a class is empty, or pictures lie beside class folders.
     """
-    files = _walk(folder, set())
+    files = visible_files(folder)
     suffixes = picture_suffixes()
     pictures = [file for file in files if file.suffix.lower() in suffixes]
     others = [str(file.relative_to(folder)) for file in files if file.suffix.lower() not in suffixes]
@@ -67,8 +67,12 @@ def _visible(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in LITTER]
 
 
-def _walk(folder: Path, seen: set[str]) -> list[Path]:
-    """All visible files, each folder's own before those of its subfolders; links to a folder above end there."""
+def visible_files(folder: Path, seen: frozenset[str] = frozenset()) -> list[Path]:
+    """All files that are not hidden, in natural order, each folder's own before those of its subfolders.
+
+    Raises:
+        ValueError: if a link leads to a folder that it lies in (``seen``: those above).
+    """
     real = os.path.realpath(folder)
     if real in seen:
         raise ValueError(f"{folder} is a link to a folder that holds it")
@@ -76,7 +80,7 @@ def _walk(folder: Path, seen: set[str]) -> list[Path]:
     files = [path for path in entries if not path.is_dir()]
     for path in entries:
         if path.is_dir():
-            files += _walk(path, seen | {real})
+            files += visible_files(path, seen | {real})
     return files
 
 

@@ -9,18 +9,12 @@ import torch
 from torch import Tensor
 
 from fixpoint_diffusion.training.data.crops import Crop
-from fixpoint_diffusion.training.data.dataset import ImageDataset, read_all
+from fixpoint_diffusion.training.data.dataset import ImageDataset
 from fixpoint_diffusion.training.data.folders import scan_folder
 from fixpoint_diffusion.training.data.labelled import LabelledImages, load_digits
 from fixpoint_diffusion.training.data.latents import INFO_FILE, LABELS_FILE, LatentsInfo
 from fixpoint_diffusion.training.data.pictures import CHANNELS, PictureHeader, read_header
 from fixpoint_diffusion.training.data.rows import ArrayRows, PictureRows, TensorRows, map_array, natural_channels
-
-
-def load_images(source: str | Path) -> LabelledImages:
-    """All images of ``open_dataset(source)`` in memory, as they are; for small sets."""
-    dataset = open_dataset(source)
-    return LabelledImages(images=read_all(dataset), labels=dataset.labels)
 
 
 def open_dataset(
