@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fixpoint.chains.amplification import Gains
 from fixpoint.chains.certificate import Certificate
 from fixpoint.chains.error_control import Norms, judge
 from fixpoint.chains.sweep import Past
@@ -19,6 +20,12 @@ from fixpoint.engine.tolerance import Array, Status, Tolerance, to_host
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
+
+_COUNTS = 0.1  # a change of an input tells what the step amplifies, if it is so much of the tolerance
+_ROUNDINGS = 100.0  # and so many roundings; nor can a tolerance be finer than that
+_AMPLIFIES = 100.0  # up to here, predicted errors were found to be trustworthy as they are
+_STRICTER = 10.0  # by how much the tolerance is tightened for a chain that has to go back
+_RETRIES = 3  # so often a chain goes back, before it goes on step by step
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,10 @@ class ChainRun:
         self.error = np.full((rows, steps), np.inf)  # predicted error of each state
         self.scale = np.ones((rows, steps))  # and its norm
         self.residual = np.full(rows, np.nan)  # ||f(z) - z||, where it was measured
-        self.growth = np.zeros(rows)  # logarithm of what the states that are done have made of relative errors
+        self.gains = Gains(rows, steps)
+        self.seen = np.zeros(rows, dtype=np.int64)  # states that have ever been in the window
+        self.retries = np.zeros(rows, dtype=np.int64)  # how often states that were done proved not to be
+        self.in_order = np.zeros(rows, dtype=bool)  # rows that go on step by step, each from an exact state
         self.status = np.full(rows, ACTIVE if steps else Status.CONVERGED)
         self.evals = np.zeros(rows, dtype=np.int64)
         self.ended_early = Status.MAX_EVALS  # what rows are called that have not ended
@@ -145,7 +155,16 @@ class ChainRun:
             nfev=self.nfev,
             trace=figures_like(z, np.stack(self.trace)) if self.trace else None,
             predicted_error=figures_like(z, self.predicted_error()),
+            amplification=figures_like(z, np.exp(self.ahead(np.arange(len(z))).max(axis=1, initial=0.0))),
         )
+
+    def ahead(self, rows: Array) -> Array:
+        """Logarithm of how many times larger later states show a state's relative error, ``(R, T)``."""
+        return self.gains.ahead(rows, self.scale[rows], self.seen[rows], self.done[rows])
+
+    def bound(self, rows: Array) -> Array:
+        """``(R, T)``: what the error of each state may be."""
+        return self.allowed[0][rows, None] + self.allowed[1][rows, None] * self.scale[rows]
 
     def write(self, kept: Tensor, places: Tensor, values: Tensor) -> None:
         """Put ``values`` at their places, and wipe the scratch place."""
@@ -170,7 +189,7 @@ def advance(run: ChainRun, f: Map) -> None:
     unfinished = active[run.done[active] < run.steps][: run.sweeper.options.max_rows]
     if not unfinished.size:
         certify(run, f, active)
-    elif run.width == 1:
+    elif run.width == 1 or run.in_order[unfinished].all():
         take_steps(run, f, unfinished)
     else:
         sweep_windows(run, f, open_windows(run, unfinished))
@@ -200,6 +219,7 @@ def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
     run.error[rows, step] = np.where(finite, 0.0, np.inf)
     run.scale[rows, step] = scale
     run.done[rows] += finite
+    run.end[rows] = run.done[rows]
     last = run.done[rows] == run.steps
     run.residual[rows[last]] = 0.0  # f was evaluated at each of these states, and they are what it returned
     run.end_rows(rows, ~finite, last & (not run.sweeper.options.certify))
@@ -209,11 +229,13 @@ def open_windows(run: ChainRun, rows: Array) -> Windows:
     """Windows of the given rows, from the first state that is not done; new states are moved from their guesses."""
     limit = run.sweeper.options.max_rows
     share = run.width if limit is None else min(run.width, limit // len(rows))
+    share = np.where(run.in_order[rows], 1, share)
     end = np.maximum(run.end[rows], np.minimum(run.done[rows] + share, run.steps))
     new = end - run.end[rows]
     if new.any() and run.end[rows].any():
         move_guesses(run, Windows.of(rows, run.end[rows], new))
     run.end[rows] = end
+    run.seen[rows] = np.maximum(run.seen[rows], end)
     return Windows.of(rows, run.done[rows], end - run.done[rows])
 
 
@@ -243,7 +265,9 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     images = images.reshape(*on_host.shape, -1)
     states, inputs = run.states[places], run.states[tensor_like(z, windows.places(run.steps, before=True))]
     known = torch.isfinite(images).all(dim=2)
-    swept = run.sweeper.swept(states, inputs, images, known, step, Past(*(x[kept] for x in run.past)))
+    past = Past(*(x[kept] for x in run.past))
+    changes = measured_changes(images, inputs, known, past)
+    swept = run.sweeper.swept(states, inputs, images, known, step, past)
     change = swept.states - states
     before = torch.cat((torch.zeros_like(change[:, :1]), change[:, :-1]), dim=1)
     run.write(run.states, places, swept.states)
@@ -253,27 +277,76 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     number = torch.arange(len(rows), device=change.device)
     run.moved[rows] += torch.stack((change[number, last], before[number, last]), dim=1)
     norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, swept.states, swept.corrections, before)]
-    figures = to_host(torch.stack([*norms, swept.sound, known]))  # one transfer a round
-    error, scale, grown, met, sound, finite = figures
-    settle(run, windows, Norms(error, scale, grown, met, sound > 0, finite > 0))
+    figures = to_host(torch.stack([*norms, *changes, swept.sound, known]))  # one transfer a round
+    *sizes, sound, finite = figures
+    settle(run, windows, Norms(*sizes, sound > 0, finite > 0))
+
+
+def measured_changes(images: Tensor, inputs: Tensor, known: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+    """Norms ``(B, W)`` of the changes of images and inputs since the round before; 0 where there was none."""
+    known = known & past.known[..., 0]
+    changes = images - past.images[..., 0, :], inputs - past.inputs[..., 0, :]
+    image_change, input_change = (torch.where(known, torch.linalg.vector_norm(x, dim=2), 0) for x in changes)
+    return image_change, input_change
 
 
 def settle(run: ChainRun, windows: Windows, norms: Norms) -> None:
     """Note what a round has shown of its windows, and end the rows that are done or lost."""
     rows, inside = windows.rows, windows.inside
-    # Beyond the window, errors are taken to grow at the pace at which they grew so far.
-    pace = np.maximum(run.growth[rows], 0) / np.maximum(run.done[rows], 1) * (run.steps - run.end[rows])
-    allowed = run.allowed[0][rows], run.allowed[1][rows]
     error_before = run.error[rows[:, None], windows.step]
-    verdict = judge(norms, inside, error_before, allowed, pace, run.end[rows] == run.steps)
     row, step = np.broadcast_to(rows[:, None], inside.shape)[inside], windows.step[inside]
-    run.error[row, step] = verdict.error[inside]
+    note_gains(run, row, step, norms, inside)
     run.scale[row, step] = norms.scale[inside]
+    ahead = np.take_along_axis(run.ahead(rows), windows.step, axis=1) + run.retries[rows, None] * np.log(_STRICTER)
+    allowed = run.allowed[0][rows], run.allowed[1][rows]
+    verdict = judge(norms, inside, error_before, allowed, ahead, run.end[rows] == run.steps)
+    run.error[row, step] = verdict.error[inside]
     run.residual[rows] = np.nan  # the states are others now
-    run.growth[rows] += verdict.growth
     run.done[rows] += verdict.done
+    if run.sweeper.single_steps:
+        reconsider(run, rows[~verdict.failed])
     finished = (run.done[rows] == run.steps) & (not run.sweeper.options.certify)
     run.end_rows(rows, verdict.failed, finished)
+
+
+def note_gains(run: ChainRun, row: Array, step: Array, norms: Norms, inside: Array) -> None:
+    """Take in what a round has shown of the steps' gains; changes far below the tolerance may be rounding."""
+    grown, met, image_change, input_change = (x[inside] for x in norms[2:6])
+    scale = run.scale[row, np.maximum(step - 1, 0)]
+    rounding = _ROUNDINGS * torch.finfo(run.start.dtype).eps * scale
+    counts = np.maximum(_COUNTS * (run.allowed[0][row] + run.allowed[1][row] * scale), rounding)
+    with np.errstate(all="ignore"):
+        run.gains.note(row, step, np.where(input_change > counts, image_change / input_change, np.nan), grown / met)
+
+
+def reconsider(run: ChainRun, rows: Array) -> None:
+    """Go back to states that were done, where later steps enlarge their errors beyond the tolerance."""
+    ahead = run.ahead(rows)
+    done = np.arange(run.steps) < run.done[rows, None]
+    with np.errstate(over="ignore"):
+        wrong = (run.error[rows] * np.exp(ahead) > run.bound(rows)) & done
+    late = wrong.any(axis=1) & (ahead.max(axis=1) > np.log(_AMPLIFIES)) & ~run.in_order[rows]
+    go_back(run, rows[late], np.argmax(wrong[late], axis=1))
+
+
+def go_back(run: ChainRun, rows: Array, first: Array) -> None:
+    """Chains go on from the states ``first``; step by step, from where they are not exact, if that was tried enough."""
+    if not rows.size:
+        return
+    run.retries[rows] += 1
+    ahead = run.ahead(rows).max(axis=1)
+    finest = _ROUNDINGS * torch.finfo(run.start.dtype).eps * run.scale[rows]
+    too_fine = (run.bound(rows) * np.exp(-ahead)[:, None] < finest).any(axis=1)
+    hopeless = too_fine & (ahead > np.log(_AMPLIFIES))
+    run.in_order[rows] = run.sweeper.single_steps & (hopeless | (run.retries[rows] > _RETRIES))
+    inexact = np.argmax(run.error[rows] > 0, axis=1)
+    run.done[rows] = np.where(run.in_order[rows], np.minimum(first, inexact), first)
+    whole = run.width == run.steps
+    run.end[rows] = np.where(run.in_order[rows] | (not whole), run.done[rows], run.steps)
+    if not whole:
+        forgotten = rows[:, None] * run.width + np.arange(run.width)
+        run.past.known[tensor_like(run.start, forgotten.ravel())] = False
+    run.moved[tensor_like(run.start, rows)] = 0
 
 
 def certify(run: ChainRun, f: Map, rows: Array) -> None:
@@ -288,12 +361,15 @@ def certify(run: ChainRun, f: Map, rows: Array) -> None:
     run.certificate = None
     run.residual[rows] = findings.residual
     run.scale[rows] = findings.scale
-    passed, again = findings.passed, ~findings.passed & ~findings.failed
+    passed = findings.passed
+    first = findings.first_wrong
+    if run.sweeper.single_steps:
+        # A small defect is a large error where the steps after it enlarge it. A row in order has only its rounding.
+        error = run.gains.accumulated(rows, findings.defect)
+        amplified = passed & ~run.in_order[rows] & (error > run.bound(rows)).any(axis=1)
+        first = np.where(amplified, np.argmax(findings.defect > 0, axis=1), first)
+        passed = passed & ~amplified
+    again = ~passed & ~findings.failed
     run.end_rows(rows, findings.failed, passed)
-    # Chains that did not pass go on from their first wrong state, with nothing remembered.
-    rows = rows[again]
-    run.error[rows] = findings.defect[again]
-    run.done[rows] = findings.first_wrong[again]
-    run.end[rows] = run.steps if run.width == run.steps else run.done[rows]
-    run.past.known[:] = False
-    run.moved[tensor_like(run.start, rows)] = 0
+    run.error[rows[again]] = findings.defect[again]
+    go_back(run, rows[again], first[again])
