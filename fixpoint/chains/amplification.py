@@ -12,26 +12,29 @@ _LARGEST_LOG = 700.0  # of what float64 can hold
 class Gains:
     """Of every step of every chain, logarithms of how many times larger a change of its input came out of it.
 
-    A gain is measured from two evaluations of the step, at inputs that differ by enough to count. The largest of all
-    rounds is kept: which way the next error will point is not known. Where nothing was measured, the gain is the one
-    by which the solver's model of the step enlarged the predicted error.
+    A gain is measured from two evaluations of the step, at inputs that differ by enough to count. The larger one of the
+    last two counts: which way the next error will point is not known, and early rounds were far from the solution.
+    Where nothing was measured, the gain is the one by which the solver's model of the step enlarged the predicted error.
     """
 
     def __init__(self, rows: int, steps: int) -> None:
-        self._measured = np.full((rows, steps), -np.inf)
+        self._measured = np.full((2, rows, steps), -np.inf)  # newest first
         self._modelled = np.zeros((rows, steps))
 
     def note(self, row: Array, step: Array, measured: Array, modelled: Array) -> None:
         """Take in the gains of steps, ``(N,)`` each; NaN where there is none."""
         with np.errstate(all="ignore"):
             measured, modelled = np.log(measured), np.log(modelled)
-        self._measured[row, step] = np.fmax(self._measured[row, step], measured)
+        known = np.isfinite(measured)
+        newest, before = self._measured
+        before[row[known], step[known]] = newest[row[known], step[known]]
+        newest[row[known], step[known]] = measured[known]
         known = np.isfinite(modelled)
         self._modelled[row[known], step[known]] = modelled[known]
 
     def of(self, rows: Array) -> Array:
         """``(R, T)``: the logarithm of every step's gain."""
-        measured = self._measured[rows]
+        measured = self._measured[:, rows].max(axis=0)
         return np.where(np.isfinite(measured), measured, self._modelled[rows])
 
     def ahead(self, rows: Array, scale: Array, seen: Array, done: Array) -> Array:

@@ -36,12 +36,14 @@ class Certificate:
         images: ``(R * T, D)``.
         places: ``(R * T,)``, where the states lie among those of all chains.
         known: how many images have come in.
+        displaced: ``(R * T, D)``, what to add to the states that the steps start from; None: nothing.
     """
 
     rows: Array
     images: Tensor
     places: Array
     known: int = 0
+    displaced: Tensor | None = None
 
     @classmethod
     def empty(cls, states: Tensor, rows: Array, steps: int) -> Certificate:
@@ -62,6 +64,35 @@ class Certificate:
     def complete(self) -> bool:
         """Whether all images have come in."""
         return self.known == len(self.places)
+
+    def probe(self, rows: Array, steps: int, size: Array, last: Certificate | None) -> Certificate:
+        """The same evaluation of some of the chains, at states that are displaced by ``size`` ``(R, T)``.
+
+        The first probe displaces every state at random, the same way in every chain. Each further one follows the last
+        one's changes of the images, which have turned towards what the steps amplify most.
+        """
+        like = self.images
+        probe = Certificate.empty(like, rows, steps)
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(steps, like.shape[1], generator=generator, dtype=torch.float64)
+        direction = direction.to(like).repeat(len(rows), 1)
+        if last is not None:
+            change = last.images - self.images[self._position(rows, steps)]
+            turned = torch.isfinite(change).all(dim=1, keepdim=True) & (change != 0).any(dim=1, keepdim=True)
+            direction = torch.where(turned, change, direction)
+        unit = direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+        probe.displaced = unit * tensor_like(like, size.reshape(-1, 1)).to(like.dtype)
+        return probe
+
+    def changes(self, probe: Certificate, steps: int) -> Array:
+        """``(R, T)``: norms of what a probe has changed the images by."""
+        change = probe.images - self.images[self._position(probe.rows, steps)]
+        return to_host(torch.linalg.vector_norm(change, dim=1)).reshape(len(probe.rows), steps)
+
+    def _position(self, rows: Array, steps: int) -> Tensor:
+        """Where the images of some of the chains lie, ``(R * T,)``."""
+        number = np.searchsorted(self.rows, rows)
+        return tensor_like(self.images, (number[:, None] * steps + np.arange(steps)).ravel())
 
     def judge(self, sweeper: CausalSweep, states: Tensor, allowed: tuple[Array, Array]) -> Findings:
         """Compare the images with the states.

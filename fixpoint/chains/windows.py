@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fixpoint.chains.amplification import Gains
-from fixpoint.chains.certificate import Certificate
+from fixpoint.chains.certificate import Certificate, Findings
 from fixpoint.chains.error_control import Norms, judge
 from fixpoint.chains.sweep import Past
 from fixpoint.engine.ambient import without_autocast
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
 
 _COUNTS = 0.1  # a change of an input tells what the step amplifies, if it is so much of the tolerance
-_ROUNDINGS = 100.0  # and so many roundings; nor can a tolerance be finer than that
-_AMPLIFIES = 100.0  # up to here, predicted errors were found to be trustworthy as they are
+_ROUNDINGS = 30.0  # and so many roundings; nor can a tolerance be finer than that
+_AMPLIFIES = 30.0  # up to here, predicted errors were found to be trustworthy as they are
 _STRICTER = 10.0  # by how much the tolerance is tightened for a chain that has to go back
-_RETRIES = 3  # so often a chain goes back, before it goes on step by step
+_PROBES = 2  # evaluations that measure what a certified chain amplifies
+_RETRIES = 2  # so often a chain goes back, before it goes on step by step
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ class ChainRun:
         self.evals = np.zeros(rows, dtype=np.int64)
         self.ended_early = Status.MAX_EVALS  # what rows are called that have not ended
         self.certificate: Certificate | None = None
+        self.findings: Findings | None = None  # of the certificate, while probes measure what the chains amplify
+        self.probes: list[Certificate] = []
         self.nfev = 0
         self.trace: list[Array] = []
 
@@ -162,6 +165,16 @@ class ChainRun:
         """Logarithm of how many times larger later states show a state's relative error, ``(R, T)``."""
         return self.gains.ahead(rows, self.scale[rows], self.seen[rows], self.done[rows])
 
+    @property
+    def rounding(self) -> float:
+        """Relative error that is no more than rounding."""
+        return _ROUNDINGS * torch.finfo(self.start.dtype).eps
+
+    def finest(self, rows: Array) -> Array:
+        """``(R,)``: logarithm of how many times finer than asked a state can be had, for its rounding."""
+        size = np.maximum(self.scale[rows].min(axis=1, initial=np.inf), np.finfo(float).tiny)
+        return np.log(np.maximum((self.allowed[0][rows] / size + self.allowed[1][rows]) / self.rounding, 1))
+
     def bound(self, rows: Array) -> Array:
         """``(R, T)``: what the error of each state may be."""
         return self.allowed[0][rows, None] + self.allowed[1][rows, None] * self.scale[rows]
@@ -195,14 +208,15 @@ def advance(run: ChainRun, f: Map) -> None:
         sweep_windows(run, f, open_windows(run, unfinished))
 
 
-def evaluate(run: ChainRun, f: Map, places: Array) -> Tensor:
-    """Images ``(N, D)`` of the states at these places ``(N,)``."""
+def evaluate(run: ChainRun, f: Map, places: Array, states: Tensor | None = None) -> Tensor:
+    """Images ``(N, D)`` of the states at these places ``(N,)``; of other states ``(B, T * D)`` if given."""
+    states = run.rows() if states is None else states
     part = getattr(f, "part", None)  # torch.func leaves none
     if run.sweeper.single_steps and part is not None:
         row, step = np.divmod(places, run.steps)
-        images = part(run.rows(), tensor_like(run.start, row), tensor_like(run.start, step))
+        images = part(states, tensor_like(run.start, row), tensor_like(run.start, step))
     else:
-        every = f(run.rows().clone())  # f may keep what it got
+        every = f(states.clone())  # f may keep what it got
         images = run.sweeper.split(every).flatten(0, 1)[tensor_like(run.start, places)]
     run.nfev += 1
     return images.to(run.states.dtype)
@@ -299,12 +313,13 @@ def settle(run: ChainRun, windows: Windows, norms: Norms) -> None:
     run.scale[row, step] = norms.scale[inside]
     ahead = np.take_along_axis(run.ahead(rows), windows.step, axis=1) + run.retries[rows, None] * np.log(_STRICTER)
     allowed = run.allowed[0][rows], run.allowed[1][rows]
+    ahead = np.minimum(ahead, run.finest(rows)[:, None])
     verdict = judge(norms, inside, error_before, allowed, ahead, run.end[rows] == run.steps)
     run.error[row, step] = verdict.error[inside]
     run.residual[rows] = np.nan  # the states are others now
     run.done[rows] += verdict.done
     if run.sweeper.single_steps:
-        reconsider(run, rows[~verdict.failed])
+        reconsider(run, rows[~verdict.failed & (run.done[rows] == run.steps)])
     finished = (run.done[rows] == run.steps) & (not run.sweeper.options.certify)
     run.end_rows(rows, verdict.failed, finished)
 
@@ -313,19 +328,17 @@ def note_gains(run: ChainRun, row: Array, step: Array, norms: Norms, inside: Arr
     """Take in what a round has shown of the steps' gains; changes far below the tolerance may be rounding."""
     grown, met, image_change, input_change = (x[inside] for x in norms[2:6])
     scale = run.scale[row, np.maximum(step - 1, 0)]
-    rounding = _ROUNDINGS * torch.finfo(run.start.dtype).eps * scale
-    counts = np.maximum(_COUNTS * (run.allowed[0][row] + run.allowed[1][row] * scale), rounding)
+    counts = np.maximum(_COUNTS * (run.allowed[0][row] + run.allowed[1][row] * scale), run.rounding * scale)
     with np.errstate(all="ignore"):
         run.gains.note(row, step, np.where(input_change > counts, image_change / input_change, np.nan), grown / met)
 
 
 def reconsider(run: ChainRun, rows: Array) -> None:
-    """Go back to states that were done, where later steps enlarge their errors beyond the tolerance."""
+    """Chains of which all is done go back to the first state whose error later steps enlarge beyond the tolerance."""
     ahead = run.ahead(rows)
-    done = np.arange(run.steps) < run.done[rows, None]
     with np.errstate(over="ignore"):
-        wrong = (run.error[rows] * np.exp(ahead) > run.bound(rows)) & done
-    late = wrong.any(axis=1) & (ahead.max(axis=1) > np.log(_AMPLIFIES)) & ~run.in_order[rows]
+        wrong = run.error[rows] * np.exp(ahead) > run.bound(rows)
+    late = wrong.any(axis=1) & (ahead.max(axis=1, initial=0) > np.log(_AMPLIFIES)) & ~run.in_order[rows]
     go_back(run, rows[late], np.argmax(wrong[late], axis=1))
 
 
@@ -335,10 +348,8 @@ def go_back(run: ChainRun, rows: Array, first: Array) -> None:
         return
     run.retries[rows] += 1
     ahead = run.ahead(rows).max(axis=1)
-    finest = _ROUNDINGS * torch.finfo(run.start.dtype).eps * run.scale[rows]
-    too_fine = (run.bound(rows) * np.exp(-ahead)[:, None] < finest).any(axis=1)
-    hopeless = too_fine & (ahead > np.log(_AMPLIFIES))
-    run.in_order[rows] = run.sweeper.single_steps & (hopeless | (run.retries[rows] > _RETRIES))
+    hopeless = (ahead > run.finest(rows)) & (ahead > np.log(_AMPLIFIES))
+    run.in_order[rows] = run.sweeper.single_steps & (hopeless | (run.retries[rows] > _RETRIES) | (run.nfev > run.steps))
     inexact = np.argmax(run.error[rows] > 0, axis=1)
     run.done[rows] = np.where(run.in_order[rows], np.minimum(first, inexact), first)
     whole = run.width == run.steps
@@ -350,26 +361,67 @@ def go_back(run: ChainRun, rows: Array, first: Array) -> None:
 
 
 def certify(run: ChainRun, f: Map, rows: Array) -> None:
-    """Evaluate more of the given chains at the states that are to be handed over; once all is, judge them."""
+    """Evaluate more of the given chains at the states that are to be handed over; once all is, judge them.
+
+    Where a defect is more than rounding, probes measure what the chain amplifies, before the chain is judged.
+    """
     if run.certificate is None:
         run.certificate = Certificate.empty(run.states, rows, run.steps)
-    pending = run.certificate.pending(run.sweeper.options.max_rows)
-    run.certificate.take(pending, evaluate(run, f, pending))
-    if not run.certificate.complete:
+    part = run.probes[-1] if run.probes else run.certificate
+    pending = part.pending(run.sweeper.options.max_rows)
+    part.take(pending, evaluate(run, f, pending, displaced_states(run, part)))
+    if not part.complete:
         return
-    findings = run.certificate.judge(run.sweeper, run.states, run.allowed)
-    run.certificate = None
+    if run.findings is None:
+        run.findings = run.certificate.judge(run.sweeper, run.states, run.allowed)
+        run.scale[rows] = run.findings.scale
+    else:
+        note_probe(run, run.certificate, part)
+    suspects = rows[suspicious(run, rows, run.findings)]
+    if suspects.size and len(run.probes) < _PROBES:
+        size = np.maximum(run.bound(suspects), run.rounding * run.scale[suspects])
+        last = run.probes[-1] if run.probes else None
+        run.probes.append(run.certificate.probe(suspects, run.steps, size, last))
+        return
+    conclude(run, rows, run.findings)
+
+
+def displaced_states(run: ChainRun, part: Certificate) -> Tensor:
+    """The states ``(B, T * D)`` at which a part of a certificate evaluates f."""
+    if part.displaced is None:
+        return run.rows()
+    states = run.states[:-1].clone()
+    states[tensor_like(states, part.places)] += part.displaced
+    return run.sweeper.join(states.reshape(len(run.start), run.steps, -1), run.start)
+
+
+def suspicious(run: ChainRun, rows: Array, findings: Findings) -> Array:
+    """``(R,)``: which chains pass by their defects, which are more than rounding."""
+    inexact = (findings.defect > run.rounding * findings.scale).any(axis=1)
+    return findings.passed & inexact & ~run.in_order[rows] & run.sweeper.single_steps
+
+
+def note_probe(run: ChainRun, certificate: Certificate, probe: Certificate) -> None:
+    """Take in what a probe has shown: by how much each step enlarged the displacement of its input."""
+    assert probe.displaced is not None
+    size = to_host(torch.linalg.vector_norm(probe.displaced, dim=1)).reshape(len(probe.rows), run.steps)
+    gains = certificate.changes(probe, run.steps)[:, 1:] / size[:, :-1]
+    row, step = np.broadcast_arrays(probe.rows[:, None], np.arange(1, run.steps))
+    run.gains.note(row.ravel(), step.ravel(), gains.ravel(), np.full(gains.size, np.nan))
+
+
+def conclude(run: ChainRun, rows: Array, findings: Findings) -> None:
+    """End the chains that pass; the others go on from their first wrong state."""
     run.residual[rows] = findings.residual
-    run.scale[rows] = findings.scale
-    passed = findings.passed
-    first = findings.first_wrong
-    if run.sweeper.single_steps:
-        # A small defect is a large error where the steps after it enlarge it. A row in order has only its rounding.
-        error = run.gains.accumulated(rows, findings.defect)
-        amplified = passed & ~run.in_order[rows] & (error > run.bound(rows)).any(axis=1)
-        first = np.where(amplified, np.argmax(findings.defect > 0, axis=1), first)
-        passed = passed & ~amplified
+    # A small defect is a large error where the steps after it enlarge it.
+    error = run.gains.accumulated(rows, findings.defect)
+    rough = run.ahead(rows).max(axis=1, initial=0) > np.log(_AMPLIFIES)
+    wrong = error > run.bound(rows) / np.where(rough, _STRICTER, 1)[:, None]
+    amplified = suspicious(run, rows, findings) & wrong.any(axis=1)
+    first = np.where(amplified, np.argmax(findings.defect > 0, axis=1), findings.first_wrong)
+    passed = findings.passed & ~amplified
     again = ~passed & ~findings.failed
     run.end_rows(rows, findings.failed, passed)
     run.error[rows[again]] = findings.defect[again]
+    run.certificate, run.findings, run.probes = None, None, []
     go_back(run, rows[again], first[again])

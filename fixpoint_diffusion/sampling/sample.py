@@ -101,7 +101,7 @@ def sample(
         if init is None and solver.window != 1:  # a window of one has no use for a guess
             init = "prior"
     rounds, evals = chain.rounds, chain.evals
-    max_evals = 2 * waves * chain.steps + 4 * certificates if max_evals is None else max_evals
+    max_evals = 3 * waves * chain.steps + 12 * certificates if max_evals is None else max_evals
     settled = _Settled()
     latents = samples * chain.steps
     with torch.no_grad(), tqdm(total=latents, desc="sampling", unit="latent", disable=not progress) as bar:
