@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Transitions:
     prediction_type: str = "epsilon"
     clip_sample: float | None = None
     noise_from_clipped: bool = False
+    _tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def steps(self) -> int:
@@ -169,7 +170,7 @@ class Transitions:
             out: the denoiser's outputs for them, of the same shape.
             k: which step or steps.
         """
-        signal, noise = self._like(self.alphas.sqrt(), x, k), self._like((1 - self.alphas).sqrt(), x, k)
+        signal, noise = self._like("signal", x, k), self._like("noise", x, k)
         if self.prediction_type == "epsilon":
             x_0, eps = (x - noise * out) / signal, out
         elif self.prediction_type == "v_prediction":
@@ -190,8 +191,8 @@ class Transitions:
             noise: standard normal, of the same shape; None where sigma is 0.
         """
         x_0, eps = self.predict(x, out, k)
-        after = self._like(self.alphas_prev.sqrt(), x, k) * x_0 + self._like(self.direction, x, k) * eps
-        return after if noise is None else after + self._like(self.sigma, x, k) * noise
+        after = self._like("signal_prev", x, k) * x_0 + self._like("direction", x, k) * eps
+        return after if noise is None else after + self._like("sigma", x, k) * noise
 
     def cumulative(self, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
         """All latents, each as the sum of all steps before it (DEQ-DDIM, Eq. 10; stochastic: Eq. 22 and 23).
@@ -209,20 +210,35 @@ class Transitions:
             The latents after each step, ``(B, T, *shape)``.
         """
         every, rest = slice(None), slice(1, None)
-        factors = (self.alphas_prev / self.alphas).sqrt()
-        product = self._like(torch.cat([self.alphas_prev[:1].sqrt(), factors[1:]]).cumprod(0), x, every)
+        product = self._like("product", x, every)
         after = self.step(x, out, every, noise)
-        change = after[:, rest] - self._like(factors, x, rest) * x[:, rest]
+        change = after[:, rest] - self._like("factor", x, rest) * x[:, rest]
         return product * (torch.cat([after[:, :1], change], dim=1) / product).cumsum(dim=1)
 
-    @staticmethod
-    def _like(coefficients: Tensor, x: Tensor, k: int | slice | Tensor) -> Tensor:
-        """The coefficients of the steps k, shaped to multiply x."""
-        chosen = coefficients.to(device=x.device, dtype=x.dtype)[k]
+    def _like(self, name: str, x: Tensor, k: int | slice | Tensor) -> Tensor:
+        """A coefficient of the steps k, shaped to multiply x."""
+        chosen = self._table(name, x)[k]
         if isinstance(k, int):
             return chosen
         leading = 1 if isinstance(k, Tensor) else 2
         return chosen.reshape(-1, *[1] * (x.ndim - leading))
+
+    def _table(self, name: str, x: Tensor) -> Tensor:
+        """A coefficient of all steps ``(T,)`` where x is; copied there once."""
+        key = name, x.device, x.dtype
+        if key not in self._tables:
+            factor = (self.alphas_prev / self.alphas).sqrt()
+            values = {
+                "signal": self.alphas.sqrt(),
+                "noise": (1 - self.alphas).sqrt(),
+                "signal_prev": self.alphas_prev.sqrt(),
+                "direction": self.direction,
+                "sigma": self.sigma,
+                "factor": factor,
+                "product": torch.cat([self.alphas_prev[:1].sqrt(), factor[1:]]).cumprod(0),
+            }
+            self._tables[key] = values[name].to(device=x.device, dtype=x.dtype)
+        return self._tables[key]
 
 
 def check_timesteps(timesteps: Tensor, n: int) -> Tensor:
