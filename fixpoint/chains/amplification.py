@@ -1,10 +1,22 @@
-"""How much a chain amplifies errors, as its steps were seen to do. Small arrays on the host, no tensors."""
+"""How much a chain amplifies errors, as its steps were seen to do; and chains that go back for it."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from fixpoint.chains.error_control import Norms
+from fixpoint.engine.outcome import tensor_like
 from fixpoint.engine.tolerance import Array
+
+if TYPE_CHECKING:
+    from fixpoint.chains.run import ChainRun
+
+AMPLIFIES = 30.0  # up to here, predicted errors were found to be trustworthy as they are
+STRICTER = 10.0  # by how much the tolerance is tightened for a chain that has to go back
+_COUNTS = 0.1  # a change of an input tells what the step amplifies, if it is so much of the tolerance
+_RETRIES = 2  # so often a chain goes back, before it goes on step by step
 
 _LARGEST_LOG = 700.0  # of what float64 can hold
 
@@ -12,9 +24,9 @@ _LARGEST_LOG = 700.0  # of what float64 can hold
 class Gains:
     """Of every step of every chain, logarithms of how many times larger a change of its input came out of it.
 
-    A gain is measured from two evaluations of the step, at inputs that differ by enough to count. The larger one of the
-    last two counts: which way the next error will point is not known, and early rounds were far from the solution.
-    Where nothing was measured, the gain is the one by which the solver's model of the step enlarged the predicted error.
+    A gain is measured from two evaluations of the step, at inputs that differ by enough to count. The larger one
+    of the last two counts: which way the next error will point is not known, and early rounds were far from the
+    solution. Where nothing was measured, the gain is that by which the solver's model enlarged the predicted error.
     """
 
     def __init__(self, rows: int, steps: int) -> None:
@@ -69,3 +81,39 @@ class Gains:
                 error = np.hypot(defects[:, k], gains[:, k] * error)
                 errors[:, k] = error
         return errors
+
+
+def note_gains(run: ChainRun, row: Array, step: Array, norms: Norms, inside: Array) -> None:
+    """Take in what a round has shown of the steps' gains; changes far below the tolerance may be rounding."""
+    grown, met, image_change, input_change = (x[inside] for x in norms[2:6])
+    scale = run.scale[row, np.maximum(step - 1, 0)]
+    counts = np.maximum(_COUNTS * (run.allowed[0][row] + run.allowed[1][row] * scale), run.rounding * scale)
+    with np.errstate(all="ignore"):
+        run.gains.note(row, step, np.where(input_change > counts, image_change / input_change, np.nan), grown / met)
+
+
+def reconsider(run: ChainRun, rows: Array) -> None:
+    """Chains of which all is done go back to the first state whose error later steps enlarge beyond the tolerance."""
+    ahead = run.ahead(rows)
+    with np.errstate(over="ignore"):
+        wrong = run.error[rows] * np.exp(ahead) > run.bound(rows)
+    late = wrong.any(axis=1) & (ahead.max(axis=1, initial=0) > np.log(AMPLIFIES)) & ~run.in_order[rows]
+    go_back(run, rows[late], np.argmax(wrong[late], axis=1))
+
+
+def go_back(run: ChainRun, rows: Array, first: Array) -> None:
+    """Chains go on from the states ``first``; step by step, from where they are not exact, if that was tried enough."""
+    if not rows.size:
+        return
+    run.retries[rows] += 1
+    ahead = run.ahead(rows).max(axis=1)
+    hopeless = (ahead > run.finest(rows)) & (ahead > np.log(AMPLIFIES))
+    run.in_order[rows] = run.sweeper.single_steps & (hopeless | (run.retries[rows] > _RETRIES) | (run.nfev > run.steps))
+    inexact = np.argmax(run.error[rows] > 0, axis=1)
+    run.done[rows] = np.where(run.in_order[rows], np.minimum(first, inexact), first)
+    whole = run.width == run.steps
+    run.end[rows] = np.where(run.in_order[rows] | (not whole), run.done[rows], run.steps)
+    if not whole:
+        forgotten = rows[:, None] * run.width + np.arange(run.width)
+        run.past.known[tensor_like(run.start, forgotten.ravel())] = False
+    run.moved[tensor_like(run.start, rows)] = 0

@@ -1,9 +1,9 @@
 """Noise that is a function of (seed, sample, step): the same for any batch, window, order or number of devices.
 
 Each (seed, sample) keys a counter-based generator, Philox 4x64 (Salmon et al., SC 2011), and the step is the highest
-word of its counter. The bits are those of NumPy's generator of that name. They are made on the device where the
-noise is wanted, by NumPy on the CPU and in torch elsewhere, and become normals by the Box-Muller transform. Up to the last bit of the logarithm and the cosine,
-which devices round differently, a seed gives the same noise everywhere.
+word of its counter. The bits are those of NumPy's generator of that name. They are made on the device where the noise
+is wanted, by NumPy on the CPU and in torch elsewhere, and become normals by the Box-Muller transform. Up to the last
+bit of the logarithm and the cosine, which devices round differently, a seed gives the same noise everywhere.
 """
 
 from __future__ import annotations

@@ -57,8 +57,9 @@ def sample(
     """Sample by solving the chain's fixed point, all steps in parallel; without gradient.
 
     ``CausalQuasiNewton()`` is the solver that knows of chains, and by far the fastest here: it works on the one-step
-    form, in windows, and accepts each latent by its predicted error. A chain that amplifies errors, as clipping may make it do, is seen to do so
-    (``solution.amplification``): its samples are solved more tightly, or in the end step by step.
+    form, in windows, and accepts each latent by its predicted error. Where a chain is seen to amplify errors
+    (``solution.amplification``), as clipping may make it do, its samples are solved more tightly, or in the end step by
+    step.
 
     For other solvers, the denoiser is only asked about rows whose input has changed since the last round: samples that
     have converged, and latents that have settled (the first input is x_T from the start), cost nothing more. The result

@@ -59,8 +59,8 @@ def test_measuring_backs_off_where_memory_ends():
 
     cost = BatchCost.measure(chain(samples=2, steps=1000, denoiser=denoiser))
     assert cost.limit == max(cost.rows) == 8
-    assert BatchCost((2, 8), (1.0, 1.0), limit=8).best_rows(2, 1000) == 8
-    assert BatchCost((2, 8), (1.0, 1.0)).best_rows(2, 1000) == 2000
+    assert BatchCost((2, 2000), (1.0, 1.0)).best_rows(2, 1000) == 2000
+    assert BatchCost((2, 2000), (1.0, 1.0), limit=8).best_rows(2, 1000) == 8
 
 
 def test_the_usual_budget_follows_device_and_size_alone():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -118,9 +120,7 @@ def test_calls_that_time_the_denoiser_are_counted(mixture):
 
 
 def test_the_usual_budget_is_kept_and_shown(mixture, monkeypatch):
-    from fixpoint_diffusion.sampling import sample as module
-
-    monkeypatch.setattr(module, "usual_rows", lambda chain: 24)
+    monkeypatch.setattr(sys.modules[sample.__module__], "usual_rows", lambda chain: 24)
     assert sample(mixture_chain(mixture, samples=3, steps=40)).max_rows == 24
     assert sample(mixture_chain(mixture, samples=20, steps=40)).rounds == 40  # hardly a row for each sample
 
