@@ -50,6 +50,9 @@ def judge(
     """
     error, scale = np.where(inside, norms.error, 0), np.where(inside, norms.scale, 1)
     error[:, 0] = 0.0
+    # The first state is exact now, however far it has moved: what the model makes of that move is the second's error,
+    # even where that happens to stay where it was.
+    error[:, 1:2] = np.where(inside, np.maximum(error, norms.grown), error)[:, 1:2]
     failed = ~norms.finite[:, 0]
     atol, rtol = allowed
     limit = (atol[:, None] + rtol[:, None] * scale) / np.exp(ahead)
