@@ -79,8 +79,8 @@ class Solution:
         aux: What f returned beside the state when it was evaluated at the value, with ``has_aux=True``; else None.
         predicted_error: Norm of the predicted errors of each row, from a solver that judges by them
             (``CausalQuasiNewton`` on a chain); None for all others.
-        amplification: How many times larger, at most, later states of a chain show the relative error of an earlier
-            one, per row: the product of what each step was seen to make of changes of its input. An estimate: a direction
+        amplification: How many times larger, at most, later states of a chain show the relative error of an
+            earlier one, per row: the product of what each step was seen to make of changes of its input. A direction
             that was not seen may grow faster. From ``CausalQuasiNewton`` outside recorded steps; None for all others.
     """
 
