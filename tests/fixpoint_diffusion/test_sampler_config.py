@@ -261,8 +261,13 @@ def projection(x_0: Tensor, step: Tensor, sample: Tensor) -> Tensor:
     return torch.cat([first.unsqueeze(1), x_0[:, 1:]], dim=1)
 
 
-def test_a_hook_changes_the_image_between_prediction_and_step() -> None:
-    """By the rule of DDIM, written out; all forms of the chain agree, and so do parallel solves."""
+@pytest.mark.parametrize("entries", [1, 2**20])
+def test_a_hook_changes_the_image_between_prediction_and_step(monkeypatch: pytest.MonkeyPatch, entries: int) -> None:
+    """By the rule of DDIM, written out; all forms of the chain agree, and so do parallel solves.
+
+    The cumulative form sums as many samples at a time as have so many entries.
+    """
+    monkeypatch.setattr("fixpoint_diffusion.chains.chain._PART", entries)
     schedule = NoiseSchedule.linear()
     denoiser = network("epsilon", 3)
     chain = DDIMChain(denoiser, X_T, schedule, steps=8, x0_hook=projection)
