@@ -38,7 +38,7 @@ def info(
         "folder": folder,
         "class": type(denoiser.model).__name__,
         "parameters": f"{sum(p.numel() for p in denoiser.model.parameters()):,}",
-        "weights": f"{sum(p.stat().st_size for p in folder.rglob('*.safetensors')) / 1e6:.2f} MB",
+        "weights": f"{sum(p.nbytes for p in denoiser.model.parameters()) / 1e6:.2f} MB in memory",
         "samples": "any size" if denoiser.sample_shape is None else "x".join(map(str, denoiser.sample_shape)),
         "classes": _classes(about.class_labels),
         "inputs": ", ".join(["x", "t", *about.conditioning]),

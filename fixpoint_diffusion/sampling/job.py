@@ -142,16 +142,14 @@ class SamplingJob:
         options = self.options
         chain = self._chain(samples, eta=options.eta)
         if options.solver == SolverName.sequential:
-            images, outcome = _last_latent(chain, progress=progress), {}
+            images, outcome = chain.sequential(trajectory=False, progress=progress), {}
         else:
-            solver = SOLVERS[options.solver]
-            if options.max_rows is not None:
-                solver = CausalQuasiNewton(max_rows=options.max_rows)
             result = sample(
                 chain,
-                solver=solver,
+                solver=SOLVERS[options.solver],
                 rtol=options.rtol,
                 max_evals=options.max_rounds,
+                max_rows=options.max_rows,
                 on_failure="ignore",  # whoever runs the job sees the count
                 progress=progress,
             )
@@ -256,11 +254,3 @@ def _with_variance(denoiser: NetworkDenoiser) -> NetworkDenoiser:
         sample_shape=denoiser.sample_shape,
         learned_variance=True,
     )
-
-
-def _last_latent(chain: SamplingChain, *, progress: bool) -> Tensor:
-    """x_0 of the ordinary sampler; of the trajectory, only the latent at hand is kept."""
-    latent, samples = chain.x_T, torch.arange(len(chain.x_T))
-    for step in tqdm(range(chain.steps), desc="sequential", disable=not progress):
-        latent = chain.transition(latent, samples, torch.full_like(samples, step))
-    return latent
