@@ -12,7 +12,6 @@ from fixpoint_diffusion.denoisers.checks import call_checked, check_conditioning
 from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import GaussianPrior, Transitions, wide
 
-Denoiser = Callable[..., Tensor]
 _PART = 2**20  # entries of latents that are summed at a time
 
 
@@ -67,7 +66,7 @@ class SamplingChain:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Callable[..., Tensor],
         x_T: Tensor,
         transitions: Transitions,
         *,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from fixpoint_diffusion.chains.chain import Denoiser, SamplingChain
+from fixpoint_diffusion.chains.chain import SamplingChain
 from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import Clip, NoiseSchedule, Transitions, X0Hook
 
@@ -55,7 +55,7 @@ class DDIMChain(SamplingChain):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Callable[..., Tensor],
         x_T: Tensor,
         schedule: NoiseSchedule,
         *,

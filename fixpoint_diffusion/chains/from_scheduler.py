@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from fixpoint_diffusion.chains.chain import Denoiser, SamplingChain
+from fixpoint_diffusion.chains.chain import SamplingChain
 from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import SamplerConfig, X0Hook, step_noise
 
 
 def chain_from_scheduler(
-    denoiser: Denoiser,
+    denoiser: Callable[..., Tensor],
     x_T: Tensor,
     scheduler: Any,
     *,

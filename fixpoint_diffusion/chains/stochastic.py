@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from fixpoint_diffusion.chains.chain import Denoiser
 from fixpoint_diffusion.chains.ddim import DDIMChain
 from fixpoint_diffusion.processes import NoiseSchedule, X0Hook, step_noise
 
@@ -44,7 +43,7 @@ class StochasticDDIMChain(DDIMChain):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Callable[..., Tensor],
         x_T: Tensor,
         schedule: NoiseSchedule,
         *,

@@ -71,13 +71,15 @@ class DiffusersDenoiser:
             if isinstance(value, Tensor) and value.shape[:1] != (1,):
                 raise ValueError(f"input {name!r} must have one row (1, ...), got shape {tuple(value.shape)}")
         family, config = family_of(model), getattr(model, "config", None)
-        self.conditioning: Mapping[str, ConditioningInput] = {}
-        if sample_shape is None and config is not None:
-            sample_shape = family.sample_shape(config) if family else image_shape(config)
-        if family and config is not None:
-            self.conditioning = family.conditioning(config)
         self.sample_shape = sample_shape
-        given, returned = (getattr(config, name, None) for name in ("in_channels", "out_channels"))
+        self.conditioning: Mapping[str, ConditioningInput] = {}
+        if not isinstance(config, Mapping):  # not a model of diffusers
+            config = {}
+        elif sample_shape is None:
+            self.sample_shape = family.sample_shape(config) if family else image_shape(config)
+        if family and config:
+            self.conditioning = family.conditioning(config)
+        given, returned = config.get("in_channels"), config.get("out_channels")
         if learned_variance and given is not None and returned != 2 * given:
             raise ValueError(
                 f"a model that learned the variance has twice as many output as input channels; this one has "
@@ -128,9 +130,9 @@ class DiffusersDenoiser:
         return f"DiffusersDenoiser({name}, prediction_type={kind!r}, sample_shape={self.sample_shape})"
 
 
-def image_shape(config: Any) -> tuple[int, ...] | None:
+def image_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     """``(C, H, W)`` as most configs of diffusers say it; None where ``in_channels`` or ``sample_size`` is missing."""
-    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    channels, size = config.get("in_channels"), config.get("sample_size")
     if channels is None or size is None:
         return None
     return (channels, size, size) if isinstance(size, int) else (channels, *size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +10,8 @@ from torch import Tensor
 
 from fixpoint_diffusion.denoisers.modules import compute_dtype, execution_device
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
-from fixpoint_diffusion.files import read_json
-from fixpoint_diffusion.models import FPDM, FPDMConfig, load_fpdm
+from fixpoint_diffusion.models import FPDM, FPDMConfig
 from fixpoint_diffusion.processes import GaussianPrior
-
-SCHEDULER_FILE = "scheduler_config.json"
 
 
 class FPDMDenoiser:
@@ -73,31 +69,6 @@ class FPDMDenoiser:
         self.prediction_type: str = model.config.prediction_type
         self.sample_shape: tuple[int, ...] = model.config.sample_shape
         self.conditioning: Mapping[str, ConditioningInput] = class_inputs(model.config)
-
-    @classmethod
-    def from_folder(
-        cls,
-        folder: str | Path,
-        *,
-        depth: int | None = None,
-        rtol: float = 1e-3,
-        max_evals: int = 50,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> FPDMDenoiser:
-        """Load from a folder with ``config.json``, weights and, where present, ``scheduler_config.json``.
-
-        The parameters are frozen; gradients with respect to ``x`` still flow. Arguments as of the class and of
-        :func:`~fixpoint_diffusion.models.load_fpdm`.
-
-        Raises:
-            FileNotFoundError, ValueError: As :func:`~fixpoint_diffusion.models.load_fpdm`.
-        """
-        model = load_fpdm(folder, dtype=dtype, device=device).requires_grad_(False)
-        scheduler = Path(folder) / SCHEDULER_FILE
-        schedule_config = read_json(scheduler) if scheduler.is_file() else None
-        prior = GaussianPrior.load(folder)
-        return cls(model, schedule_config=schedule_config, depth=depth, rtol=rtol, max_evals=max_evals, prior=prior)
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ from fixpoint_diffusion.denoisers.protocol import NetworkDenoiser
 from fixpoint_diffusion.denoisers.registry import LoadOptions, family_of_class
 from fixpoint_diffusion.files import read_json
 from fixpoint_diffusion.processes import GaussianPrior
+from fixpoint_diffusion.processes.sampler_config import find_scheduler_file
 from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES
 
 # Where a pipeline folder may keep its denoiser.
@@ -71,7 +72,8 @@ def load_denoiser(
     config = read_json(model_folder / "config.json")
     family = family_of_class(config.get("_class_name"))
     # Small files first: what is wrong with them is known before the weights are read.
-    schedule = read_schedule_config(folder)
+    file = find_scheduler_file(folder)
+    schedule = None if file is None else read_json(file)
     prior = GaussianPrior.load(model_folder)
     about: dict[str, Any] = {"schedule_config": schedule, "prior": prior}
     if schedule is not None and "prediction_type" in schedule:
@@ -88,14 +90,6 @@ def load_denoiser(
     if shape is not None and sizes and sizes != {math.prod(shape)}:
         raise ValueError(f"the prior in {model_folder} is for {max(sizes)} entries, but a sample has shape {shape}")
     return denoiser
-
-
-def read_schedule_config(folder: Path) -> dict[str, Any] | None:
-    """The scheduler configuration in a model or pipeline folder, None where there is none."""
-    for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
-        if path.is_file():
-            return read_json(path)
-    return None
 
 
 def _find_model_folder(folder: Path) -> Path:

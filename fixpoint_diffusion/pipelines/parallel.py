@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 
 from fixpoint import Progress, Solution, Solver
 from fixpoint_diffusion.chains import SamplingChain
-from fixpoint_diffusion.chains.chain import Denoiser
 from fixpoint_diffusion.denoisers import DiffusersDenoiser, Guided
 from fixpoint_diffusion.denoisers.guided import NEGATIVE
 from fixpoint_diffusion.pipelines.callbacks import check_assignment
@@ -172,7 +171,7 @@ class ParallelPipeline(DiffusionPipeline):
         x_T = step["sample"][:batch].to(torch.promote_types(out.dtype, torch.float32))
         conditioning, constants = _sort_inputs(asked.inputs, batch, guidance)
         kind = transitions.prediction_type
-        denoiser: Denoiser = DiffusersDenoiser(
+        denoiser: Callable[..., Tensor] = DiffusersDenoiser(
             getattr(self, self._network),
             prediction_type=kind,
             inputs=constants,

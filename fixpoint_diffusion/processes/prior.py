@@ -16,6 +16,7 @@ from fixpoint_diffusion.processes.transitions import Transitions, wide
 
 PRIOR_FILE = "prior.safetensors"
 _LARGEST_BASIS = 1024  # up to so many entries, the principal axes are estimated: 8 MiB
+_LONGEST = 4096  # a longer dimension is not transformed: its matrix would take more than 128 MiB
 _BATCH = 256
 
 
@@ -81,7 +82,8 @@ class GaussianPrior:
 
         Neighbouring pixels are alike, so waves of different lengths are nearly uncorrelated: along the dimensions after
         the first, the directions are those of the discrete cosine transform; along the first (channels), the principal
-        axes of the channels. Such a prior takes as much memory as two images.
+        axes of the channels. Such a prior takes about as much memory as two images. Of vectors, and of images with a
+        dimension longer than 4096, the directions are the entries.
 
         Args:
             images: ``(N, *shape)``, a sample of the data, or batches ``(n, *shape)`` of it, which are read once.
@@ -215,21 +217,23 @@ class _Moments:
     """Mean and covariances of images that come in batches, in float64 on the CPU.
 
     Of small images, the covariance of all entries. Of larger ones, that of the channels for each wave of a cosine
-    transform of the other dimensions.
+    transform of the other dimensions; or the variance of each entry, where that would be too large.
     """
 
     def __init__(self, first: Tensor) -> None:
-        shape = first.shape[1:]
-        self.shape = shape if len(shape) > 1 and shape.numel() > _LARGEST_BASIS else (shape.numel(),)
-        self.count = 0
+        shape, self.count = first.shape[1:], 0
+        small = shape.numel() <= _LARGEST_BASIS
+        # Neither small nor to be transformed: its entries alone, for its axes are too many.
+        self.alone = not small and (len(shape) == 1 or max(shape) > _LONGEST)
+        self.shape = (shape.numel(),) if small or self.alone else shape
         channels, rest = self.shape[0], math.prod(self.shape[1:])
         self.shift = first.flatten(1).to("cpu", torch.float64).mean(dim=0)  # numbers near 0 lose no digits
         self.sum = torch.zeros_like(self.shift)
-        # A long vector has no dimension to transform, and its axes are too many: its entries alone.
-        self.alone = rest == 1 and channels > _LARGEST_BASIS
-        self.waves = [torch.eye(channels, dtype=torch.float64), *map(_cosines, self.shape[1:])]
-        size = (rest, channels) if self.alone else (rest, channels, channels)
-        self.products = torch.zeros(size, dtype=torch.float64)
+        if self.alone:
+            self.products = torch.zeros(1, channels, dtype=torch.float64)
+        else:
+            self.waves = [torch.eye(channels, dtype=torch.float64), *map(_cosines, self.shape[1:])]
+            self.products = torch.zeros(rest, channels, channels, dtype=torch.float64)
 
     def add(self, batch: Tensor) -> None:
         flat = batch.flatten(1).to("cpu", torch.float64) - self.shift

@@ -33,6 +33,7 @@ _VARIANCES = {name: name for name in ("fixed_small", "fixed_large", "learned", "
     "fixed_small_log": "fixed_small"
 }
 _MOST_TIMESTEPS = 1_000_000
+SCHEDULER_FILE = "scheduler_config.json"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -170,14 +171,19 @@ class SamplerConfig:
         )
 
 
+def find_scheduler_file(folder: Path) -> Path | None:
+    """The scheduler's configuration in a model or pipeline folder: beside the model, or else in ``scheduler/``."""
+    candidates = (folder / SCHEDULER_FILE, folder / "scheduler" / SCHEDULER_FILE)
+    return next((file for file in candidates if file.is_file()), None)
+
+
 def _read_config(scheduler: Any) -> tuple[Mapping[str, Any], str]:
     """The configuration and the name of its class, which is a known one."""
     if isinstance(scheduler, str | Path):
         path = Path(scheduler)
-        candidates = [path, path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json"]
-        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+        file = path if path.is_file() else find_scheduler_file(path)
         if file is None:
-            raise FileNotFoundError(f"no scheduler_config.json at {path}, nor in its subfolder 'scheduler'")
+            raise FileNotFoundError(f"no {SCHEDULER_FILE} at {path}, nor in its subfolder 'scheduler'")
         config = read_json(file)
         name = config.get("_class_name")
     else:

@@ -172,8 +172,12 @@ class NoiseSchedule:
         """
         if not scale > 0:
             raise ValueError(f"snr_shift_scale must be a positive number, got {scale}")
-        alphas = self.alphas_cumprod
-        return NoiseSchedule(alphas / (scale + (1 - scale) * alphas))
+
+        def shifted(alphas: torch.Tensor) -> torch.Tensor:
+            return alphas / (scale + (1 - scale) * alphas)
+
+        final = float(shifted(torch.tensor(self.final_alpha, dtype=torch.float64)))
+        return replace(self, alphas_cumprod=shifted(self.alphas_cumprod), final_alpha=final)
 
     def timesteps(self, steps: int, spacing: str | None = None) -> torch.Tensor:
         """Timesteps for a sampling chain of the given length, from the noise end.

@@ -15,10 +15,10 @@ from fixpoint_diffusion.denoisers.checksums import write_checksums
 from fixpoint_diffusion.denoisers.registry import Family
 from fixpoint_diffusion.files import write_json
 from fixpoint_diffusion.processes import GaussianPrior
+from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.training.data import ImageDataset
 from fixpoint_diffusion.training.logs import LOG_FILE, TrainingLog
 
-SCHEDULER_FILE = "scheduler_config.json"
 _PRIOR_IMAGES = 4096
 
 

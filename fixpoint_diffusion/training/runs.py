@@ -18,10 +18,11 @@ from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInpu
 from fixpoint_diffusion.denoisers.registry import Family, family, family_of
 from fixpoint_diffusion.files import write_json
 from fixpoint_diffusion.processes import NoiseSchedule
+from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.training.checkpoints import load_record, locked
 from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.data import ImageDataset, open_dataset, split_held_out
-from fixpoint_diffusion.training.export import SCHEDULER_FILE, export, prior_of
+from fixpoint_diffusion.training.export import export, prior_of
 from fixpoint_diffusion.training.logs import TrainingLog
 from fixpoint_diffusion.training.trainer import train, training_device
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fixpoint
-from fixpoint_diffusion.denoisers import FPDMDenoiser
+from fixpoint_diffusion.denoisers import FPDMDenoiser, load_denoiser
 from fixpoint_diffusion.models import (
     FPDM,
     FPDMConfig,
@@ -312,18 +312,18 @@ def test_half_precision_weights_are_read_as_float32(tmp_path) -> None:
 def test_denoiser_from_a_folder_knows_its_schedule(tmp_path) -> None:
     model = lively().float()
     save_fpdm(model, tmp_path)
-    assert FPDMDenoiser.from_folder(tmp_path).schedule_config is None
+    assert load_denoiser(tmp_path).schedule_config is None
     schedule = {"num_train_timesteps": 1000, "beta_schedule": "linear"}
     (tmp_path / "scheduler_config.json").write_text(json.dumps(schedule))
-    denoiser = FPDMDenoiser.from_folder(tmp_path, depth=3)
-    assert denoiser.schedule_config == schedule
+    assert load_denoiser(tmp_path).schedule_config == schedule
+    denoiser = FPDMDenoiser(load_fpdm(tmp_path), depth=3)
     assert (denoiser.prediction_type, denoiser.sample_shape) == ("v_prediction", (1, 8, 8))
     x, t = batch()
     with torch.no_grad():
         assert torch.equal(denoiser(x.float(), t), model(x.float(), t, depth=3))
         solved = FPDMDenoiser(model, rtol=1e-5, max_evals=100)(x.float(), t)
         torch.testing.assert_close(solved, model(x.float(), t, rtol=1e-5))
-        double = FPDMDenoiser.from_folder(tmp_path, depth=3, dtype=torch.float64)(x, t)
+        double = FPDMDenoiser(load_fpdm(tmp_path, dtype=torch.float64), depth=3)(x, t)
         assert double.dtype == torch.float64
         torch.testing.assert_close(double.float(), denoiser(x.float(), t))
         assert denoiser(x, t).dtype == torch.float64  # float32 weights, cast there and back

@@ -194,3 +194,12 @@ def test_embedded_models_bring_the_prior_of_their_training_images(name):
     expected = GaussianPrior.of(split_held_out(load_digits())[0].images)
     assert_close(denoiser.prior.mean, expected.mean)
     assert_close(denoiser.prior.variances, expected.variances)
+
+
+@pytest.mark.parametrize("shape", [(50_000,), (2, 30_000)])
+def test_long_vectors_and_signals_need_no_square_matrix(shape: tuple[int, ...]) -> None:
+    images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))  # a matrix would take 20 GB, or 7 GB
+    prior = GaussianPrior.of(images, shrinkage=0.0)
+    assert prior.basis is None
+    assert_close(prior.mean, images.double().flatten(1).mean(dim=0))
+    assert_close(prior.variances, images.double().flatten(1).var(dim=0))

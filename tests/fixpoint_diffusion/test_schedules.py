@@ -163,3 +163,17 @@ def test_timesteps_that_cannot_be_given_are_refused() -> None:
         LINEAR.timesteps(5, "cubic")
     with pytest.raises(ValueError, match="at least 2"):
         NoiseSchedule.linear(1).zero_terminal_snr()
+
+
+def test_shifting_the_signal_to_noise_ratio_keeps_everything_else() -> None:
+    config = {"set_alpha_to_one": False, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    schedule = NoiseSchedule.from_diffusers(config)
+    shifted = schedule.shift_snr(3.0)
+    assert (shifted.prediction_type, shifted.timestep_spacing, shifted.x0_hook) == (
+        "v_prediction",
+        "trailing",
+        schedule.x0_hook,
+    )
+    ratio, before = (a.alphas_cumprod / (1 - a.alphas_cumprod) for a in (shifted, schedule))
+    torch.testing.assert_close(3 * ratio, before)
+    assert shifted.final_alpha == float(shifted.alphas_cumprod[0])

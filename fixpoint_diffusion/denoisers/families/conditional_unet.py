@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fixpoint_diffusion.denoisers.diffusers import image_shape
 from fixpoint_diffusion.denoisers.diffusers_models import build_module, diffusers_family, spatial_sizes
 from fixpoint_diffusion.denoisers.families import unet
 from fixpoint_diffusion.denoisers.protocol import ConditioningInput
@@ -48,7 +49,7 @@ FAMILY = diffusers_family(
     name="conditional-unet",
     class_name="UNet2DConditionModel",
     build=build,
-    sample_shape=unet.sample_shape,
+    sample_shape=image_shape,
     conditioning=conditioning,
     schedule_config=LINEAR_SCHEDULE,
 )

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from fixpoint_diffusion.denoisers.diffusers import image_shape
 from fixpoint_diffusion.denoisers.diffusers_models import build_module, diffusers_family, spatial_sizes
-from fixpoint_diffusion.denoisers.families import unet
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
 from fixpoint_diffusion.denoisers.schedules import LINEAR_SCHEDULE
 
@@ -38,7 +38,7 @@ FAMILY = diffusers_family(
     name="dit",
     class_name="DiTTransformer2DModel",
     build=build,
-    sample_shape=unet.sample_shape,
+    sample_shape=image_shape,
     conditioning=conditioning,
     schedule_config=LINEAR_SCHEDULE,
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fixpoint_diffusion.denoisers.diffusers import image_shape
 from fixpoint_diffusion.denoisers.diffusers_models import build_module, diffusers_family, spatial_sizes
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
 from fixpoint_diffusion.denoisers.schedules import LINEAR_SCHEDULE
@@ -37,14 +38,6 @@ def build(sample_shape: tuple[int, ...], num_classes: int | None, settings: Mapp
     )
 
 
-def sample_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """``(C, H, W)``."""
-    channels, size = config.get("in_channels"), config.get("sample_size")
-    if channels is None or size is None:
-        return None
-    return (channels, size, size) if isinstance(size, int) else (channels, *size)
-
-
 def conditioning(config: Mapping[str, Any]) -> dict[str, ConditioningInput]:
     """Class labels, where the network has an embedding for them."""
     rows, null = config.get("num_class_embeds"), config.get("_null_label")
@@ -57,7 +50,7 @@ FAMILY = diffusers_family(
     name="unet",
     class_name="UNet2DModel",
     build=build,
-    sample_shape=sample_shape,
+    sample_shape=image_shape,
     conditioning=conditioning,
     schedule_config=LINEAR_SCHEDULE,
     training={"steps": 9000, "learning_rate": 1e-3, "prediction_type": "epsilon"},
