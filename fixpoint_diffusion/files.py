@@ -1,11 +1,16 @@
-"""Reading and writing JSON files, with one clear error where a file is damaged."""
+"""Files: read with one clear error where they are damaged, and written whole or not at all."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -30,5 +35,55 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object to a file, indented."""
-    Path(path).write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
+    """Write a JSON object to a file, indented; whole or not at all."""
+    with written_whole(path) as file:
+        file.write((json.dumps(dict(content), indent=2) + "\n").encode())
+
+
+def map_array(path: Path) -> np.ndarray:
+    """A ``.npy`` file without reading it into memory; pickled objects are refused.
+
+    Raises:
+        ValueError: If the file is damaged or holds something else.
+    """
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} does not open as an array: {error}") from error
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to, which gets its name when it is complete, also beside another process that does the same.
+
+    Raises:
+        OSError: If it cannot be written; what was at ``path`` stays.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        # NumPy's own says of a full disk how many items were written, and no more.
+        reason = error.strerror or f"{error}; is the disk full?"
+        raise OSError(f"cannot write to {path}: {reason}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_all(paths: Iterable[Path]) -> str:
+    """One SHA-256 of several files: that of their checksums, in the order of their names."""
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        total.update(sha256_of(path).encode())
+    return total.hexdigest()

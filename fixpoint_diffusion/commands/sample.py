@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fixpoint_diffusion.commands.shared import folder_option, open_model, with_options
+from fixpoint_diffusion.files import sha256_of_all
 from fixpoint_diffusion.sampling.options import SamplingOptions
 from fixpoint_diffusion.sampling.run_folder import GRID, IMAGES, ONE_FILE, RECORD, ImageFormat, RunFolder
 
@@ -115,10 +115,5 @@ def _save_grid(folder: RunFolder) -> str | None:
 
 
 def _hash(folder: Path) -> str:
-    """SHA-256 of a model folder's weights and configurations, one file after another."""
-    total = hashlib.sha256()
-    files = [path for end in ("*.safetensors", "*.bin", "*config.json") for path in folder.rglob(end)]
-    for path in sorted(files):
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+    """SHA-256 of a model folder's weights and configurations."""
+    return sha256_of_all(path for end in ("*.safetensors", "*.bin", "*config.json") for path in folder.rglob(end))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
+
+from fixpoint_diffusion.files import sha256_of
 
 CHECKSUM_FILE = "SHA256SUMS"
 
@@ -11,7 +12,7 @@ CHECKSUM_FILE = "SHA256SUMS"
 def write_checksums(folder: Path) -> None:
     """Write the checksums of all other files directly in ``folder``."""
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != CHECKSUM_FILE)
-    lines = [f"{_sha256(folder / name)}  {name}\n" for name in names]
+    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in names]
     (folder / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
 
 
@@ -31,13 +32,8 @@ def verify_checksums(folder: Path) -> list[str]:
         names.append(name)
         if not (folder / name).is_file():
             wrong.append(f"{name} is missing")
-        elif _sha256(folder / name) != expected:
+        elif sha256_of(folder / name) != expected:
             wrong.append(f"{name} differs")
     if wrong:
         raise ValueError(f"{folder} does not match its {CHECKSUM_FILE}: {', '.join(wrong)}; fetch the folder again")
     return names
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -39,8 +39,8 @@ class Family:
         build: ``build(sample_shape, num_classes, settings)`` makes a new network for samples ``(C, *spatial)``;
             ``num_classes`` is None for a network without class labels. ``settings`` are those of the architecture by
             name, as its config spells them. A network that can be told classes can also be told "no class".
-        denoiser: ``denoiser(model, *, prediction_type=, schedule_config=, prior=)`` wraps a network; gradients reach
-            its parameters, so that a trainer may call the result.
+        denoiser: ``denoiser(model, *, prediction_type=, schedule_config=, prior=, learned_variance=)`` wraps a network;
+            gradients reach its parameters, so that a trainer may call the result.
         load: ``load(folder, config, options)`` reads the network from a model folder.
         save: ``save(model, folder, dtype)`` writes ``config.json`` and the weights, in that precision.
         sample_shape: shape of one sample, from the network's config (a mapping); None where that does not say.

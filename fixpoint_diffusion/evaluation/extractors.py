@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from fixpoint_diffusion.evaluation.images import to_uint8
 from fixpoint_diffusion.evaluation.inception import NUM_FEATURES, InceptionV3
+from fixpoint_diffusion.files import sha256_of
 
 
 class FeatureExtractor(nn.Module):
@@ -120,7 +121,7 @@ class InceptionFeatures(FeatureExtractor):
         super().__init__(
             name="inception-2015-12-05",
             num_features=NUM_FEATURES,
-            weights_hash=_file_hash(path),
+            weights_hash=sha256_of(path),
             preparation=rules[resize],
         )
         self.resize = resize
@@ -195,11 +196,6 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

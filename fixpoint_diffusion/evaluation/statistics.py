@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fixpoint_diffusion.files import written_whole
+
 # The common tools write the first of each.
 _MEAN_KEYS, _COV_KEYS = ("mu", "mean", "m"), ("sigma", "cov", "s")
 
@@ -59,7 +61,7 @@ class FeatureStatistics:
     def save(self, path: str | Path) -> None:
         """Write a ``.npz`` file with ``mu`` and ``sigma``, as the common tools read it, and what else is known.
 
-        The file is complete or not there: it is written under another name first.
+        The file is complete or not there.
         """
         path = Path(path)
         if path.suffix != ".npz":
@@ -67,10 +69,8 @@ class FeatureStatistics:
         known = {"num_images": self.num_images, "features": self.features}
         arrays: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
-        with unfinished.open("wb") as file:
+        with written_whole(path) as file:
             np.savez(file, mu=self.mean.numpy(), sigma=self.cov.numpy(), **arrays)
-        unfinished.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:

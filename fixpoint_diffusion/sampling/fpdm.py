@@ -180,17 +180,53 @@ def fpdm_steps(
     >>> [step.timestep for step in fpdm_steps(model, torch.randn(2, 1, 8, 8), schedule, steps=4)]
     [999, 666, 333, 0]
     """
-    counts = iterations_per_step(iterations, steps)
     timesteps = schedule.timesteps(steps, spacing)
-    transitions = Transitions.of(schedule, timesteps, eta=eta, prediction_type=model.config.prediction_type)
-    dtype = compute_dtype(model, x_T.dtype)
+    yield from follow_transitions(
+        model,
+        x_T,
+        Transitions.of(schedule, timesteps, eta=eta, prediction_type=model.config.prediction_type),
+        iterations=iterations,
+        reuse=reuse,
+        solver=solver,
+        seed=seed,
+        y=y,
+        guidance=guidance,
+        first_sample=first_sample,
+        record=record,
+    )
+
+
+@torch.no_grad()
+def follow_transitions(
+    model: FPDM,
+    x_T: Tensor,
+    transitions: Transitions,
+    *,
+    iterations: int | Sequence[int] | Tensor = 4,
+    reuse: bool = True,
+    solver: Solver = Picard(),  # noqa: B008  (immutable)
+    seed: int = 0,
+    y: Tensor | None = None,
+    guidance: float = 1.0,
+    first_sample: int = 0,
+    record: bool = False,
+) -> Iterator[FPDMStep]:
+    """As :func:`fpdm_steps`, with steps that were made elsewhere, such as by :meth:`SamplerConfig.transitions`.
+
+    Raises:
+        ValueError: As :func:`sample_fpdm`; transitions with a learned variance.
+    """
+    if transitions.learned_variance:
+        raise ValueError("an FPDM is sampled without the variance that it learned; solve a chain for that")
+    counts = iterations_per_step(iterations, transitions.steps)
+    dtype, noisy = compute_dtype(model, x_T.dtype), bool((transitions.sigma > 0).any())
     if guidance != 1:
         if y is None or model.config.num_classes is None:
             raise ValueError("guidance needs the classes y, and a model that has classes")
         y = torch.cat([torch.full_like(y, model.config.num_classes), y])
     latent, z0 = x_T, None
     for k, count in enumerate(counts):
-        timestep = int(timesteps[k])
+        timestep = int(transitions.timesteps[k])
         inputs = latent if guidance == 1 else torch.cat([latent, latent])
         output, solution = model(
             inputs.to(dtype),
@@ -203,7 +239,7 @@ def fpdm_steps(
             return_solution=True,
         )
         noise = None
-        if eta > 0:
+        if noisy:
             samples = range(first_sample, first_sample + len(x_T))
             noise = step_noise(seed, samples, [k], x_T.shape[1:], dtype=wide(latent).dtype, device=latent.device)[:, 0]
         output = output[:, : model.config.in_channels]

@@ -12,10 +12,11 @@ from tqdm.auto import tqdm
 
 from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, Solver
 from fixpoint_diffusion.chains import SamplingChain, chain_from_scheduler
-from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided, NetworkDenoiser, describe
+from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided, NetworkDenoiser, describe, family_of
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
+from fixpoint_diffusion.models import FPDM
 from fixpoint_diffusion.processes import SamplerConfig, initial_noise
-from fixpoint_diffusion.sampling.fpdm import sample_fpdm
+from fixpoint_diffusion.sampling.fpdm import follow_transitions
 from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, parse_classes
 from fixpoint_diffusion.sampling.sample import sample
 
@@ -124,7 +125,7 @@ class SamplingJob:
     def _sample(self, samples: range, *, progress: bool) -> SampleBatch:
         counts: dict[str, int] = {}
         if isinstance(self._denoiser, FPDMDenoiser) and self.options.solver == SolverName.sequential:
-            images = self._sample_fpdm(self._denoiser, samples, progress=progress)
+            images = self._sample_fpdm(self._denoiser.model, samples, progress=progress)
         else:
             images, counts = self._sample_chain(samples, progress=progress)
         if self._decoder is not None:
@@ -156,28 +157,29 @@ class SamplingJob:
             images, outcome = result.images, {"converged": int(result.solution.converged.sum())}
         return images, {"rounds": chain.rounds, "evals": chain.evals, **outcome}
 
-    def _sample_fpdm(self, denoiser: FPDMDenoiser, samples: range, *, progress: bool) -> Tensor:
-        labels = self._model_labels(samples)
-        return sample_fpdm(
-            denoiser.model,
+    def _sample_fpdm(self, model: FPDM, samples: range, *, progress: bool) -> Tensor:
+        """The same steps as those of the chain, in which the layer may start at the last step's solution."""
+        options = self.options
+        run = follow_transitions(
+            model,
             self._noise(samples),
-            self._config.schedule,
-            steps=self.options.steps,
-            spacing=self._config.schedule.timestep_spacing,
+            self._config.transitions(options.steps, eta=options.eta, prediction_type=model.config.prediction_type),
             iterations=self.settings["iterations"],
             reuse=self.settings["reuse"],
-            eta=self.options.eta,
-            seed=self.options.seed,
-            y=labels,
-            guidance=self.options.guidance,
+            seed=options.seed,
+            y=self._labels_on_device(samples),
+            guidance=options.guidance,
             first_sample=samples[0],
-            progress=progress,
-        ).images
+        )
+        images = torch.empty(0)
+        for step in tqdm(run, total=options.steps, desc="sampling", unit="step", disable=not progress):
+            images = step.after
+        return images
 
     def _chain(self, samples: range, *, eta: float) -> SamplingChain:
         x_T, steps, conditioning = self._noise(samples), self.options.steps, {}
         denoiser: Any = self._denoiser
-        if (labels := self._model_labels(samples)) is not None:
+        if (labels := self._labels_on_device(samples)) is not None:
             conditioning[CLASS_LABELS] = labels
             if self.options.guidance != 1:
                 denoiser = Guided(denoiser, self.options.guidance)
@@ -195,11 +197,9 @@ class SamplingJob:
     def _noise(self, samples: range) -> Tensor:
         return initial_noise(self.options.seed, samples, self._sample_shape, device=self._device)
 
-    def _model_labels(self, samples: range) -> Tensor | None:
-        """What the model is told: the classes asked for, or "no class" where it has a label for that."""
+    def _labels_on_device(self, samples: range) -> Tensor | None:
+        """None where no class was asked for: a model that knows "no class" then takes that."""
         labels = self.labels(samples)
-        if labels is None and self._null_label is not None:
-            labels = torch.full((len(samples),), self._null_label)
         return None if labels is None else labels.to(self._device)
 
     def _prepare(self, denoiser: NetworkDenoiser) -> NetworkDenoiser:
@@ -232,25 +232,25 @@ class SamplingJob:
             raise ValueError(f"this model takes {', '.join(unknown)}, which cannot be given here: sample by a pipeline")
         known = about.class_labels
         count = 0 if known is None else known.num_classes or 0
-        self._null_label = None if known is None else known.null_label
+        null_label = None if known is None else known.null_label
         self.classes: tuple[int, ...] | None = None
         if self.options.classes is not None:
             if known is None:
                 raise ValueError("--class is for models with classes, and this model has none")
             self.classes = parse_classes(self.options.classes, count)
-            if self.options.guidance != 1 and self._null_label is None:
+            if self.options.guidance != 1 and null_label is None:
                 raise ValueError("--guidance needs a model that was also trained without labels, and this one was not")
-        elif known is not None and self._null_label is None:
+        elif known is not None and null_label is None:
             raise ValueError(f"this model has {count} classes and must be told one: --class 0, or --class all")
 
 
 def _with_variance(denoiser: NetworkDenoiser) -> NetworkDenoiser:
     """The same network, whose output keeps what it says of the variance."""
-    return DiffusersDenoiser(
+    family = family_of(denoiser.model)
+    return (family.denoiser if family else DiffusersDenoiser)(
         denoiser.model,
         prediction_type=denoiser.prediction_type,
         schedule_config=denoiser.schedule_config,
         prior=denoiser.prior,
-        sample_shape=denoiser.sample_shape,
         learned_variance=True,
     )

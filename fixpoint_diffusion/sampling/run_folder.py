@@ -7,15 +7,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fixpoint_diffusion.files import map_array, read_json, write_json, written_whole
 from fixpoint_diffusion.sampling.grids import to_pixels
 from fixpoint_diffusion.sampling.job import SampleBatch
 
@@ -35,8 +36,8 @@ class RunFolder:
 
     ``npy``: float32 as sampled, ``(N, C, H, W)``: ``images.npy`` where one batch is all, else a file a batch,
     ``images/00000000.npy``, named by its first image. ``png``: 8 bit, an image a file, ``images/00000042.png``, or
-    ``00000042-class7.png``. ``sample.json`` holds settings, cost and progress. Every file is written under another name
-    and then renamed.
+    ``00000042-class7.png``. ``sample.json`` holds settings, cost and progress. Every file appears whole or not at
+    all.
 
     Args:
         folder: made if absent. May hold the same run, whole or in part, which is then continued.
@@ -87,9 +88,9 @@ class RunFolder:
         self._made = _make_folder(self.folder)
         try:
             self._write_record()
-        except OSError as error:
+        except OSError:
             self.discard_empty()
-            raise _plain(error, self.folder) from error
+            raise
 
     def write(self, batch: SampleBatch, *, seconds: float) -> None:
         """Add a batch that follows those that are there.
@@ -103,25 +104,21 @@ class RunFolder:
         """
         assert batch.first == self.done
         files = self.folder / IMAGES
-        try:
-            if not self._one_file:
-                files.mkdir(exist_ok=True)
-                if (self.folder / ONE_FILE).exists():  # a finished run of one file, to which more images are added
-                    os.replace(self.folder / ONE_FILE, files / f"{0:08d}.npy")
-            if self.format == ImageFormat.npy:
-                path = self.folder / ONE_FILE if self._one_file else files / f"{batch.first:08d}.npy"
-                array = batch.images.numpy()
-                _write(path, lambda file: np.lib.format.write_array(file, array, allow_pickle=False))
-            else:
-                for number, image in enumerate(batch.images):
-                    label = "" if batch.labels is None else f"-class{int(batch.labels[number])}"
-                    _write_png(files / f"{batch.first + number:08d}{label}.png", image)
-            self.done += len(batch.images)
-            for name, count in {**batch.counts, "seconds": round(seconds, 3)}.items():
-                self.totals[name] = round(self.totals.get(name, 0) + count, 3)
-            self._write_record()
-        except OSError as error:
-            raise _plain(error, self.folder) from error
+        if not self._one_file:
+            _make_folder(files)
+            if (self.folder / ONE_FILE).exists():  # a finished run of one file, to which more images are added
+                os.replace(self.folder / ONE_FILE, files / f"{0:08d}.npy")
+        if self.format == ImageFormat.npy:
+            with written_whole(self.folder / ONE_FILE if self._one_file else files / f"{batch.first:08d}.npy") as file:
+                np.save(file, batch.images.numpy())
+        else:
+            for number, image in enumerate(batch.images):
+                label = "" if batch.labels is None else f"-class{int(batch.labels[number])}"
+                _write_png(files / f"{batch.first + number:08d}{label}.png", image)
+        self.done += len(batch.images)
+        for name, count in {**batch.counts, "seconds": round(seconds, 3)}.items():
+            self.totals[name] = round(self.totals.get(name, 0) + count, 3)
+        self._write_record()
 
     def discard_empty(self) -> None:
         """Where no image was written, delete the record and the folders that were made for it."""
@@ -147,7 +144,7 @@ class RunFolder:
             have = sum(map(len, parts))
             if have == count:
                 break
-            parts.append(torch.from_numpy(np.array(np.load(path, mmap_mode="r")[: count - have])))
+            parts.append(torch.from_numpy(np.array(map_array(path)[: count - have])))
         return torch.cat(parts)
 
     def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,8 +156,7 @@ class RunFolder:
         return {**self.settings, "num_images": self.num_images, "images_done": self.done, **self.totals}
 
     def _write_record(self, figures: Mapping[str, Any] | None = None) -> None:
-        text = json.dumps({**self._record(), **(figures or {})}, indent=2) + "\n"
-        _write(self.folder / RECORD, lambda file: file.write(text.encode()))
+        write_json(self.folder / RECORD, {**self._record(), **(figures or {})})
 
     def _read_record(self, *, overwrite: bool) -> dict[str, Any]:
         """The record of the same run, empty where there is none."""
@@ -175,11 +171,9 @@ class RunFolder:
                 file.unlink(missing_ok=True)
             return {}
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            record = read_json(path)
+        except ValueError as error:
             raise ValueError(f"{path} is damaged: choose another --out, or pass --overwrite") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path} is damaged: choose another --out, or pass --overwrite")
         for name, value in self.settings.items():
             if record.get(name) != value:
                 raise FileExistsError(
@@ -203,7 +197,7 @@ class RunFolder:
             match = _FILE.fullmatch(path.name)
             gap = gap or (match is not None and int(match[1]) != count)
             if not gap:
-                count += 1 if path.suffix == ".png" else len(_open_array(path))
+                count += 1 if path.suffix == ".png" else len(map_array(path))
             elif path.suffix == ".npy":
                 path.unlink()
         return count
@@ -229,20 +223,8 @@ def _make_folder(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _plain(error, folder) from error
+        raise OSError(f"cannot write to {folder}: {error.strerror}") from error
     return new
-
-
-def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file under another name, and give it its own when it is whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _write_png(path: Path, image: Tensor) -> None:
@@ -250,20 +232,8 @@ def _write_png(path: Path, image: Tensor) -> None:
 
     pixels = to_pixels(image).permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    _write(path, lambda file: picture.save(file, format="png"))
-
-
-def _open_array(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and the run makes it again") from error
-
-
-def _plain(error: OSError, folder: Path) -> OSError:
-    """The error with the folder, in words; NumPy's own says of a full disk how many items were written, and no more."""
-    reason = error.strerror or f"{error}; is the disk full?"
-    return OSError(f"cannot write to {folder}: {reason}")
+    with written_whole(path) as file:
+        picture.save(file, format="png")
 
 
 def _short(value: Any) -> str:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fixpoint_diffusion.files import map_array, sha256_of_all, write_json, written_whole
 from fixpoint_diffusion.models.autoencoder import LatentEncoder, autoencoder_folder, load_autoencoder
 from fixpoint_diffusion.processes.noise import initial_noise
 from fixpoint_diffusion.training.data.dataset import ImageDataset
 from fixpoint_diffusion.training.data.latents import INFO_FILE, LABELS_FILE, LatentsInfo
-from fixpoint_diffusion.training.data.rows import map_array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +91,8 @@ def encode(
                 continue
             begin = number * info.shard_rows
             latents = _encode_rows(dataset, encoder, range(begin, begin + count), info, options, bar.update)
-            _write(file, partial(np.save, arr=latents))
+            with written_whole(file) as stream:
+                np.save(stream, latents)
     return info
 
 
@@ -110,7 +107,7 @@ def _describe(
         source_fingerprint=dataset.fingerprint(),
         images={"shape": list(dataset.sample_shape), **asdict(dataset.crop), "size": list(dataset.crop.size or ())},
         vae=str(vae),
-        vae_sha256=_weights_checksum(autoencoder_folder(vae)),
+        vae_sha256=sha256_of_all(autoencoder_folder(vae).glob("*.safetensors")),
         posterior="sample" if options.sample else "mean",
         seed=options.seed,
         scaling_factor=list(encoder.scaling.factor),
@@ -139,9 +136,10 @@ def _prepare(folder: Path, info: LatentsInfo, dataset: ImageDataset) -> None:
         if present:
             raise FileExistsError(f"{folder} holds {', '.join(sorted(present)[:3])}: choose an empty folder")
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / INFO_FILE, lambda stream: stream.write(info.to_json().encode()))
+        write_json(folder / INFO_FILE, asdict(info))
     if dataset.labels is not None:
-        _write(folder / LABELS_FILE, partial(np.save, arr=dataset.labels.numpy()))
+        with written_whole(folder / LABELS_FILE) as stream:
+            np.save(stream, dataset.labels.numpy())
 
 
 def _encode_rows(
@@ -190,24 +188,3 @@ def _is_whole(file: Path, count: int, info: LatentsInfo) -> bool:
     except ValueError:
         return False
     return array.shape == (count, *info.sample_shape) and array.dtype == np.float32
-
-
-def _write(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that it appears whole or not at all, also beside another process that does the same."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with draft.open("wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _weights_checksum(folder: Path) -> str:
-    total = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()

@@ -313,6 +313,25 @@ def test_fpdm_of_classes_draws_other_images_for_each(tmp_path: Path, conditional
     assert np.abs(images[2] - images[1]).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "eta"),
+    [
+        ({"timestep_spacing": "linspace"}, 0.0),
+        ({"_class_name": "DDPMScheduler", "variance_type": "fixed_large", "clip_sample": True}, 1.0),
+    ],
+)
+def test_fpdm_takes_the_same_steps_in_sequence_as_in_parallel(
+    tmp_path: Path, conditional_fpdm: Path, scheduler: dict[str, object], eta: float
+) -> None:
+    config = {**SCHEDULE, "prediction_type": "v_prediction", **scheduler}
+    (conditional_fpdm / "scheduler_config.json").write_text(json.dumps(config))
+    options = ("--model", conditional_fpdm, "--num-images", 2, "--steps", 7, "--eta", eta)
+    sampled(tmp_path / "in-turn", *options, "--no-reuse")
+    sampled(tmp_path / "at-once", *options, "--solver", "picard", "--rtol", 1e-7)
+    one, other = (np.load(tmp_path / name / "images.npy") for name in ("in-turn", "at-once"))
+    np.testing.assert_allclose(one, other, atol=1e-4)
+
+
 def test_latents_are_decoded_by_the_autoencoder(tmp_path: Path, dit: Path, vae: Path) -> None:
     options = ("--model", dit, "--num-images", 2, "--class", 1)
     sampled(tmp_path / "latents", *options)

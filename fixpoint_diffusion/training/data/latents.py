@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,6 @@ class LatentsInfo:
             (folder / f"latents-{number:05d}.npy", min(self.shard_rows, self.rows - begin))
             for number, begin in enumerate(begins)
         ]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def load(cls, folder: Path) -> LatentsInfo:

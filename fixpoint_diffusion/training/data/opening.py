@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fixpoint_diffusion.files import map_array
 from fixpoint_diffusion.training.data.crops import Crop
 from fixpoint_diffusion.training.data.dataset import ImageDataset
 from fixpoint_diffusion.training.data.folders import scan_folder
 from fixpoint_diffusion.training.data.labelled import LabelledImages, load_digits
 from fixpoint_diffusion.training.data.latents import INFO_FILE, LABELS_FILE, LatentsInfo
 from fixpoint_diffusion.training.data.pictures import CHANNELS, PictureHeader, read_header
-from fixpoint_diffusion.training.data.rows import ArrayRows, PictureRows, TensorRows, map_array, natural_channels
+from fixpoint_diffusion.training.data.rows import ArrayRows, PictureRows, TensorRows, natural_channels
 
 
 def open_dataset(

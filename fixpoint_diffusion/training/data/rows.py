@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fixpoint_diffusion.files import map_array
 from fixpoint_diffusion.training.data.pictures import CHANNELS, convert_channels, read_picture
 
 # Rows that are looked at when an array is opened; each row is checked again when it is read.
@@ -150,14 +151,6 @@ class ArrayRows:
 def natural_channels(count: int) -> str:
     """The name of 1 to 4 channels."""
     return list(CHANNELS)[count - 1]
-
-
-def map_array(file: Path) -> np.ndarray:
-    """A ``.npy`` file without reading it into memory; pickled objects are refused."""
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} does not open as an array: {error}") from error
 
 
 def _to_channels(values: np.ndarray, channels: str) -> np.ndarray:
