@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-
-class ChannelsName(StrEnum):
-    L = "L"
-    LA = "LA"
-    RGB = "RGB"
-    RGBA = "RGBA"
-
-
-class CropName(StrEnum):
-    CENTER = "center"
-    RANDOM = "random"
-    PATCH = "patch"
+from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device
 
 
 def encode(
@@ -46,6 +34,8 @@ def encode(
 
     The same command again completes an encoding that was interrupted.
     """
+    check_device(device)
+
     from fixpoint_diffusion.training.data import open_dataset
     from fixpoint_diffusion.training.encode import EncodeOptions
     from fixpoint_diffusion.training.encode import encode as write_latents

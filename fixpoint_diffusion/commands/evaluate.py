@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fixpoint_diffusion.commands.shared import check_device
+
 if TYPE_CHECKING:
     from fixpoint_diffusion.evaluation.extractors import FeatureExtractor
     from fixpoint_diffusion.evaluation.report import EvaluationReport
@@ -65,6 +67,8 @@ def evaluate(
         raise ValueError("evaluate needs a REFERENCE, unless it only writes --save-statistics")
     if save_statistics is not None and save_statistics.suffix != ".npz":
         raise ValueError(f"a statistics file is a .npz file, got {save_statistics}")
+
+    check_device(device)
 
     import sys
 

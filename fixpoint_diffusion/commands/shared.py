@@ -1,10 +1,11 @@
-"""What commands share: opening a model or a device by its name, and options that stand in one dataclass."""
+"""What commands share: opening a model or a device by its name, and options that several take."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
@@ -14,6 +15,19 @@ if TYPE_CHECKING:
     from fixpoint_diffusion.denoisers import NetworkDenoiser
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class ChannelsName(StrEnum):
+    L = "L"
+    LA = "LA"
+    RGB = "RGB"
+    RGBA = "RGBA"
+
+
+class CropName(StrEnum):
+    CENTER = "center"
+    RANDOM = "random"
+    PATCH = "patch"
 
 
 def open_model(model: str, *, device: str = "cpu") -> tuple[NetworkDenoiser, Path]:

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fixpoint_diffusion.commands.encode import ChannelsName, CropName
-from fixpoint_diffusion.commands.shared import check_device, folder_option
+from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device, folder_option
 
 
 class Weighting(StrEnum):

@@ -23,14 +23,15 @@ def compute_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
         >>> compute_dtype(nn.Linear(2, 2).half(), torch.float32)
         torch.float16
     """
+    # Models of diffusers look for their hooks themselves, and a call should not wait for that twice.
+    own = getattr(model, "dtype", None)
+    if isinstance(own, torch.dtype) and _computes(own):
+        return own
     for module in model.modules():
         casting = _hook(module, "layerwise_casting")
         if casting is not None:
             dtype: torch.dtype = casting.compute_dtype
             return dtype
-    own = getattr(model, "dtype", None)
-    if isinstance(own, torch.dtype) and _computes(own):
-        return own
     tensors = chain(model.parameters(), model.buffers())
     return next((tensor.dtype for tensor in tensors if _computes(tensor.dtype)), default)
 
@@ -57,7 +58,7 @@ def execution_device(model: nn.Module) -> torch.device:
 
 def _hook(module: nn.Module, name: str) -> Any:
     """A hook that diffusers has put on a module; None if there is none of that name."""
-    hooks = getattr(module, "_diffusers_hook", None)
+    hooks = module.__dict__.get("_diffusers_hook")  # a module's getattr is slow where there is none
     return None if hooks is None else hooks.get_hook(name)
 
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from fixpoint_diffusion.evaluation.images import to_uint8
 from fixpoint_diffusion.evaluation.inception import NUM_FEATURES, InceptionV3
 from fixpoint_diffusion.files import sha256_of
+from fixpoint_diffusion.sampling.grids import to_pixels
 
 
 class FeatureExtractor(nn.Module):
@@ -85,7 +85,7 @@ class ModuleFeatures(FeatureExtractor):
             images = _bicubic(images, self.size).clamp(-1, 1)
         low, high = self.input_range
         if (low, high) == (0, 255):
-            return self.module(to_uint8(images).float())
+            return self.module(to_pixels(images).float())
         return self.module(images * ((high - low) / 2) + (high + low) / 2)
 
 
@@ -132,7 +132,7 @@ class InceptionFeatures(FeatureExtractor):
         self.network.float().eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = _three_channels(to_uint8(images).float(), self.name)
+        pixels = _three_channels(to_pixels(images).float(), self.name)
         if self.resize == "clean":
             return self.network((_bicubic(pixels, 299).clamp(0, 255) - 128) / 128)
         resized = interpolate(pixels, size=(299, 299), mode="bilinear", align_corners=False)
@@ -183,7 +183,7 @@ class DINOv2Features(FeatureExtractor):
         self.network = network.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = _bicubic(_three_channels(to_uint8(images).float(), self.name), 224).clamp(0, 255) / 255
+        pixels = _bicubic(_three_channels(to_pixels(images).float(), self.name), 224).clamp(0, 255) / 255
         mean, std = pixels.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
         return self.network(pixel_values=(pixels - mean) / std).last_hidden_state[:, 0]
 

@@ -71,10 +71,7 @@ def collect_features(
     >>> found.num_images, tuple(found.kept.shape), sum(block.count for block in found.blocks)
     (1797, (100, 64), 1797)
     """
-    try:
-        extractor = extractor.to(device).eval()
-    except (RuntimeError, AssertionError) as error:  # torch's for an unknown device, and for one that is not there
-        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    extractor = extractor.to(device).eval()
     generator = torch.Generator().manual_seed(seed)
     blocks = tuple(RunningMoments() for _ in range(BLOCKS))
     kept = _Reservoir(max_kept, generator)

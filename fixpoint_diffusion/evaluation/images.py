@@ -125,15 +125,6 @@ def to_symmetric(images: Tensor, value_range: tuple[float, float], *, name: str)
     return mapped.clamp_(-1, 1)
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as a PNG would hold them: rounded to 0..255.
-
-    >>> to_uint8(torch.tensor([-1.0, 0.0, 0.999, 1.0]))
-    tensor([  0, 128, 255, 255], dtype=torch.uint8)
-    """
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
     """Picture files and array files at a path, in natural order; of one kind only."""
     if (path / RECORD).is_file():  # beside its images a sampling run keeps a picture of some of them

@@ -64,7 +64,7 @@ def load_autoencoder(folder: str | Path, *, device: torch.device | str = "cpu") 
 
     Raises:
         FileNotFoundError: if there is no such folder, or no ``config.json``.
-        ValueError: if what is there is no autoencoder that loads, or the device is not there.
+        ValueError: if what is there is no autoencoder that loads.
     """
     from diffusers import AutoencoderKL
 
@@ -89,11 +89,7 @@ def load_autoencoder(folder: str | Path, *, device: torch.device | str = "cpu") 
     if report["missing_keys"] or report["unexpected_keys"]:
         wrong = (report["missing_keys"] + report["unexpected_keys"])[:3]
         raise ValueError(f"the weights in {folder} do not fit its config.json: missing or unexpected {wrong}")
-    try:
-        vae.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return vae.eval().requires_grad_(False)
+    return vae.to(device).eval().requires_grad_(False)
 
 
 def autoencoder_folder(folder: str | Path) -> Path:

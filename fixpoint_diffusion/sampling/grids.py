@@ -37,7 +37,7 @@ def image_grid(images: Tensor, *, columns: int | None = None, gap: int = 1) -> n
     count, _, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count * height / width))
     rows = math.ceil(count / columns)
-    tiles = to_pixels(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    tiles = to_pixels(images).cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 128, dtype=np.uint8)
     for index, tile in enumerate(tiles):
         top, left = (gap + (index // columns) * (height + gap)), (gap + (index % columns) * (width + gap))
@@ -46,12 +46,12 @@ def image_grid(images: Tensor, *, columns: int | None = None, gap: int = 1) -> n
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Images in [-1, 1] (clipped to it) as uint8, rounded to the nearest of 256 values, on the CPU.
+    """Images in [-1, 1] (clipped to it) as uint8, rounded to the nearest of 256 values.
 
     >>> to_pixels(torch.tensor([-1.0, 0.0, 1.0, 9.0]))
     tensor([  0, 128, 255, 255], dtype=torch.uint8)
     """
-    return images.detach().to("cpu", torch.float32).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return images.detach().to(torch.float32).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 def save_grid(images: Tensor, path: str | Path, *, columns: int | None = None, smallest_side: int = 512) -> Path:

@@ -21,8 +21,8 @@ from fixpoint_diffusion.evaluation import (
     ModuleFeatures,
 )
 from fixpoint_diffusion.evaluation.extractors import state_hash
-from fixpoint_diffusion.evaluation.images import to_uint8
 from fixpoint_diffusion.evaluation.inception import InceptionV3
+from fixpoint_diffusion.sampling.grids import to_pixels
 from fixpoint_diffusion.training.data import load_digits
 
 # The 94 convolutions of the usual PyTorch port and their shapes.
@@ -238,7 +238,7 @@ def test_a_module_gets_the_range_that_it_takes(input_range: tuple[float, float])
     images = torch.tensor([-1.0, -0.201, 0.0, 1.0]).reshape(1, 1, 2, 2)
     extractor = ModuleFeatures(Seen(), name="seen", num_features=4, input_range=input_range)
     low, high = input_range
-    expected = to_uint8(images).float() if high == 255 else low + (images + 1) / 2 * (high - low)
+    expected = to_pixels(images).float() if high == 255 else low + (images + 1) / 2 * (high - low)
     torch.testing.assert_close(extractor(images), expected)
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fixpoint_diffusion.evaluation import Images
-from fixpoint_diffusion.evaluation.images import to_uint8
+from fixpoint_diffusion.sampling.grids import to_pixels
 
 
 def pixels(n: int = 5, *, channels: int = 3, size: int = 4) -> np.ndarray:
@@ -78,10 +78,10 @@ def test_every_kind_of_set_gives_the_same_images(
 def test_declared_ranges_meet_in_one() -> None:
     array = torch.from_numpy(pixels())
     unit, whole = array.float() / 255, array.float()
-    assert torch.equal(to_uint8(read(unit, (0, 1))), array)
-    assert torch.equal(to_uint8(read(whole, (0, 255))), array)
-    assert torch.equal(to_uint8(read(2 * unit - 1)), array)
-    assert torch.equal(to_uint8(read(unit, (-1, 1))), to_uint8(unit))  # said, so not judged by its values
+    assert torch.equal(to_pixels(read(unit, (0, 1))), array)
+    assert torch.equal(to_pixels(read(whole, (0, 255))), array)
+    assert torch.equal(to_pixels(read(2 * unit - 1)), array)
+    assert torch.equal(to_pixels(read(unit, (-1, 1))), to_pixels(unit))  # said, so not judged by its values
 
 
 def test_overshoot_is_clipped() -> None:

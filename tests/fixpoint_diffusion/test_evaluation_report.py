@@ -298,7 +298,7 @@ class TestCommand:
             (["{samples}", "digits", "--features", "inception", "--weights", "absent"], "no weights file absent"),
             (["{samples}", "digits", "--weights", "x"], "drop --weights"),
             (["{samples}", "--save-statistics", "x.txt"], "is a .npz file"),
-            (["{samples}", "digits", "--device", "nowhere"], "device 'nowhere' cannot be used"),
+            (["{samples}", "digits", "--device", "nowhere"], "no device 'nowhere'"),
         ],
     )
     def test_errors_are_one_line(
