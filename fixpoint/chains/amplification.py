@@ -17,7 +17,6 @@ AMPLIFIES = 30.0  # up to here, predicted errors were found to be trustworthy as
 STRICTER = 10.0  # by how much the tolerance is tightened for a chain that has to go back
 _COUNTS = 0.1  # a change of an input tells what the step amplifies, if it is so much of the tolerance
 _RETRIES = 2  # so often a chain goes back, before it goes on step by step
-
 _LARGEST_LOG = 700.0  # of what float64 can hold
 
 

@@ -45,10 +45,10 @@ def sample(
     options = SamplingOptions(**given)
     denoiser, model_folder = open_model(model, device=device)
 
-    from fixpoint_diffusion.models.autoencoder import LatentDecoder
+    from fixpoint_diffusion.models.autoencoder import LatentDecoder, load_autoencoder
     from fixpoint_diffusion.sampling.job import SamplingJob
 
-    decoder = None if vae is None else LatentDecoder.from_folder(vae, device=device)
+    decoder = None if vae is None else LatentDecoder(load_autoencoder(vae, device=device))
     job = SamplingJob(denoiser, options, decoder=decoder)
     settings: dict[str, Any] = {"model": model, "weights_sha256": _hash(model_folder)}
     if vae is not None:

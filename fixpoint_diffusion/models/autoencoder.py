@@ -169,11 +169,6 @@ class LatentDecoder:
         self.scaling = LatentScaling.of(vae.config)
         vae.enable_slicing()
 
-    @classmethod
-    def from_folder(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> LatentDecoder:
-        """As ``load_autoencoder``, which says what it raises."""
-        return cls(load_autoencoder(folder, device=device))
-
     def image_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape ``(C, H, W)`` of an image from a latent ``(c, h, w)``.
 

@@ -69,11 +69,6 @@ class SamplerConfig:
         """Whether the scheduler's own steps are DDPM's, with noise."""
         return self.class_name in DDPM_CLASSES
 
-    @property
-    def prediction_type(self) -> str:
-        """What the denoiser predicts: the schedule's."""
-        return self.schedule.prediction_type
-
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> SamplerConfig:
         """Read a scheduler's configuration.
@@ -113,14 +108,6 @@ class SamplerConfig:
             variance_type=_VARIANCES[variance],
         )
 
-    def timesteps(self, steps: int) -> Tensor:
-        """The scheduler's timesteps for so many steps: ``(steps,)`` int64, descending; of other solvers, DDIM's.
-
-        Raises:
-            ValueError: as :meth:`NoiseSchedule.timesteps`.
-        """
-        return self.schedule.timesteps(steps)
-
     def transitions(
         self,
         steps: int,
@@ -135,7 +122,7 @@ class SamplerConfig:
 
         Args:
             steps: how many. DDIM's steps lead from each timestep t to ``t - N // steps``, whichever comes next.
-            timesteps: other ones than :meth:`timesteps` gives.
+            timesteps: other ones than the schedule gives, ``(T,)`` int64, descending.
             eta: share of DDPM's noise, from 0. None: 1 for a DDPM scheduler, otherwise 0. With less than 1 the steps
                 of a DDPM scheduler are DDIM's.
             prediction_type: what the denoiser predicts; by default the schedule's.
@@ -151,7 +138,7 @@ class SamplerConfig:
             tensor([999, 500,   0])
         """
         levels, final = self.schedule.alphas_cumprod, torch.tensor([self.schedule.final_alpha], dtype=torch.float64)
-        timesteps = check_timesteps(self.timesteps(steps) if timesteps is None else timesteps, len(levels))
+        timesteps = check_timesteps(self.schedule.timesteps(steps) if timesteps is None else timesteps, len(levels))
         eta = float(self.is_ddpm) if eta is None else eta
         ancestral = self.is_ddpm and eta == 1
         if ancestral:
@@ -164,7 +151,7 @@ class SamplerConfig:
             levels[timesteps],
             arrive,
             eta=eta,
-            prediction_type=prediction_type or self.prediction_type,
+            prediction_type=prediction_type or self.schedule.prediction_type,
             x0_hook=self.schedule.x0_hook if x0_hook is None else x0_hook,
             noise_from_clipped=ancestral or noise_from_clipped,
             variance_type=self.variance_type if ancestral else "fixed_small",

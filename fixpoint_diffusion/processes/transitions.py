@@ -59,7 +59,9 @@ class Transitions:
     x0_hook: X0Hook | None = None
     noise_from_clipped: bool = False
     variance_type: str = "fixed_small"
-    _tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _tables: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @property
     def steps(self) -> int:
@@ -324,9 +326,9 @@ class Transitions:
         return chosen.reshape(-1, *[1] * (x.ndim - leading))
 
     def _table(self, name: str, x: Tensor) -> Tensor:
-        """A coefficient of all steps ``(T,)`` where x is; copied there once."""
-        key = name, x.device, x.dtype
-        if key not in self._tables:
+        """A coefficient of all steps ``(T,)`` where x is; all are copied there once."""
+        here = x.device, x.dtype
+        if here not in self._tables:
             factor = (self.alphas_prev / self.alphas).sqrt()
             # DDPM's largest and smallest variance of a step, between which a learned one lies.
             large = 1 - self.alphas / self.alphas_prev
@@ -343,5 +345,5 @@ class Transitions:
                 "factor": factor,
                 "product": torch.cat([self.alphas_prev[:1].sqrt(), factor[1:]]).cumprod(0),
             }
-            self._tables[key] = values[name].to(device=x.device, dtype=x.dtype)
-        return self._tables[key]
+            self._tables[here] = {each: value.to(device=x.device, dtype=x.dtype) for each, value in values.items()}
+        return self._tables[here][name]

@@ -18,8 +18,6 @@ _SLIDES = 1.5
 _WORTH = 0.9
 # Measuring stops before a call that would take so much of what the ordinary sampler takes.
 _SHARE = 0.03
-
-
 # Entries of latents in a round, all rows together, up to which more rows are taken to cost little, by type of device.
 _ENTRIES = {"cpu": 2**15}
 _ENTRIES_ELSEWHERE = 2**22

@@ -23,7 +23,7 @@ from fixpoint_diffusion.cli import app, main
 from fixpoint_diffusion.denoisers import embedded, load_denoiser
 from fixpoint_diffusion.denoisers.registry import family
 from fixpoint_diffusion.models import FPDM, FPDMConfig
-from fixpoint_diffusion.models.autoencoder import LatentDecoder
+from fixpoint_diffusion.models.autoencoder import LatentDecoder, load_autoencoder
 from fixpoint_diffusion.models.checkpoint import save_fpdm
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise, step_noise
 from fixpoint_diffusion.sampling.fpdm import sample_fpdm
@@ -350,7 +350,7 @@ def test_latents_are_decoded_by_the_autoencoder(tmp_path: Path, dit: Path, vae: 
 def test_autoencoder_in_a_pipeline_folder_is_found(vae: Path, tmp_path: Path) -> None:
     (tmp_path / "pipe").mkdir()
     vae.rename(tmp_path / "pipe" / "vae")
-    assert LatentDecoder.from_folder(tmp_path / "pipe").image_shape((4, 4, 6)) == (3, 8, 12)
+    assert LatentDecoder(load_autoencoder(tmp_path / "pipe")).image_shape((4, 4, 6)) == (3, 8, 12)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def assert_steps_are_those_of(
     """The sequential run and the cumulative and the one-step form, against diffusers' loop with the same noise."""
     config = SamplerConfig.from_diffusers(scheduler)
     learned = config.variance_type in ("learned", "learned_range")
-    denoiser = network(config.prediction_type, 6 if learned else 3)
+    denoiser = network(config.schedule.prediction_type, 6 if learned else 3)
     chain = chain_from_scheduler(denoiser, X_T, scheduler, steps=steps, eta=eta, seed=3)
     exact(scheduler, config).set_timesteps(steps)
     assert torch.equal(chain.timesteps, scheduler.timesteps)
