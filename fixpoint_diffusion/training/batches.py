@@ -85,5 +85,5 @@ class Drawn:
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed from several numbers."""
+    """One seed from several numbers; zeros at their end change nothing."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

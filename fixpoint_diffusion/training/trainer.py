@@ -307,9 +307,10 @@ def _seeded(accelerator: Any, seed: int, step: int, piece: int) -> Iterator[None
     device = accelerator.device
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed_of(seed, step))
+        # Other seeds than that of the batch's timesteps, which would come again as the model's own draws.
+        torch.manual_seed(seed_of(seed, step, 1))
         if cuda:
-            torch.cuda.manual_seed(seed_of(seed, step, accelerator.process_index, piece))
+            torch.cuda.manual_seed(seed_of(seed, step, 2, accelerator.process_index, piece))
         yield
 
 

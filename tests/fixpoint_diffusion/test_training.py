@@ -348,3 +348,18 @@ def test_resume_refuses_other_settings_and_other_models(tmp_path, images: ImageD
 def test_config_refuses_values_out_of_range_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         TrainingConfig(**{field: value})
+
+
+def test_what_the_model_draws_is_not_the_timesteps_again(tmp_path, images: ImageDataset) -> None:
+    class Drawing(TinyModel):
+        pairs: list[tuple[Tensor, Tensor]]
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            self.pairs.append((t, torch.randint(1000, t.shape)))
+            return super().forward(x, t)
+
+    model = Drawing()
+    model.pairs = []
+    train(model, images, SCHEDULE, TINY, checkpoint=tmp_path / "state", progress=False)
+    assert len(model.pairs) == TINY.steps
+    assert not any(torch.equal(t, own) for t, own in model.pairs)
