@@ -27,6 +27,7 @@ from fixpoint_diffusion.evaluation.uncertainty import (
     estimate_of_share,
     estimate_of_subsets,
 )
+from fixpoint_diffusion.files import whole_file
 
 METRICS = ("frechet", "kernel", "precision", "recall", "mind")
 _BY_BLOCKS_FROM = 40  # images; with fewer, a block has less than four
@@ -73,9 +74,8 @@ class EvaluationReport:
         """Write the JSON object to a file, complete or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text(self.to_json(), encoding="utf-8")
-        unfinished.replace(path)
+        with whole_file(path) as part:
+            part.write_text(self.to_json(), encoding="utf-8")
 
 
 def evaluate(

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fixpoint_diffusion.files import whole_file
+
 # The common tools write the first of each.
 _MEAN_KEYS, _COV_KEYS = ("mu", "mean", "m"), ("sigma", "cov", "s")
 
@@ -59,7 +61,7 @@ class FeatureStatistics:
     def save(self, path: str | Path) -> None:
         """Write a ``.npz`` file with ``mu`` and ``sigma``, as the common tools read it, and what else is known.
 
-        The file is complete or not there: it is written under another name first.
+        The file is complete or not there.
         """
         path = Path(path)
         if path.suffix != ".npz":
@@ -67,10 +69,8 @@ class FeatureStatistics:
         known = {"num_images": self.num_images, "features": self.features}
         arrays: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
-        with unfinished.open("wb") as file:
+        with whole_file(path) as part, part.open("wb") as file:
             np.savez(file, mu=self.mean.numpy(), sigma=self.cov.numpy(), **arrays)
-        unfinished.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:
@@ -85,6 +85,8 @@ class FeatureStatistics:
                 cov_key = next((key for key in _COV_KEYS if key in file.files), None)
                 if mean_key is None or cov_key is None:
                     raise ValueError(f"holds {', '.join(file.files) or 'nothing'}; expected mu and sigma")
+                if wrong := [key for key in (mean_key, cov_key) if file[key].dtype.kind not in "fiu"]:
+                    raise ValueError(f"{wrong[0]} holds {file[wrong[0]].dtype}; expected real numbers")
                 mean, cov = (torch.from_numpy(file[key].astype(np.float64)) for key in (mean_key, cov_key))
                 num_images = int(file["num_images"]) if "num_images" in file.files else None
                 features = str(file["features"]) if "features" in file.files else None

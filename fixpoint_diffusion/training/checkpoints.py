@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from fixpoint_diffusion.files import whole_file
 
 FORMAT = "fixpoint-diffusion training state 2"
 PARTS = ("model", "ema", "optimizer")
@@ -50,20 +50,13 @@ def save_state(path: Path, state: TrainingState) -> None:
     require_finite(tensors, f"the training state is not written to {path}")
     header = {"format": FORMAT, "record": json.dumps(state.record), "checksum": _checksum(tensors)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: whoever else writes here does not write into this file.
-    handle, unfinished = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".unfinished", dir=path.parent)
-    os.close(handle)
-    try:
+    with whole_file(path) as part:
         try:
-            save_file(tensors, unfinished, metadata=header)
+            save_file(tensors, part, metadata=header)
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from error
-        with open(unfinished, "rb") as file:
+        with part.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
 
 
 def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -140,25 +133,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
             raise ValueError(f"the checkpoint is of another model: its optimiser state has {key} {tuple(value.shape)}")
         # AdamW keeps its step count on the CPU; the moments live where the parameter does.
         optimizer.state[target][slot] = value if slot == "step" else value.to(target.device)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the training run in ``folder`` alone; the lock ends with the process, however that ends.
-
-    Raises:
-        BlockingIOError: if another process trains there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise BlockingIOError(f"another run is training in {folder}: wait for it, or choose another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

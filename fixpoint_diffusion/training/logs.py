@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fixpoint_diffusion.files import whole_file
 
 LOG_FILE = "training_log.csv"
 
@@ -36,13 +37,11 @@ class TrainingLog:
 
     def write_csv(self, path: Path) -> None:
         """Write all lines so far to ``path``, whole or not at all."""
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-        with unfinished.open("w", newline="") as file:
+        with whole_file(path) as part, part.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["step", "loss", "learning_rate", "seconds"])
             for step, loss, rate, seconds in self.lines:
                 writer.writerow([step, f"{loss:.6g}", f"{rate:.6g}", f"{seconds:.1f}"])
-        os.replace(unfinished, path)
 
 
 def tensorboard_writer(folder: Path, *, first_step: int) -> Any | None:

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fixpoint_diffusion.files import locked
 from fixpoint_diffusion.training.checkpoints import (
     TrainingState,
     load_state,
-    locked,
     optimizer_tensors,
     restore_optimizer,
     save_state,
@@ -149,12 +149,12 @@ def test_optimizer_state_of_another_model_is_refused() -> None:
 
 def test_folder_is_locked_for_one_run_and_free_afterwards(tmp_path: Path) -> None:
     with (
-        locked(tmp_path / "run"),
+        locked(tmp_path / "run", work="training"),
         pytest.raises(BlockingIOError, match="another run is training"),
-        locked(tmp_path / "run"),
+        locked(tmp_path / "run", work="training"),
     ):
         pass
-    with locked(tmp_path / "run"):
+    with locked(tmp_path / "run", work="training"):
         pass
 
 
