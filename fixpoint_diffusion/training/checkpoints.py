@@ -8,15 +8,14 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from fixpoint_diffusion.files import whole_file
@@ -68,8 +67,8 @@ def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 def load_record(path: Path) -> dict[str, Any]:
     """The JSON part of the checkpoint at ``path`` alone."""
-    with _opened(path) as (_, header):
-        return json.loads(header["record"])
+    _, header = _read(path)
+    return json.loads(header["record"])
 
 
 def load_state(path: Path) -> TrainingState:
@@ -79,8 +78,7 @@ def load_state(path: Path) -> TrainingState:
         FileNotFoundError: if nothing is there.
         ValueError: if the file is damaged, or is no training state that training can continue from.
     """
-    with _opened(path) as (file, header):
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    tensors, header = _read(path)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
@@ -143,17 +141,20 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"{total:08x}"
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors in a checkpoint and the metadata in its header.
+
+    It is read once: ``safe_open`` opens it twice, and another process may put a new one in its place in between.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint to resume from: {path} does not exist")
+    content = path.read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} is not a training checkpoint: format {header.get('format')!r}, expected {FORMAT!r}"
-                )
-            yield file, header
+        tensors = load(content)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a training checkpoint: format {header.get('format')!r}, expected {FORMAT!r}")
+    return tensors, header
