@@ -1,12 +1,13 @@
-"""Files: read with one clear error where they are damaged, and written whole or not at all."""
+"""Files: whole or not there, damage named in one clear error, and folders that one process at a time writes to."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,15 +53,15 @@ def map_array(path: Path) -> np.ndarray:
         raise ValueError(f"{path} does not open as an array: {error}") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write to, which gets its name when it is complete, also beside another process that does the same.
+    """A file to write to, which gets its name when it is complete, whoever else writes there.
 
     Raises:
         OSError: If it cannot be written; what was at ``path`` stays.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         with part.open("wb") as file:
             yield file
@@ -87,3 +88,40 @@ def sha256_of_all(paths: Iterable[Path]) -> str:
     for path in sorted(paths):
         total.update(sha256_of(path).encode())
     return total.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, work: str) -> Iterator[None]:
+    """Hold a folder alone; the lock ends with the process, however that ends.
+
+    The folder is made if absent, and deleted again if nothing has been put there.
+
+    Args:
+        folder: what to hold.
+        work: what is done there, for the message, such as ``"sampling"``.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+        NotADirectoryError: if it is a file.
+        OSError: if it cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; expected a folder")
+    new = [path for path in (folder / ".lock", folder, *folder.parents) if not path.exists()]
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise BlockingIOError(f"another run is {work} in {folder}: wait for it, or choose another folder") from None
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):  # something else is in there
+            for path in new:
+                path.rmdir() if path.is_dir() else path.unlink()

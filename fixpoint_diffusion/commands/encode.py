@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
-from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device
+from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device, path_option
 
 
 def encode(
     source: Annotated[str, typer.Argument(help="A folder of images (subfolders are classes) or a .npy file.")],
-    vae: Annotated[Path, typer.Option(help="Folder of a diffusers AutoencoderKL, or of a pipeline that has one.")],
-    out: Annotated[Path, typer.Option(help="Folder for the latents.")],
+    vae: Annotated[
+        Path,
+        typer.Option(parser=path_option, help="Folder of a diffusers AutoencoderKL, or of a pipeline that has one."),
+    ],
+    out: Annotated[Path, typer.Option(parser=path_option, help="Folder for the latents.")],
     size: Annotated[int | None, typer.Option(min=1, help="Side of the square to which images are cut.")] = None,
     crop: Annotated[
         CropName,
@@ -25,7 +28,7 @@ def encode(
     seed: Annotated[int, typer.Option(min=0, help="Seed of draws and of random places.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that are encoded together.")] = 16,
     shard_rows: Annotated[int, typer.Option(min=1, help="Latents in a file.")] = 1024,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0: this one.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, max=256, help="Processes that read images; 0: this one.")] = 0,
     device: Annotated[str, typer.Option(help="Where to encode: cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Make latents of images, to train on: shards, labels, and a record of what was done.

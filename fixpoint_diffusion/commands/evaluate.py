@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fixpoint_diffusion.commands.shared import check_device
+from fixpoint_diffusion.commands.shared import check_device, path_option
 
 if TYPE_CHECKING:
     from fixpoint_diffusion.evaluation.extractors import FeatureExtractor
@@ -37,23 +37,36 @@ class RangeName(StrEnum):
 
 
 def evaluate(
-    samples: Annotated[Path, typer.Argument(help="Folder of pictures, .npy or .npz file, folder of those, or digits.")],
+    samples: Annotated[
+        Path,
+        typer.Argument(parser=path_option, help="Folder of pictures, .npy or .npz file, folder of those, or digits."),
+    ],
     reference: Annotated[
-        Path | None, typer.Argument(help="The same kinds, or a statistics file (mu, sigma in .npz).")
+        Path | None,
+        typer.Argument(parser=path_option, help="The same kinds, or a statistics file (mu, sigma in .npz)."),
     ] = None,
     features: Annotated[FeatureName, typer.Option(help="What images are compared in.")] = FeatureName.digits,
-    weights: Annotated[Path | None, typer.Option(help="inception: weights file. dinov2: model folder.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(parser=path_option, help="inception: weights file. dinov2: model folder.")
+    ] = None,
     metric: Annotated[list[MetricName] | None, typer.Option(help="May be repeated (default: all possible).")] = None,
     value_range: Annotated[
         RangeName | None, typer.Option(help="Range of the values in arrays of samples (default: checked to be -1..1).")
     ] = None,
     reference_range: Annotated[RangeName | None, typer.Option(help="The same for the reference.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of all random choices.")] = 0,
     device: Annotated[str, typer.Option(help="Where to compute features: cpu, cuda, ...")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Write the report to this JSON file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path_option, help="Write the report to this JSON file.", metavar="FILE")
+    ] = None,
     save_statistics: Annotated[
-        Path | None, typer.Option(help="Write mean and covariance of the samples' features to this .npz file.")
+        Path | None,
+        typer.Option(
+            parser=path_option,
+            help="Write mean and covariance of the samples' features to this .npz file.",
+            metavar="FILE",
+        ),
     ] = None,
 ) -> None:
     """Judge a set of images against a reference.
@@ -67,7 +80,9 @@ def evaluate(
         raise ValueError("evaluate needs a REFERENCE, unless it only writes --save-statistics")
     if save_statistics is not None and save_statistics.suffix != ".npz":
         raise ValueError(f"a statistics file is a .npz file, got {save_statistics}")
-
+    for path in (out, save_statistics):
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
     check_device(device)
 
     import sys

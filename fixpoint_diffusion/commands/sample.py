@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fixpoint_diffusion.commands.shared import folder_option, open_model, with_options
-from fixpoint_diffusion.files import sha256_of_all
+from fixpoint_diffusion.commands.shared import open_model, path_option, with_options
+from fixpoint_diffusion.files import locked, sha256_of_all
 from fixpoint_diffusion.sampling.options import SamplingOptions
 from fixpoint_diffusion.sampling.run_folder import GRID, IMAGES, ONE_FILE, RECORD, ImageFormat, RunFolder
 
@@ -23,11 +23,11 @@ def sample(
     model: Annotated[str, typer.Option(help="An embedded model's name or a model folder.")] = "ddpm-digits",
     vae: Annotated[
         Path | None,
-        typer.Option(parser=folder_option, help="Folder of the autoencoder, for a model of latents.", metavar="FOLDER"),
+        typer.Option(parser=path_option, help="Folder of the autoencoder, for a model of latents.", metavar="FOLDER"),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to sample: cpu, cuda, ...")] = "cpu",
     out: Annotated[
-        Path, typer.Option(parser=folder_option, help="Folder for images, grid.png and sample.json.", metavar="FOLDER")
+        Path, typer.Option(parser=path_option, help="Folder for images, grid.png and sample.json.", metavar="FOLDER")
     ] = Path("runs/sample"),
     format: Annotated[ImageFormat, typer.Option(help="npy: arrays as sampled. png: 8 bit, a file an image.")] = (
         ImageFormat.npy
@@ -55,41 +55,42 @@ def sample(
         settings |= {"vae": str(vae), "vae_sha256": _hash(vae)}
     settings |= {name: value for name, value in asdict(options).items() if name not in ("num_images", "batch_size")}
     settings |= job.settings | {"classes": None if job.classes is None else list(job.classes)}
-    folder = RunFolder(
-        out,
-        settings,
-        num_images=options.num_images,
-        batch_size=options.batch_size,
-        image_shape=job.image_shape,
-        format=format,
-        overwrite=overwrite,
-    )
-    if folder.done:
-        typer.echo(f"{folder.done} images are there already")
-    try:
-        began = time.perf_counter()
-        for batch in job.batches(folder.done):
-            folder.write(batch, seconds=time.perf_counter() - began)
-            began = time.perf_counter()
-    except KeyboardInterrupt:
-        folder.discard_empty()
-        there = f"{folder.done} of {folder.num_images} images"
-        typer.echo(f"\nInterrupted; {there} are in {out}. The same command goes on.")
-        raise typer.Exit(130) from None
-    except BaseException:
-        folder.discard_empty()
-        raise
-    figures = folder.finish(_judge(model, folder))
-    width = max(map(len, figures))
-    typer.echo("\n".join(f"{name:{width}}  {value}" for name, value in figures.items() if value is not None))
-    written = [_save_grid(folder), ONE_FILE if (out / ONE_FILE).exists() else f"{IMAGES}/", RECORD]
-    typer.echo(f"written to {out}: {', '.join(name for name in written if name)}")
-    missed = folder.num_images - folder.totals.get("converged", folder.num_images)
-    if missed > 0:
-        typer.echo(
-            f"Warning: {missed} of {folder.num_images} images did not converge to --rtol {options.rtol}",
-            err=True,
+    with locked(out, work="sampling"):
+        folder = RunFolder(
+            out,
+            settings,
+            num_images=options.num_images,
+            batch_size=options.batch_size,
+            image_shape=job.image_shape,
+            format=format,
+            overwrite=overwrite,
         )
+        if folder.done:
+            typer.echo(f"{folder.done} images are there already")
+        try:
+            began = time.perf_counter()
+            for batch in job.batches(folder.done):
+                folder.write(batch, seconds=time.perf_counter() - began)
+                began = time.perf_counter()
+        except KeyboardInterrupt:
+            folder.discard_empty()
+            there = f"{folder.done} of {folder.num_images} images"
+            typer.echo(f"\nInterrupted; {there} are in {out}. The same command goes on.")
+            raise typer.Exit(130) from None
+        except BaseException:
+            folder.discard_empty()
+            raise
+        figures = folder.finish(_judge(model, folder))
+        width = max(map(len, figures))
+        typer.echo("\n".join(f"{name:{width}}  {value}" for name, value in figures.items() if value is not None))
+        written = [_save_grid(folder), ONE_FILE if (out / ONE_FILE).exists() else f"{IMAGES}/", RECORD]
+        typer.echo(f"written to {out}: {', '.join(name for name in written if name)}")
+        missed = folder.num_images - folder.totals.get("converged", folder.num_images)
+        if missed > 0:
+            typer.echo(
+                f"Warning: {missed} of {folder.num_images} images did not converge to --rtol {options.rtol}",
+                err=True,
+            )
 
 
 def _judge(model: str, folder: RunFolder) -> dict[str, float]:

@@ -65,10 +65,10 @@ def check_device(name: str) -> None:
         raise ValueError(f"no device {name!r}; here there are {', '.join(['cpu', *available])}") from error
 
 
-def folder_option(text: str | Path) -> Path:
-    """A folder from the command line, or the option's default; an empty name is not the current folder."""
-    if not str(text).strip():
-        raise typer.BadParameter("the name of the folder is empty")
+def path_option(text: str | Path) -> Path:
+    """A file or folder from the command line, or the option's default; an empty name is not the current folder."""
+    if not str(text).strip() or "\0" in str(text):
+        raise typer.BadParameter(f"no file or folder can have the name {str(text)!r}")
     return Path(text)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device, folder_option
+from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device, path_option
 
 
 class Weighting(StrEnum):
@@ -44,7 +44,7 @@ def train(
         str | None, typer.Argument(help="Model family: unet (default), dit, fpdm, ...; the docs list all.")
     ] = None,
     out: Annotated[
-        Path, typer.Option(parser=folder_option, help="Folder for the model and its checkpoint.", metavar="FOLDER")
+        Path, typer.Option(parser=path_option, help="Folder for the model and its checkpoint.", metavar="FOLDER")
     ] = Path("runs/train"),
     data: Annotated[
         str, typer.Option(help="'digits', a folder of images (with class subfolders or without), a .npy file, latents.")
@@ -60,7 +60,7 @@ def train(
     ] = None,
     init: Annotated[
         Path | None,
-        typer.Option(parser=folder_option, help="Model folder to start from, not random weights.", metavar="FOLDER"),
+        typer.Option(parser=path_option, help="Model folder to start from, not random weights.", metavar="FOLDER"),
     ] = None,
     settings: Annotated[Path | None, typer.Option(help="JSON file with settings of the model's architecture.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps in all.")] = None,
@@ -73,7 +73,9 @@ def train(
     weighting: Annotated[Weighting | None, typer.Option(help="Weight of each timestep's loss.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the initial weights and of training.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0: the training's own.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, max=256, help="Processes that read images; 0: the training's own.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")] = "cpu",
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out, with its own settings; --steps may be more.")

@@ -142,7 +142,7 @@ def load_module(folder: Path, config: Mapping[str, Any], options: LoadOptions) -
         if hasattr(expected, "_fix_state_dict_keys_on_load"):
             expected._fix_state_dict_keys_on_load(stored)  # names that old versions of diffusers wrote
         check_fit(expected, stored, folder, dtype=options.dtype)
-        _try_out(expected, source)
+        try_out(expected, source)
     # Building the model draws initial weights that the stored ones replace: keep that out of the caller's random state.
     with torch.random.fork_rng(devices=[]):
         try:
@@ -167,12 +167,13 @@ def load_module(folder: Path, config: Mapping[str, Any], options: LoadOptions) -
     return network
 
 
-def _try_out(network: nn.Module, source: Path) -> None:
+def try_out(network: nn.Module, source: Path | str) -> None:
     """Call a network of a known family on ``meta``, where that costs nothing: settings may fail only there."""
     family = family_of(network)
     config: Any = getattr(network, "config", None)
     if family is None or config is None:
         return
+    config = config if isinstance(config, Mapping) else vars(config)
     shape = family.sample_shape(config)
     if shape is None:
         return

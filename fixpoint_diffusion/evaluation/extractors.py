@@ -205,7 +205,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:  # torch's own message tells how to run whatever the file holds
+        raise ValueError(f"{path} is no file of weights: it is no pickle of tensors alone") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path} is no file of weights: {str(error).splitlines()[0][:200]}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds a {type(state).__name__}; expected a dictionary of tensors")

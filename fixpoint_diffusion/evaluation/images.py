@@ -107,6 +107,9 @@ def check_range(images: Tensor, value_range: tuple[float, float] | None, *, name
         raise ValueError(f"{name} holds values from {low:g} to {high:g}, none negative; expected [-1, 1]; or {remedy}")
     if value_range is not None and tuple(value_range) == (0, 255) and images.is_floating_point() and high <= 1:
         raise ValueError(f"{name} holds values from {low:g} to {high:g}, but value_range says (0, 255)")
+    # Samplers overshoot a little; images in [-1, 1] go all the way.
+    if value_range is not None and value_range[0] == 0 and low < -0.5 * value_range[1]:
+        raise ValueError(f"{name} holds values from {low:g} to {high:g}, but value_range says {tuple(value_range)}")
 
 
 def to_symmetric(images: Tensor, value_range: tuple[float, float], *, name: str) -> Tensor:

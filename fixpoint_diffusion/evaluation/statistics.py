@@ -85,6 +85,8 @@ class FeatureStatistics:
                 cov_key = next((key for key in _COV_KEYS if key in file.files), None)
                 if mean_key is None or cov_key is None:
                     raise ValueError(f"holds {', '.join(file.files) or 'nothing'}; expected mu and sigma")
+                if wrong := [key for key in (mean_key, cov_key) if file[key].dtype.kind not in "fiu"]:
+                    raise ValueError(f"{wrong[0]} holds {file[wrong[0]].dtype}; expected real numbers")
                 mean, cov = (torch.from_numpy(file[key].astype(np.float64)) for key in (mean_key, cov_key))
                 num_images = int(file["num_images"]) if "num_images" in file.files else None
                 features = str(file["features"]) if "features" in file.files else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,22 +61,31 @@ def build_on_meta(build: Callable[[], nn.Module], stored: int, source: Path) -> 
     Raises:
         ValueError: If the network cannot be built, or asks for far more tensors than are stored.
     """
-    thread, count, limit = threading.get_ident(), 0, 4 * stored + 1000
-
-    def stop_beyond(module: nn.Module, name: str, parameter: object) -> None:
-        nonlocal count
-        count += threading.get_ident() == thread
-        if count > limit:
-            raise ValueError(f"it asks for more than {limit} tensors, and the weights hold {stored}")
-
-    hook = register_module_parameter_registration_hook(stop_beyond)
+    limit = 4 * stored + 1000
     try:
-        with torch.device("meta"):
+        message = f"it asks for more than {limit} tensors, and the weights hold {stored}"
+        with at_most_tensors(limit, message), torch.device("meta"):
             return build()
     except ImportError:
         raise
     except Exception as error:  # a constructor that is given arbitrary values raises whatever it likes
         raise ValueError(f"{source} does not describe a usable network: {describe_error(error)}") from error
+
+
+@contextmanager
+def at_most_tensors(limit: int, message: str) -> Iterator[None]:
+    """Networks that this thread builds in the block have at most so many parameters; else ValueError(message)."""
+    thread, count = threading.get_ident(), 0
+
+    def stop_beyond(module: nn.Module, name: str, parameter: object) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > limit:
+            raise ValueError(message)
+
+    hook = register_module_parameter_registration_hook(stop_beyond)
+    try:
+        yield
     finally:
         hook.remove()
 

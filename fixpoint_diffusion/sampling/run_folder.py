@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -36,11 +37,11 @@ class RunFolder:
 
     ``npy``: float32 as sampled, ``(N, C, H, W)``: ``images.npy`` where one batch is all, else a file a batch,
     ``images/00000000.npy``, named by its first image. ``png``: 8 bit, an image a file, ``images/00000042.png``, or
-    ``00000042-class7.png``. ``sample.json`` holds settings, cost and progress. Every file appears whole or not at
-    all.
+    ``00000042-class7.png``. ``sample.json`` holds settings, cost and progress. Every file appears whole or not at all.
+    One process at a time: hold the folder by ``fixpoint_diffusion.files.locked``.
 
     Args:
-        folder: made if absent. May hold the same run, whole or in part, which is then continued.
+        folder: a folder that is there. May hold the same run, whole or in part, which is then continued.
         settings: JSON-able; what the images depend on.
         num_images: how many there are to be; more that are there already stay.
         batch_size: images in a file, if ``npy``.
@@ -55,9 +56,8 @@ class RunFolder:
 
     Raises:
         FileExistsError: if the folder holds another run, or images without a record.
-        NotADirectoryError: if it is a file.
         OSError: if it cannot be written, or the disk has no room for the images.
-        ValueError: if the images do not fit the format, or the record is damaged.
+        ValueError: if the images do not fit the format, or the record or a file of images is damaged or of another run.
     """
 
     def __init__(
@@ -77,15 +77,19 @@ class RunFolder:
         if format == ImageFormat.png and (len(image_shape) != 3 or image_shape[0] not in (1, 3)):
             shape = "x".join(map(str, image_shape))
             raise ValueError(f"PNG holds images of 1 or 3 channels, and these are {shape}: use --format npy")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"{self.folder} is a file; --out takes a folder")
+        self._image_shape = tuple(image_shape)
         record = self._read_record(overwrite=overwrite)
         self.totals = {name: record[name] for name in _PROGRESS[2:] if name in record}
-        self.done = self._count()
+        self.done, to_delete = (0, self._files()) if overwrite else self._count()
         self.num_images = max(num_images, self.done)
         self._one_file = format == ImageFormat.npy and self.done == 0 and num_images <= batch_size
-        self._check_room(image_shape)
-        self._made = _make_folder(self.folder)
+        self._check_room(to_delete)
+        # From here on nothing is refused: what makes room for this run may go.
+        try:
+            for file in [*([self.folder / GRID] if overwrite else []), *to_delete]:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot write to {self.folder}: {error.strerror or error}") from error
         try:
             self._write_record()
         except OSError:
@@ -105,7 +109,7 @@ class RunFolder:
         assert batch.first == self.done
         files = self.folder / IMAGES
         if not self._one_file:
-            _make_folder(files)
+            files.mkdir(exist_ok=True)
             if (self.folder / ONE_FILE).exists():  # a finished run of one file, to which more images are added
                 os.replace(self.folder / ONE_FILE, files / f"{0:08d}.npy")
         if self.format == ImageFormat.npy:
@@ -121,13 +125,11 @@ class RunFolder:
         self._write_record()
 
     def discard_empty(self) -> None:
-        """Where no image was written, delete the record and the folders that were made for it."""
+        """Where no image was written, delete the record and the folder that was made for images."""
         if self.done == 0:
             (self.folder / RECORD).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # something else is in there
-                for folder in [self.folder / IMAGES, *self._made]:
-                    if folder.exists():
-                        folder.rmdir()
+            with contextlib.suppress(OSError):  # not there, or something else is in it
+                (self.folder / IMAGES).rmdir()
 
     def read(self, count: int) -> Tensor:
         """The first images that are there, at most so many: ``(n, *image_shape)`` float32."""
@@ -167,13 +169,17 @@ class RunFolder:
                 raise FileExistsError(f"{self.folder} holds {there[0]} of something else: choose another --out")
             return {}
         if overwrite:
-            for file in (self.folder / ONE_FILE, self.folder / GRID, *self._files(), path):
-                file.unlink(missing_ok=True)
             return {}
         try:
             record = read_json(path)
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: choose another --out, or pass --overwrite") from error
+            raise ValueError(f"{path} is damaged ({error}): choose another --out, or pass --overwrite") from error
+        for name in _PROGRESS[2:]:
+            count = record.get(name, 0)
+            if isinstance(count, bool) or not isinstance(count, int | float) or not 0 <= count < math.inf:
+                raise ValueError(
+                    f"{path} is damaged: {name} is {_short(count)}; choose another --out, or pass --overwrite"
+                )
         for name, value in self.settings.items():
             if record.get(name) != value:
                 raise FileExistsError(
@@ -190,41 +196,50 @@ class RunFolder:
         named = [(match, path) for path in folder.glob("*") if (match := _FILE.fullmatch(path.name))]
         return [path for match, path in sorted(named, key=lambda pair: int(pair[0][1]))]
 
-    def _count(self) -> int:
-        """How many images are there without a gap; array files behind a gap are deleted, to be made again."""
-        count, gap = 0, False
+    def _count(self) -> tuple[int, list[Path]]:
+        """How many images are there without a gap, and array files behind a gap, which are to be made again."""
+        count, behind_gap = 0, list[Path]()
         for path in self._files():
             match = _FILE.fullmatch(path.name)
-            gap = gap or (match is not None and int(match[1]) != count)
-            if not gap:
-                count += 1 if path.suffix == ".png" else len(map_array(path))
-            elif path.suffix == ".npy":
-                path.unlink()
+            if behind_gap or (match is not None and int(match[1]) != count):
+                behind_gap.append(path)
+            else:
+                count += self._images_in(path)
+        return count, [path for path in behind_gap if path.suffix == ".npy"]
+
+    def _images_in(self, path: Path) -> int:
+        """How many images a file holds; raises where they are not whole, or not of this run's shape."""
+        from PIL import Image
+
+        try:
+            if path.suffix == ".png":
+                with Image.open(path) as picture:
+                    shape, dtype = (len(picture.getbands()), *picture.size[::-1]), np.dtype(np.uint8)
+                fits, count = shape == self._image_shape, 1
+            else:
+                array = map_array(path)
+                shape, dtype = array.shape, array.dtype
+                fits, count = shape[1:] == self._image_shape and dtype == np.float32, len(array) if shape else 0
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, and the run makes it again") from error
+        if not fits:
+            raise ValueError(
+                f"{path} is not of this run: it holds {dtype} {shape}, expected images "
+                f"{self._image_shape}: delete it, and the run makes it again"
+            )
         return count
 
-    def _check_room(self, image_shape: tuple[int, ...]) -> None:
+    def _check_room(self, to_delete: list[Path]) -> None:
         """Refuse what cannot fit on the disk; of PNG only the least size is known."""
-        existing = next(
-            folder for folder in (self.folder.absolute(), *self.folder.absolute().parents) if folder.exists()
-        )
-        disk = shutil.disk_usage(existing)
-        each = 100 if self.format == ImageFormat.png else 4 * int(np.prod(image_shape))
+        disk = shutil.disk_usage(self.folder)
+        free = disk.free + sum(path.stat().st_size for path in to_delete)
+        each = 100 if self.format == ImageFormat.png else 4 * int(np.prod(self._image_shape))
         need = (self.num_images - self.done) * each
-        if need > disk.free and disk.total:  # a file system that knows no size says 0
+        if need > free and disk.total:  # a file system that knows no size says 0
             raise OSError(
-                f"{self.num_images} images of {'x'.join(map(str, image_shape))} need at least {need / 1e9:,.3f} GB, "
-                f"and the disk of {self.folder} has {disk.free / 1e9:,.3f} GB left"
+                f"{self.num_images} images of {'x'.join(map(str, self._image_shape))} need at least "
+                f"{need / 1e9:,.3f} GB, and the disk of {self.folder} has {free / 1e9:,.3f} GB left"
             )
-
-
-def _make_folder(folder: Path) -> list[Path]:
-    """Make a folder and its parents; return those that are new, the innermost first."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}") from error
-    return new
 
 
 def _write_png(path: Path, image: Tensor) -> None:

@@ -6,20 +6,18 @@ One file, because replacing a file is atomic: whenever the power fails, a whole 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
+
+from fixpoint_diffusion.files import written_whole
 
 FORMAT = "fixpoint-diffusion training state 2"
 PARTS = ("model", "ema", "optimizer")
@@ -50,20 +48,8 @@ def save_state(path: Path, state: TrainingState) -> None:
     require_finite(tensors, f"the training state is not written to {path}")
     header = {"format": FORMAT, "record": json.dumps(state.record), "checksum": _checksum(tensors)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: whoever else writes here does not write into this file.
-    handle, unfinished = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".unfinished", dir=path.parent)
-    os.close(handle)
-    try:
-        try:
-            save_file(tensors, unfinished, metadata=header)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+    with written_whole(path) as file:
+        file.write(save(tensors, metadata=header))
 
 
 def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -75,8 +61,8 @@ def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 def load_record(path: Path) -> dict[str, Any]:
     """The JSON part of the checkpoint at ``path`` alone."""
-    with _opened(path) as (_, header):
-        return json.loads(header["record"])
+    _, header = _read(path)
+    return json.loads(header["record"])
 
 
 def load_state(path: Path) -> TrainingState:
@@ -86,8 +72,7 @@ def load_state(path: Path) -> TrainingState:
         FileNotFoundError: if nothing is there.
         ValueError: if the file is damaged, or is no training state that training can continue from.
     """
-    with _opened(path) as (file, header):
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    tensors, header = _read(path)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
@@ -142,25 +127,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
         optimizer.state[target][slot] = value if slot == "step" else value.to(target.device)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the training run in ``folder`` alone; the lock ends with the process, however that ends.
-
-    Raises:
-        BlockingIOError: if another process trains there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise BlockingIOError(f"another run is training in {folder}: wait for it, or choose another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
     total = 0
     for name in sorted(tensors):
@@ -169,17 +135,20 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"{total:08x}"
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors in a checkpoint and the metadata in its header.
+
+    It is read once: ``safe_open`` opens it twice, and another process may put a new one in its place in between.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint to resume from: {path} does not exist")
+    content = path.read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} is not a training checkpoint: format {header.get('format')!r}, expected {FORMAT!r}"
-                )
-            yield file, header
+        tensors = load(content)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a training checkpoint: format {header.get('format')!r}, expected {FORMAT!r}")
+    return tensors, header

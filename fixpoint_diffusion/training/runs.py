@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from psutil import virtual_memory
 from torch import Tensor, nn
 
 from fixpoint_diffusion.denoisers import load_denoiser
+from fixpoint_diffusion.denoisers.diffusers_models import try_out
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput, NetworkDenoiser
 from fixpoint_diffusion.denoisers.registry import Family, family, family_of
-from fixpoint_diffusion.files import write_json
+from fixpoint_diffusion.files import locked, write_json
+from fixpoint_diffusion.models.weights import at_most_tensors, describe_error
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
-from fixpoint_diffusion.training.checkpoints import load_record, locked
+from fixpoint_diffusion.training.checkpoints import load_record
 from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.data import ImageDataset, open_dataset, split_held_out
 from fixpoint_diffusion.training.export import export, prior_of
@@ -29,6 +33,8 @@ from fixpoint_diffusion.training.trainer import train, training_device
 CHECKPOINT = Path("checkpoint") / "state.safetensors"
 # The model as it was before the first step: what a resumed run builds its model from.
 INITIAL = Path("checkpoint") / "initial"
+# Of a network to be trained; the largest in use have a few thousand.
+_MOST_TENSORS = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +156,7 @@ class TrainingRun:
             opened = (data or DataOptions()).open(seed=config.seed)
             if classes and opened.num_classes is None:
                 raise ValueError("the data has no classes: put images into one subfolder a class")
-            # Initial weights are a function of the seed; the global random state is left as it was.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                network = its_family.build(opened.sample_shape, opened.num_classes if classes else None, settings or {})
+            network = _build(its_family, opened, classes=classes, settings=settings or {}, seed=config.seed)
             prediction_type = getattr(network.config, "prediction_type", config.prediction_type)
             config = dataclasses.replace(config, prediction_type=prediction_type)
             schedule_config = {**its_family.schedule_config, "prediction_type": prediction_type}
@@ -261,25 +264,30 @@ class TrainingRun:
             "data": dataclasses.asdict(self.data_options),
             "fingerprint": self.data.fingerprint(),
         }
-        with locked(self.folder / CHECKPOINT.parent) if main else nullcontext():
+        with locked(self.folder / CHECKPOINT.parent, work="training") if main else nullcontext():
             if main and self.steps_done == 0:
                 if (self.folder / CHECKPOINT).exists():
                     raise FileExistsError(f"{self.folder} already holds a training run: resume it, or choose another")
                 self.family.save(self.model.network, self.folder / INITIAL, None)
                 write_json(self.folder / INITIAL / SCHEDULER_FILE, self.schedule_config)
-            average, log = train(
-                self.model,
-                self.data,
-                NoiseSchedule.from_diffusers(self.schedule_config).alphas_cumprod,
-                self.config,
-                checkpoint=self.folder / CHECKPOINT,
-                resume=self.steps_done > 0,
-                labels=self.labels,
-                origin=origin,
-                device=self.device,
-                workers=self.workers,
-                progress=progress,
-            )
+            try:
+                average, log = train(
+                    self.model,
+                    self.data,
+                    NoiseSchedule.from_diffusers(self.schedule_config).alphas_cumprod,
+                    self.config,
+                    checkpoint=self.folder / CHECKPOINT,
+                    resume=self.steps_done > 0,
+                    labels=self.labels,
+                    origin=origin,
+                    device=self.device,
+                    workers=self.workers,
+                    progress=progress,
+                )
+            except BaseException:
+                if main and not (self.folder / CHECKPOINT).exists():  # nothing to resume
+                    shutil.rmtree(self.folder / INITIAL, ignore_errors=True)
+                raise
             if main:
                 about = {**origin, **dataclasses.asdict(self.config), "class_names": self.data.class_names}
                 export(
@@ -292,6 +300,40 @@ class TrainingRun:
                     prior=prior_of(self.data),
                 )
         return log
+
+
+def _build(
+    its_family: Family, data: ImageDataset, *, classes: bool, settings: Mapping[str, Any], seed: int
+) -> nn.Module:
+    """A new network for the data, tried out before any memory is asked for."""
+
+    def build() -> nn.Module:
+        return its_family.build(data.sample_shape, data.num_classes if classes else None, settings)
+
+    message = f"the settings describe a network of more than {_MOST_TENSORS} tensors"
+    try:
+        with at_most_tensors(_MOST_TENSORS, message), torch.device("meta"):
+            trial = build()
+    except (RuntimeError, TypeError, ArithmeticError) as error:  # sizes that no tensor can have
+        raise ValueError(f"the file of settings does not describe a usable network: {describe_error(error)}") from error
+    need, have = sum(p.nbytes for p in trial.parameters()), virtual_memory().total
+    if need > have:
+        raise ValueError(
+            f"the settings describe a network of {need / 1e9:,.1f} GB, and this machine has {have / 1e9:,.1f} GB"
+        )
+    for name, value in settings.items():
+        used = getattr(trial.config, name, None)
+        if _listed(used) != _listed(value):
+            raise ValueError(f"the settings say {name}={value!r}, but for this data it is {used!r}: leave it out")
+    try_out(trial, "the file of settings")
+    # Initial weights are a function of the seed; the global random state is left as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _load(folder: str | Path) -> tuple[nn.Module, Family, dict[str, Any]]:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -22,6 +23,7 @@ from typer.testing import CliRunner, Result
 from fixpoint_diffusion.cli import app, main
 from fixpoint_diffusion.denoisers import embedded, load_denoiser
 from fixpoint_diffusion.denoisers.registry import family
+from fixpoint_diffusion.files import locked
 from fixpoint_diffusion.models import FPDM, FPDMConfig
 from fixpoint_diffusion.models.autoencoder import LatentDecoder, load_autoencoder
 from fixpoint_diffusion.models.checkpoint import save_fpdm
@@ -225,6 +227,59 @@ def test_another_run_is_not_mixed_in_or_lost(tmp_path: Path, change: tuple[str, 
     assert contents(tmp_path) != before
 
 
+def test_refused_overwrite_keeps_the_old_run(tmp_path: Path) -> None:
+    sampled(tmp_path, "--num-images", 4, "--batch-size", 2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, error = run_main("sample", "--steps", 3, "--out", tmp_path, "--overwrite", "--num-images", 10**15)
+    assert code == 2
+    assert "GB left" in error
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_folder_in_which_another_process_samples_is_left_alone(tmp_path: Path) -> None:
+    sampled(tmp_path, "--num-images", 4, "--batch-size", 2)
+    with locked(tmp_path, work="sampling"):
+        code, error = run_main("sample", "--steps", 3, "--out", tmp_path, "--num-images", 6, "--batch-size", 3)
+    assert code == 2
+    assert "another run is sampling in" in error
+    assert len(arrays(tmp_path)) == 4
+
+
+def _rewrite_record(folder: Path, **values: object) -> None:
+    record = json.loads((folder / "sample.json").read_text())
+    (folder / "sample.json").write_text(json.dumps({**record, **values}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda out: _rewrite_record(out, seconds="long"),
+        lambda out: _rewrite_record(out, rounds=None),
+        lambda out: _rewrite_record(out, evals=-1),
+        lambda out: _rewrite_record(out, seconds=float("nan")),
+        lambda out: np.save(out / "images" / "00000002.npy", np.float32(1)),
+        lambda out: np.save(out / "images" / "00000002.npy", np.zeros((2, 1, 4, 4), np.float32)),
+        lambda out: np.save(out / "images" / "00000002.npy", np.zeros((2, 1, 8, 8))),
+    ],
+)
+def test_damaged_run_is_named_and_left_as_it_is(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    sampled(tmp_path, "--num-images", 4, "--batch-size", 2)
+    damage(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, error = run_main("sample", "--steps", 3, "--out", tmp_path, "--num-images", 6, "--batch-size", 2)
+    assert code == 2
+    assert "sample.json is damaged" in error or "00000002.npy is not of this run" in error
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_empty_picture_is_not_counted(tmp_path: Path) -> None:
+    sampled(tmp_path, "--num-images", 3, "--format", "png")
+    (tmp_path / "images" / "00000001.png").write_bytes(b"")
+    code, error = run_main("sample", "--steps", 3, "--out", tmp_path, "--num-images", 4, "--format", "png")
+    assert code == 2
+    assert "00000001.png is damaged" in error
+
+
 def test_retrained_model_in_the_same_folder_is_another_run(tmp_path: Path, conditional_unet: Path) -> None:
     options = ("--model", conditional_unet, "--class", 0, "--num-images", 1)
     sampled(tmp_path / "out", *options)
@@ -386,7 +441,7 @@ def test_autoencoder_in_a_pipeline_folder_is_found(vae: Path, tmp_path: Path) ->
         ("ddpm-digits", ("--device", "tpu"), "no device 'tpu'"),
         ("ddpm-digits", ("--device", "meta"), "no device 'meta'"),
         ("ddpm-digits", ("--device", ""), "no device ''"),
-        ("ddpm-digits", ("--out", ""), "folder is empty"),
+        ("ddpm-digits", ("--out", ""), "no file or folder can have the name"),
         ("ddpm-digits", ("--out", "unet/config.json"), "is a file"),
         ("ddpm-digits", ("--out", "unet/config.json/deeper"), "cannot write"),
         ("ddpm-digits", ("--out", "x" * 300), "File name too long"),

@@ -130,6 +130,14 @@ def test_images_in_another_range_are_refused(
         read(images, value_range)
 
 
+def test_symmetric_images_declared_as_positive_are_refused() -> None:
+    images = torch.linspace(-1, 1, 4 * 64).reshape(4, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"values from -1 to 1, but value_range says \(0, 1\)"):
+        next(Images(images, (0, 1)).batches(4))
+    overshot = next(Images(images.abs() - 0.1, (0, 1)).batches(4))
+    assert float(overshot.min()) == -1
+
+
 def test_an_unknown_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must be one of \(-1, 1\), \(0, 1\), \(0, 255\), got \(0, 2\)"):
         Images(torch.zeros(1, 1, 2, 2), value_range=(0, 2))

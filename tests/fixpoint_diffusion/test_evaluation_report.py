@@ -299,6 +299,11 @@ class TestCommand:
             (["{samples}", "digits", "--weights", "x"], "drop --weights"),
             (["{samples}", "--save-statistics", "x.txt"], "is a .npz file"),
             (["{samples}", "digits", "--device", "nowhere"], "no device 'nowhere'"),
+            (["{samples}", "digits", "--device", "meta"], "no device 'meta'"),
+            (["{samples}", "digits", "--seed", str(2**64)], "--seed"),
+            (["{samples}", "digits", "--out", "."], ". is a folder"),
+            (["{samples}", "digits", "--out", ""], "no file or folder can have the name"),
+            (["", "digits"], "no file or folder can have the name"),
         ],
     )
     def test_errors_are_one_line(

@@ -124,3 +124,16 @@ def test_bad_features_are_refused() -> None:
 def test_only_npz_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is a \.npz file"):
         FeatureStatistics.from_features(features()).save(tmp_path / "x.npy")
+
+
+def test_complex_statistics_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", mu=np.zeros(2, complex), sigma=np.eye(2))
+    with pytest.raises(ValueError, match="mu holds complex128; expected real numbers"):
+        FeatureStatistics.load(tmp_path / "s.npz")
+
+
+def test_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "s.npz").mkdir()
+    with pytest.raises(IsADirectoryError):
+        FeatureStatistics(mean=torch.zeros(2), cov=torch.eye(2)).save(tmp_path / "s.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]

@@ -20,8 +20,9 @@ from typer.testing import CliRunner, Result
 from fixpoint_diffusion.cli import app, main
 from fixpoint_diffusion.denoisers import family, load_denoiser
 from fixpoint_diffusion.denoisers.checksums import verify_checksums
+from fixpoint_diffusion.files import locked
 from fixpoint_diffusion.processes.prior import PRIOR_FILE
-from fixpoint_diffusion.training.checkpoints import load_record, load_state, locked
+from fixpoint_diffusion.training.checkpoints import load_record, load_state
 from fixpoint_diffusion.training.runs import TrainableDenoiser
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -216,12 +217,41 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path, monkeypatc
     assert not (tmp_path / "out" / STATE).exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("fpdm", {"width": 10**9, "heads": 1}, "the file of settings does not describe a usable network"),
+        ("fpdm", {"width": 10**6, "heads": 1}, "GB, and this machine has"),
+        ("unet", {"layers_per_block": 10**8}, "more than 50000 tensors"),
+        ("unet", {"in_channels": 7}, "in_channels=7, but for this data it is 1"),
+        ("dit", {"num_attention_heads": 0}, "the file of settings does not describe a usable network"),
+        ("dit", {"num_layers": 0}, "the file of settings does not describe a usable network"),
+    ],
+)
+def test_settings_that_make_no_usable_network_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch, capsys, kind: str, settings: dict, message: str
+) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    out = tmp_path / "out"
+    error = refused(monkeypatch, capsys, "train", kind, "--settings", tmp_path / "settings.json", "--out", out)
+    assert message in error
+    assert not out.exists()
+
+
+def test_run_that_fails_before_its_first_checkpoint_leaves_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+    np.save(tmp_path / "latents.npy", np.full((8, 1, 8, 8), 1e38, np.float32))
+    out = tmp_path / "new" / "out"
+    options = ("--data", tmp_path / "latents.npy", "--latents", "--batch-size", 4, "--out", out)
+    assert "not finite" in refused(monkeypatch, capsys, "train", *options)
+    assert not out.parent.exists()
+
+
 def test_second_run_into_the_same_folder_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
     out = tmp_path / "out"
     done(train(out, "--steps", 1))
     before = (out / WEIGHTS).read_bytes()
     assert "already holds a training run" in refused(monkeypatch, capsys, "train", "--steps", 1, "--out", out)
-    with locked(out / "checkpoint"):
+    with locked(out / "checkpoint", work="training"):
         error = refused(monkeypatch, capsys, "train", "--resume", "--steps", 3, "--out", out)
     assert "another run is training in" in error
     assert (out / WEIGHTS).read_bytes() == before

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fixpoint_diffusion.files import locked
 from fixpoint_diffusion.training.checkpoints import (
     TrainingState,
     load_state,
-    locked,
     optimizer_tensors,
     restore_optimizer,
     save_state,
@@ -66,7 +66,7 @@ def test_failed_write_leaves_the_last_state_and_nothing_else(tmp_path: Path, mon
     def broken(_: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("fixpoint_diffusion.training.checkpoints.os.fsync", broken)
+    monkeypatch.setattr("fixpoint_diffusion.files.os.fsync", broken)
     with pytest.raises(OSError, match="no space"):
         save_state(tmp_path / "c", state(2))
     assert load_state(tmp_path / "c").record["step"] == 1
@@ -149,12 +149,12 @@ def test_optimizer_state_of_another_model_is_refused() -> None:
 
 def test_folder_is_locked_for_one_run_and_free_afterwards(tmp_path: Path) -> None:
     with (
-        locked(tmp_path / "run"),
+        locked(tmp_path / "run", work="training"),
         pytest.raises(BlockingIOError, match="another run is training"),
-        locked(tmp_path / "run"),
+        locked(tmp_path / "run", work="training"),
     ):
         pass
-    with locked(tmp_path / "run"):
+    with locked(tmp_path / "run", work="training"):
         pass
 
 
