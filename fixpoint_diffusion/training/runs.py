@@ -155,7 +155,9 @@ class TrainingRun:
                 network = its_family.build(opened.sample_shape, opened.num_classes if classes else None, settings or {})
             prediction_type = getattr(network.config, "prediction_type", config.prediction_type)
             config = dataclasses.replace(config, prediction_type=prediction_type)
-            schedule_config = {**its_family.schedule_config, "prediction_type": prediction_type}
+            # Images are known to lie in [-1, 1], and a model that has trained little predicts far outside of it.
+            clipping = {"clip_sample": not opened.is_latent}
+            schedule_config = {**its_family.schedule_config, "prediction_type": prediction_type, **clipping}
         return cls._with(
             network,
             opened,
