@@ -24,11 +24,11 @@ HERE = Path(__file__).resolve().parent
 DIGITS = """
 fixpoint-diffusion train unet --data digits --classes --steps 400 --out runs/digits
 fixpoint-diffusion info runs/digits
-fixpoint-diffusion sample --model runs/digits --class all --guidance 1.5 --num-images 200 --out runs/digits-samples
+fixpoint-diffusion sample --model runs/digits --class all --guidance 1.5 --num-images 100 --out runs/digits-samples
 fixpoint-diffusion evaluate runs/digits-samples digits --out runs/digits-report.json
 """
 PHOTOGRAPHS = """
-python docs/examples/photographs.py runs/photographs --per-class 200 --size 32
+python docs/examples/photographs.py runs/photographs --per-class 200 --size 16
 python docs/examples/tiny_models.py runs/photographs runs/tiny --steps 300
 fixpoint-diffusion train unet --data runs/photographs --flip --classes --steps 300 --batch-size 16 --out runs/photos
 fixpoint-diffusion info runs/photos

@@ -157,7 +157,7 @@ def test_own_data_commands_run_from_training_to_evaluation(tmp_path: Path, monke
     answers = {shlex.join(words): own_data.run(words) for words in own_data.commands(short=True)}
     runs = tmp_path / "runs"
     assert np.load(runs / "digits-samples" / "images.npy").shape == (12, 1, 8, 8)
-    assert np.load(runs / "latent-samples" / "images.npy").shape == (12, 3, 32, 32), "decoded"
+    assert np.load(runs / "latent-samples" / "images.npy").shape == (12, 3, 16, 16), "decoded"
     assert len(list((runs / "photos-samples" / "images").glob("*-class1.png"))) == 6
     assert "frechet" in json.loads((runs / "digits-report.json").read_text())["figures"]
     assert all((runs / name / "grid.png").is_file() for name in own_data.PICTURES)
