@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,20 +42,32 @@ def info(
         "weights": f"{sum(p.nbytes for p in denoiser.model.parameters()) / 1e6:.2f} MB in memory",
         "samples": "any size" if denoiser.sample_shape is None else "x".join(map(str, denoiser.sample_shape)),
         "classes": _classes(about.class_labels),
+        "names": _class_names(folder),
         "inputs": ", ".join(["x", "t", *about.conditioning]),
         "predicts": denoiser.prediction_type + (" and a variance" if about.learned_variance else ""),
         **_sampling(denoiser.schedule_config),
         "checksums": f"{len(verify_checksums(folder))} files match" if checked else f"no {CHECKSUM_FILE}",
     }
     for name, value in rows.items():
-        typer.echo(f"{name:10} {value}")
+        if value is not None:
+            typer.echo(f"{name:10} {value}")
 
 
 def _classes(known: ConditioningInput | None) -> str:
     if known is None or known.num_classes is None:
         return "none"
     count, null = known.num_classes, known.null_label
-    return f"{count}, --class 0 to {count - 1}" + ("" if null is None else f"; {null} means no class, for --guidance")
+    return f"{count}, --class 0 to {count - 1}" + ("" if null is None else "; can do without, so --guidance works")
+
+
+def _class_names(folder: Path) -> str | None:
+    """The names of the classes by their numbers, if the model was trained here on folders."""
+    from fixpoint_diffusion.files import read_json
+    from fixpoint_diffusion.training.export import TRAINING_FILE
+
+    record = folder / TRAINING_FILE
+    names = read_json(record).get("class_names") if record.is_file() else None
+    return ", ".join(f"{number} {name}" for number, name in enumerate(names)) if isinstance(names, list) else None
 
 
 def _sampling(config: Mapping[str, Any] | None) -> dict[str, str]:

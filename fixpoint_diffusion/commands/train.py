@@ -131,7 +131,12 @@ def train(
             f"\nInterrupted; checkpoint written. Continue with:\n  fixpoint-diffusion train --resume --out {out}"
         )
         raise typer.Exit(130) from None
-    typer.echo(f"Trained in {log.seconds:.0f} s, written to {out}. Try:\n  fixpoint-diffusion sample --model {out}")
+    told = " --class all" if run.labels is not None else ""
+    decoded = " --vae FOLDER" if run.data.is_latent else ""
+    typer.echo(
+        f"Trained in {log.seconds:.0f} s, written to {out}. Try:\n"
+        f"  fixpoint-diffusion sample --model {out}{told}{decoded}"
+    )
 
 
 def _check_kind(kind: str | None) -> None:

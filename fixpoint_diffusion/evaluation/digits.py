@@ -150,7 +150,10 @@ def _hidden(images: Tensor) -> Tensor:
 
 def _check_shape(images: Tensor) -> None:
     if images.ndim != 4 or tuple(images.shape[1:]) != (1, 8, 8) or len(images) == 0:
-        raise ValueError(f"digits must be (N, 1, 8, 8) with N at least 1, got {tuple(images.shape)}")
+        raise ValueError(
+            f"the classifier of digits takes images (N, 1, 8, 8) with N at least 1, got {tuple(images.shape)}; "
+            "for other images choose other features: --features inception or dinov2, with --weights"
+        )
 
 
 def _checked(images: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from fixpoint_diffusion.training.data.pictures import picture_suffixes, read_hea
 
 ARRAY_SUFFIXES = (".npy", ".npz")
 VALUE_RANGES = ((-1, 1), (0, 1), (0, 255))
-# No sampler overshoots [-1, 1] so far: what does is in another range, or no image.
+# What overshoots [-1, 1] so far is in another range, or a sample that has diverged.
 _LIMIT = 10
 
 
@@ -124,7 +124,9 @@ def to_symmetric(images: Tensor, value_range: tuple[float, float], *, name: str)
         raise ValueError(f"{name}: images must be finite, got infinities or NaNs")
     if mapped.numel() and float(mapped.abs().max()) > _LIMIT:
         found = f"values from {float(images.min()):g} to {float(images.max()):g}"
-        raise ValueError(f"{name} holds {found}; expected [{low:g}, {high:g}]")
+        raise ValueError(
+            f"{name} holds {found}; expected [{low:g}, {high:g}]; if they are samples, they may have diverged"
+        )
     return mapped.clamp_(-1, 1)
 
 

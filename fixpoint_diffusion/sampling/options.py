@@ -104,7 +104,10 @@ def parse_classes(text: str, num_classes: int) -> tuple[int, ...]:
         return tuple(range(num_classes))
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
-        raise ValueError(f"--class takes a class, several with commas, or all, such as 7 or 0,3,7; got {text[:40]!r}")
+        raise ValueError(
+            "--class takes the number of a class, several with commas, or all, such as 7 or 0,3,7; "
+            f"got {text[:40]!r}; info shows the numbers of named classes"
+        )
     classes = tuple(map(int, parts))
     if wrong := [number for number in classes if number >= num_classes]:
         raise ValueError(f"--class {wrong[0]}: the model's classes are 0 to {num_classes - 1}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.training.data import ImageDataset
 from fixpoint_diffusion.training.logs import LOG_FILE, TrainingLog
 
+TRAINING_FILE = "training_config.json"
 _PRIOR_IMAGES = 4096
 
 
@@ -44,11 +46,14 @@ def export(
         unfinished = Path(name)
         family.save(model, unfinished, torch.float16 if largest < torch.finfo(torch.float16).max else None)
         write_json(unfinished / SCHEDULER_FILE, schedule_config)
-        write_json(unfinished / "training_config.json", training)
+        write_json(unfinished / TRAINING_FILE, training)
         if prior is not None:
             prior.save(unfinished)
         log.write_csv(unfinished / LOG_FILE)
         write_checksums(unfinished)
+        # safetensors writes files that nobody else may read; JSON files are as the user's umask says.
+        for path in unfinished.glob("*.safetensors"):
+            shutil.copymode(unfinished / SCHEDULER_FILE, path)
         for path in unfinished.iterdir():
             os.replace(path, folder / path.name)
 

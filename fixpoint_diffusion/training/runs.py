@@ -159,7 +159,9 @@ class TrainingRun:
             network = _build(its_family, opened, classes=classes, settings=settings or {}, seed=config.seed)
             prediction_type = getattr(network.config, "prediction_type", config.prediction_type)
             config = dataclasses.replace(config, prediction_type=prediction_type)
-            schedule_config = {**its_family.schedule_config, "prediction_type": prediction_type}
+            # Images are known to lie in [-1, 1], and a model that has trained little predicts far outside of it.
+            clipping = {"clip_sample": not opened.is_latent}
+            schedule_config = {**its_family.schedule_config, "prediction_type": prediction_type, **clipping}
         return cls._with(
             network,
             opened,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -147,3 +149,24 @@ def test_photographs_become_a_folder_of_classes(tmp_path: Path) -> None:
     assert dataset.sample_shape == (3, 32, 32)
     assert len(dataset) == 3 * len(names)
     assert dataset[0]["images"].std() > 0.01
+
+
+def test_own_data_commands_run_from_training_to_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_data = load("own_data")
+    monkeypatch.chdir(tmp_path)
+    answers = {shlex.join(words): own_data.run(words) for words in own_data.commands(short=True)}
+    runs = tmp_path / "runs"
+    assert np.load(runs / "digits-samples" / "images.npy").shape == (12, 1, 8, 8)
+    assert np.load(runs / "latent-samples" / "images.npy").shape == (12, 3, 16, 16), "decoded"
+    assert len(list((runs / "photos-samples" / "images").glob("*-class1.png"))) == 6
+    assert "frechet" in json.loads((runs / "digits-report.json").read_text())["figures"]
+    assert all((runs / name / "grid.png").is_file() for name in own_data.PICTURES)
+    by_model = {command.split()[-1]: text for command, text in answers.items() if " info " in command}
+    assert all("0 china, 1 flower" in " ".join(by_model[f"runs/{name}"].split()) for name in ("photos", "latent-unet"))
+
+
+def test_own_data_page_shows_every_command_and_its_answer() -> None:
+    own_data = load("own_data")
+    shown = (EXAMPLES / "own_data.txt").read_text().splitlines()
+    assert [line for line in shown if line.startswith("$ ")] == [f"$ {shlex.join(c)}" for c in own_data.commands()]
+    assert sum(line.startswith("recall ") for line in shown) == 3

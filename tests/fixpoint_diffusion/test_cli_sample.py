@@ -540,7 +540,7 @@ def test_info_says_what_a_model_takes(conditional_unet: Path, dit: Path) -> None
     config = {**SCHEDULE, "clip_sample": True, "clip_sample_range": 2.0, "timestep_spacing": "trailing"}
     (dit / "scheduler_config.json").write_text(json.dumps(config))
     facts = CliRunner().invoke(app, ["info", str(dit)]).output
-    for fact in ("4x8x8", "5, --class 0 to 4; 5 means no class", "to 2.0", "trailing", "epsilon", "x, t, class_labels"):
+    for fact in ("4x8x8", "5, --class 0 to 4; can do without", "to 2.0", "trailing", "epsilon", "x, t, class_labels"):
         assert fact in facts
     facts = CliRunner().invoke(app, ["info", str(conditional_unet)]).output
     assert re.search(r"classes +4, --class 0 to 3\n", facts)

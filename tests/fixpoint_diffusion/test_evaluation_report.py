@@ -292,6 +292,8 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["{unit}", "digits"], "none negative"),
+            (["{colour}", "{colour}"], "(5, 3, 16, 16); for other images choose other features: --features inception"),
+            (["{diverged}", "digits"], "they may have diverged"),
             (["{samples}"], "needs a REFERENCE"),
             (["absent", "digits"], "no images at absent"),
             (["{samples}", "digits", "--features", "inception"], "needs --weights"),
@@ -315,10 +317,17 @@ class TestCommand:
         arguments: list[str],
         message: str,
     ) -> None:
-        np.save(tmp_path / "unit.npy", np.random.default_rng(0).random((5, 1, 8, 8)))
+        numbers = np.random.default_rng(0).random((5, 3, 16, 16))
+        arrays = {
+            "unit": numbers[:, :1, :8, :8],
+            "colour": numbers * 2 - 1,
+            "diverged": numbers[:, :1, :8, :8] * 80 - 40,
+        }
+        for name, array in arrays.items():
+            np.save(tmp_path / f"{name}.npy", array)
         monkeypatch.chdir(tmp_path)
         before = sorted(tmp_path.iterdir())
-        given = [a.format(samples=samples, unit=tmp_path / "unit.npy") for a in arguments]
+        given = [a.format(samples=samples, **{name: tmp_path / f"{name}.npy" for name in arrays}) for a in arguments]
         monkeypatch.setattr(sys, "argv", ["fixpoint-diffusion", "evaluate", *given])
         with pytest.raises(SystemExit) as stop:
             main()

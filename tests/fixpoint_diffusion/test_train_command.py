@@ -87,6 +87,16 @@ def test_trained_folder_is_complete_and_loads(tmp_path: Path, kind: str) -> None
     assert bool(output.isfinite().all())
     assert json.loads((out / "training_config.json").read_text())["steps"] == 2
     assert not list(out.glob(".export*"))
+    assert (out / WEIGHTS).stat().st_mode == (out / "config.json").stat().st_mode, "others may read it as they may JSON"
+
+
+def test_models_of_images_are_sampled_with_clipping_and_those_of_latents_are_not(tmp_path: Path) -> None:
+    np.save(tmp_path / "latents.npy", np.random.default_rng(0).normal(size=(4, 1, 8, 8)))
+    done(train(tmp_path / "images", "--steps", 1))
+    said = done(train(tmp_path / "latents", "--steps", 1, "--data", tmp_path / "latents.npy", "--latents"))
+    assert "--vae FOLDER" in said
+    assert load_denoiser(tmp_path / "images").schedule_config["clip_sample"] is True
+    assert load_denoiser(tmp_path / "latents").schedule_config["clip_sample"] is False
 
 
 @pytest.mark.parametrize("kind", ["unet", "fpdm", "dit"])
@@ -95,6 +105,8 @@ def test_class_folders_make_a_model_that_is_told_the_class(tmp_path: Path, pictu
     options = ["--data", pictures, "--size", 8, "--crop", "random", "--flip", "--classes", "--class-dropout", 0.5]
     output = done(train(out, "--steps", 6, *options, "--weight-decay", 0, kind=kind))
     assert "8 images 1x8x8 of 2 classes" in output
+    assert "--class all" in output
+    assert "names 0 cats, 1 dogs" in " ".join(CliRunner().invoke(app, ["info", str(out)]).output.split())
     about = json.loads((out / "training_config.json").read_text())
     assert about["class_names"] == ["cats", "dogs"]
     assert about["data"] | {"source": ""} == {

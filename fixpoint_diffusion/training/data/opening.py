@@ -106,7 +106,7 @@ def _from_pictures(folder: Path, channels: str | None, cut: Crop, labels: bool) 
         if cut.size is None and (header.height, header.width) != (first.height, first.width):
             raise ValueError(
                 f"{file} is {header.height}x{header.width}, {found.files[0]} is {first.height}x{first.width}: "
-                f"give a size, to which all are cut"
+                f"give a size (--size), to which all are cut"
             )
         cut.check(header.height, header.width, str(file))
     assert first is not None  # scan_folder refuses an empty folder
