@@ -36,7 +36,8 @@ class Forecast:
             if weights is not None and excess is not None:
                 grown = grown + torch.einsum("bm,bmd->bd", torch.einsum("bmd,bd->bm", weights[:, k], e), excess[:, k])
             e = grown + misses[:, k]
-        self._past = [(latents, images), *self._past][:_MEMORY]
+        # Copies: the search writes the next round into the same memory.
+        self._past = [(latents.clone(), images.clone()), *self._past][:_MEMORY]
         return e.square().mean(dim=1).sqrt()
 
     def _secants(self, latents: Tensor, images: Tensor) -> tuple[Tensor | None, Tensor | None]:

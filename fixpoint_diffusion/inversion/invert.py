@@ -77,11 +77,10 @@ def invert(
     status = torch.where(converged, int(Status.CONVERGED), found.status.to(converged.device))
     # A method may have thought otherwise of what the sampler then missed.
     status = torch.where(~converged & (status == Status.CONVERGED), int(Status.STAGNATED), status)
-    _report(converged, status, error, on_failure)
     x_T = found.x_T
     if backward is not None:
         x_T = _attached(played, given, x_T, trajectory, backward)
-    return Inverse(
+    inverse = Inverse(
         x_T=x_T,
         trajectory=trajectory,
         reconstruction=trajectory[:, -1],
@@ -93,6 +92,8 @@ def invert(
         history=found.history,
         noise=found.noise,
     )
+    _report(inverse, on_failure)
+    return inverse
 
 
 def _check(chain: SamplingChain, x_0: Tensor) -> None:
@@ -120,17 +121,18 @@ def _with_noise(chain: SamplingChain, noise: Tensor | None) -> SamplingChain:
     return other
 
 
-def _report(converged: Tensor, status: Tensor, error: Tensor, on_failure: str) -> None:
-    missed = int((~converged).sum())
-    if not missed or on_failure == "ignore":
+def _report(inverse: Inverse, on_failure: str) -> None:
+    missed = ~inverse.converged
+    if not bool(missed.any()) or on_failure == "ignore":
         return
-    names = sorted({Status(int(number)).name for number in status[~converged]})
+    names = ", ".join(sorted({Status(int(number)).name for number in inverse.status[missed]}))
+    worst = float(inverse.error.nan_to_num(nan=torch.inf).max())
     message = (
-        f"{missed} of {len(converged)} samples were not inverted ({', '.join(names)}): RMS errors of x_0 up to "
-        f"{float(error.nan_to_num(nan=torch.inf).max()):.1e}; take more steps, less guidance, or a larger rtol"
+        f"{int(missed.sum())} of {len(missed)} samples were not inverted ({names}): RMS errors of x_0 up to "
+        f"{worst:.1e}; take more steps, less guidance, or a larger rtol"
     )
     if on_failure == "raise":
-        raise ConvergenceError(message)
+        raise ConvergenceError(message, inverse)
     warnings.warn(message, ConvergenceWarning, stacklevel=3)
 
 

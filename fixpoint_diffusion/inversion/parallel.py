@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from fixpoint import Anderson, Solver, Status
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.forecast import Forecast
-from fixpoint_diffusion.inversion.problem import InverseProblem, rms
+from fixpoint_diffusion.inversion.problem import InverseProblem, replay, rms
 from fixpoint_diffusion.inversion.result import Found, InverseRound
 from fixpoint_diffusion.inversion.stepwise import StepwiseInverse
 
@@ -106,7 +106,7 @@ class _Search:
         self._improved = torch.zeros(samples, dtype=torch.int64, device=device)
         # By how much the ordinary sampler was seen to end farther off than predicted.
         self._factor = torch.ones(samples, dtype=torch.float64, device=device)
-        self._error = torch.full_like(self._least, torch.inf)
+        self._error = torch.full_like(self._least, torch.nan)  # as measured
         self._trajectory = problem.latent(self._latents).clone()
         self._start = problem.chain.rounds, problem.chain.evals
         self._replays = [0, 0]
@@ -125,7 +125,7 @@ class _Search:
             predicted_error=torch.where(working, predicted, nan),
             residual=torch.where(working, self._misses.flatten(1).square().mean(dim=1).sqrt(), nan),
             rows=problem.chain.evals - before,
-            x_T=problem.latent(self._latents[:, 0]),
+            x_T=problem.latent(self._latents[:, 0].clone()),
         )
         self.history.append(latest)
         self._judge(predicted, active)
@@ -142,8 +142,10 @@ class _Search:
         """Keep the best, confirm samples that seem to be done, and end those that are lost."""
         sane = torch.isfinite(predicted) & torch.isfinite(self._misses).flatten(1).all(dim=1)
         working = self.status == _ACTIVE
-        better = working & sane & (predicted < self._least)
-        self._improved[working & sane & (predicted < 0.9 * self._least)] = len(self.history)
+        # What the first round predicts rests on the prior alone: no later one is measured against it.
+        least = torch.full_like(self._least, torch.inf) if len(self.history) <= 2 else self._least
+        better = working & sane & (predicted < least)
+        self._improved[working & sane & (predicted < 0.9 * least)] = len(self.history)
         self._best[better] = self._latents[better, 0]
         self._least[better] = predicted[better]
         self._confirm((better & (predicted * self._factor <= self.tolerance)).nonzero().flatten())
@@ -158,10 +160,10 @@ class _Search:
         """Run the ordinary sampler from the best x_T of these samples."""
         if not len(samples):
             return
-        error = self.consider(samples, self._best[samples], counted=False)
+        error = self.consider(samples, self._best[samples])
         self._factor[samples] = (error / self._least[samples]).clamp(min=1).nan_to_num(nan=2, posinf=1e6)
 
-    def consider(self, samples: Tensor, latents: Tensor, *, counted: bool = True) -> Tensor:
+    def consider(self, samples: Tensor, latents: Tensor) -> Tensor:
         """Measure the x_T ``(N, D)`` of some samples, and keep those that are better than what was measured before.
 
         Returns:
@@ -169,12 +171,12 @@ class _Search:
         """
         chain = self.problem.chain
         before = chain.rounds, chain.evals
-        trajectory = self.problem.replay(self.problem.latent(latents), samples)
+        trajectory = replay(chain, self.problem.latent(latents), samples)
         self._replays[0] += chain.rounds - before[0]
         self._replays[1] += chain.evals - before[1]
         image = self.problem.from_coordinates(self.problem.image[samples])
         error = rms(trajectory[:, -1] - image.to(trajectory))
-        better = error.nan_to_num(nan=torch.inf) < self._error[samples]
+        better = torch.isnan(self._error[samples]) | (error < self._error[samples])
         rows = samples[better]
         self._best[rows], self._error[rows], self._trajectory[rows] = latents[better], error[better], trajectory[better]
         self.status[samples[error <= self.tolerance[samples]]] = int(Status.CONVERGED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,6 @@ class InverseProblem:
         self.chain = chain
         self.shape = x_0.shape[1:]
         self.dtype = x_0.dtype
-        self.basis = None if chain.basis is None else wide(chain.basis.to(x_0.device))
         self.image = self.to_coordinates(x_0)
         self.slopes = wide(chain.slopes.to(x_0.device)).clamp(min=_SMALLEST_SLOPE)
 
@@ -41,13 +42,12 @@ class InverseProblem:
 
     def to_coordinates(self, x: Tensor) -> Tensor:
         """From ``(..., *shape)`` to ``(..., D)``."""
-        flat = wide(x).flatten(x.ndim - len(self.shape))
-        return flat if self.basis is None else flat @ self.basis
+        leading = x.shape[: x.ndim - len(self.shape)]
+        return self.chain.prior.to_coordinates(x.reshape(-1, math.prod(self.shape))).reshape(*leading, -1)
 
     def from_coordinates(self, x: Tensor) -> Tensor:
         """The inverse of ``to_coordinates``, still wide."""
-        flat = x if self.basis is None else x @ self.basis.mT
-        return flat.reshape(*x.shape[:-1], *self.shape)
+        return self.chain.prior.from_coordinates(x.flatten(0, -2)).reshape(*x.shape[:-1], *self.shape)
 
     def latent(self, x: Tensor) -> Tensor:
         """Coordinates ``(..., D)`` as latents ``(..., *shape)`` in the denoiser's dtype."""
@@ -56,8 +56,8 @@ class InverseProblem:
     def guess(self) -> Tensor:
         """The latents ``(B, T, D)`` that would lead to the images if the data were the prior's Gaussian."""
         transitions, device = self.chain.transitions, self.image.device
-        mean = wide(self.chain.prior.mean.to(device)).expand(self.image.shape[1])
-        mean = mean if self.basis is None else mean @ self.basis
+        prior = self.chain.prior
+        mean = prior.to_coordinates(prior.mean.to(device).expand(1, self.image.shape[1]))
         before, after = wide(transitions.alphas.sqrt().to(device)), wide(transitions.alphas_prev.sqrt().to(device))
         sigma = wide(transitions.sigma.to(device))
         x, latents = self.image, []
@@ -95,10 +95,6 @@ class InverseProblem:
             x = (sources[:, k] + x) / self.slopes[k]
             latents.append(x)
         return torch.stack(latents[::-1], dim=1)
-
-    def replay(self, x_T: Tensor, samples: Tensor) -> Tensor:
-        """The ordinary sampler's trajectory ``(N, T, *shape)`` from ``x_T`` ``(N, *shape)``."""
-        return replay(self.chain, x_T, samples)
 
 
 def replay(chain: SamplingChain, x_T: Tensor, samples: Tensor) -> Tensor:
