@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.parallel import ParallelInverse
 from fixpoint_diffusion.inversion.problem import InverseProblem, replay, rms
 from fixpoint_diffusion.inversion.result import Inverse, InverseMethod
+from fixpoint_diffusion.processes import Clip
 
 
 def invert(
@@ -106,7 +108,7 @@ def _check(chain: SamplingChain, x_0: Tensor) -> None:
     if bad:
         raise ValueError(f"x_0 must be finite; it is not in sample {bad[0]}" + (" and others" if len(bad) > 1 else ""))
     hook = chain.transitions.x0_hook
-    if hook is not None:
+    if hook is not None and not (isinstance(hook, Clip) and math.isinf(hook.limit)):
         raise ValueError(
             f"a chain whose predicted images pass through {hook!r} cannot be inverted: clipping takes many latents to "
             "one. Build it without (clip_sample=float('inf'))"

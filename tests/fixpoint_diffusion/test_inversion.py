@@ -301,6 +301,8 @@ def test_a_chain_that_clips_is_refused() -> None:
     chain = DDIMChain(curved, torch.zeros(2, 3), SCHEDULE, steps=5, clip_sample=1.0)
     with pytest.raises(ValueError, match="cannot be inverted"):
         invert(chain, torch.zeros(2, 3))
+    unclipped = DDIMChain(gentle, torch.zeros(2, 3), SCHEDULE, steps=5, clip_sample=float("inf"))
+    assert invert(unclipped, torch.zeros(2, 3) + 0.2).converged.all()
 
 
 @pytest.mark.parametrize("bad", [lambda: ParallelInverse(max_rounds=0), lambda: StepwiseInverse(max_evals=0)])
