@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,7 +15,6 @@ from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.parallel import ParallelInverse
 from fixpoint_diffusion.inversion.problem import InverseProblem, replay, rms
 from fixpoint_diffusion.inversion.result import Inverse, InverseMethod
-from fixpoint_diffusion.processes import Clip
 
 
 def invert(
@@ -51,7 +49,8 @@ def invert(
             something true stops the run.
 
     Raises:
-        ValueError: x_0 of another shape or device than x_T, or not finite; a chain that clips its predicted images.
+        ValueError: x_0 of another shape or device than x_T, or not finite; of the methods here, a chain that
+            clips its predicted images.
         fixpoint.ConvergenceError: with ``on_failure="raise"``.
 
     Example:
@@ -107,12 +106,6 @@ def _check(chain: SamplingChain, x_0: Tensor) -> None:
     bad = (~torch.isfinite(x_0)).flatten(1).any(dim=1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"x_0 must be finite; it is not in sample {bad[0]}" + (" and others" if len(bad) > 1 else ""))
-    hook = chain.transitions.x0_hook
-    if hook is not None and not (isinstance(hook, Clip) and math.isinf(hook.limit)):
-        raise ValueError(
-            f"a chain whose predicted images pass through {hook!r} cannot be inverted: clipping takes many latents to "
-            "one. Build it without (clip_sample=float('inf'))"
-        )
 
 
 def _with_noise(chain: SamplingChain, noise: Tensor | None) -> SamplingChain:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fixpoint_diffusion.chains import SamplingChain
-from fixpoint_diffusion.processes import wide
+from fixpoint_diffusion.processes import Clip, wide
 
 # The sweep divides by the slopes, and what a prior says of a step that hardly passes anything on is not that exact.
 _SMALLEST_SLOPE = 0.05
@@ -26,9 +26,18 @@ class InverseProblem:
     Args:
         chain: of B samples.
         x_0: ``(B, *shape)``; its dtype is what the denoiser is called in.
+
+    Raises:
+        ValueError: a chain that clips its predicted images.
     """
 
     def __init__(self, chain: SamplingChain, x_0: Tensor) -> None:
+        hook = chain.transitions.x0_hook
+        if hook is not None and not (isinstance(hook, Clip) and math.isinf(hook.limit)):
+            raise ValueError(
+                f"a chain whose predicted images pass through {hook!r} cannot be inverted: clipping takes many latents "
+                "to one. Build it without (clip_sample=float('inf'))"
+            )
         self.chain = chain
         self.shape = x_0.shape[1:]
         self.dtype = x_0.dtype

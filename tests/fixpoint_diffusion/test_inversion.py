@@ -26,6 +26,7 @@ from fixpoint_diffusion import (
 )
 from fixpoint_diffusion.denoisers.guided import Guided
 from fixpoint_diffusion.inversion import InverseRound
+from fixpoint_diffusion.inversion.forecast import Forecast
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 SCHEDULE = NoiseSchedule.linear()
@@ -238,6 +239,14 @@ def test_the_predicted_error_is_that_of_the_sampler() -> None:
         measured = (again - x_0).square().mean(dim=1).sqrt()
         ratio = entry.predicted_error / measured
         assert ((ratio > 0.5) & (ratio < 2)).all()
+
+
+def test_a_prediction_that_promises_too_much_is_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Forecast.error
+    monkeypatch.setattr(Forecast, "error", lambda *given: honest(*given) / 100)
+    x_0 = images(2, 3)
+    chain = DDIMChain(gentle, torch.zeros_like(x_0), SCHEDULE, steps=20)
+    assert invert(chain, x_0, method=ParallelInverse(second_try=None), rtol=1e-6).converged.all()
 
 
 @pytest.mark.parametrize("what", ["image", "parameter"])
