@@ -68,8 +68,8 @@ def collect_features(
 
     >>> from fixpoint_diffusion.evaluation import DigitFeatures
     >>> found = collect_features(Images("digits"), DigitFeatures(), max_kept=100)
-    >>> found.num_images, tuple(found.kept.shape), found.blocks[0].count
-    (1797, (100, 64), 180)
+    >>> found.num_images, tuple(found.kept.shape), sum(block.count for block in found.blocks)
+    (1797, (100, 64), 1797)
     """
     try:
         extractor = extractor.to(device).eval()
