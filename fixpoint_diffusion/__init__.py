@@ -2,6 +2,7 @@
 
 from fixpoint_diffusion.chains import DDIMChain, SamplingChain, StochasticDDIMChain
 from fixpoint_diffusion.denoisers import embedded, load_denoiser
+from fixpoint_diffusion.inversion import DrawnInverse, Inverse, ParallelInverse, StepwiseInverse, invert
 from fixpoint_diffusion.models import FPDM, FPDMConfig
 from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule, Transitions, initial_noise, step_noise
 from fixpoint_diffusion.sampling import SamplingResult, deq_ddim_settings, sample, sample_fpdm
@@ -9,16 +10,21 @@ from fixpoint_diffusion.sampling import SamplingResult, deq_ddim_settings, sampl
 __all__ = [
     "FPDM",
     "DDIMChain",
+    "DrawnInverse",
     "FPDMConfig",
     "GaussianPrior",
+    "Inverse",
     "NoiseSchedule",
+    "ParallelInverse",
     "SamplingChain",
     "SamplingResult",
+    "StepwiseInverse",
     "StochasticDDIMChain",
     "Transitions",
     "deq_ddim_settings",
     "embedded",
     "initial_noise",
+    "invert",
     "load_denoiser",
     "sample",
     "sample_fpdm",

@@ -13,6 +13,7 @@ except ImportError:  # pragma: no cover
 from fixpoint_diffusion.commands.encode import encode
 from fixpoint_diffusion.commands.evaluate import evaluate
 from fixpoint_diffusion.commands.info import info
+from fixpoint_diffusion.commands.invert import invert
 from fixpoint_diffusion.commands.sample import sample
 from fixpoint_diffusion.commands.train import train
 
@@ -28,6 +29,7 @@ app.command()(encode)
 app.command()(evaluate)
 app.command()(sample)
 app.command()(info)
+app.command()(invert)
 
 # What a user can put right; anything else is a fault of ours, and its traceback is wanted.
 _USER_ERRORS = (ValueError, OSError, ImportError, ArithmeticError, MemoryError, RecursionError)

@@ -144,6 +144,14 @@ class GaussianPrior:
         levels = (transitions.alphas, transitions.alphas_prev, transitions.direction)
         return _slopes(self.variances, *(level[:, None] for level in levels))
 
+    def to_coordinates(self, flat: Tensor) -> Tensor:
+        """Flattened images ``(N, D)`` in the coordinates in which the slopes count, ``(N, D)``, ``wide``."""
+        return _times_each(wide(flat), [wide(factor.to(flat.device)) for factor in self._factors])
+
+    def from_coordinates(self, flat: Tensor) -> Tensor:
+        """The inverse of :meth:`to_coordinates`."""
+        return _times_each(wide(flat), [wide(factor.to(flat.device)).mT for factor in self._factors])
+
     def path(self, x_T: Tensor, transitions: Transitions, noise: Tensor | None = None) -> Tensor:
         """The chain's latents if the data were this Gaussian, with the chain's own noise.
 

@@ -41,7 +41,7 @@ def train(settings: Path, out: Path, *arguments: object, kind: str = "unet") -> 
     return invoke("train", kind, *options, *arguments)
 
 
-@pytest.mark.parametrize("command", [(), ("sample",), ("train",), ("info",)])
+@pytest.mark.parametrize("command", [(), ("sample",), ("train",), ("info",), ("invert",)])
 def test_help_explains_with_an_example(command: tuple[str, ...]) -> None:
     result = invoke(*command, "--help")
     assert result.exit_code == 0

@@ -20,6 +20,7 @@ ORDER = (
     "denoisers",
     "chains",
     "sampling",
+    "inversion",
     "training",
     "evaluation",
     "pipelines",

@@ -1,0 +1,139 @@
+"""The command ``fixpoint-diffusion invert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fixpoint_diffusion.commands.shared import folder_option, open_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fixpoint_diffusion.chains import SamplingChain
+    from fixpoint_diffusion.denoisers import NetworkDenoiser
+    from fixpoint_diffusion.inversion import Inverse
+
+NOISE, GRID, PLOT, RECORD = "x_T.npy", "grid.png", "errors.png", "invert.json"
+
+
+def invert(
+    images: Annotated[str, typer.Argument(help="'digits', a .npy file or a folder of images.")],
+    model: Annotated[str, typer.Option(help="An embedded model's name or a model folder.")] = "ddpm-digits",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler that is inverted.")] = 50,
+    num_images: Annotated[int, typer.Option(min=1, help="Most images, from the first.")] = 16,
+    class_label: Annotated[int | None, typer.Option("--class", min=0, help="Class that the model is told.")] = None,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance; 1 is none.")] = 1.0,
+    rtol: Annotated[float, typer.Option(min=1e-12, max=1.0, help="RMS error of a reconstruction / RMS of it.")] = 1e-3,
+    max_rounds: Annotated[int, typer.Option(min=1, help="Most rounds (batched model calls).")] = 40,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
+    out: Annotated[Path, typer.Option(parser=folder_option, help="Folder for the results.", metavar="FOLDER")] = Path(
+        "runs/invert"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of another run.")] = False,
+) -> None:
+    """Find the noise from which deterministic sampling arrives at given images.
+
+    Example: fixpoint-diffusion invert digits --steps 50 --num-images 8 --out runs/invert
+
+    Writes x_T.npy, the images above their reconstructions (grid.png), the error against rounds (errors.png), and the
+    error and status of each image (invert.json).
+    """
+    if (out / RECORD).exists() and not overwrite:
+        raise ValueError(f"{out} holds the results of another run; pass --overwrite to replace them")
+    denoiser, _ = open_model(model, device=device)
+
+    import numpy as np
+    import torch
+
+    from fixpoint import Status
+    from fixpoint_diffusion.files import write_json
+    from fixpoint_diffusion.inversion import ParallelInverse
+    from fixpoint_diffusion.inversion import invert as find
+    from fixpoint_diffusion.training.data import open_dataset
+
+    dataset = open_dataset(images, labels=False)
+    if denoiser.sample_shape is not None and tuple(dataset.sample_shape) != tuple(denoiser.sample_shape):
+        raise ValueError(f"the model takes images {denoiser.sample_shape}, {images} has {tuple(dataset.sample_shape)}")
+    x_0 = torch.stack([dataset[i]["images"] for i in range(min(num_images, len(dataset)))]).to(device)
+    chain = _chain(denoiser, x_0, steps, class_label, guidance)
+    out.mkdir(parents=True, exist_ok=True)
+    method = ParallelInverse(max_rounds=max_rounds)
+    inverse = find(chain, x_0, method=method, rtol=rtol, on_failure="ignore", progress=True)
+    np.save(out / NOISE, inverse.x_T.cpu().numpy())
+    names = [Status(int(number)).name for number in inverse.status]
+    rows = [{"error": float(e), "status": name} for e, name in zip(inverse.error, names, strict=True)]
+    settings = {"images": images, "model": model, "steps": steps, "class": class_label, "guidance": guidance}
+    write_json(
+        out / RECORD,
+        {**settings, "rtol": rtol, "rounds": inverse.rounds, "evals": inverse.evals, "results": rows},
+    )
+    written = [NOISE, RECORD, *_pictures(x_0, inverse, out)]
+    for number, (error, name) in enumerate(zip(inverse.error, names, strict=True)):
+        typer.echo(f"image {number:4}  RMS error {float(error):.1e}  {name}")
+    converged = f"{int(inverse.converged.sum())} of {len(x_0)} inverted"
+    typer.echo(f"{converged} in {inverse.rounds} rounds, {inverse.evals} model rows")
+    typer.echo(f"written to {out}: {', '.join(written)}")
+
+
+def _chain(
+    denoiser: NetworkDenoiser, x_0: Tensor, steps: int, class_label: int | None, guidance: float
+) -> SamplingChain:
+    """The deterministic chain of the model's own schedule, without clipping, which cannot be undone."""
+    import torch
+
+    from fixpoint_diffusion.chains import chain_from_scheduler
+    from fixpoint_diffusion.denoisers import describe
+    from fixpoint_diffusion.denoisers.guided import Guided
+    from fixpoint_diffusion.processes import Clip
+
+    about = describe(denoiser)
+    if denoiser.schedule_config is None:
+        raise ValueError("the model folder has no scheduler_config.json, so its schedule is not known")
+    classes = about.class_labels
+    if classes is None and (class_label is not None or guidance != 1):
+        raise ValueError("--class and --guidance need a model that takes classes, and this one takes none")
+    if guidance != 1 and class_label is None:
+        raise ValueError("--guidance needs --class")
+    conditioning, wrapped = {}, denoiser
+    if classes is not None:
+        label = classes.null_label if class_label is None else class_label
+        if label is None:
+            raise ValueError("this model needs a --class")
+        conditioning["class_labels"] = torch.full((len(x_0),), label)
+        wrapped = denoiser if guidance == 1 else Guided(denoiser, guidance)  # type: ignore[assignment]
+    return chain_from_scheduler(
+        wrapped,
+        torch.zeros_like(x_0),
+        denoiser.schedule_config,
+        steps=steps,
+        eta=0.0,
+        x0_hook=Clip(float("inf")),
+        conditioning=conditioning,
+    )
+
+
+def _pictures(x_0: Tensor, inverse: Inverse, out: Path) -> list[str]:
+    """Images above their reconstructions, where they are pictures; and the predicted errors against rounds."""
+    import torch
+
+    from fixpoint_diffusion.sampling.grids import save_grid
+
+    written = []
+    if x_0.ndim == 4:
+        save_grid(torch.cat([x_0, inverse.reconstruction]), out / GRID, columns=len(x_0))
+        written.append(GRID)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:  # it belongs to another extra
+        typer.echo(f"no {PLOT}: it needs matplotlib", err=True)
+        return written
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    errors = torch.stack([entry.predicted_error for entry in inverse.history]).cpu()
+    axes.semilogy(range(1, len(errors) + 1), errors.clamp(min=1e-12).numpy(), alpha=0.7)
+    axes.set(xlabel="rounds", ylabel="predicted RMS error", title="One line an image, until it is done")
+    figure.savefig(out / PLOT, dpi=120)
+    return [*written, PLOT]
