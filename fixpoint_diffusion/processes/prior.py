@@ -107,6 +107,24 @@ class GaussianPrior:
         noise = torch.where(a < 1, (1 - a.sqrt() * gains) / (1 - a).clamp(min=1e-12).sqrt(), 0)
         return transitions.alphas_prev.sqrt()[:, None] * gains + transitions.direction[:, None] * noise
 
+    def denoise(self, x: Tensor, transitions: Transitions, k: int) -> Tensor:
+        """The output of this Gaussian's exact denoiser, of the transitions' prediction type, at step k.
+
+        Args:
+            x: latents ``(B, *shape)`` in float64.
+            transitions: T steps.
+            k: which step.
+        """
+        a = transitions.alphas[k].to(x.device)
+        offset = x.flatten(1) - a.sqrt() * self.mean.to(x)
+        x_0 = self.gains(transitions)[k].to(x) * self._coordinates(offset)
+        x_0 = self.mean.to(x) + (x_0 if self.basis is None else x_0 @ self.basis.to(x_0).mT)
+        x_0 = x_0.reshape(x.shape)
+        if transitions.prediction_type == "sample":
+            return x_0
+        eps = (x - a.sqrt() * x_0) / (1 - a).sqrt()
+        return eps if transitions.prediction_type == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x_0
+
     def path(self, x_T: Tensor, transitions: Transitions, noise: Tensor | None = None) -> Tensor:
         """The chain's latents if the data were this Gaussian, with the chain's own noise.
 

@@ -20,6 +20,8 @@ ORDER = (
     "denoisers",
     "chains",
     "sampling",
+    "inversion",
+    "restoration",
     "training",
     "metrics",
     "pipelines",
