@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fixpoint import IFT, Backward, Picard, solve
+from fixpoint import IFT, Backward, CausalQuasiNewton, Picard, solve
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.processes import wide
 
@@ -100,16 +100,21 @@ def loss_and_gradient(
         if trajectory is None:
             reached = chain.sequential()[:, -1]
         else:
-            # Steps alone pass errors on faithfully, as the adjoint's sweeps need. But through one step of one latent
-            # no gradient comes from x_0 to x_T: other rules take the cumulative form.
-            exact = isinstance(gradient, IFT)
-            form = OneStepForm(chain) if exact else chain
+            # Sweeps, the adjoint's too, want single steps. But through one step of one latent no gradient comes from
+            # x_0 to x_T: rules of a few steps take the cumulative form.
             assert isinstance(gradient, Backward)
+            form: SamplingChain | OneStepForm = chain
+            if isinstance(gradient, IFT) and (
+                gradient.solver is None or isinstance(gradient.solver, CausalQuasiNewton)
+            ):
+                form = OneStepForm(chain)
+                gradient = replace(gradient, solver=gradient.solver or CausalQuasiNewton())
             reached = solve(form, trajectory, solver=Picard(), backward=gradient, depth=0).value[:, -1]
-        loss = _squared(wide(reached) - wide(x_0))
-        finite = torch.isfinite(loss)
-        (found,) = torch.autograd.grad(loss[finite].sum(), x_T)
-    return LossAndGradient(loss=loss.detach(), gradient=found.nan_to_num(0, 0, 0), trajectory=trajectory)
+        difference = wide(reached) - wide(x_0)
+        loss = _squared(difference.detach())
+        # The derivative of a square at infinity would be no number even where nothing asks for it.
+        (found,) = torch.autograd.grad(_squared(difference[torch.isfinite(loss)]).sum(), x_T)
+    return LossAndGradient(loss=loss, gradient=found.nan_to_num(0, 0, 0), trajectory=trajectory)
 
 
 def _squared(difference: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from tqdm.auto import tqdm
 
 from fixpoint import IFT, Backward, CausalQuasiNewton, Solver, Status
 from fixpoint_diffusion.chains import SamplingChain
-from fixpoint_diffusion.inversion.gradients import Epoch, Gradient, LinearTerm, loss_and_gradient, part_of
+from fixpoint_diffusion.inversion.gradients import (
+    Epoch,
+    Gradient,
+    LinearTerm,
+    linear_factor,
+    loss_and_gradient,
+    part_of,
+)
 from fixpoint_diffusion.processes import initial_noise, wide
 from fixpoint_diffusion.sampling import sample
 
@@ -24,7 +31,7 @@ _ACTIVE = -1
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Descent:
-    """An optimisation so far, from which :class:`OptimisedInverse` can go on; plain tensors and dicts, to be saved.
+    """An optimisation so far, from which :class:`OptimisedInverse` can go on.
 
     Attributes:
         x_T: ``(B, *shape)``, where the next epoch starts.
@@ -37,13 +44,22 @@ class Descent:
         history: one entry an epoch.
     """
 
-    x_T: Tensor
-    best_x_T: Tensor
+    x_T: Tensor  # noqa: N815
+    best_x_T: Tensor  # noqa: N815
     best_loss: Tensor
     status: Tensor
     trajectory: Tensor | None
     optimiser: dict[str, Any]
     history: tuple[Epoch, ...] = ()
+
+    def state(self) -> dict[str, Any]:
+        """Nothing but tensors, numbers, lists and dicts, for ``torch.save``."""
+        return {**vars(self), "history": [dict(vars(epoch)) for epoch in self.history]}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Descent:
+        """From what :meth:`state` gave; ``torch.load(path, weights_only=True)`` reads it back."""
+        return cls(**{**state, "history": tuple(Epoch(**epoch) for epoch in state["history"])})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +109,7 @@ class OptimisedInverse:
     solver: Solver = field(default_factory=CausalQuasiNewton)
     rtol: float = 1e-3
     max_evals: int | None = None
-    optimiser: Optimiser = partial(torch.optim.Adam, lr=0.01)
+    optimiser: Optimiser = field(default_factory=lambda: partial(torch.optim.Adam, lr=0.01))
     epochs: int = 400
     stop: float | None = None
     start: Literal["noise", "encoded"] | Tensor = "noise"
@@ -134,6 +150,8 @@ class OptimisedInverse:
             callback: called with the :class:`Descent` so far after every epoch; returning something true stops the run,
                 and its samples that have not ended get the status STOPPED.
         """
+        if isinstance(self.gradient, LinearTerm):
+            linear_factor(chain)  # refuses a chain that has none
         now = self._begin(chain, x_0)
         stop = rtol**2 * x_0[0].numel() if self.stop is None else self.stop
         x_T = now.x_T.clone()
@@ -146,14 +164,15 @@ class OptimisedInverse:
                 if not len(rows):
                     break
                 now, gradient = self._score(chain, x_0, now, rows, stop)
-                x_T.grad = torch.zeros_like(x_T)
-                x_T.grad[rows] = gradient
+                x_T.grad = torch.zeros_like(x_T).index_copy(0, rows, gradient)
                 optimiser.step()
                 # Momentum would move samples that have ended.
                 ended = now.status != _ACTIVE
                 x_T[ended] = now.best_x_T[ended]
                 now = replace(now, x_T=x_T.clone(), optimiser=copy.deepcopy(optimiser.state_dict()))
-                bar.set_postfix(loss=f"{float(now.history[-1].loss.median()):.2e}", done=int(ended.sum()), refresh=False)
+                bar.set_postfix(
+                    loss=f"{float(now.history[-1].loss.median()):.2e}", done=int(ended.sum()), refresh=False
+                )
                 bar.update()
                 if callback is not None and callback(now):
                     return _ended(now, Status.STOPPED)
@@ -161,7 +180,13 @@ class OptimisedInverse:
 
     def _begin(self, chain: SamplingChain, x_0: Tensor) -> Descent:
         """Where to start: an earlier run, or x_T and latents as asked for."""
+        if x_0.shape != chain.x_T.shape:
+            raise ValueError(f"x_0 must have the shape of x_T, {tuple(chain.x_T.shape)}, got {tuple(x_0.shape)}")
         if self.resume is not None:
+            if self.resume.x_T.shape != x_0.shape:
+                raise ValueError(
+                    f"resume must be of images of the same shape, {tuple(x_0.shape)}: {tuple(self.resume.x_T.shape)}"
+                )
             status = self.resume.status
             again = (status == Status.MAX_EVALS) | (status == Status.STOPPED)
             return replace(self.resume, status=torch.where(again, _ACTIVE, status))
@@ -193,13 +218,12 @@ class OptimisedInverse:
         better[rows] = loss[rows] < now.best_loss[rows]
         best_x_T, status = now.best_x_T.clone(), now.status.clone()
         best_x_T[better] = now.x_T[better]
-        status[rows[loss[rows] <= stop]] = Status.CONVERGED
-        status[rows[~torch.isfinite(loss[rows])]] = Status.NON_FINITE
-        trajectory = found.trajectory
-        if trajectory is not None:
-            latents = trajectory.new_zeros(len(x_0), *trajectory.shape[1:]) if now.trajectory is None else now.trajectory
-            trajectory = latents.clone()
-            trajectory[rows] = found.trajectory
+        status[rows[loss[rows] <= stop]] = int(Status.CONVERGED)
+        status[rows[~torch.isfinite(loss[rows])]] = int(Status.NON_FINITE)
+        trajectory = None
+        if found.trajectory is not None:
+            latents = chain.z0 if now.trajectory is None else now.trajectory
+            trajectory = latents.index_copy(0, rows, found.trajectory.to(latents))
         epoch = Epoch(
             loss=loss, rounds=part.rounds, evals=part.evals, products=len(products), product_rows=sum(products)
         )

@@ -121,10 +121,13 @@ class RestorationChain(SamplingChain):
 
 
 class SplitChain:
-    """A restoration chain whose states are split into range and null space: ``(B, T, 2, *shape)``.
+    """A restoration chain whose states are split into range and null space: ``(B, T, 2, *shape)`` in float64.
 
     The two parts of a latent sum to it. A step does very different things to them: what it does to a small change of
     the null space's part is about ``mu_k``, on the range ``nu_k``, and these are the slopes of the entries here.
+
+    The denoiser sees latents in the dtype of x_T. Were the states rounded to it too, the last rounds would measure
+    rounding instead of the steps, and take several times as many.
     """
 
     batch_dims = 1
@@ -135,11 +138,12 @@ class SplitChain:
 
     @property
     def start(self) -> Tensor:
-        return self.split(self.chain.x_T)
+        return self._split(wide(self.chain.x_T))
 
     @property
     def z0(self) -> Tensor:
-        return self.split_all(self.chain.guess)
+        guess = wide(self.chain.guess)
+        return self._split(guess.flatten(0, 1)).unflatten(0, guess.shape[:2])
 
     @property
     def slopes(self) -> Tensor:
@@ -151,17 +155,20 @@ class SplitChain:
         mu = transitions.alphas_prev.sqrt() * gain + nu
         return torch.stack((nu, mu), dim=1).repeat_interleave(self.chain.x_T[0].numel(), dim=1)
 
-    def split(self, x: Tensor) -> Tensor:
-        """Latents ``(N, *shape)`` as ``(N, 2, *shape)``."""
-        seen = project(self.chain.degradation, wide(x))
-        return torch.stack((seen, wide(x) - seen), dim=1).to(x.dtype)
-
-    def split_all(self, trajectory: Tensor) -> Tensor:
-        """Latents ``(B, T, *shape)`` as ``(B, T, 2, *shape)``."""
-        return self.split(trajectory.flatten(0, 1)).unflatten(0, trajectory.shape[:2])
-
     def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
-        return self.split(self.chain.transition(x.sum(dim=1), sample, step))
+        chain, latents = self.chain, x.sum(dim=1)
+        sample, step = sample.to(x.device), step.to(x.device)
+        out = chain.denoise(latents.to(chain.x_T.dtype), sample, step)
+        noise = None if chain.noise is None else wide(chain.noise[sample, step])
+        return self._split(chain.transitions.step(latents, wide(out), step, noise, sample))
 
     def __call__(self, z: Tensor) -> Tensor:
-        return self.split_all(self.chain.one_step(z.sum(dim=2)))
+        x = torch.cat((self.start.unsqueeze(1), z[:, :-1]), dim=1)
+        sample, step = torch.arange(len(z), device=z.device), torch.arange(self.steps, device=z.device)
+        rows = sample.repeat_interleave(self.steps), step.repeat(len(z))
+        return self.transition(x.flatten(0, 1), *rows).unflatten(0, z.shape[:2])
+
+    def _split(self, x: Tensor) -> Tensor:
+        """Latents ``(N, *shape)`` as ``(N, 2, *shape)``."""
+        seen = project(self.chain.degradation, x)
+        return torch.stack((seen, x - seen), dim=1)

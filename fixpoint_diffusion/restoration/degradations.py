@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 # An orthogonal projection applied twice, or to the other side of a product, may differ from itself by so much.
 _OFF = 1e-4
@@ -77,7 +77,7 @@ class BlockMean:
     def apply(self, x: Tensor) -> Tensor:
         if x.ndim < 3 or x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise ValueError(f"blocks of {self.factor} x {self.factor} do not divide images of {tuple(x.shape[1:])}")
-        return F.avg_pool2d(x, self.factor)
+        return functional.avg_pool2d(x, self.factor)
 
     def pinv(self, y: Tensor) -> Tensor:
         return y.repeat_interleave(self.factor, dim=-1).repeat_interleave(self.factor, dim=-2)
@@ -123,7 +123,7 @@ class Blur:
         (height, width), (h, w) = x.shape[-2:], self.kernel.shape
         if h > height or w > width:
             raise ValueError(f"a kernel of {h} x {w} is larger than images of {tuple(x.shape[1:])}")
-        padded = F.pad(self.kernel.to(x), (0, width - w, 0, height - h))
+        padded = functional.pad(self.kernel.to(x), (0, width - w, 0, height - h))
         return torch.fft.rfft2(padded.roll((-(h // 2), -(w // 2)), dims=(0, 1)))
 
     @staticmethod
@@ -213,7 +213,7 @@ def check_degradation(degradation: Degradation, like: Tensor) -> None:
         >>> check_degradation(Half(), torch.zeros(1, 4))
         Traceback (most recent call last):
             ...
-        ValueError: pinv(apply(x)) is no projection: applied twice it differs from itself by 0.5; pass the Moore-Penrose inverse
+        ValueError: pinv(apply(x)) is no projection, applied twice it differs by 0.5: pass the Moore-Penrose inverse
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -225,7 +225,7 @@ def check_degradation(degradation: Degradation, like: Tensor) -> None:
         if not twice <= _OFF * max(1.0, float(seen.norm() / x.norm())):
             share = float((project(degradation, seen) - seen).norm() / seen.norm())
             raise ValueError(
-                f"pinv(apply(x)) is no projection: applied twice it differs from itself by {share:.2g}; "
+                f"pinv(apply(x)) is no projection, applied twice it differs by {share:.2g}: "
                 "pass the Moore-Penrose inverse"
             )
         skew = float((seen * other).sum() - (x * other_seen).sum()) / float(x.norm() * other.norm())

@@ -34,7 +34,7 @@ def restore(
 
     Returns:
         As :func:`fixpoint_diffusion.sample`. In ``solution.value`` each latent is split into what the measurement
-        determines and the rest, ``(B, T, 2, *shape)``.
+        determines and the rest, ``(B, T, 2, *shape)`` in float64 (float32 on devices without it).
 
     Raises:
         fixpoint.ConvergenceError: with ``on_failure="raise"``.
@@ -54,7 +54,7 @@ def restore(
         on_failure=on_failure,
         record=record,
     )
-    trajectory = solution.value.sum(dim=2)
+    trajectory = solution.value.sum(dim=2).to(chain.x_T.dtype)
     return SamplingResult(
         images=trajectory[:, -1],
         trajectory=trajectory,
