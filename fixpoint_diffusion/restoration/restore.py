@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
-from fixpoint import IFT, Backward, CausalQuasiNewton, Solver, solve
+from fixpoint import IFT, Backward, CausalQuasiNewton, Progress, Solver, solve
 from fixpoint_diffusion.restoration.chain import RestorationChain, SplitChain
 from fixpoint_diffusion.sampling import SamplingResult
 
@@ -18,6 +19,7 @@ def restore(
     max_evals: int | None = None,
     on_failure: Literal["warn", "raise", "ignore"] = "warn",
     record: bool = False,
+    callback: Callable[[Progress], object] | None = None,
 ) -> SamplingResult:
     """Restore by solving for all latents of the chain in parallel. The sequential method is ``chain.sequential()``.
 
@@ -31,6 +33,7 @@ def restore(
         max_evals: most rounds; by default T + 1, after which plain iteration would be exact.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"`` when samples do not converge.
         record: keep the predicted error after every round in ``solution.trace``.
+        callback: called with a ``fixpoint.Progress`` after every round; returning something true stops the run.
 
     Returns:
         As :func:`fixpoint_diffusion.sample`. In ``solution.value`` each latent is split into what the measurement
@@ -53,6 +56,7 @@ def restore(
         batch_dims=1,
         on_failure=on_failure,
         record=record,
+        callback=callback,
     )
     trajectory = solution.value.sum(dim=2).to(chain.x_T.dtype)
     return SamplingResult(
