@@ -100,8 +100,8 @@ class OptimisedInverse:
         >>> from fixpoint_diffusion import DDIMChain, NoiseSchedule
         >>> chain = DDIMChain(lambda x, t: 0.5 * x, torch.zeros(2, 3), NoiseSchedule.linear(), steps=10)
         >>> method = OptimisedInverse(optimiser=partial(torch.optim.Adam, lr=0.1), epochs=200, stop=1e-4)
-        >>> descent = method.descend(chain, torch.tensor([[0.1, 0.2, 0.3], [0.0, -0.1, 0.4]]))
-        >>> bool((descent.best_loss <= 1e-4).all())
+        >>> found = method.run(chain, torch.tensor([[0.1, 0.2, 0.3], [0.0, -0.1, 0.4]]))
+        >>> bool((found.best_loss <= 1e-4).all())
         True
     """
 
@@ -131,7 +131,7 @@ class OptimisedInverse:
         if not isinstance(self.start, Tensor) and self.start not in ("noise", "encoded"):
             raise ValueError(f"start must be 'noise', 'encoded' or a tensor x_T, got {self.start!r}")
 
-    def descend(
+    def run(
         self,
         chain: SamplingChain,
         x_0: Tensor,
