@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 
+from fixpoint_diffusion.evaluation import digit_quality
 from fixpoint_diffusion.experiments.fpdm import embedded_fpdm
-from fixpoint_diffusion.metrics import digit_quality
 from fixpoint_diffusion.processes import initial_noise
 from fixpoint_diffusion.sampling import sample_fpdm
 

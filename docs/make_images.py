@@ -20,8 +20,9 @@ from fixpoint.plotting import plot_residuals
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, sample
 from fixpoint_diffusion.denoisers import embedded
 from fixpoint_diffusion.restoration import restore
-from fixpoint_diffusion.sampling.drawing import DrawOptions, draw
 from fixpoint_diffusion.sampling.grids import save_grid
+from fixpoint_diffusion.sampling.job import SamplingJob
+from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName
 from fixpoint_diffusion.training.data import load_digits as bundled_digits
 from fixpoint_diffusion.training.data import split_held_out
 
@@ -147,14 +148,15 @@ def _empirical_denoiser(schedule: NoiseSchedule) -> object:
 
 def ddim_samples(path: Path) -> None:
     """64 digits by DDIM in 50 steps from the embedded U-Net, all steps solved at once."""
-    drawn = draw(embedded("ddpm-digits"), DrawOptions(num_images=64, steps=50, solver="causal", max_rows=64 * 50))
-    save_grid(drawn.images, path, columns=16, smallest_side=200)
+    options = SamplingOptions(num_images=64, steps=50, solver=SolverName.causal, max_rows=64 * 50)
+    (batch,) = SamplingJob(embedded("ddpm-digits"), options).batches()
+    save_grid(batch.images, path, columns=16, smallest_side=200)
 
 
 def fpdm_samples(path: Path) -> None:
     """64 digits by DDIM in 50 steps from the embedded fixed point diffusion model."""
-    drawn = draw(embedded("fpdm-digits"), DrawOptions(num_images=64, steps=50))
-    save_grid(drawn.images, path, columns=16, smallest_side=200)
+    (batch,) = SamplingJob(embedded("fpdm-digits"), SamplingOptions(num_images=64, steps=50)).batches()
+    save_grid(batch.images, path, columns=16, smallest_side=200)
 
 
 def restoration(path: Path) -> None:

@@ -66,10 +66,13 @@ def root(
         rtol, atol: A row is done when ``||g(x)|| <= atol + rtol * slope * ||x||``, where the slope is the smallest that
             g showed along the last three steps, without steps longer than a tenth of x; so ``||g(x)|| / slope`` is how
             far x is from the root, by these slopes.
-            A row is not done, other than by atol, where g is larger than at x0. Numbers, or tensors with one for each
-            row. What is small beside a root at zero is told from x0; where x0 is zero as well, give an atol.
+            A row is not done, other than by atol, where g is larger than at x0. Where slopes differed tenfold, two more
+            evaluations look at each component of g: one that x would have to move far for makes the row STAGNATED.
+            Numbers, or tensors with one for each row. What is small beside a root at zero is told from x0; where x0 is
+            zero as well, give an atol.
         norm: Takes a state to one value for each row, in place of the Euclidean norm; of x and of g(x).
-        max_evals: Evaluations of g granted; the second one is next to x0, to see the slope.
+        max_evals: Evaluations of g granted; the second one is next to x0, to see the slope, and the last two are for a
+            look at the components.
         batch_dims, on_failure, check_every, record, callback, compact: As in ``fixpoint.solve``.
         has_aux: g returns ``(g(x), aux)``. The aux of one more evaluation, at the solution, is in ``Solution.aux``.
 

@@ -79,6 +79,9 @@ class Solution:
         aux: What f returned beside the state when it was evaluated at the value, with ``has_aux=True``; else None.
         predicted_error: Norm of the predicted errors of each row, from a solver that judges by them
             (``CausalQuasiNewton`` on a chain); None for all others.
+        amplification: How many times larger, at most, later states of a chain show the relative error of an
+            earlier one, per row: the product of what each step was seen to make of changes of its input. A direction
+            that was not seen may grow faster. From ``CausalQuasiNewton`` outside recorded steps; None for all others.
     """
 
     value: Any
@@ -92,6 +95,7 @@ class Solution:
     states: dict[int, Any] = field(default_factory=dict)
     aux: Any = None
     predicted_error: Tensor | None = None
+    amplification: Tensor | None = None
     _adjoint: AdjointSlot = field(default_factory=AdjointSlot)
 
     @property
@@ -120,6 +124,7 @@ class Solution:
             nfev=result.nfev,
             trace=None if trace is None else trace.detach().reshape(len(trace), *layout.batch_shape).to(real),
             predicted_error=None if result.predicted_error is None else batch(result.predicted_error).to(real),
+            amplification=None if result.amplification is None else batch(result.amplification).to(real),
             _adjoint=adjoint or AdjointSlot(),
         )
 

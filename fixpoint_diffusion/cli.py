@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from enum import StrEnum
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any, NoReturn
 
 try:
     import typer
 except ImportError:  # pragma: no cover
     raise SystemExit("fixpoint-diffusion needs typer: pip install 'fixpoint[diffusion]'") from None
 
-# torch and diffusers take seconds to import: each command imports what it uses, so that --help is instant.
-if TYPE_CHECKING:
-    from fixpoint_diffusion.denoisers import NetworkDenoiser
+from fixpoint_diffusion.commands.encode import encode
+from fixpoint_diffusion.commands.evaluate import evaluate
+from fixpoint_diffusion.commands.info import info
+from fixpoint_diffusion.commands.sample import sample
+from fixpoint_diffusion.commands.train import train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,230 +23,42 @@ app = typer.Typer(
     help="Sample from diffusion models in parallel or in sequence, train small ones, and look at model folders.",
 )
 
+app.command()(train)
+app.command()(encode)
+app.command()(evaluate)
+app.command()(sample)
+app.command()(info)
 
-class ModelKind(StrEnum):
-    unet = "unet"
-    fpdm = "fpdm"
-
-
-class SolverName(StrEnum):
-    sequential = "sequential"
-    causal = "causal"
-    picard = "picard"
-    anderson = "anderson"
-    broyden = "broyden"
-
-
-class WeightingName(StrEnum):
-    plain = "plain"
-    min_snr = "min-snr"
-
-
-@app.command()
-def train(
-    kind: Annotated[
-        ModelKind | None, typer.Argument(help="unet: U-Net that predicts noise (default). fpdm: fixed point model.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the model, its log and the checkpoint.")] = Path("runs/train"),
-    data: Annotated[str | None, typer.Option(help="'digits' (default), a .npy file or a folder of images.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    ema_decay: Annotated[float | None, typer.Option(help="Decay of the averaged weights, which are kept.")] = None,
-    weighting: Annotated[WeightingName | None, typer.Option(help="Weight of each timestep's loss.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the initial weights and of training.")] = None,
-    settings: Annotated[Path | None, typer.Option(help="JSON file with settings of the model's architecture.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
-    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")] = "cpu",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, with its own settings.")] = False,
-) -> None:
-    """Train a denoiser and write it as a model folder.
-
-    Example: fixpoint-diffusion train unet --data digits --steps 9000 --out runs/my-unet
-
-    Digits are trained on four fifths of scikit-learn's set; the rest is held out for judging. Ctrl-C finishes the step
-    at hand and writes a checkpoint, from which --resume continues to the same result as an uninterrupted run. An option
-    that is not given takes the value that the embedded model of that kind was trained with.
-    """
-    given: dict[str, Any] = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "ema_decay": ema_decay,
-        "weighting": weighting and weighting.value,
-        "seed": seed,
-        "checkpoint_every": checkpoint_every,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    if resume:
-        origin_options = {"kind": kind, "data": data, "settings": settings}
-        clashing = [*given, *(name for name, value in origin_options.items() if value is not None)]
-        if clashing:
-            names = ", ".join(name if name == "kind" else "--" + name.replace("_", "-") for name in clashing)
-            raise typer.BadParameter(f"a resumed run keeps its own settings; drop {names}", param_hint="--resume")
-
-    import dataclasses
-
-    from fixpoint_diffusion.training.recipes import RECIPES
-    from fixpoint_diffusion.training.runs import TrainingRun
-
-    if resume:
-        run = TrainingRun.resume(out, device=device)
-    else:
-        name = (kind or ModelKind.unet).value
-        run = TrainingRun.start(
-            out,
-            kind=name,
-            data=data or "digits",
-            settings=None if settings is None else _read_settings(settings),
-            config=dataclasses.replace(RECIPES[name].training, **given),
-            device=device,
-        )
-    typer.echo(run.describe())
-    try:
-        log = run.run()
-    except KeyboardInterrupt:
-        typer.echo(
-            f"\nInterrupted; checkpoint written. Continue with:\n  fixpoint-diffusion train --resume --out {out}"
-        )
-        raise typer.Exit(130) from None
-    typer.echo(f"Trained in {log.seconds:.0f} s, written to {out}. Try:\n  fixpoint-diffusion sample --model {out}")
-
-
-@app.command()
-def info(
-    model: Annotated[str | None, typer.Argument(help="An embedded model's name or a model folder.")] = None,
-) -> None:
-    """Say what a model folder holds; without an argument, list the embedded models.
-
-    Example: fixpoint-diffusion info ddpm-digits
-    """
-    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS
-    from fixpoint_diffusion.denoisers.checksums import CHECKSUM_FILE, verify_checksums
-
-    if model is None:
-        for name in EMBEDDED_MODELS:
-            denoiser, _ = _open_model(name)
-            parameters = sum(p.numel() for p in denoiser.model.parameters())
-            shape = "x".join(map(str, denoiser.sample_shape or ()))
-            typer.echo(f"{name:12} {type(denoiser.model).__name__}, {parameters:,} parameters, images {shape}")
-        typer.echo("\nMore of one: fixpoint-diffusion info NAME_OR_FOLDER")
-        return
-    denoiser, folder = _open_model(model)
-    schedule = denoiser.schedule_config or {}
-    betas = f"{schedule.get('beta_schedule')} {schedule.get('beta_start')}..{schedule.get('beta_end')}"
-    terminal = ", zero terminal SNR" if schedule.get("rescale_betas_zero_snr") else ""
-    checked = (folder / CHECKSUM_FILE).is_file()
-    rows = {
-        "folder": folder,
-        "class": type(denoiser.model).__name__,
-        "parameters": f"{sum(p.numel() for p in denoiser.model.parameters()):,}",
-        "weights": f"{sum(p.stat().st_size for p in folder.rglob('*.safetensors')) / 1e6:.2f} MB",
-        "images": "any size" if denoiser.sample_shape is None else "x".join(map(str, denoiser.sample_shape)),
-        "predicts": denoiser.prediction_type,
-        "schedule": f"{betas}, {schedule.get('num_train_timesteps')} timesteps{terminal}" if schedule else "not given",
-        "checksums": f"{len(verify_checksums(folder))} files match" if checked else f"no {CHECKSUM_FILE}",
-    }
-    for name, value in rows.items():
-        typer.echo(f"{name:10} {value}")
-
-
-@app.command()
-def sample(
-    model: Annotated[str, typer.Option(help="An embedded model's name or a model folder.")] = "ddpm-digits",
-    num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
-    eta: Annotated[float, typer.Option(min=0.0, max=1.0, help="Noise per step: 0 is DDIM, 1 as DDPM.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all noise.")] = 0,
-    solver: Annotated[SolverName, typer.Option(help="sequential: step after step; others solve all steps at once.")] = (
-        SolverName.sequential
-    ),
-    rtol: Annotated[float, typer.Option(help="Parallel solvers: relative tolerance.")] = 1e-3,
-    max_rounds: Annotated[
-        int | None,
-        typer.Option(min=1, help="Parallel solvers: most rounds (batched model calls) (default: steps + 1)."),
-    ] = None,
-    max_rows: Annotated[
-        int | None,
-        typer.Option(min=1, help="causal: most model rows in a round (default: by the model's measured cost)."),
-    ] = None,
-    iterations: Annotated[int | None, typer.Option(min=1, help="FPDM: iterations per step (default: 4).")] = None,
-    reuse: Annotated[
-        bool | None,
-        typer.Option("--reuse/--no-reuse", help="FPDM: start at the last step's solution (default: reuse)."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where to sample: cpu, cuda, ...")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder for grid.png, images.npy and sample.json.")] = Path("runs/sample"),
-) -> None:
-    """Draw images from a model, and write them with the figures of the run.
-
-    Example: fixpoint-diffusion sample --model ddpm-digits --num-images 16 --steps 50 --solver causal
-
-    For the embedded models, that includes the confidence of a small classifier of real digits in the images.
-    """
-    denoiser, _ = _open_model(model, device=device)
-
-    import numpy as np
-
-    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS
-    from fixpoint_diffusion.metrics import digit_quality
-    from fixpoint_diffusion.sampling.drawing import DrawOptions, draw
-    from fixpoint_diffusion.sampling.grids import save_grid
-
-    options = DrawOptions(
-        num_images=num_images,
-        steps=steps,
-        eta=eta,
-        seed=seed,
-        solver=solver.value,
-        rtol=rtol,
-        max_rounds=max_rounds,
-        max_rows=max_rows,
-        iterations=iterations,
-        reuse=reuse,
-    )
-    drawn = draw(denoiser, options)
-    out.mkdir(parents=True, exist_ok=True)
-    save_grid(drawn.images, out / "grid.png")
-    np.save(out / "images.npy", drawn.images.cpu().numpy())
-    figures = {"model": model, **drawn.figures}
-    if model in EMBEDDED_MODELS:
-        quality = digit_quality(drawn.images)
-        figures |= {"digit_confidence": quality.confidence, "relative_to_real_digits": quality.relative_confidence}
-    (out / "sample.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    width = max(map(len, figures))
-    typer.echo("\n".join(f"{name:{width}}  {value}" for name, value in figures.items()))
-    typer.echo(f"written to {out}: grid.png, images.npy, sample.json")
-
-
-def _open_model(model: str, *, device: str = "cpu") -> tuple[NetworkDenoiser, Path]:
-    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded_folder, load_denoiser
-
-    folder = embedded_folder(model) if model in EMBEDDED_MODELS else Path(model)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder {model!r}; embedded models are {', '.join(EMBEDDED_MODELS)}")
-    return load_denoiser(folder, device=device), folder
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a JSON object of settings, got a {type(settings).__name__}")
-    return settings
+# What a user can put right; anything else is a fault of ours, and its traceback is wanted.
+_USER_ERRORS = (ValueError, OSError, ImportError, ArithmeticError, MemoryError, RecursionError)
+# Typer has click's classes within it, or imports them, according to its version.
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def main() -> None:
-    """Run the command; what the user can put right ends in one line, not in a traceback."""
+    """Run the command; what the user can put right ends in one line and exit code 2, not in a traceback."""
     try:
-        app()
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+        code = app(standalone_mode=False)
+    except _UsageError as error:
+        if not error.format_message():  # no command was given, and help has been shown
+            sys.exit(2)
+        _stop(error.format_message())
+    except typer.Abort:
+        sys.exit(130)
+    except _USER_ERRORS as error:
         missing = isinstance(error, ModuleNotFoundError)
         hint = ": pip install 'fixpoint[diffusion]'" if missing and "pip install" not in str(error) else ""
-        typer.echo(f"Error: {' '.join(str(error).split())}{hint}", err=True)
-        sys.exit(1)
+        _stop(f"{error}{hint}" or type(error).__name__)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        _stop("not enough memory: take a smaller --batch-size")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(message: str) -> NoReturn:
+    typer.echo(f"Error: {' '.join(message.split())}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
-        raise ValueError(f"{path} is not usable JSON: it is nested too deep") from None
+        raise ValueError(f"{path} is not valid JSON: it is nested too deep") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.chains [--only PART] [--out benchmarks/results] [--quick]
 
-Parts are ``rounds``, ``speed``, ``quality`` and ``honesty``. Each writes its own ``chains-PART.json`` and
+Parts are ``rounds``, ``speed``, ``quality``, ``honesty`` and ``mixtures``. Each writes its own ``chains-PART.json`` and
 ``chains-PART.txt``, and ``rounds`` two pictures beside.
 """
 
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.chains import honesty, quality, rounds, speed
+from benchmarks.chains import honesty, mixtures, quality, rounds, speed
 from benchmarks.chains.cases import FULL, QUICK
 from benchmarks.solvers.report import targets_text
 from benchmarks.solvers.standings import Target
@@ -56,11 +56,18 @@ def run_honesty(quick: bool, out: Path) -> Part:
     return honesty.table(tallies), honesty.as_json(tallies), honesty.targets(tallies)
 
 
+def run_mixtures(quick: bool, out: Path) -> Part:
+    """How often a sample that is said to have converged is not the sequential one, clipped samplers among them."""
+    tallies = mixtures.measure(range(3 if quick else 210))
+    return mixtures.table(tallies), mixtures.as_json(tallies), mixtures.targets(tallies)
+
+
 PARTS: dict[str, Callable[[bool, Path], Part]] = {
     "rounds": run_rounds,
     "speed": run_speed,
     "quality": run_quality,
     "honesty": run_honesty,
+    "mixtures": run_mixtures,
 }
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from benchmarks.chains.cases import SHAPE, batch
 from benchmarks.chains.methods import ours
 from fixpoint_diffusion import embedded, initial_noise
-from fixpoint_diffusion.metrics import frechet_distance
+from fixpoint_diffusion.evaluation import digit_frechet_distance
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 _BATCH = 250
@@ -59,14 +59,14 @@ def measure(
         start = time.perf_counter()
         pictures = torch.cat([sampler(samples) for samples in batches])
         batched = (time.perf_counter() - start) / images
-        results.append(Quality(name, alone, frechet_distance(pictures, reference), batched))
+        results.append(Quality(name, alone, digit_frechet_distance(pictures, reference), batched))
     return results
 
 
 def text(results: list[Quality], images: int) -> str:
     """The table, with the distance of real digits as a floor."""
     train, held_out = split_held_out(load_digits())
-    floor = frechet_distance(held_out.images, train.images)
+    floor = digit_frechet_distance(held_out.images, train.images)
     lines = [
         f"Frechet distance to the {len(train)} training digits in the classifier's features, {images} images; "
         f"{len(held_out)} held-out digits have {floor:.2f}.",

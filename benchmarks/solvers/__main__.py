@@ -1,8 +1,10 @@
 """Count evaluations of our solvers and the peers' on every problem of the suite; say which targets are met.
 
     python -m benchmarks.solvers [--seeds 2] [--out benchmarks/results] [--quick] [--strict]
+    python -m benchmarks.solvers --against benchmarks/results/solvers.json
 
-Writes ``solvers.json``, ``solvers.txt`` and ``solvers.png`` to the folder.
+Writes ``solvers.json``, ``solvers.txt`` and ``solvers.png`` to the folder; with ``--against``, runs our solvers alone,
+prints their counts beside those of that file, and writes nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.solvers import report
+from benchmarks.solvers.against import against_text
 from benchmarks.solvers.cases import Case, grouped
 from benchmarks.solvers.contestants import installed_runners
 from benchmarks.solvers.floor import floor
@@ -48,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="one seed, float64 only: a look in passing")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 if a target is missed")
+    parser.add_argument("--against", type=Path, help="an earlier solvers.json to compare our solvers with")
     options = parser.parse_args(arguments)
     # More threads than one only wait for one another on states this small.
     torch.set_num_threads(1)
@@ -55,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         chosen = [case for case in chosen if case.z0.dtype == torch.float64]
     runners, missing = installed_runners()
+    if options.against:
+        runners = [runner for runner in runners if runner.ours]
+        print(against_text(run_suite(chosen, runners), runners, options.against))
+        return 0
     results = run_suite(chosen, runners)
     standings = targets(results, runners)
     affine = [case for case in chosen if case.affine and case.z0.dtype == torch.float64]

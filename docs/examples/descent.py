@@ -29,7 +29,7 @@ def descend(gradient: Gradient, images: Tensor, *, learning_rate: float, epochs:
     schedule = NoiseSchedule.from_diffusers(denoiser.schedule_config)
     chain = DDIMChain(denoiser, torch.zeros_like(images), schedule, steps=STEPS)
     optimiser = partial(torch.optim.Adam, lr=learning_rate)
-    return OptimisedInverse(gradient=gradient, optimiser=optimiser, epochs=epochs, stop=0.0).run(chain, images)
+    return OptimisedInverse(gradient=gradient, optimiser=optimiser, epochs=epochs, stop=0.0).descend(chain, images)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
@@ -92,14 +93,21 @@ class CausalQuasiNewton(Solver):
             raise ValueError(
                 f"slopes must have shape (T,) = ({steps},) or (T, D) = ({steps}, {dim}), found {tuple(slopes.shape)}"
             )
-        if basis is not None and tuple(basis.shape) != (dim, dim):
-            raise ValueError(f"basis must have shape (D, D) = ({dim}, {dim}), found {tuple(basis.shape)}")
+        if basis is not None:
+            basis = (basis,) if isinstance(basis, Tensor) else tuple(basis)
+            sizes = (dim,) if len(basis) == 1 else tuple(shape[1:])
+            found = [tuple(factor.shape) for factor in basis]
+            if found != [(size, size) for size in sizes]:
+                raise ValueError(
+                    f"basis must have shape (D, D) = ({dim}, {dim}), or be a matrix for each dimension of a state of "
+                    f"shape {tuple(shape[1:])}, found {found[0] if len(found) == 1 else found}"
+                )
         wide = torch.promote_types(layout.dtype, torch.float32)
         if slopes is not None:
             slopes = slopes.detach().to(layout.device, wide)
             slopes = slopes[:, None] if slopes.ndim == 1 else slopes
         if basis is not None:
-            basis = basis.detach().to(layout.device, wide)
+            basis = tuple(factor.detach().to(layout.device, wide) for factor in basis)
         f = OneStep(f) if isinstance(f, Chain) else f
         single_steps = isinstance(f, OneStep)
         # Nobody promises that another f is causal: what it gives is measured.
@@ -130,7 +138,8 @@ class CausalSweep(Solver):
     """A ``CausalQuasiNewton`` that is bound to its problem: rows are chains of ``steps`` states with ``dim`` entries.
 
     Attributes:
-        slopes: ``(T, 1 or D)``, in the coordinates that the columns of ``basis`` ``(D, D)`` give.
+        slopes: ``(T, 1 or D)``, in the coordinates that the columns of ``basis`` give.
+        basis: One matrix ``(D, D)``, or one for each dimension of a state.
         backwards: Whether row k depends on later rows, as in the adjoint of a chain.
         single_steps: Whether the map can be asked for single steps, by its method ``part``.
     """
@@ -139,7 +148,7 @@ class CausalSweep(Solver):
     steps: int
     dim: int
     slopes: Tensor | None = None
-    basis: Tensor | None = None
+    basis: tuple[Tensor, ...] | None = None
     backwards: bool = False
     single_steps: bool = False
 
@@ -242,8 +251,19 @@ class CausalSweep(Solver):
 
     def to_basis(self, x: Tensor) -> Tensor:
         """Coordinates of ``(..., D)`` in which the slopes count."""
-        return x if self.basis is None else x @ self.basis.to(x.dtype)
+        return x if self.basis is None else times_each(x, self.basis)
 
     def from_basis(self, x: Tensor) -> Tensor:
         """The inverse of ``to_basis``."""
-        return x if self.basis is None else x @ self.basis.mT.to(x.dtype)
+        return x if self.basis is None else times_each(x, [factor.mT for factor in self.basis])
+
+
+def times_each(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """``x`` ``(..., D)`` times the Kronecker product of square ``factors`` of sizes whose product is D."""
+    if len(factors) == 1:
+        return x @ factors[0].to(x.dtype)
+    sizes = [len(factor) for factor in factors]
+    out = x.reshape(-1, *sizes)
+    for number, factor in enumerate(factors, start=1):
+        out = torch.tensordot(out, factor.to(x.dtype), dims=([number], [0])).movedim(-1, number)
+    return out.reshape(x.shape)

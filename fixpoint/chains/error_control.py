@@ -12,7 +12,6 @@ from fixpoint.engine.tolerance import Array
 _PRUDENCE = 4.0
 # A predicted error that falls to a third in every round will sum to half of itself over all rounds to come.
 _FALLING = 3.0
-_LARGEST_LOG = 700.0  # of what float64 can hold
 
 
 class Norms(NamedTuple):
@@ -20,8 +19,10 @@ class Norms(NamedTuple):
 
     error: Array  # of what the sweep changed in each state: the predicted error of the state before it
     scale: Array  # of the new state
-    grown: Array  # of what each step made of an error of its input
+    grown: Array  # of what the model of each step makes of the predicted error of its input
     met: Array  # of that error of its input
+    image_change: Array  # of what each image has changed by since the round before
+    input_change: Array  # of what its input has changed by; 0 where it counts for nothing
     sound: Array  # bool: whether the prediction can be trusted
     finite: Array  # bool: whether the image was finite
 
@@ -31,12 +32,11 @@ class Verdict(NamedTuple):
 
     done: Array  # (B,) states from the first of the window on that are done
     error: Array  # (B, W) predicted errors of the new states, infinity where none can be trusted
-    growth: Array  # (B,) logarithm of what the states that are done make of a relative error
     failed: Array  # (B,) whether the chain is lost: the image of a state with an exact input was not finite
 
 
 def judge(
-    norms: Norms, inside: Array, error_before: Array, allowed: tuple[Array, Array], pace: Array, at_end: Array
+    norms: Norms, inside: Array, error_before: Array, allowed: tuple[Array, Array], ahead: Array, at_end: Array
 ) -> Verdict:
     """Decide which states of each window are done.
 
@@ -45,21 +45,20 @@ def judge(
         inside: ``(B, W)``, which states are in the window; the first always is, and its input is exact.
         error_before: ``(B, W)``, predicted errors a round earlier, infinity where there were none.
         allowed: atol and rtol ``(B,)`` for each state.
-        pace: ``(B,)``, logarithm of the growth of relative errors to be expected between the window and the chain's
-            end, at least 0.
+        ahead: ``(B, W)``, logarithm of how many times larger later states will show a state's relative error.
         at_end: ``(B,)``, whether the window reaches the end of its chain.
     """
     error, scale = np.where(inside, norms.error, 0), np.where(inside, norms.scale, 1)
     error[:, 0] = 0.0
+    # The first state is exact now, however far it has moved: what the model makes of that move is the second's error,
+    # even where that happens to stay where it was.
+    error[:, 1:2] = np.where(inside, np.maximum(error, norms.grown), error)[:, 1:2]
     failed = ~norms.finite[:, 0]
-    growth = log_growth(norms.grown, norms.met, scale, inside)
-    ahead = np.minimum(log_amplification(growth) + pace[:, None], _LARGEST_LOG)
     atol, rtol = allowed
     limit = (atol[:, None] + rtol[:, None] * scale) / np.exp(ahead)
     done, error = accept(error, error_before, np.where(norms.sound, limit, -1), inside, at_end)
     done[failed] = 0
-    total = np.where(np.arange(growth.shape[1]) < done[:, None], growth, 0).sum(axis=1)
-    return Verdict(done, np.where(norms.sound, error, np.inf), total, failed)
+    return Verdict(done, np.where(norms.sound, error, np.inf), failed)
 
 
 def accept(error: Array, error_before: Array, allowed: Array, inside: Array, at_end: Array) -> tuple[Array, Array]:
@@ -87,20 +86,3 @@ def after_sweep(error: Array, error_before: Array) -> Array:
     """
     falling = np.isfinite(error_before) & (error <= error_before / _FALLING)
     return np.where(falling, error / 2, error)
-
-
-def log_growth(grown: Array, met: Array, scale: Array, inside: Array) -> Array:
-    """``(B, W)``: logarithm of what each step makes of a relative error of its input.
-
-    ``grown`` and ``met`` are norms of what each step was seen to make of an error, and of that error. 0 if unknown.
-    """
-    with np.errstate(all="ignore"):
-        before = np.concatenate((scale[:, :1], scale[:, :-1]), axis=1)
-        growth = np.log(grown / met * before / scale)
-    return np.where(np.isfinite(growth) & inside, growth, 0)
-
-
-def log_amplification(growth: Array) -> Array:
-    """``(B, W)``: logarithm of how many times larger later states will show a state's relative error, at least 0."""
-    total = np.cumsum(growth, axis=1)
-    return np.maximum.accumulate(total[:, ::-1], axis=1)[:, ::-1] - total

@@ -15,7 +15,8 @@ class Chain(Protocol):
 
     :class:`~fixpoint.CausalQuasiNewton` asks such a problem for those steps alone that it needs. Two further attributes
     are honoured if present: ``slopes``, ``(T,)`` or ``(T, D)``, what each step does to a small displacement of its
-    input; and ``basis``, ``(D, D)`` orthogonal, in whose coordinates (columns) the slopes count.
+    input; and ``basis``, ``(D, D)`` orthogonal, in whose coordinates (columns) the slopes count. Where D is large, a
+    sequence of matrices ``(n, n)``, one for each dimension of a state, stands for their Kronecker product.
     """
 
     @property

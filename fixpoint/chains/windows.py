@@ -2,55 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.chains.certificate import Certificate
+from fixpoint.chains.amplification import STRICTER, note_gains, reconsider
+from fixpoint.chains.certificate import certify
 from fixpoint.chains.error_control import Norms, judge
+from fixpoint.chains.run import ChainRun, Windows, evaluate
 from fixpoint.chains.sweep import Past
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.loop import Map, Watcher
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, handing_over, tensor_like
-from fixpoint.engine.tolerance import Array, Status, Tolerance, to_host
+from fixpoint.engine.tolerance import Status, Tolerance, to_host
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Some states of some chains: a stretch of each, padded to a common width W. On the host.
-
-    Attributes:
-        rows: ``(R,)``, numbers of the chains.
-        count: ``(R,)``, states of each.
-        step: ``(R, W)``, numbers of the states; 0 where padded.
-        inside: ``(R, W)``, false where padded.
-    """
-
-    rows: Array
-    count: Array
-    step: Array
-    inside: Array
-
-    @classmethod
-    def of(cls, rows: Array, first: Array, count: Array) -> Windows:
-        """``count`` states from the state ``first`` on, ``(R,)`` each."""
-        offset = np.arange(count.max(initial=0))
-        inside = offset < count[:, None]
-        return cls(rows, count, np.where(inside, first[:, None] + offset, 0), inside)
-
-    def places(self, length: int, *, before: bool = False) -> Array:
-        """Where the states are kept, ``(R, W)``, if ``length`` places are kept for each chain; -1 where padded.
-
-        ``before`` asks for the states before them instead, and finds -1 for those before the first as well.
-        """
-        step = self.step - before
-        return np.where(self.inside & (step >= 0), self.rows[:, None] * length + step % length, -1)
+    from fixpoint.engine.tolerance import Array
 
 
 @without_autocast
@@ -81,112 +51,16 @@ def iterate_windows(
     return run.outcome()
 
 
-class ChainRun:
-    """Chains while they are solved: their states on the device, their figures on the host as small arrays.
-
-    What is kept for each state lies in one tensor ``(places + 1, ...)``. The last place is scratch: padded windows
-    read zeros there, and what they write is wiped.
-    """
-
-    def __init__(self, z: Tensor, sweeper: CausalSweep, tolerance: Tolerance) -> None:
-        self.start, self.sweeper = z, sweeper
-        states = sweeper.split(z)
-        rows, steps, dim = states.shape
-        options = sweeper.options
-        self.width = min(options.window or steps, options.max_rows or steps, steps)
-        self.states = torch.cat((states.reshape(rows * steps, dim), states.new_zeros(1, dim)))
-        # A window of one needs no model.
-        self.past = Past.empty((rows * self.width + 1 if self.width > 1 else 1,), options.memory, dim, states)
-        # How far the last state of each window has moved from its guess, and the state before that: (B, 2, D).
-        self.moved = states.new_zeros(rows, 2, dim)
-        # What is certified is a row: its states share atol, so that all together keep to it.
-        share = max(steps, 1) ** -0.5 if options.certify else 1.0
-        self.allowed = share * per_row(tolerance.atol, rows), per_row(tolerance.rtol, rows)
-        self.done = np.zeros(rows, dtype=np.int64)  # states that are done
-        self.end = np.zeros(rows, dtype=np.int64)  # states that are, or were, in the window
-        self.error = np.full((rows, steps), np.inf)  # predicted error of each state
-        self.scale = np.ones((rows, steps))  # and its norm
-        self.residual = np.full(rows, np.nan)  # ||f(z) - z||, where it was measured
-        self.growth = np.zeros(rows)  # logarithm of what the states that are done have made of relative errors
-        self.status = np.full(rows, ACTIVE if steps else Status.CONVERGED)
-        self.evals = np.zeros(rows, dtype=np.int64)
-        self.ended_early = Status.MAX_EVALS  # what rows are called that have not ended
-        self.certificate: Certificate | None = None
-        self.nfev = 0
-        self.trace: list[Array] = []
-
-    @property
-    def steps(self) -> int:
-        """T."""
-        return self.sweeper.steps
-
-    @property
-    def remaining(self) -> int:
-        """Rows that have not ended."""
-        return int(np.count_nonzero(self.status == ACTIVE))
-
-    def rows(self) -> Tensor:
-        """The states as rows ``(B, T * D)``; may share their memory, which the next round writes to."""
-        return self.sweeper.join(self.states[:-1].reshape(len(self.start), self.steps, self.sweeper.dim), self.start)
-
-    def predicted_error(self) -> Array:
-        """Norm of the predicted errors of each row: infinity while a state has not been seen, or cannot be trusted."""
-        return np.where(self.status == Status.NON_FINITE, np.inf, np.sqrt(np.square(self.error).sum(axis=1)))
-
-    def outcome(self) -> LoopResult:
-        """What is known by now."""
-        z, active = self.start, self.status == ACTIVE
-        return LoopResult(
-            z=self.rows().clone(),
-            residual=figures_like(z, self.residual),
-            scale=figures_like(z, np.sqrt(np.square(self.scale).sum(axis=1))),
-            status=tensor_like(z, np.where(active, self.ended_early, self.status)),
-            evals=tensor_like(z, np.where(active, self.nfev, self.evals)),
-            nfev=self.nfev,
-            trace=figures_like(z, np.stack(self.trace)) if self.trace else None,
-            predicted_error=figures_like(z, self.predicted_error()),
-        )
-
-    def write(self, kept: Tensor, places: Tensor, values: Tensor) -> None:
-        """Put ``values`` at their places, and wipe the scratch place."""
-        kept[places] = values
-        kept[-1] = 0
-
-    def end_rows(self, rows: Array, failed: Array, finished: Array) -> None:
-        """Of the given rows, some have failed and some have converged."""
-        self.status[rows[finished]] = Status.CONVERGED
-        self.status[rows[failed]] = Status.NON_FINITE
-        self.evals[rows[failed | finished]] = self.nfev
-
-
-def per_row(limit: Any, rows: int) -> Array:
-    """A number, or one for each row, as ``(rows,)`` on the host."""
-    return torch.as_tensor(limit, dtype=torch.float64).cpu().reshape(-1).expand(rows).numpy()
-
-
 def advance(run: ChainRun, f: Map) -> None:
     """Make one evaluation of ``f``, and whatever follows from it."""
     active = np.flatnonzero(run.status == ACTIVE)
     unfinished = active[run.done[active] < run.steps][: run.sweeper.options.max_rows]
     if not unfinished.size:
         certify(run, f, active)
-    elif run.width == 1:
+    elif run.width == 1 or run.in_order[unfinished].all():
         take_steps(run, f, unfinished)
     else:
         sweep_windows(run, f, open_windows(run, unfinished))
-
-
-def evaluate(run: ChainRun, f: Map, places: Array) -> Tensor:
-    """Images ``(N, D)`` of the states at these places ``(N,)``."""
-    part = getattr(f, "part", None)  # torch.func leaves none
-    if run.sweeper.single_steps and part is not None:
-        row, step = np.divmod(places, run.steps)
-        images = part(run.rows(), tensor_like(run.start, row), tensor_like(run.start, step))
-    else:
-        every = f(run.rows().clone())  # f may keep what it got
-        images = run.sweeper.split(every).flatten(0, 1)[tensor_like(run.start, places)]
-    run.nfev += 1
-    return images.to(run.states.dtype)
 
 
 def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
@@ -200,6 +74,7 @@ def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
     run.error[rows, step] = np.where(finite, 0.0, np.inf)
     run.scale[rows, step] = scale
     run.done[rows] += finite
+    run.end[rows] = run.done[rows]
     last = run.done[rows] == run.steps
     run.residual[rows[last]] = 0.0  # f was evaluated at each of these states, and they are what it returned
     run.end_rows(rows, ~finite, last & (not run.sweeper.options.certify))
@@ -208,12 +83,14 @@ def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
 def open_windows(run: ChainRun, rows: Array) -> Windows:
     """Windows of the given rows, from the first state that is not done; new states are moved from their guesses."""
     limit = run.sweeper.options.max_rows
-    share = run.width if limit is None else min(run.width, limit // len(rows))
+    width = run.width if limit is None else min(run.width, limit // len(rows))
+    share = np.where(run.in_order[rows], 1, width)
     end = np.maximum(run.end[rows], np.minimum(run.done[rows] + share, run.steps))
     new = end - run.end[rows]
     if new.any() and run.end[rows].any():
         move_guesses(run, Windows.of(rows, run.end[rows], new))
     run.end[rows] = end
+    run.seen[rows] = np.maximum(run.seen[rows], end)
     return Windows.of(rows, run.done[rows], end - run.done[rows])
 
 
@@ -243,7 +120,9 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     images = images.reshape(*on_host.shape, -1)
     states, inputs = run.states[places], run.states[tensor_like(z, windows.places(run.steps, before=True))]
     known = torch.isfinite(images).all(dim=2)
-    swept = run.sweeper.swept(states, inputs, images, known, step, Past(*(x[kept] for x in run.past)))
+    past = Past(*(x[kept] for x in run.past))
+    changes = measured_changes(images, inputs, known, past)
+    swept = run.sweeper.swept(states, inputs, images, known, step, past)
     change = swept.states - states
     before = torch.cat((torch.zeros_like(change[:, :1]), change[:, :-1]), dim=1)
     run.write(run.states, places, swept.states)
@@ -253,47 +132,34 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     number = torch.arange(len(rows), device=change.device)
     run.moved[rows] += torch.stack((change[number, last], before[number, last]), dim=1)
     norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, swept.states, swept.corrections, before)]
-    figures = to_host(torch.stack([*norms, swept.sound, known]))  # one transfer a round
-    error, scale, grown, met, sound, finite = figures
-    settle(run, windows, Norms(error, scale, grown, met, sound > 0, finite > 0))
+    figures = to_host(torch.stack([*norms, *changes, swept.sound, known]))  # one transfer a round
+    error, scale, grown, met, image_change, input_change, sound, finite = figures
+    settle(run, windows, Norms(error, scale, grown, met, image_change, input_change, sound > 0, finite > 0))
+
+
+def measured_changes(images: Tensor, inputs: Tensor, known: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+    """Norms ``(B, W)`` of the changes of images and inputs since the round before; 0 where there was none."""
+    known = known & past.known[..., 0]
+    changes = images - past.images[..., 0, :], inputs - past.inputs[..., 0, :]
+    image_change, input_change = (torch.where(known, torch.linalg.vector_norm(x, dim=2), 0) for x in changes)
+    return image_change, input_change
 
 
 def settle(run: ChainRun, windows: Windows, norms: Norms) -> None:
     """Note what a round has shown of its windows, and end the rows that are done or lost."""
     rows, inside = windows.rows, windows.inside
-    # Beyond the window, errors are taken to grow at the pace at which they grew so far.
-    pace = np.maximum(run.growth[rows], 0) / np.maximum(run.done[rows], 1) * (run.steps - run.end[rows])
-    allowed = run.allowed[0][rows], run.allowed[1][rows]
     error_before = run.error[rows[:, None], windows.step]
-    verdict = judge(norms, inside, error_before, allowed, pace, run.end[rows] == run.steps)
     row, step = np.broadcast_to(rows[:, None], inside.shape)[inside], windows.step[inside]
-    run.error[row, step] = verdict.error[inside]
+    note_gains(run, row, step, norms, inside)
     run.scale[row, step] = norms.scale[inside]
+    ahead = np.take_along_axis(run.ahead(rows), windows.step, axis=1) + run.retries[rows, None] * np.log(STRICTER)
+    allowed = run.allowed[0][rows], run.allowed[1][rows]
+    ahead = np.minimum(ahead, run.finest(rows)[:, None])
+    verdict = judge(norms, inside, error_before, allowed, ahead, run.end[rows] == run.steps)
+    run.error[row, step] = verdict.error[inside]
     run.residual[rows] = np.nan  # the states are others now
-    run.growth[rows] += verdict.growth
     run.done[rows] += verdict.done
+    if run.sweeper.single_steps:
+        reconsider(run, rows[~verdict.failed & (run.done[rows] == run.steps)])
     finished = (run.done[rows] == run.steps) & (not run.sweeper.options.certify)
     run.end_rows(rows, verdict.failed, finished)
-
-
-def certify(run: ChainRun, f: Map, rows: Array) -> None:
-    """Evaluate more of the given chains at the states that are to be handed over; once all is, judge them."""
-    if run.certificate is None:
-        run.certificate = Certificate.empty(run.states, rows, run.steps)
-    pending = run.certificate.pending(run.sweeper.options.max_rows)
-    run.certificate.take(pending, evaluate(run, f, pending))
-    if not run.certificate.complete:
-        return
-    findings = run.certificate.judge(run.sweeper, run.states, run.allowed)
-    run.certificate = None
-    run.residual[rows] = findings.residual
-    run.scale[rows] = findings.scale
-    passed, again = findings.passed, ~findings.passed & ~findings.failed
-    run.end_rows(rows, findings.failed, passed)
-    # Chains that did not pass go on from their first wrong state, with nothing remembered.
-    rows = rows[again]
-    run.error[rows] = findings.defect[again]
-    run.done[rows] = findings.first_wrong[again]
-    run.end[rows] = run.steps if run.width == run.steps else run.done[rows]
-    run.past.known[:] = False
-    run.moved[tensor_like(run.start, rows)] = 0

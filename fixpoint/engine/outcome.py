@@ -39,6 +39,7 @@ class LoopResult:
         coupled: Whether the image of a row was seen to depend on other rows.
         state: The solver's state after its last step.
         predicted_error: Norm of the predicted errors ``(rows,)``, from a solver that judges by them.
+        amplification: How many times larger a chain makes relative errors ``(rows,)``, from a solver of chains.
     """
 
     z: Tensor
@@ -52,6 +53,7 @@ class LoopResult:
     coupled: bool = False
     state: Any = None
     predicted_error: Tensor | None = None
+    amplification: Tensor | None = None
 
     def measured(self, fz: Tensor, tolerance: Tolerance) -> LoopResult:
         """The same run with the figures that ``fz = f(self.z)`` gives; for states handed over unverified."""

@@ -8,7 +8,7 @@ that the solver works with, or 0.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fixpoint.engine.layout import Layout, leaves
 from fixpoint.engine.loop import LoopOptions, Map
-from fixpoint.engine.outcome import LoopResult
-from fixpoint.engine.tolerance import NOTHING, Array, Figures, Tolerance, to_host
+from fixpoint.engine.outcome import LoopResult, tensor_like
+from fixpoint.engine.tolerance import NOTHING, Array, Figures, Status, Tolerance, to_host
 from fixpoint.solvers.base import Solver, gram_dtype
 
 # Where g(x0) is this small already, it need not fall: so many roundings of what g would be if x were 100% off.
@@ -30,6 +30,12 @@ _LONG = 0.1
 _NEAR = 1e-8
 # A row starts over when all of these slopes are so many times the one that the solver works with, or as much smaller.
 _UNFIT = 5.0
+# Evaluations that confirm a solution, where it has to be.
+_CONFIRMING = 2
+# Slopes that differ by more are no fair judges of all components of g.
+_HILLY = 10.0
+# A component is small if it is off by no more than so many tolerances: the nudge that tells has one direction of many.
+_SLACK = 100.0
 
 
 def row_norms(state: Any, batch_dims: int) -> Tensor:
@@ -84,6 +90,7 @@ class _Memory(NamedTuple):
     local: Any = None  # (rows, _SLOPES): which of them were seen along a step that was not long
     scale: Any = None  # (rows,): the one that the solver works with
     inner: Any = None  # the solver's state
+    steepness: Any = None  # (rows, 2): the smallest and the largest slope so far
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,50 @@ class Rescaled(Solver):
 
     def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
         same = {field.name: getattr(tolerance, field.name) for field in dataclasses.fields(tolerance)}
-        return super().run(f, z, NaturalTolerance(**same, width=self.width), **options)
+        natural = NaturalTolerance(**same, width=self.width)
+        granted = options["max_evals"]
+        options["max_evals"] = max(granted - _CONFIRMING, min(granted, _CONFIRMING))
+        return self._confirmed(f, super().run(f, z, natural, **options), tolerance, granted)
+
+    def _confirmed(self, f: Map, result: LoopResult, tolerance: Tolerance, max_evals: int) -> LoopResult:
+        """The result, in which a row that met the tolerance in steep terrain alone has stagnated, not converged.
+
+        One slope judges all of g, though g may be flat in some components where it is steep in others. These then say
+        nothing of how far the root is. So where slopes have differed very much, g is evaluated at the solution and next
+        to it: a component that would have to move x far to vanish is no small one.
+        """
+        steepness = None if result.state is None else result.state.steepness
+        if steepness is None:
+            return result
+        status, residual = result.status.clone(), to_host(result.residual)
+        hilly = to_host(steepness[:, 1] / steepness[:, 0]) > _HILLY
+        suspect = hilly & (to_host(status) == Status.CONVERGED) & (residual > tolerance.atol)
+        if not suspect.any():
+            return result
+        spent = _CONFIRMING if result.nfev + _CONFIRMING <= max_evals else 0
+        flat = suspect & self._is_flat_somewhere(f, result, tolerance.rtol) if spent else suspect
+        index = tensor_like(status, np.flatnonzero(flat))
+        status[index] = int(Status.STAGNATED)
+        scale = result.scale.index_copy(0, index, result.residual[index])
+        trace = None if result.trace is None else torch.cat((result.trace, result.residual.expand(spent, -1)))
+        return replace(result, status=status, scale=scale, nfev=result.nfev + spent, trace=trace)
+
+    def _is_flat_somewhere(self, f: Map, result: LoopResult, rtol: Array | float) -> Array:
+        """Which rows have a component of g that is no small one, by what a nudge of x changes."""
+        z, x = result.z, result.z[:, : -2 * self.width]
+        # A step as long as x: g is what is left of an image when x is taken away, and is not to drown in its rounding.
+        scale = row_norms(x, 1) / result.residual.to(gram_dtype(z))
+        x, g, scale = self.parts(z, f(self.join(z, x, scale, scale)))
+        nudge = torch.finfo(z.dtype).eps ** 0.5
+        # Entries of both signs, from 1 to 2 in size, no two alike: so that none are seen to cancel in a component.
+        wave = torch.cos(torch.arange(1, x.shape[1] + 1, device=x.device, dtype=x.dtype) ** 2)
+        direction = wave + wave.sign()
+        length = row_norms(x, 1)[:, None] / x.shape[1] ** 0.5
+        _, nudged, _ = self.parts(z, f(self.join(z, x + nudge * length * direction, scale, scale)))
+        # Near enough the share of x that each component is off by, or more where the direction suits it badly.
+        off = nudge * g.abs() / ((nudged - g).abs() * x.shape[1] ** 0.5)
+        worst = to_host(torch.where(g == 0, 0, off).amax(dim=1))
+        return ~(worst <= np.minimum(_SLACK * np.asarray(rtol), 1))
 
     def adjoint(self) -> Solver | None:
         return self.solver.adjoint()
@@ -153,7 +203,8 @@ class Rescaled(Solver):
         scale = torch.copysign(torch.where(local, scales.abs(), 0).amax(dim=1), secant)
         scale = torch.where(_is_long(x_next, x, state.start), 0, scale)
         scales = torch.where(swallowed[:, None], torch.nan, scales)
-        return self.join(z, x_next, scale, working), _Memory(x, g, state.start, scales, local, working, inner)
+        memory = _Memory(x, g, state.start, scales, local, working, inner, _steepness(state.steepness, secant))
+        return self.join(z, x_next, scale, working), memory
 
     def parts(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x and g(x), both ``(rows, dim)``, and the scale ``(rows,)`` between them in f, in at least float32."""
@@ -167,6 +218,15 @@ class Rescaled(Solver):
         numbers = torch.zeros_like(z[:, -2 * self.width :])
         numbers[:, 0], numbers[:, self.width] = scale.to(z.dtype), working.to(z.dtype)
         return torch.cat((x.to(z.dtype), numbers), dim=1)
+
+
+def _steepness(before: Tensor | None, secant: Tensor) -> Tensor:
+    """The smallest and the largest slope ``(rows, 2)``, with that of one more step, whose inverse is ``secant``."""
+    slope = secant.abs().reciprocal()[:, None]
+    slope = torch.where(torch.isfinite(slope) & (slope > 0), slope, torch.nan)
+    if before is None:
+        return slope.expand(-1, 2)
+    return torch.cat((torch.fmin(before[:, :1], slope), torch.fmax(before[:, 1:], slope)), dim=1)
 
 
 def _is_long(x: Tensor, before: Tensor, start: Tensor) -> Tensor:

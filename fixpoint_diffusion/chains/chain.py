@@ -13,6 +13,7 @@ from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import GaussianPrior, Transitions, wide
 
 Denoiser = Callable[..., Tensor]
+_PART = 2**20  # entries of latents that are summed at a time
 
 
 class SamplingChain:
@@ -85,6 +86,7 @@ class SamplingChain:
         self.conditioning = check_conditioning(conditioning or {}, describe(denoiser), len(x_T), x_T.device)
         self.max_rows = max_rows
         self.check_evals = 0
+        self._timesteps_here = transitions.timesteps, transitions.timesteps
         self.reset_counters()
 
     @property
@@ -103,8 +105,8 @@ class SamplingChain:
         return self.prior.slopes(self.transitions)
 
     @property
-    def basis(self) -> Tensor | None:
-        """``(D, D)``: in whose coordinates the slopes count; None: the entries of a latent."""
+    def basis(self) -> Tensor | tuple[Tensor, ...] | None:
+        """In whose coordinates the slopes count: ``(D, D)``, or a matrix for each dimension; None: the entries."""
         return self.prior.basis
 
     @property
@@ -159,21 +161,24 @@ class SamplingChain:
         noise = None if self.noise is None else wide(self.noise[sample, step])
         return self.transitions.step(wide(x), wide(out), step, noise, sample).to(x.dtype)
 
-    def sequential(self, *, progress: bool = False) -> Tensor:
-        """The trajectory of the ordinary sampler, one step after another, with the same noise.
+    def sequential(self, *, trajectory: bool = True, progress: bool = False) -> Tensor:
+        """The ordinary sampler, one step after another, with the same noise.
 
         Args:
+            trajectory: whether to keep all latents. Without, no more than one is held beside what the denoiser takes.
             progress: show a bar.
 
         Returns:
-            All latents, ``(B, T, *shape)``: what every parallel solution must equal.
+            All latents, ``(B, T, *shape)``: what every parallel solution must equal. Without ``trajectory`` the last of
+            them, x_0, ``(B, *shape)``.
         """
-        latent, trajectory = self.x_T, []
-        samples = torch.arange(len(latent))
+        latent, latents = self.x_T, []
+        samples = torch.arange(len(latent), device=latent.device)
         for k in tqdm(range(self.steps), desc="sequential", disable=not progress):
             latent = self.transition(latent, samples, torch.full_like(samples, k))
-            trajectory.append(latent)
-        return torch.stack(trajectory, dim=1)
+            if trajectory:
+                latents.append(latent)
+        return torch.stack(latents, dim=1) if trajectory else latent
 
     def inputs(self, z: Tensor) -> Tensor:
         """The latent that each step starts from: x_T, then all rows of z but the last; ``(B, T, *shape)``."""
@@ -201,8 +206,17 @@ class SamplingChain:
 
     def accumulate(self, x: Tensor, out: Tensor) -> Tensor:
         """The right-hand side of Eq. 10 from each step's input and denoiser output, both ``(B, T, *shape)``."""
-        noise = None if self.noise is None else wide(self.noise)
-        return self.transitions.cumulative(wide(x), wide(out), noise).to(x.dtype)
+        # A few samples at a time: the sums are in float64, and a whole batch of such copies would fill the memory.
+        parts = max(1, _PART // max(x[:1].numel(), 1))
+        samples = torch.arange(len(x), device=x.device).split(parts)
+        noise = [None] * len(samples) if self.noise is None else self.noise.split(parts)
+        after = [
+            self.transitions.cumulative(wide(latents), wide(outs), None if drawn is None else wide(drawn), sample).to(
+                x.dtype
+            )
+            for latents, outs, drawn, sample in zip(x.split(parts), out.split(parts), noise, samples, strict=True)
+        ]
+        return after[0] if len(after) == 1 else torch.cat(after) if after else torch.empty_like(x)
 
     def reset_counters(self) -> None:
         """Start counting rounds and evaluations from zero."""
@@ -211,11 +225,12 @@ class SamplingChain:
 
     def _all_rows(self) -> tuple[Tensor, Tensor]:
         """Sample and step of every row of a state, sample by sample."""
-        samples, steps = torch.arange(len(self.x_T)), torch.arange(self.steps)
+        device = self.x_T.device
+        samples, steps = torch.arange(len(self.x_T), device=device), torch.arange(self.steps, device=device)
         return samples.repeat_interleave(self.steps), steps.repeat(len(self.x_T))
 
     def _call(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
-        t = self.timesteps.to(x.device)[step]
+        t = self._timesteps_on(x.device)[step]
         rows = {name: rows[sample] for name, rows in self.conditioning.items()}
         # What the network learned of the variance stands behind the prediction.
         wanted = self.transitions.learned_variance
@@ -227,6 +242,14 @@ class SamplingChain:
             out = out.clone()  # the denoiser may use the memory of its output again
             check_fixed_function(self.denoiser, x.detach(), t, rows, out.detach(), rows=self.check_evals)
         return out if wanted or x.ndim == 1 else out[:, : x.shape[1]]
+
+    def _timesteps_on(self, device: torch.device) -> Tensor:
+        """The timesteps where the latents are; copied there once."""
+        kept, here = self._timesteps_here
+        if kept is not self.timesteps or here.device != device:
+            here = self.timesteps.to(device)
+            self._timesteps_here = self.timesteps, here
+        return here
 
     def _check_noise(self, noise: Tensor) -> Tensor:
         expected = torch.Size([len(self.x_T), self.steps, *self.x_T.shape[1:]])

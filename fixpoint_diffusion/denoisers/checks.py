@@ -104,6 +104,8 @@ def check_fixed_function(
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta:
+        return True  # no values
     a, b = a.float(), b.float()
     # Values that are not finite are the solver's to report.
     same = ~(torch.isfinite(a).all() & torch.isfinite(b).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,8 +24,7 @@ def compute_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
         torch.float16
     """
     for module in model.modules():
-        hooks = getattr(module, "_diffusers_hook", None)
-        casting = hooks.get_hook("layerwise_casting") if hooks is not None else None
+        casting = _hook(module, "layerwise_casting")
         if casting is not None:
             dtype: torch.dtype = casting.compute_dtype
             return dtype
@@ -36,13 +36,16 @@ def compute_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """The device that a network wants its inputs on; that of its hooks where accelerate keeps its weights elsewhere.
+    """The device that a network wants its inputs on; that of its hooks where its weights are kept elsewhere.
 
     Example:
         >>> execution_device(nn.Linear(2, 2))
         device(type='cpu')
     """
     for module in model.modules():
+        offloading = _hook(module, "group_offloading")
+        if offloading is not None:
+            return torch.device(offloading.config.onload_device)
         hook = getattr(module, "_hf_hook", None)
         for part in getattr(hook, "hooks", (hook,)):
             device = getattr(part, "execution_device", None)
@@ -50,6 +53,12 @@ def execution_device(model: nn.Module) -> torch.device:
                 return torch.device(device)
     tensors = chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), torch.device("cpu"))
+
+
+def _hook(module: nn.Module, name: str) -> Any:
+    """A hook that diffusers has put on a module; None if there is none of that name."""
+    hooks = getattr(module, "_diffusers_hook", None)
+    return None if hooks is None else hooks.get_hook(name)
 
 
 def _computes(dtype: torch.dtype) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fixpoint import Anderson, Broyden, Picard, Solution, Solver, bench, solve
 from fixpoint_diffusion.denoisers import FPDMDenoiser, embedded
-from fixpoint_diffusion.metrics import digit_quality
+from fixpoint_diffusion.evaluation import digit_quality
 from fixpoint_diffusion.models import FPDM, FPDMLayerProblem, fpdm_layer_problem
 from fixpoint_diffusion.processes import NoiseSchedule, Transitions, initial_noise, wide
 from fixpoint_diffusion.sampling import sample_fpdm

@@ -22,6 +22,7 @@ from fixpoint_diffusion.inversion.gradients import (
     loss_and_gradient,
     part_of,
 )
+from fixpoint_diffusion.inversion.result import Found
 from fixpoint_diffusion.processes import initial_noise, wide
 from fixpoint_diffusion.sampling import sample
 
@@ -70,8 +71,9 @@ class OptimisedInverse:
     the optimiser take one step along the gradient. Of each sample, the x_T of the epoch with the least loss is kept. A
     sample whose loss falls to ``stop`` is done and costs nothing more. Each solve starts from the last epoch's latents.
 
-    ``ParallelInverse`` needs far fewer rounds where it converges. This method asks nothing of the chain's steps, which
-    may fold, clip or add (given) noise.
+    ``invert(chain, x_0, method=OptimisedInverse(...))`` runs it; :meth:`descend` does too and returns all that is
+    known. ``ParallelInverse`` needs far fewer rounds where it converges. This method asks nothing of the chain's steps:
+    they may fold, and for :meth:`descend` they may clip.
 
     Args:
         gradient: ``"sequential"``: run the ordinary sampler and backpropagate through it (Algorithm 1). Otherwise the
@@ -89,7 +91,7 @@ class OptimisedInverse:
         start: ``"noise"``: standard normal, of ``seed``, and every latent equal to it, as in the paper; ``"encoded"``:
             what plain DDIM inversion finds, latents too; or an x_T ``(B, *shape)``, such as ``ParallelInverse`` left.
         seed: of the noise to start from.
-        resume: go on from here: the ``Inverse.descent`` of an earlier run of the same chain and images.
+        resume: go on from here: what an earlier run on the same chain and images returned or showed its callback.
 
     Raises:
         TypeError, ValueError: an option of the wrong type or out of range.
@@ -100,7 +102,7 @@ class OptimisedInverse:
         >>> from fixpoint_diffusion import DDIMChain, NoiseSchedule
         >>> chain = DDIMChain(lambda x, t: 0.5 * x, torch.zeros(2, 3), NoiseSchedule.linear(), steps=10)
         >>> method = OptimisedInverse(optimiser=partial(torch.optim.Adam, lr=0.1), epochs=200, stop=1e-4)
-        >>> found = method.run(chain, torch.tensor([[0.1, 0.2, 0.3], [0.0, -0.1, 0.4]]))
+        >>> found = method.descend(chain, torch.tensor([[0.1, 0.2, 0.3], [0.0, -0.1, 0.4]]))
         >>> bool((found.best_loss <= 1e-4).all())
         True
     """
@@ -136,7 +138,28 @@ class OptimisedInverse:
         chain: SamplingChain,
         x_0: Tensor,
         *,
-        rtol: float = 1e-3,
+        tolerance: Tensor,
+        progress: bool = False,
+        callback: Callable[[Descent], object] | None = None,
+    ) -> Found:
+        """What ``invert`` calls, see :class:`InverseMethod`. The callback gets a :class:`Descent`, to go on from."""
+        found = self.descend(chain, x_0, tolerance=tolerance, progress=progress, callback=callback)
+        # What a run goes on from has been counted in its own.
+        epochs = found.history[0 if self.resume is None else len(self.resume.history) :]
+        return Found(
+            x_T=found.best_x_T,
+            status=found.status,
+            rounds=sum(epoch.rounds for epoch in epochs),
+            evals=sum(epoch.evals for epoch in epochs),
+            history=found.history,
+        )
+
+    def descend(
+        self,
+        chain: SamplingChain,
+        x_0: Tensor,
+        *,
+        tolerance: Tensor | float = 1e-3,
         progress: bool = False,
         callback: Callable[[Descent], object] | None = None,
     ) -> Descent:
@@ -145,7 +168,7 @@ class OptimisedInverse:
         Args:
             chain: of B samples and T steps; its x_T plays no part.
             x_0: the images, ``(B, *shape)``.
-            rtol: where ``stop`` is not given, a sample is done at an RMS error of this.
+            tolerance: where ``stop`` is not given, the RMS error at which a sample is done; a number or ``(B,)``.
             progress: show a bar of epochs, with the worst and the median loss.
             callback: called with the :class:`Descent` so far after every epoch; returning something true stops the run,
                 and its samples that have not ended get the status STOPPED.
@@ -153,7 +176,8 @@ class OptimisedInverse:
         if isinstance(self.gradient, LinearTerm):
             linear_factor(chain)  # refuses a chain that has none
         now = self._begin(chain, x_0)
-        stop = rtol**2 * x_0[0].numel() if self.stop is None else self.stop
+        stop = torch.as_tensor(tolerance) ** 2 * x_0[0].numel() if self.stop is None else torch.tensor(self.stop)
+        stop = stop.to(x_0.device, torch.float64).expand(len(x_0))
         x_T = now.x_T.clone()
         optimiser = self.optimiser([x_T])
         if now.optimiser:
@@ -204,7 +228,7 @@ class OptimisedInverse:
         return Descent(x_T=x_T, best_x_T=x_T, best_loss=losses, status=status, trajectory=trajectory, optimiser={})
 
     def _score(
-        self, chain: SamplingChain, x_0: Tensor, now: Descent, rows: Tensor, stop: float
+        self, chain: SamplingChain, x_0: Tensor, now: Descent, rows: Tensor, stop: Tensor
     ) -> tuple[Descent, Tensor]:
         """One epoch of the samples ``rows``, short of the optimiser's step; and the gradient of their losses."""
         products: list[int] = []
@@ -218,7 +242,7 @@ class OptimisedInverse:
         better[rows] = loss[rows] < now.best_loss[rows]
         best_x_T, status = now.best_x_T.clone(), now.status.clone()
         best_x_T[better] = now.x_T[better]
-        status[rows[loss[rows] <= stop]] = int(Status.CONVERGED)
+        status[rows[loss[rows] <= stop[rows]]] = int(Status.CONVERGED)
         status[rows[~torch.isfinite(loss[rows])]] = int(Status.NON_FINITE)
         trajectory = None
         if found.trajectory is not None:

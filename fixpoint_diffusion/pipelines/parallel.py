@@ -1,16 +1,18 @@
 """What the parallel pipelines share: diffusers' own call, with its loop replaced by one parallel solve.
 
 A pipeline of diffusers prepares prompts and noise, walks a loop of "ask the network, let the scheduler step", and
-decodes what comes out. Here its own ``__call__`` does all of that, with two stand-ins for the length of the loop: a
-scheduler whose only timestep leads from x_T to x_0, and a network that notes what it is asked and answers zeros. When
-the loop takes its one step, the real ones are back in their places, and the chain of all steps is solved with them.
+decodes what comes out. Here its own ``__call__`` does all of that, on a shallow copy of the pipeline. The copy has two
+stand-ins: a scheduler whose only timestep leads from x_T to x_0, and a network that notes what it is asked and answers
+zeros. When the loop takes its one step, the copy gets the real ones, and the chain of all steps is solved with them.
+The pipeline itself never holds a stand-in, so that several threads may call it at once.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.chains.chain import Denoiser
 from fixpoint_diffusion.denoisers import DiffusersDenoiser, Guided
 from fixpoint_diffusion.denoisers.guided import NEGATIVE
+from fixpoint_diffusion.pipelines.callbacks import check_assignment
 from fixpoint_diffusion.pipelines.schedulers import check_scheduler, scheduler_noise, scheduler_transitions
 from fixpoint_diffusion.sampling import SamplingResult, sample
 
@@ -90,33 +93,37 @@ class ParallelPipeline(DiffusionPipeline):
             ValueError: a scheduler that cannot be served, or whatever the original refuses.
         """
         check_scheduler(self.scheduler)
-        original = super().__call__
+        run = copy.copy(self)
+        before = dict(vars(run))
+        real = {"scheduler": copy.copy(self.scheduler), self._network: getattr(self, self._network)}
+        original = super(ParallelPipeline, run).__call__
         bound = inspect.signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
-        after_round = self._after_round(bound.arguments)
-        real = {"scheduler": self.scheduler, self._network: getattr(self, self._network)}
+        after_round = run._after_round(bound.arguments, self)
         asked = _Listener(real[self._network])
         results: list[SamplingResult] = []
 
         def take_step(step: Mapping[str, Any]) -> Tensor:
-            self.__dict__.update(real)
-            chain = self._chain(asked, step, self._guidance(bound.arguments), max_rows)
-            result = self._sample(chain, solver, rtol, after_round and partial(after_round, asked.inputs))
+            run.__dict__.update(real)
+            chain = run._chain(asked, step, run._guidance(bound.arguments), max_rows)
+            result = run._sample(chain, solver, rtol, after_round and partial(after_round, asked.inputs))
             results.append(result)
             images = result.images.to(step["sample"].dtype)
             # A loop may carry the latents of a guided batch twice.
             return torch.cat([images] * (len(step["sample"]) // len(images)))
 
-        self.__dict__.update({"scheduler": _OneStep(self.scheduler, take_step), self._network: asked})
-        try:
-            output = original(*bound.args, **bound.kwargs)
-        finally:
-            self.__dict__.update(real)
+        run.__dict__.update({"scheduler": _OneStep(real["scheduler"], take_step), self._network: asked})
+        output = original(*bound.args, **bound.kwargs)
+        self._take_over(run, before)
         if isinstance(output, tuple):
             return output
         (result,) = results
         given = {field.name: getattr(output, field.name) for field in fields(output)}
         return self._output(**given, rounds=result.rounds, evals=result.evals, solution=result.solution)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check_assignment(self, name, value)
+        super().__setattr__(name, value)
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
         """A silent bar for the loop of one step; the bar that is shown counts rounds."""
@@ -133,9 +140,21 @@ class ParallelPipeline(DiffusionPipeline):
         """How the original's loop guides, given the arguments of its call; None where it does not."""
         return None
 
-    def _after_round(self, arguments: dict[str, Any]) -> AfterRound | None:
-        """What to call after every round; the original's own callback is taken out of the arguments."""
+    def _after_round(self, arguments: dict[str, Any], shared: DiffusionPipeline) -> AfterRound | None:
+        """What to call after every round; the original's own callback is taken out of the arguments.
+
+        Called on the copy that a call works on; ``shared`` is the pipeline that was called.
+        """
         return None
+
+    def _take_over(self, run: ParallelPipeline, before: Mapping[str, Any]) -> None:
+        """What the original's call leaves on a pipeline and its scheduler: settings, offloading hooks, timesteps.
+
+        Its ``_interrupt`` is not among them, for it would stop the calls of other threads.
+        """
+        self.scheduler.__dict__.update(vars(run.scheduler))
+        left = {name: value for name, value in vars(run).items() if value is not before.get(name, run)}
+        self.__dict__.update({name: value for name, value in left.items() if name not in ("scheduler", "_interrupt")})
 
     def _chain(
         self, asked: _Listener, step: Mapping[str, Any], guidance: Guidance | None, max_rows: int | None
@@ -225,6 +244,10 @@ class _Listener(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_real"], name)
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
+        """The real ones: a pipeline finds the device to run on by the offloading hooks on them."""
+        return vars(self)["_real"].modules()
 
     def forward(self, sample: Tensor, timestep: Tensor, *, return_dict: bool = True, **inputs: Any) -> Any:
         self.rows, self.inputs = len(sample), inputs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from diffusers import StableDiffusionPipeline
@@ -12,6 +14,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
 from fixpoint import Solution
+from fixpoint_diffusion.pipelines.callbacks import CANNOT_CHANGE, check_returned, check_unchanged, read_only
 from fixpoint_diffusion.pipelines.parallel import AfterRound, Guidance, ParallelPipeline
 
 
@@ -34,11 +37,15 @@ class ParallelStableDiffusionPipeline(ParallelPipeline, StableDiffusionPipeline)
 
     ``callback_on_step_end(pipe, round, timestep, tensors)`` is called after every *round*, for there are no single
     steps: ``timestep`` is the last one and ``latents`` is the estimate of x_0 so far. It may stop the run
-    (``pipe._interrupt = True``: the best latents so far are decoded) but not change it.
+    (``pipe._interrupt = True``: the best latents so far are decoded) but not change it. It is given the copy of the
+    pipeline that this call works on: ``_interrupt`` there stops this call alone, on the pipeline itself the calls of
+    all threads.
 
     Raises:
         ValueError: at a call with an image for an IP adapter, with one of diffusers' own callbacks, which change the
-            guidance of later steps, or with a callback that returns other tensors than it was given.
+            guidance of later steps, or with a callback that sets ``pipe._guidance_scale``, another setting of the run
+            or a component, that changes in place a tensor it was given or the ``cross_attention_kwargs``, or that
+            returns another tensor.
 
     Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CVPR 2022).
     """
@@ -55,26 +62,36 @@ class ParallelStableDiffusionPipeline(ParallelPipeline, StableDiffusionPipeline)
             return None
         return Guidance(scale=self.guidance_scale, rescale=self.guidance_rescale)
 
-    def _after_round(self, arguments: dict[str, Any]) -> AfterRound | None:
+    def _after_round(self, arguments: dict[str, Any], shared: StableDiffusionPipeline) -> AfterRound:
         callback, names = arguments["callback_on_step_end"], arguments["callback_on_step_end_tensor_inputs"]
         arguments["callback_on_step_end"] = None
-        if callback is None:
-            return None
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-            raise ValueError(f"{type(callback).__name__} changes later steps, which a parallel solve has no place for")
+            raise ValueError(f"{type(callback).__name__} changes later steps; {CANNOT_CHANGE}")
+        if arguments["kwargs"].get("callback"):
+            arguments["kwargs"]["callback"] = partial(self._look, shared, arguments["kwargs"]["callback"])
+        shared._interrupt = False
 
         def after_round(inputs: Mapping[str, Any], index: int, latents: Tensor) -> bool:
-            prompts = inputs["encoder_hidden_states"]
-            tensors = {
-                "latents": latents.to(prompts.dtype),
-                "prompt_embeds": prompts,
-                "negative_prompt_embeds": prompts[: len(prompts) // 2] if self.do_classifier_free_guidance else None,
-            }
-            given = {name: tensors[name] for name in names}
-            returned = callback(self, index, self.scheduler.timesteps[-1], dict(given))
-            changed = [name for name, value in (returned or {}).items() if value is not given.get(name)]
-            if changed:
-                raise ValueError(f"the callback returned other tensors for {changed}; a parallel solve cannot use them")
-            return self.interrupt
+            if callback is not None:
+                tensors = self._tensors(inputs["encoder_hidden_states"], latents)
+                given = {name: None if tensors[name] is None else tensors[name].clone() for name in names}
+                settings = {name: copy(value) for name, value in inputs.items() if not isinstance(value, Tensor)}
+                with read_only(self, shared):
+                    returned = callback(self, index, self.scheduler.timesteps[-1], dict(given))
+                check_unchanged(tensors | settings, {**given, **inputs}, how="changed in place")
+                check_returned(tensors, returned)
+            return bool(self.interrupt or shared.interrupt)
 
         return after_round
+
+    def _tensors(self, prompts: Tensor, latents: Tensor) -> dict[str, Any]:
+        """All that a callback may ask for, as the original's loop holds it."""
+        negative = prompts[: len(prompts) // 2] if self.do_classifier_free_guidance else None
+        return {"latents": latents.to(prompts.dtype), "prompt_embeds": prompts, "negative_prompt_embeds": negative}
+
+    def _look(self, shared: Any, callback: Callable[..., Any], index: int, timestep: Tensor, latents: Tensor) -> None:
+        """Call the deprecated ``callback``, which comes once, at the end, and returns nothing."""
+        given = latents.clone()
+        with read_only(self, shared):
+            callback(index, timestep, given)
+        check_unchanged({"latents": latents}, {"latents": given}, how="changed in place")

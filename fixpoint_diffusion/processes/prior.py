@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fixpoint import CausalQuasiNewton, Recurrence, solve
 from fixpoint_diffusion.processes.transitions import Transitions, wide
 
 PRIOR_FILE = "prior.safetensors"
-_LARGEST_BASIS = 4096
+_LARGEST_BASIS = 1024  # up to so many entries, the principal axes are estimated: 8 MiB
+_BATCH = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,12 @@ class GaussianPrior:
     Attributes:
         mean: ``(D,)`` float64, of flattened images; or ``(1,)``, for all entries alike.
         variances: ``(D,)`` float64, along the columns of ``basis``; or ``(1,)``.
-        basis: ``(D, D)`` float64, orthogonal; None: the entries themselves.
+        basis: ``(D, D)`` float64, orthogonal; or a tuple of orthogonal matrices, one for each dimension of an image,
+            that stand for their Kronecker product; None: the entries themselves.
+
+    Raises:
+        ValueError: values that are not finite, variances below 0, a basis that is not orthogonal, sizes that do not
+            fit together.
 
     Example:
         >>> from fixpoint_diffusion.training.data import load_digits
@@ -39,7 +45,30 @@ class GaussianPrior:
 
     mean: Tensor
     variances: Tensor
-    basis: Tensor | None = None
+    basis: Tensor | tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "variances"):
+            values = getattr(self, name)
+            if values.ndim != 1 or not values.numel() or not bool(torch.isfinite(values).all()):
+                raise ValueError(f"a prior's {name} must be finite numbers of shape (D,), got {tuple(values.shape)}")
+            object.__setattr__(self, name, values.to(torch.float64))
+        if bool((self.variances < 0).any()):
+            raise ValueError(f"a prior's variances must be at least 0, got {float(self.variances.min()):g}")
+        for factor in self._factors:
+            one = torch.eye(len(factor), dtype=torch.float64)
+            square = factor.ndim == 2 and factor.shape[0] == factor.shape[1]
+            if not square or not torch.allclose(factor.double().mT @ factor.double(), one.to(factor.device), atol=1e-4):
+                raise ValueError(f"a prior's basis must be orthogonal; that of shape {tuple(factor.shape)} is not")
+        sizes = {len(self.mean), len(self.variances), math.prod(map(len, self._factors))} - {1}
+        if len(sizes) > 1:
+            raise ValueError(f"mean, variances and basis of a prior must have one size, got {sorted(sizes)}")
+
+    @property
+    def _factors(self) -> tuple[Tensor, ...]:
+        if self.basis is None:
+            return ()
+        return (self.basis,) if isinstance(self.basis, Tensor) else self.basis
 
     @classmethod
     def isotropic(cls, variance: float = 0.3) -> GaussianPrior:
@@ -47,34 +76,41 @@ class GaussianPrior:
         return cls(torch.zeros(1, dtype=torch.float64), torch.tensor([variance], dtype=torch.float64))
 
     @classmethod
-    def of(cls, images: Tensor, *, shrinkage: float = 0.5) -> GaussianPrior:
-        """From images ``(N, *shape)``: along their principal axes, or for more than 4096 entries along these.
+    def of(cls, images: Tensor | Iterable[Tensor], *, shrinkage: float = 0.5) -> GaussianPrior:
+        """From images, along their principal axes; for more than 1024 entries, in a cosine transform.
+
+        Neighbouring pixels are alike, so waves of different lengths are nearly uncorrelated: along the dimensions after
+        the first, the directions are those of the discrete cosine transform; along the first (channels), the principal
+        axes of the channels. Such a prior takes as much memory as two images.
 
         Args:
-            images: a sample of the data, a few times D of them.
+            images: ``(N, *shape)``, a sample of the data, or batches ``(n, *shape)`` of it, which are read once.
             shrinkage: share of the mean variance in each variance, from 0 to 1. What is left of the variance once a
                 sample is known in part is more even than that of the data.
 
         Raises:
             ValueError: fewer than two images, or a shrinkage outside [0, 1].
         """
-        if len(images) < 2:
-            raise ValueError(f"a prior needs at least two images, got {len(images)}")
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage must lie in [0, 1], got {shrinkage}")
-        flat = images.flatten(1).to("cpu", torch.float64)
-        if flat.shape[1] > _LARGEST_BASIS:
-            variances, basis = flat.var(dim=0), None
-        else:
-            variances, basis = torch.linalg.eigh(torch.cov(flat.T))
+        batches = images.split(_BATCH) if isinstance(images, Tensor) else images
+        moments: _Moments | None = None
+        for batch in batches:
+            moments = moments or _Moments(batch)
+            moments.add(batch)
+        if moments is None or moments.count < 2:
+            raise ValueError(f"a prior needs at least two images, got {moments.count if moments else 0}")
+        variances, basis = moments.axes()
         variances = (1 - shrinkage) * variances.clamp(min=0) + shrinkage * variances.mean()
-        return cls(flat.mean(dim=0), variances, basis)
+        return cls(moments.mean(), variances, basis)
 
     def save(self, folder: str | Path) -> None:
         """Write ``prior.safetensors`` into a model's folder, where ``load_denoiser`` finds it."""
         tensors = {"mean": self.mean, "variances": self.variances}
-        if self.basis is not None:
+        if isinstance(self.basis, Tensor):
             tensors["basis"] = self.basis.contiguous()
+        else:
+            tensors |= {f"basis.{number}": factor.contiguous() for number, factor in enumerate(self._factors)}
         save_file(tensors, Path(folder) / PRIOR_FILE)
 
     @classmethod
@@ -82,30 +118,29 @@ class GaussianPrior:
         """Read ``prior.safetensors`` from a model's folder; None if there is none.
 
         Raises:
-            ValueError: a damaged file, or tensors that are no such prior.
+            ValueError: a file that is damaged or holds something else.
         """
         path = Path(folder) / PRIOR_FILE
         if not path.is_file():
             return None
         try:
             tensors = load_file(path)
-        except (SafetensorError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-        problem = _problem(tensors)
-        if problem:
-            raise ValueError(f"{path} is not a prior: {problem}")
-        return cls(**{name: tensor.double() for name, tensor in tensors.items()})
-
-    def gains(self, transitions: Transitions) -> Tensor:
-        """``(T, 1 or D)``: by how much the expected image follows a change of the latent, along the basis."""
-        a = transitions.alphas[:, None]
-        return a.sqrt() * self.variances / (a * self.variances + 1 - a)
+            factors = tuple(tensors[f"basis.{n}"] for n in range(len(tensors)) if f"basis.{n}" in tensors)
+            prior = cls(tensors["mean"], tensors["variances"], tensors.get("basis", factors or None))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{path} is not the file of a prior: it has no {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if len(tensors) != 2 + len(prior._factors):
+            raise ValueError(f"{path} is not the file of a prior: it holds {', '.join(sorted(tensors))}")
+        return prior
 
     def slopes(self, transitions: Transitions) -> Tensor:
         """``(T, 1 or D)`` float64: what each step does to a small change of its latent, along the basis."""
-        a, gains = transitions.alphas[:, None], self.gains(transitions)
-        noise = torch.where(a < 1, (1 - a.sqrt() * gains) / (1 - a).clamp(min=1e-12).sqrt(), 0)
-        return transitions.alphas_prev.sqrt()[:, None] * gains + transitions.direction[:, None] * noise
+        levels = (transitions.alphas, transitions.alphas_prev, transitions.direction)
+        return _slopes(self.variances, *(level[:, None] for level in levels))
 
     def denoise(self, x: Tensor, transitions: Transitions, k: int) -> Tensor:
         """The output of this Gaussian's exact denoiser, of the transitions' prediction type, at step k.
@@ -115,11 +150,10 @@ class GaussianPrior:
             transitions: T steps.
             k: which step.
         """
-        a = transitions.alphas[k].to(x.device)
-        offset = x.flatten(1) - a.sqrt() * self.mean.to(x)
-        x_0 = self.gains(transitions)[k].to(x) * self._coordinates(offset)
-        x_0 = self.mean.to(x) + (x_0 if self.basis is None else x_0 @ self.basis.to(x_0).mT)
-        x_0 = x_0.reshape(x.shape)
+        factors = [factor.to(x) for factor in self._factors]
+        a, mean, variances = transitions.alphas[k].to(x.device), self.mean.to(x), self.variances.to(x)
+        along = _times_each(x.flatten(1) - a.sqrt() * mean, factors) * a.sqrt() * variances / (a * variances + 1 - a)
+        x_0 = (mean + _times_each(along, [factor.mT for factor in factors])).reshape(x.shape)
         if transitions.prediction_type == "sample":
             return x_0
         eps = (x - a.sqrt() * x_0) / (1 - a).sqrt()
@@ -128,6 +162,8 @@ class GaussianPrior:
     def path(self, x_T: Tensor, transitions: Transitions, noise: Tensor | None = None) -> Tensor:
         """The chain's latents if the data were this Gaussian, with the chain's own noise.
 
+        Beside what is returned, this takes the memory of a few latents.
+
         Args:
             x_T: ``(B, *shape)``.
             transitions: T steps.
@@ -135,46 +171,106 @@ class GaussianPrior:
 
         Returns:
             ``(B, T, *shape)`` in the dtype of x_T.
+
+        Raises:
+            ValueError: a prior of another size than the images.
         """
-        coordinates = self._coordinates(x_T.flatten(1))
-        mean = self._coordinates(self.mean.to(x_T.device).expand(1, coordinates.shape[1]))
-        slopes, a = self.slopes(transitions).to(coordinates), transitions.alphas[:, None]
-        # A Gaussian's flow keeps to its mean, sqrt(a) times it: displacements from there follow the slopes.
-        added = coordinates.new_zeros(len(x_T), transitions.steps, coordinates.shape[1])
-        if noise is not None:
-            added = self._coordinates(noise.flatten(2)) * transitions.sigma.to(coordinates)[:, None]
-        arrive = transitions.alphas_prev.sqrt().to(coordinates)[:, None] * mean
-        leave = a.sqrt().to(coordinates) * mean
-        added = added + arrive - slopes * leave
-        spread = slopes.expand_as(added)
-        chain = Recurrence(lambda x, s, u: s * x + u, coordinates, inputs=(spread, added), slopes=slopes.squeeze(1))
-        path = solve(chain, solver=CausalQuasiNewton(), rtol=1e-6, backward=None).value
-        path = path if self.basis is None else path @ self.basis.to(path).mT
-        return path.reshape(len(x_T), transitions.steps, *x_T.shape[1:]).to(x_T.dtype)
+        size = math.prod(x_T.shape[1:])
+        for found in (len(self.mean), len(self.variances)):
+            if found not in (1, size):
+                raise ValueError(f"the prior is one of {found} entries, the images have {size}: {tuple(x_T.shape[1:])}")
+        factors = [wide(factor.to(x_T.device)) for factor in self._factors]
+        x = _times_each(wide(x_T.flatten(1)), factors)
+        mean = _times_each(self.mean.to(x).expand(1, size), factors)
+        variances, alphas, arrive, direction, sigma = (
+            values.to(x)
+            for values in (
+                self.variances,
+                transitions.alphas,
+                transitions.alphas_prev,
+                transitions.direction,
+                transitions.sigma,
+            )
+        )
+        path = x_T.new_empty(len(x_T), transitions.steps, size)
+        for k in range(transitions.steps):
+            # A Gaussian's flow keeps to its mean, sqrt(a) times it: displacements from there follow the slopes.
+            slopes = _slopes(variances, alphas[k], arrive[k], direction[k])
+            x = arrive[k].sqrt() * mean + slopes * (x - alphas[k].sqrt() * mean)
+            if noise is not None:
+                x = x + sigma[k] * _times_each(wide(noise[:, k].flatten(1)), factors)
+            path[:, k] = _times_each(x, [factor.mT for factor in factors])
+        return path.reshape(len(x_T), transitions.steps, *x_T.shape[1:])
 
-    def _coordinates(self, flat: Tensor) -> Tensor:
-        flat = wide(flat)
-        return flat if self.basis is None else flat @ self.basis.to(flat)
+
+def _slopes(variances: Tensor, a: Tensor, a_prev: Tensor, direction: Tensor) -> Tensor:
+    """What a step from signal level ``a`` to ``a_prev`` does to a small change of its latent."""
+    gain = a.sqrt() * variances / (a * variances + 1 - a)  # by how much the expected image follows the latent
+    noise = torch.where(a < 1, (1 - a.sqrt() * gain) / (1 - a).clamp(min=1e-12).sqrt(), 0)
+    return a_prev.sqrt() * gain + direction * noise
 
 
-def _problem(tensors: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with a prior's tensors; None where nothing is."""
-    if not {"mean", "variances"} <= tensors.keys() <= {"mean", "variances", "basis"}:
-        return f"it holds {', '.join(sorted(tensors)) or 'nothing'}; expected mean, variances and perhaps basis"
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            return f"{name} must hold finite numbers, and is {str(tensor.dtype).removeprefix('torch.')}"
-    mean, variances, basis = tensors["mean"], tensors["variances"], tensors.get("basis")
-    sizes = {len(part) for part in (mean, variances) if part.ndim == 1}
-    if mean.ndim != 1 or variances.ndim != 1 or 0 in sizes or len(sizes - {1}) > 1:
-        return f"mean has shape {tuple(mean.shape)} and variances {tuple(variances.shape)}; expected (D,) or (1,)"
-    if bool((variances < 0).any()):
-        return "a variance is negative"
-    if basis is None:
-        return None
-    if basis.shape != (max(sizes), max(sizes)):
-        return f"basis has shape {tuple(basis.shape)}, expected {(max(sizes), max(sizes))}"
-    # A few random vectors, for the whole product takes seconds at thousands of entries.
-    vectors = torch.randn(len(basis), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    off = basis.double().mT @ (basis.double() @ vectors) - vectors
-    return None if float(off.abs().max()) < 1e-3 else "basis is not orthogonal"
+def _times_each(flat: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """``(B, D)`` times the Kronecker product of square factors; as it is without any."""
+    if not factors:
+        return flat
+    out = flat.reshape(len(flat), *map(len, factors))
+    for number, factor in enumerate(factors, start=1):
+        out = torch.tensordot(out, factor, dims=([number], [0])).movedim(-1, number)
+    return out.reshape(flat.shape)
+
+
+def _cosines(n: int) -> Tensor:
+    """``(n, n)`` float64: the columns are the orthonormal waves of the discrete cosine transform (DCT-II)."""
+    place, wave = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
+    waves = (math.pi / n * (place + 0.5) * wave).cos() * (2 / n) ** 0.5
+    waves[:, 0] /= 2**0.5
+    return waves
+
+
+class _Moments:
+    """Mean and covariances of images that come in batches, in float64 on the CPU.
+
+    Of small images, the covariance of all entries. Of larger ones, that of the channels for each wave of a cosine
+    transform of the other dimensions.
+    """
+
+    def __init__(self, first: Tensor) -> None:
+        shape = first.shape[1:]
+        self.shape = shape if len(shape) > 1 and shape.numel() > _LARGEST_BASIS else (shape.numel(),)
+        self.count = 0
+        channels, rest = self.shape[0], math.prod(self.shape[1:])
+        self.shift = first.flatten(1).to("cpu", torch.float64).mean(dim=0)  # numbers near 0 lose no digits
+        self.sum = torch.zeros_like(self.shift)
+        # A long vector has no dimension to transform, and its axes are too many: its entries alone.
+        self.alone = rest == 1 and channels > _LARGEST_BASIS
+        self.waves = [torch.eye(channels, dtype=torch.float64), *map(_cosines, self.shape[1:])]
+        size = (rest, channels) if self.alone else (rest, channels, channels)
+        self.products = torch.zeros(size, dtype=torch.float64)
+
+    def add(self, batch: Tensor) -> None:
+        flat = batch.flatten(1).to("cpu", torch.float64) - self.shift
+        self.count += len(flat)
+        self.sum += flat.sum(dim=0)
+        self.products += self._products(flat)
+
+    def _products(self, flat: Tensor) -> Tensor:
+        if self.alone:
+            return flat.square().sum(dim=0, keepdim=True)
+        rows = _times_each(flat, self.waves).reshape(len(flat), self.shape[0], -1)
+        return torch.einsum("ncp,ndp->pcd", rows, rows)
+
+    def mean(self) -> Tensor:
+        return self.shift + self.sum / self.count
+
+    def axes(self) -> tuple[Tensor, Tensor | tuple[Tensor, ...] | None]:
+        """Variances ``(D,)`` and the basis along which they are."""
+        offset = self.sum[None] / self.count
+        covariance = (self.products - self.count * self._products(offset)) / (self.count - 1)
+        if self.alone:
+            return covariance[0], None
+        channels, axes = (x.contiguous() for x in torch.linalg.eigh(covariance.mean(dim=0)))
+        if len(self.shape) == 1:
+            return channels, axes
+        variances = torch.einsum("cj,pcd,dj->jp", axes, covariance, axes)
+        return variances.flatten(), (axes, *self.waves[1:])

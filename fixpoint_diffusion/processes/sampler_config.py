@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fixpoint_diffusion.files import read_json
 from fixpoint_diffusion.processes.scheduler_tables import (
     CLASS_KEYS,
     CLASSES,
@@ -178,12 +178,7 @@ def _read_config(scheduler: Any) -> tuple[Mapping[str, Any], str]:
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is None:
             raise FileNotFoundError(f"no scheduler_config.json at {path}, nor in its subfolder 'scheduler'")
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{file} holds a {type(config).__name__}; expected a JSON object")
+        config = read_json(file)
         name = config.get("_class_name")
     else:
         config = getattr(scheduler, "config", scheduler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ class Transitions:
     x0_hook: X0Hook | None = None
     noise_from_clipped: bool = False
     variance_type: str = "fixed_small"
+    _tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def steps(self) -> int:
@@ -214,11 +215,11 @@ class Transitions:
             out: the denoiser's outputs for them, of the same shape, or with twice the channels, of which the second
                 half is about the variance.
             k: which step or steps.
-            sample: for the hook, which sample each row belongs to: ``(N,)`` int64 where k is a tensor; None: rows are
-                samples 0, 1, 2, ...
+            sample: for the hook, which sample each row belongs to: ``(N,)`` int64, or ``(B,)`` for a slice; None:
+                they are samples 0, 1, 2, ...
         """
         out, _ = self._split(x, out, k)
-        signal, noise = self._like(self.alphas.sqrt(), x, k), self._like((1 - self.alphas).sqrt(), x, k)
+        signal, noise = self._like("signal", x, k), self._like("noise", x, k)
         if self.prediction_type == "epsilon":
             x_0, eps = (x - noise * out) / signal, out
         elif self.prediction_type == "v_prediction":
@@ -249,10 +250,10 @@ class Transitions:
             ValueError: noise and a learned variance, but an output that holds none; a hook that returns another shape.
         """
         x_0, eps = self.predict(x, out, k, sample)
-        after = self._like(self.alphas_prev.sqrt(), x, k) * x_0 + self._like(self.direction, x, k) * eps
+        after = self._like("signal_prev", x, k) * x_0 + self._like("direction", x, k) * eps
         return after if noise is None else after + self._noise_scale(x, out, k) * noise
 
-    def cumulative(self, x: Tensor, out: Tensor, noise: Tensor | None = None) -> Tensor:
+    def cumulative(self, x: Tensor, out: Tensor, noise: Tensor | None = None, sample: Tensor | None = None) -> Tensor:
         """All latents, each as the sum of all steps before it (DEQ-DDIM, Eq. 10; stochastic: Eq. 22 and 23).
 
         A step is ``x' = sqrt(a' / a) x + change``. Divided by the product of all those factors so far, it is
@@ -263,28 +264,25 @@ class Transitions:
             x: the latents that each step starts from, ``(B, T, *shape)``; the first is x_T.
             out: the denoiser's outputs for them, as for :meth:`predict`.
             noise: standard normal, of the shape of x; None where sigma is 0.
+            sample: for the hook, the numbers of the samples ``(B,)``; None: 0, 1, 2, ...
 
         Returns:
             The latents after each step, ``(B, T, *shape)``.
         """
         every, rest = slice(None), slice(1, None)
-        factors = (self.alphas_prev / self.alphas).sqrt()
-        product = self._like(torch.cat([self.alphas_prev[:1].sqrt(), factors[1:]]).cumprod(0), x, every)
-        after = self.step(x, out, every, noise)
-        change = after[:, rest] - self._like(factors, x, rest) * x[:, rest]
+        product = self._like("product", x, every)
+        after = self.step(x, out, every, noise, sample)
+        change = after[:, rest] - self._like("factor", x, rest) * x[:, rest]
         return product * (torch.cat([after[:, :1], change], dim=1) / product).cumsum(dim=1)
 
     def _apply_hook(self, x_0: Tensor, k: int | slice | Tensor, sample: Tensor | None) -> Tensor:
         """The hook on one row after another, whatever the shape of x_0."""
         assert self.x0_hook is not None
         steps = torch.arange(self.steps, device=x_0.device)[k].reshape(-1)
+        rows, samples = x_0, torch.arange(len(x_0), device=x_0.device) if sample is None else sample.to(x_0.device)
         if isinstance(k, slice):
-            rows, count = x_0.flatten(0, 1), len(steps)
-            samples = torch.arange(len(x_0), device=x_0.device).repeat_interleave(count)
-            steps = steps.repeat(len(x_0))
+            rows, samples, steps = x_0.flatten(0, 1), samples.repeat_interleave(len(steps)), steps.repeat(len(x_0))
         else:
-            rows = x_0
-            samples = torch.arange(len(x_0), device=x_0.device) if sample is None else sample.to(x_0.device)
             steps = steps.expand(len(x_0))
         found = self.x0_hook(rows, steps, samples)
         if not isinstance(found, Tensor) or found.shape != rows.shape:
@@ -295,7 +293,7 @@ class Transitions:
     def _noise_scale(self, x: Tensor, out: Tensor, k: int | slice | Tensor) -> Tensor:
         """Standard deviation of the noise of the steps k."""
         if not self.learned_variance:
-            return self._like(self.sigma, x, k)
+            return self._like("sigma", x, k)
         _, values = self._split(x, out, k)
         if values is None:
             raise ValueError(
@@ -305,11 +303,9 @@ class Transitions:
         if self.variance_type == "learned":
             scale = values.sqrt()
         else:
-            large = 1 - self.alphas / self.alphas_prev
-            small = (large * (1 - self.alphas_prev) / (1 - self.alphas)).clamp(min=1e-20)
             share = (values + 1) / 2
-            scale = ((share * self._like(large.log(), x, k) + (1 - share) * self._like(small.log(), x, k)) / 2).exp()
-        return torch.where(self._like(self.timesteps, x, k) > 0, scale, 0)
+            scale = ((share * self._like("log_large", x, k) + (1 - share) * self._like("log_small", x, k)) / 2).exp()
+        return torch.where(self._like("timestep", x, k) > 0, scale, 0)
 
     @staticmethod
     def _split(x: Tensor, out: Tensor, k: int | slice | Tensor) -> tuple[Tensor, Tensor | None]:
@@ -319,11 +315,33 @@ class Transitions:
         prediction, values = out.chunk(2, dim=2 if isinstance(k, slice) else 1)
         return prediction, values
 
-    @staticmethod
-    def _like(coefficients: Tensor, x: Tensor, k: int | slice | Tensor) -> Tensor:
-        """The coefficients of the steps k, shaped to multiply x."""
-        chosen = coefficients.to(device=x.device, dtype=x.dtype)[k]
+    def _like(self, name: str, x: Tensor, k: int | slice | Tensor) -> Tensor:
+        """A coefficient of the steps k, shaped to multiply x."""
+        chosen = self._table(name, x)[k]
         if isinstance(k, int):
             return chosen
         leading = 1 if isinstance(k, Tensor) else 2
         return chosen.reshape(-1, *[1] * (x.ndim - leading))
+
+    def _table(self, name: str, x: Tensor) -> Tensor:
+        """A coefficient of all steps ``(T,)`` where x is; copied there once."""
+        key = name, x.device, x.dtype
+        if key not in self._tables:
+            factor = (self.alphas_prev / self.alphas).sqrt()
+            # DDPM's largest and smallest variance of a step, between which a learned one lies.
+            large = 1 - self.alphas / self.alphas_prev
+            small = (large * (1 - self.alphas_prev) / (1 - self.alphas)).clamp(min=1e-20)
+            values = {
+                "timestep": self.timesteps,
+                "log_large": large.log(),
+                "log_small": small.log(),
+                "signal": self.alphas.sqrt(),
+                "noise": (1 - self.alphas).sqrt(),
+                "signal_prev": self.alphas_prev.sqrt(),
+                "direction": self.direction,
+                "sigma": self.sigma,
+                "factor": factor,
+                "product": torch.cat([self.alphas_prev[:1].sqrt(), factor[1:]]).cumprod(0),
+            }
+            self._tables[key] = values[name].to(device=x.device, dtype=x.dtype)
+        return self._tables[key]

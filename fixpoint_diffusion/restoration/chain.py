@@ -12,7 +12,7 @@ from torch import Tensor
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.chains.chain import Denoiser
 from fixpoint_diffusion.denoisers.protocol import describe
-from fixpoint_diffusion.processes import NoiseSchedule, Transitions, step_noise, wide
+from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule, Transitions, step_noise, wide
 from fixpoint_diffusion.restoration.degradations import Degradation, check_degradation, project
 
 # Share of the prior's variance that a latent and a measurement leave open, about; found on the digits. From 0.1 to 1,
@@ -153,11 +153,10 @@ class SplitChain:
     def slopes(self) -> Tensor:
         """``(T, 2 D)``: of each entry of the range's part, then of the null space's."""
         transitions = self.chain.transitions
-        a, variance = transitions.alphas, _LEFT * self.chain.prior.variances.mean()
-        gain = a.sqrt() * variance / (a * variance + 1 - a)
-        nu = transitions.direction * (1 - a.sqrt() * gain) / (1 - a).sqrt()
-        mu = transitions.alphas_prev.sqrt() * gain + nu
-        return torch.stack((nu, mu), dim=1).repeat_interleave(self.chain.x_T[0].numel(), dim=1)
+        prior = GaussianPrior.isotropic(float(_LEFT * self.chain.prior.variances.mean()))
+        mu = prior.slopes(transitions)
+        nu = prior.slopes(replace(transitions, alphas_prev=torch.zeros_like(transitions.alphas_prev)))
+        return torch.cat((nu, mu), dim=1).repeat_interleave(self.chain.x_T[0].numel(), dim=1)
 
     def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         chain, latents = self.chain, x.sum(dim=1)

@@ -20,6 +20,29 @@ _WORTH = 0.9
 _SHARE = 0.03
 
 
+# Entries of latents in a round, all rows together, up to which more rows are taken to cost little, by type of device.
+_ENTRIES = {"cpu": 2**15}
+_ENTRIES_ELSEWHERE = 2**22
+
+
+def usual_rows(chain: SamplingChain) -> int:
+    """Rows a round by a rule that needs no clock: so many that their latents have 2^15 entries on a CPU, or 2^22.
+
+    At least one for each sample, which makes the ordinary sampler. The same chain gets the same budget on every machine
+    with the same type of device.
+
+    Example:
+        >>> from fixpoint_diffusion import DDIMChain, NoiseSchedule
+        >>> def budget(*shape):
+        ...     return usual_rows(DDIMChain(lambda x, t: x, torch.zeros(shape), NoiseSchedule.linear(), steps=50))
+        >>> budget(2, 1, 8, 8), budget(2, 3, 256, 256)
+        (512, 2)
+    """
+    entries = _ENTRIES.get(chain.x_T.device.type, _ENTRIES_ELSEWHERE)
+    samples = max(len(chain.x_T), 1)
+    return max(entries // max(chain.x_T.numel() // samples, 1), samples)
+
+
 @dataclass(frozen=True)
 class BatchCost:
     """Seconds of a denoiser call by rows, measured at a few sizes and linear between and beyond them.
@@ -27,6 +50,7 @@ class BatchCost:
     Attributes:
         rows: sizes that were measured, ascending.
         seconds: what a call of each took.
+        limit: most rows that a call may have, where the device had no memory for more; None: not met.
 
     Example:
         >>> cost = BatchCost((1, 64), (0.004, 0.010))
@@ -36,18 +60,25 @@ class BatchCost:
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
+    limit: int | None = None
 
     @classmethod
     def measure(cls, chain: SamplingChain) -> BatchCost:
-        """Time the chain's denoiser on growing batches, until a row gets no cheaper or a call too long.
+        """Time the chain's denoiser on growing batches, until a row gets no cheaper, a call too long, or memory short.
 
-        The chain does not count these calls.
+        The chain counts these calls as rounds.
+
+        Raises:
+            torch.OutOfMemoryError: not even one row a sample fits.
         """
         samples, largest = len(chain.x_T), len(chain.x_T) * chain.steps
         sizes, seconds = [samples], [_seconds(chain, samples, calls=2 + min(2, chain.steps // 100))]
         while sizes[-1] < largest and 4 * seconds[-1] < _SHARE * chain.steps * seconds[0]:
             size = min(4 * sizes[-1], largest)
-            took = _seconds(chain, size)
+            try:
+                took = _seconds(chain, size)
+            except (torch.OutOfMemoryError, MemoryError):
+                return cls(tuple(sizes), tuple(seconds), limit=sizes[-1])
             cheaper = took / size < _WORTH * seconds[-1] / sizes[-1]
             sizes, seconds = [*sizes, size], [*seconds, took]
             if not cheaper:
@@ -66,6 +97,7 @@ class BatchCost:
         ``samples`` itself means windows of one state: the ordinary sampler.
         """
         windows = [2**n for n in range(steps.bit_length()) if 2**n < steps] + [steps]
+        windows = [w for w in windows if w == 1 or self.limit is None or samples * w <= self.limit]
 
         def expected(window: int) -> float:
             rounds = steps if window == 1 else min(steps, _ROUNDS + _SLIDES * steps / window)
@@ -76,10 +108,9 @@ class BatchCost:
 
 def _seconds(chain: SamplingChain, rows: int, *, calls: int = 1) -> float:
     """The least time of so many calls: the first may have to warm up, and the machine may have been busy elsewhere."""
-    sample = torch.arange(rows) % len(chain.x_T)
-    step = torch.arange(rows) % chain.steps
-    x = chain.x_T[sample.to(chain.x_T.device)]
-    counted, least = (chain.rounds, chain.evals), math.inf
+    row = torch.arange(rows, device=chain.x_T.device)
+    sample, step = row % len(chain.x_T), row % chain.steps
+    x, least = chain.x_T[sample], math.inf
     with torch.no_grad():
         for _ in range(calls):
             _wait(x)
@@ -87,7 +118,6 @@ def _seconds(chain: SamplingChain, rows: int, *, calls: int = 1) -> float:
             chain.denoise(x, sample, step)
             _wait(x)
             least = min(least, time.perf_counter() - start)
-    chain.rounds, chain.evals = counted
     return least
 
 

@@ -76,6 +76,8 @@ def sample_fpdm(
     eta: float = 0.0,
     seed: int = 0,
     y: Tensor | None = None,
+    guidance: float = 1.0,
+    first_sample: int = 0,
     spacing: str = "linspace",
     record: bool = False,
     progress: bool = False,
@@ -94,6 +96,9 @@ def sample_fpdm(
         eta: Share of DDPM's noise: 0 is deterministic DDIM, 1 is DDPM.
         seed: Of that noise, which is a function of (seed, image, step).
         y: Classes ``(N,)`` of a conditional model.
+        guidance: Classifier-free guidance: 1 is none. Else the layer is solved for 2 N rows, those without class first,
+            and so are the solutions that are handed on.
+        first_sample: Number of the first image among all that share the seed.
         spacing: Which timesteps are visited. The default includes both ends, as in the paper.
         record: Keep the residual of every iteration.
         progress: Show a bar.
@@ -102,7 +107,8 @@ def sample_fpdm(
         The images, the iterations, their cost in block passes and, if recorded, the residuals.
 
     Raises:
-        ValueError: If the iterations do not fit the steps, or a shape, ``eta`` or ``spacing`` is out of range.
+        ValueError: If the iterations do not fit the steps, a shape, ``eta`` or ``spacing`` is out of range, or guidance
+            is asked for without classes.
 
     Source: Bai and Melas-Kyriazi, CVPR 2024, Sec. 3.3; footnote 4 for the cost.
 
@@ -124,6 +130,8 @@ def sample_fpdm(
         eta=eta,
         seed=seed,
         y=y,
+        guidance=guidance,
+        first_sample=first_sample,
         spacing=spacing,
         record=record,
     )
@@ -157,6 +165,8 @@ def fpdm_steps(
     eta: float = 0.0,
     seed: int = 0,
     y: Tensor | None = None,
+    guidance: float = 1.0,
+    first_sample: int = 0,
     spacing: str = "linspace",
     record: bool = False,
 ) -> Iterator[FPDMStep]:
@@ -174,11 +184,16 @@ def fpdm_steps(
     timesteps = schedule.timesteps(steps, spacing)
     transitions = Transitions.of(schedule, timesteps, eta=eta, prediction_type=model.config.prediction_type)
     dtype = compute_dtype(model, x_T.dtype)
+    if guidance != 1:
+        if y is None or model.config.num_classes is None:
+            raise ValueError("guidance needs the classes y, and a model that has classes")
+        y = torch.cat([torch.full_like(y, model.config.num_classes), y])
     latent, z0 = x_T, None
     for k, count in enumerate(counts):
         timestep = int(timesteps[k])
+        inputs = latent if guidance == 1 else torch.cat([latent, latent])
         output, solution = model(
-            latent.to(dtype),
+            inputs.to(dtype),
             torch.tensor(timestep, device=latent.device),
             y,
             z0,
@@ -189,9 +204,12 @@ def fpdm_steps(
         )
         noise = None
         if eta > 0:
-            samples = range(len(x_T))
+            samples = range(first_sample, first_sample + len(x_T))
             noise = step_noise(seed, samples, [k], x_T.shape[1:], dtype=wide(latent).dtype, device=latent.device)[:, 0]
         output = output[:, : model.config.in_channels]
+        if guidance != 1:
+            without, output = output.chunk(2)
+            output = without + guidance * (output - without)
         after = transitions.step(wide(latent), wide(output), k, noise).to(latent.dtype)
         yield FPDMStep(timestep, latent, z0, solution, after)
         latent = after

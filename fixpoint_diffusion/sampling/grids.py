@@ -14,7 +14,8 @@ def image_grid(images: Tensor, *, columns: int | None = None, gap: int = 1) -> n
     """Lay out images row by row, with gaps between them.
 
     Args:
-        images: ``(N, C, H, W)`` in [-1, 1] (clipped to it), C 1 (grey) or 3 (RGB).
+        images: ``(N, C, H, W)`` in [-1, 1] (clipped to it). One channel is grey and three are RGB; of any other number,
+            such as latents have, the channels are grey tiles from left to right without a gap.
         columns: images in a row; None: as square as can be.
         gap: pixels between images and around them, mid-grey.
 
@@ -26,19 +27,31 @@ def image_grid(images: Tensor, *, columns: int | None = None, gap: int = 1) -> n
 
     >>> image_grid(torch.zeros(6, 1, 8, 8), columns=3).shape
     (19, 28, 3)
+    >>> image_grid(torch.zeros(6, 4, 8, 8), columns=3).shape
+    (19, 100, 3)
     """
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-        raise ValueError(f"images must be (N, C, H, W) with N at least 1 and C 1 or 3, got {tuple(images.shape)}")
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images must be (N, C, H, W), none of them 0, got {tuple(images.shape)}")
+    if images.shape[1] not in (1, 3):
+        images = torch.cat(images.split(1, dim=1), dim=3)
     count, _, height, width = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count * height / width))
     rows = math.ceil(count / columns)
-    pixels = images.detach().to("cpu", torch.float32).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    tiles = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    tiles = to_pixels(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 128, dtype=np.uint8)
     for index, tile in enumerate(tiles):
         top, left = (gap + (index // columns) * (height + gap)), (gap + (index % columns) * (width + gap))
         grid[top : top + height, left : left + width] = tile
     return grid
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Images in [-1, 1] (clipped to it) as uint8, rounded to the nearest of 256 values, on the CPU.
+
+    >>> to_pixels(torch.tensor([-1.0, 0.0, 1.0, 9.0]))
+    tensor([  0, 128, 255, 255], dtype=torch.uint8)
+    """
+    return images.detach().to("cpu", torch.float32).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 def save_grid(images: Tensor, path: str | Path, *, columns: int | None = None, smallest_side: int = 512) -> Path:

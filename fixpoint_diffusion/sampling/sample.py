@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from fixpoint import Anderson, Blockwise, CausalQuasiNewton, Progress, Solution, Solver, solve
 from fixpoint_diffusion.chains import SamplingChain
-from fixpoint_diffusion.sampling.batch_cost import BatchCost
+from fixpoint_diffusion.sampling.batch_cost import BatchCost, usual_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +25,10 @@ class SamplingResult:
         trajectory: all latents, ``(B, T, *shape)``; row k is the latent after step k.
         solution: the solve's own account: ``converged``, ``status`` and ``evals`` per sample, ``trace``, ``residual``
             or, where ``CausalQuasiNewton`` judged by that, ``predicted_error``.
-        rounds: batched denoiser calls of this run.
-        evals: denoiser rows of this run.
+        rounds: batched denoiser calls of this run, those that timed the denoiser included.
+        evals: denoiser rows of this run, likewise.
+        max_rows: the budget of rows a round that the run kept to; None: there was none.
+        cost: what calls of the denoiser were seen to take, with ``max_rows="auto"``; else None.
     """
 
     images: Tensor
@@ -34,6 +36,8 @@ class SamplingResult:
     solution: Solution
     rounds: int
     evals: int
+    max_rows: int | None = None
+    cost: BatchCost | None = None
 
 
 def sample(
@@ -43,6 +47,7 @@ def sample(
     rtol: float = 1e-3,
     atol: float = 0.0,
     max_evals: int | None = None,
+    max_rows: int | Literal["auto"] | None = None,
     init: str | Tensor | None = None,
     on_failure: Literal["warn", "raise", "ignore"] = "warn",
     record: bool = False,
@@ -52,9 +57,9 @@ def sample(
     """Sample by solving the chain's fixed point, all steps in parallel; without gradient.
 
     ``CausalQuasiNewton()`` is the solver that knows of chains, and by far the fastest here: it works on the one-step
-    form, in windows, and accepts each latent by its predicted error. Where neither its window nor its ``max_rows`` is
-    given and the chain is not small, the denoiser is timed on a few batch sizes, and the budget of rows a round that
-    should take the least time is chosen: on a device that few rows keep busy, that is the ordinary sampler's.
+    form, in windows, and accepts each latent by its predicted error. Where a chain is seen to amplify errors
+    (``solution.amplification``), as clipping may make it do, its samples are solved more tightly, or in the end step by
+    step.
 
     For other solvers, the denoiser is only asked about rows whose input has changed since the last round: samples that
     have converged, and latents that have settled (the first input is x_T from the start), cost nothing more. The result
@@ -68,7 +73,12 @@ def sample(
         rtol, atol: a sample is done when ``||chain(z) - z|| <= atol + rtol ||chain(z)||`` over its whole trajectory;
             with ``CausalQuasiNewton``, when every latent's predicted error is at most ``atol + rtol ||latent||``.
         max_evals: most evaluations of the chain; by default T + 1, enough for plain iteration to be exact and know it,
-            and as often T as samples have to take turns under ``max_rows``, and a certificate in as many parts.
+            and as often T as samples have to take turns under ``max_rows``, and a certificate in as many parts. For
+            ``CausalQuasiNewton`` three times that, for samples that are solved anew.
+        max_rows: for ``CausalQuasiNewton`` without a window and a budget of its own: most rows in a round. None: by the
+            rule of :func:`~fixpoint_diffusion.sampling.batch_cost.usual_rows`, from the type of device, the number of
+            samples and their size. ``"auto"``: the denoiser is timed on growing batches, and the budget is taken that
+            should need the least time; then the images depend, within the tolerance, on how busy the machine is.
         init: where to start: ``"prior"``, the latents that the chain's Gaussian prior expects; every latent equal to
             ``"x_T"``; ``"zeros"``; or latents of shape ``(B, T, *shape)``, such as a neighbour's. None: ``"prior"`` for
             ``CausalQuasiNewton``, else ``"x_T"``, as in the paper.
@@ -78,7 +88,8 @@ def sample(
         callback: called with a ``fixpoint.Progress`` after every evaluation; returning something true stops the run.
 
     Raises:
-        ValueError: an unknown ``init``, or one of the wrong shape.
+        ValueError: an unknown ``init``, or one of the wrong shape; a ``max_rows`` that is no budget, or beside a solver
+            that has one.
         fixpoint.ConvergenceError: with ``on_failure="raise"``.
 
     Example:
@@ -92,16 +103,16 @@ def sample(
         >>> torch.allclose(result.images, chain.sequential()[:, -1], rtol=1e-2)
         True
     """
-    samples, waves, certificates = len(chain.x_T), 1, 1
+    samples, limit, cost = len(chain.x_T), chain.steps + 1, None
+    rounds, evals = chain.rounds, chain.evals
     if isinstance(solver, CausalQuasiNewton):
-        solver = _with_budget(solver, chain)
-        waves = math.ceil(samples / (solver.max_rows or samples)) if samples else 1
-        if solver.certify and solver.max_rows:
-            certificates = math.ceil(samples * chain.steps / solver.max_rows)
+        solver, cost = _with_budget(solver, chain, max_rows)
+        limit = _most_rounds(solver, samples, chain.steps)
         if init is None and solver.window != 1:  # a window of one has no use for a guess
             init = "prior"
-    rounds, evals = chain.rounds, chain.evals
-    max_evals = waves * chain.steps + certificates if max_evals is None else max_evals
+    elif max_rows is not None:
+        raise ValueError(f"max_rows is for CausalQuasiNewton; give the chain one to bound calls of {solver!r}")
+    max_evals = limit if max_evals is None else max_evals
     settled = _Settled()
     latents = samples * chain.steps
     with torch.no_grad(), tqdm(total=latents, desc="sampling", unit="latent", disable=not progress) as bar:
@@ -132,6 +143,8 @@ def sample(
         solution=solution,
         rounds=chain.rounds - rounds,
         evals=chain.evals - evals,
+        max_rows=solver.max_rows if isinstance(solver, CausalQuasiNewton) else None,
+        cost=cost,
     )
 
 
@@ -204,17 +217,41 @@ class _Settled:
         return int((before == value).flatten(2).all(dim=2).cumprod(dim=1).sum())
 
 
-# Below so many rows the whole chain is one batch, and timing the denoiser would cost as much as it may save.
-_SMALL_CHAIN = 800
+def _with_budget(
+    solver: CausalQuasiNewton, chain: SamplingChain, max_rows: int | str | None
+) -> tuple[CausalQuasiNewton, BatchCost | None]:
+    """The solver with a budget of rows, and the denoiser's cost where that was measured."""
+    samples, steps, cost = len(chain.x_T), chain.steps, None
+    if solver.window is not None or solver.max_rows is not None:
+        if max_rows is not None:
+            raise ValueError(f"pass max_rows={max_rows!r}, or a solver with a window or max_rows; found {solver!r}")
+        return solver, None
+    if not samples:
+        return solver, None
+    if max_rows is None:
+        budget = usual_rows(chain)
+    elif max_rows == "auto":
+        cost = BatchCost.measure(chain)
+        budget = cost.best_rows(samples, steps)
+    elif isinstance(max_rows, int) and not isinstance(max_rows, bool) and max_rows >= 1:
+        budget = max_rows
+    else:
+        raise ValueError(f'max_rows must be an int of at least 1, "auto" or None, got {max_rows!r}')
+    if max_rows in (None, "auto"):
+        if budget >= samples * steps:
+            return solver, cost
+        if budget < 2 * samples:
+            return replace(solver, window=1, max_rows=samples), cost  # the ordinary sampler
+    return replace(solver, max_rows=budget), cost
 
 
-def _with_budget(solver: CausalQuasiNewton, chain: SamplingChain) -> CausalQuasiNewton:
-    """The solver with the budget of rows that the denoiser's cost suggests, unless the caller has set one."""
-    samples, steps = len(chain.x_T), chain.steps
-    if solver.window is not None or solver.max_rows is not None or samples * steps <= _SMALL_CHAIN:
-        return solver
-    budget = BatchCost.measure(chain).best_rows(samples, steps)
-    return replace(solver, window=1) if budget == samples else replace(solver, max_rows=budget)
+def _most_rounds(solver: CausalQuasiNewton, samples: int, steps: int) -> int:
+    """Rounds that always do: samples that take turns, go back once and then go on step by step, with certificates."""
+    waves = parts = 1
+    if solver.max_rows and samples:
+        waves = math.ceil(samples / solver.max_rows)
+        parts = math.ceil(samples * steps / solver.max_rows)
+    return 3 * waves * steps + (12 * parts if solver.certify else 1)
 
 
 def _start(chain: SamplingChain, init: str | Tensor | None) -> Tensor:

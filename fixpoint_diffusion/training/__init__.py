@@ -1,6 +1,17 @@
-"""Training of denoisers: data, the loop, its checkpoints, the embedded models' recipes, runs that live in a folder."""
+"""Training of denoisers: data, objectives, the loop, its checkpoints, recipes, runs that live in a folder."""
 
-from fixpoint_diffusion.training.runs import TrainingRun
-from fixpoint_diffusion.training.trainer import TrainingConfig, TrainingLog, diffusion_loss, train
+from fixpoint_diffusion.training.config import TrainingConfig
+from fixpoint_diffusion.training.logs import TrainingLog
+from fixpoint_diffusion.training.objectives import diffusion_loss, variational_bound
+from fixpoint_diffusion.training.runs import DataOptions, TrainingRun
+from fixpoint_diffusion.training.trainer import train
 
-__all__ = ["TrainingConfig", "TrainingLog", "TrainingRun", "diffusion_loss", "train"]
+__all__ = [
+    "DataOptions",
+    "TrainingConfig",
+    "TrainingLog",
+    "TrainingRun",
+    "diffusion_loss",
+    "train",
+    "variational_bound",
+]

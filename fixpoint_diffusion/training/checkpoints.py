@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-FORMAT = "fixpoint-diffusion training state 1"
+FORMAT = "fixpoint-diffusion training state 2"
+PARTS = ("model", "ema", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +36,47 @@ class TrainingState:
 
 
 def save_state(path: Path, state: TrainingState) -> None:
-    """Write ``state`` to ``path``, whole or not at all."""
+    """Write ``state`` to ``path``, whole or not at all.
+
+    Raises:
+        FloatingPointError: if a number in it is not finite; what was at ``path`` stays.
+        OSError: if it cannot be written; what was at ``path`` stays.
+    """
     tensors = {
-        f"{part}/{name}": tensor.detach().contiguous().clone()
-        for part in ("model", "ema", "optimizer")
+        f"{part}/{name}": tensor.detach().to("cpu", copy=True).contiguous()
+        for part in PARTS
         for name, tensor in getattr(state, part).items()
     }
+    require_finite(tensors, f"the training state is not written to {path}")
+    header = {"format": FORMAT, "record": json.dumps(state.record), "checksum": _checksum(tensors)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    save_file(tensors, unfinished, metadata={"format": FORMAT, "record": json.dumps(state.record)})
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    # A name of its own: whoever else writes here does not write into this file.
+    handle, unfinished = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".unfinished", dir=path.parent)
+    os.close(handle)
+    try:
+        try:
+            save_file(tensors, unfinished, metadata=header)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise
+
+
+def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise ``FloatingPointError`` if a number in ``tensors`` is not finite; ``what`` says what becomes of it."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FloatingPointError(f"{what}: {name} holds numbers that are not finite; try a lower learning rate")
 
 
 def load_record(path: Path) -> dict[str, Any]:
     """The JSON part of the checkpoint at ``path`` alone."""
-    return _open(path)[1]
+    with _opened(path) as (_, header):
+        return json.loads(header["record"])
 
 
 def load_state(path: Path) -> TrainingState:
@@ -54,14 +84,37 @@ def load_state(path: Path) -> TrainingState:
 
     Raises:
         FileNotFoundError: if nothing is there.
-        ValueError: if the file is damaged, or is no training state.
+        ValueError: if the file is damaged, or is no training state that training can continue from.
     """
-    tensors, record = _open(path)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+    with _opened(path) as (file, header):
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     for key, tensor in tensors.items():
-        part, name = key.split("/", 1)
+        part, _, name = key.partition("/")
+        if part not in parts:
+            raise ValueError(f"{path} holds a tensor {key!r}; expected names that begin with {', '.join(PARTS)}")
         parts[part][name] = tensor
-    return TrainingState(record=record, **parts)
+    state = TrainingState(record=json.loads(header["record"]), **parts)
+    _check(state, path)
+    if header.get("checksum") != _checksum(tensors):
+        raise ValueError(f"{path} is damaged: its tensors are not those that were written (checksum)")
+    return state
+
+
+def _check(state: TrainingState, path: Path) -> None:
+    """Raise ``ValueError`` where no run can have left ``state``; the checksum cannot say what is wrong."""
+    step = state.record.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+        raise ValueError(f"{path} is of step {step!r}; expected a step of at least 1")
+    if not state.optimizer:
+        raise ValueError(f"{path} holds no optimiser state: training cannot continue from it")
+    for part in ("model", "ema"):
+        weights = [tensor for tensor in getattr(state, part).values() if tensor.is_floating_point()]
+        if not any(bool(tensor.any()) for tensor in weights):
+            raise ValueError(f"{path} is damaged: all weights of its {part} are zero")
+    taken = {int(value) for key, value in state.optimizer.items() if key.startswith("step/")}
+    if not taken or min(taken) < 1 or max(taken) > step:
+        raise ValueError(f"{path} is of step {step}, its optimiser state of steps {sorted(taken)}")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -74,24 +127,59 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what ``optimizer_tensors`` took out."""
+    """Put back what ``optimizer_tensors`` took out.
+
+    Raises:
+        ValueError: if it is not of this model's parameters.
+    """
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
-        slot, name = key.split("/", 1)
-        target = parameters[name]
+        slot, _, name = key.partition("/")
+        target = parameters.get(name)
+        if target is None or (slot != "step" and value.shape != target.shape):
+            raise ValueError(f"the checkpoint is of another model: its optimiser state has {key} {tuple(value.shape)}")
         # AdamW keeps its step count on the CPU; the moments live where the parameter does.
         optimizer.state[target][slot] = value if slot == "step" else value.to(target.device)
 
 
-def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the training run in ``folder`` alone; the lock ends with the process, however that ends.
+
+    Raises:
+        BlockingIOError: if another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise BlockingIOError(f"another run is training in {folder}: wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    total = 0
+    for name in sorted(tensors):
+        data = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        total = zlib.crc32(data.tobytes(), zlib.crc32(name.encode(), total))
+    return f"{total:08x}"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint to resume from: {path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+            if header.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path} is not a training checkpoint: format {header.get('format')!r}, expected {FORMAT!r}"
+                )
+            yield file, header
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a training checkpoint: format {header.get('format')!r}, expected {FORMAT!r}")
-    return tensors, json.loads(header["record"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,39 +13,92 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule
-from fixpoint_diffusion.training.checkpoints import load_record
-from fixpoint_diffusion.training.data import load_images, split_held_out
-from fixpoint_diffusion.training.recipes import RECIPES, build_model, export
-from fixpoint_diffusion.training.trainer import TrainingConfig, TrainingLog, train
+from fixpoint_diffusion.denoisers import load_denoiser
+from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput, NetworkDenoiser
+from fixpoint_diffusion.denoisers.registry import Family, family, family_of
+from fixpoint_diffusion.files import write_json
+from fixpoint_diffusion.processes import NoiseSchedule
+from fixpoint_diffusion.training.checkpoints import load_record, locked
+from fixpoint_diffusion.training.config import TrainingConfig
+from fixpoint_diffusion.training.data import ImageDataset, open_dataset, split_held_out
+from fixpoint_diffusion.training.export import SCHEDULER_FILE, export, prior_of
+from fixpoint_diffusion.training.logs import TrainingLog
+from fixpoint_diffusion.training.trainer import train, training_device
 
 CHECKPOINT = Path("checkpoint") / "state.safetensors"
+# The model as it was before the first step: what a resumed run builds its model from.
+INITIAL = Path("checkpoint") / "initial"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What to train on: the arguments of ``open_dataset`` that a run keeps.
+
+    Of ``"digits"``, the part that ``split_held_out`` holds out is left out.
+    """
+
+    source: str = "digits"
+    channels: str | None = None
+    size: int | tuple[int, int] | None = None
+    crop: str = "center"
+    flip: bool = False
+    latents: bool = False
+
+    def open(self, *, seed: int = 0) -> ImageDataset:
+        """The data set; errors as of ``open_dataset``."""
+        options = {name: value for name, value in dataclasses.asdict(self).items() if name != "source"}
+        size = options.pop("size")
+        data = open_dataset(self.source, size=tuple(size) if isinstance(size, list) else size, seed=seed, **options)
+        return split_held_out(data)[0] if self.source == "digits" else data
+
+
+class TrainableDenoiser(nn.Module):
+    """A network called as its family calls it: ``(x, t, class_labels=...)``, with all of its channels as output."""
+
+    def __init__(self, network: nn.Module, family: Family, channels: int) -> None:
+        super().__init__()
+        self.network = network
+        learned = getattr(network.config, "out_channels", channels) == 2 * channels
+        self.denoiser: NetworkDenoiser = family.denoiser(network, learned_variance=learned)
+        for module in network.modules():
+            if type(module).__name__ == "LabelEmbedding":
+                # diffusers' own class dropout would come on top of the trainer's.
+                setattr(module, "dropout_prob", 0.0)  # noqa: B010 - unknown to the type checker
+
+    def forward(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+        return self.denoiser(x, t, **conditioning)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """One training of one recipe on one set of images, in one folder.
+    """One training of one model on one data set, in one folder.
 
     Make it with ``start`` or ``resume``, then call ``run``.
 
     Attributes:
         folder: where the checkpoint and at the end the model go.
-        kind: the recipe, a key of ``fixpoint_diffusion.training.recipes.RECIPES``.
-        data: what ``fixpoint_diffusion.training.data.load_images`` takes.
-        settings: settings of the model's architecture, beyond the recipe's.
+        family: what kind of model it is.
+        data_options: what it is trained on.
+        schedule_config: the noise schedule, as a diffusers scheduler's configuration.
         config: settings of training.
-        images: what is trained on, ``(N, C, H, W)``.
-        model: the model, on its device.
+        data: the data set.
+        model: the network, with weights to start from.
+        labels: the class labels that the model is told; None: none.
+        device: where it trains.
+        workers: processes that read images.
         steps_done: steps already taken, which the folder's checkpoint holds; 0 for a new run.
     """
 
     folder: Path
-    kind: str
-    data: str
-    settings: Mapping[str, Any]
+    family: Family
+    data_options: DataOptions
+    schedule_config: Mapping[str, Any]
     config: TrainingConfig
-    images: Tensor
-    model: nn.Module
+    data: ImageDataset
+    model: TrainableDenoiser
+    labels: ConditioningInput | None
+    device: torch.device | str = "cpu"
+    workers: int = 0
     steps_done: int = 0
 
     @classmethod
@@ -52,90 +107,142 @@ class TrainingRun:
         folder: str | Path,
         *,
         kind: str = "unet",
-        data: str = "digits",
+        data: DataOptions | None = None,
+        classes: bool = False,
+        init: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
-        config: TrainingConfig | None = None,
+        training: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
+        workers: int = 0,
     ) -> TrainingRun:
-        """Prepare a new run; labelled images are trained on without the part that ``split_held_out`` holds out.
+        """Prepare a new run.
 
         Args:
             folder: must not hold a run already.
-            kind: ``"unet"`` or ``"fpdm"``.
-            data: ``"digits"``, a ``.npy`` file or a folder of images.
+            kind: a model family's name, such as ``"unet"``, ``"dit"`` or ``"fpdm"``; unused with ``init``.
+            data: what to train on; None: the digits.
+            classes: make a model that is told the classes of the data.
+            init: a model folder to start from, with its weights, schedule and classes; None: random weights.
             settings: settings of the architecture by name, as the model's config spells them.
-            config: settings of training; None: the recipe's.
+            training: settings of training by name, where they differ from the family's.
             device: where to train.
+            workers: processes that read images; 0: this one.
 
         Raises:
             FileExistsError: if ``folder`` holds a run.
-            ValueError: for an unknown kind, unknown settings, or unusable images.
+            ValueError: for an unknown kind, unknown settings, unusable images, or a model that does not fit them.
         """
         folder = Path(folder)
         if (folder / CHECKPOINT).exists():
             raise FileExistsError(f"{folder} already holds a training run: resume it, or choose another folder")
-        if kind not in RECIPES:
-            raise ValueError(f"no recipe {kind!r}; there are {', '.join(RECIPES)}")
-        return cls._prepare(folder, kind, data, settings or {}, config or RECIPES[kind].training, device, steps_done=0)
+        given = dict(training or {})
+        if init is not None:
+            if settings or classes:
+                raise ValueError("a model that is trained further keeps its architecture and its classes")
+            network, its_family, schedule_config = _load(init)
+            given.setdefault("prediction_type", schedule_config["prediction_type"])
+            config = TrainingConfig(**{**its_family.training, **given})
+            opened = (data or DataOptions()).open(seed=config.seed)
+        else:
+            its_family = family(kind)
+            config = TrainingConfig(**{**its_family.training, **given})
+            opened = (data or DataOptions()).open(seed=config.seed)
+            if classes and opened.num_classes is None:
+                raise ValueError("the data has no classes: put images into one subfolder a class")
+            # Initial weights are a function of the seed; the global random state is left as it was.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                network = its_family.build(opened.sample_shape, opened.num_classes if classes else None, settings or {})
+            prediction_type = getattr(network.config, "prediction_type", config.prediction_type)
+            config = dataclasses.replace(config, prediction_type=prediction_type)
+            schedule_config = {**its_family.schedule_config, "prediction_type": prediction_type}
+        return cls._with(
+            network,
+            opened,
+            folder=folder,
+            family=its_family,
+            data_options=data or DataOptions(),
+            schedule_config=schedule_config,
+            config=config,
+            device=device,
+            workers=workers,
+        )
 
     @classmethod
-    def resume(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> TrainingRun:
+    def resume(
+        cls, folder: str | Path, *, steps: int | None = None, device: torch.device | str = "cpu", workers: int = 0
+    ) -> TrainingRun:
         """Prepare to continue the run in ``folder``, with the settings it was started with.
+
+        Args:
+            folder: of the run.
+            steps: optimiser steps in all, to make the run longer; None: as it was started.
+            device: where to train.
+            workers: processes that read images; 0: this one.
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
-            ValueError: if the checkpoint is damaged, or not of such a run.
+            ValueError: if the checkpoint is damaged, or not of such a run, ``steps`` are fewer than were taken, or the
+                data has changed.
         """
         folder = Path(folder)
         record = load_record(folder / CHECKPOINT)
-        origin = record.get("origin") or {}
-        if origin.get("kind") not in RECIPES:
-            raise ValueError(f"{folder / CHECKPOINT} is not from a training run of a recipe: {sorted(origin)}")
-        config = TrainingConfig(**record["config"])
-        return cls._prepare(
-            folder, origin["kind"], origin["data"], origin["settings"], config, device, steps_done=record["step"]
+        try:
+            options = DataOptions(**record["origin"]["data"])
+            config = TrainingConfig(**record["config"])
+            done, fingerprint = int(record["step"]), record["origin"]["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder / CHECKPOINT} is not from a training run in a folder: {error}") from error
+        if steps is not None:
+            if steps < done:
+                raise ValueError(f"{folder} has taken {done} steps already; steps must be at least that, got {steps}")
+            config = dataclasses.replace(config, steps=steps)
+        data = options.open(seed=config.seed)
+        if data.fingerprint() != fingerprint:
+            raise ValueError(f"the data in {options.source} is not what the run in {folder} was started with")
+        network, its_family, schedule_config = _load(folder / INITIAL)
+        return cls._with(
+            network,
+            data,
+            folder=folder,
+            family=its_family,
+            data_options=options,
+            schedule_config=schedule_config,
+            config=config,
+            device=device,
+            workers=workers,
+            steps_done=done,
         )
 
     @classmethod
-    def _prepare(
-        cls,
-        folder: Path,
-        kind: str,
-        data: str,
-        settings: Mapping[str, Any],
-        config: TrainingConfig,
-        device: torch.device | str,
-        *,
-        steps_done: int,
-    ) -> TrainingRun:
-        loaded = load_images(data)
-        if loaded.labels is not None:
-            loaded, _ = split_held_out(loaded)
-        _, channels, height, width = loaded.images.shape
-        model = build_model(RECIPES[kind], (channels, height, width), settings, seed=config.seed).to(device)
-        built_for = getattr(model.config, "prediction_type", config.prediction_type)
-        if built_for != config.prediction_type:
-            raise ValueError(f"settings make a model for {built_for!r}, but training is for {config.prediction_type!r}")
-        images = loaded.images.to(device)
-        return cls(
-            folder=folder,
-            kind=kind,
-            data=data,
-            settings=settings,
-            config=config,
-            images=images,
-            model=model,
-            steps_done=steps_done,
-        )
+    def _with(cls, network: nn.Module, data: ImageDataset, **fields: Any) -> TrainingRun:
+        training_device(fields["device"], fields["config"])
+        model = TrainableDenoiser(network, fields["family"], data.sample_shape[0])
+        shape = model.denoiser.sample_shape
+        if shape is not None and tuple(shape) != tuple(data.sample_shape):
+            raise ValueError(f"the model is for samples of shape {shape}, the data has {tuple(data.sample_shape)}")
+        labels = model.denoiser.conditioning.get(CLASS_LABELS)
+        # A family that always takes a class has one in a model without.
+        if labels is None or labels.num_classes is None or labels.num_classes < 2:
+            labels = None
+        elif data.num_classes is None or data.num_classes > labels.num_classes:
+            found = "none" if data.num_classes is None else data.num_classes
+            raise ValueError(f"the model is told one of {labels.num_classes} classes, the data has {found}")
+        schedule = dict(fields.pop("schedule_config"))
+        if model.denoiser.learned_variance:
+            schedule["variance_type"] = "learned_range"
+        return cls(data=data, model=model, labels=labels, schedule_config=schedule, **fields)
 
     def describe(self) -> str:
         """One line on what is trained on what."""
         parameters = sum(p.numel() for p in self.model.parameters())
-        shape = "x".join(map(str, self.images.shape[1:]))
+        shape = "x".join(map(str, self.data.sample_shape))
+        what = "latents" if self.data.is_latent else "images"
+        classes = "" if self.labels is None else f" of {self.data.num_classes} classes"
         begin = f", from step {self.steps_done}" if self.steps_done else ""
         return (
-            f"{type(self.model).__name__} with {parameters:,} parameters on {len(self.images)} images {shape} "
-            f"({self.data}), {self.config.steps} steps of {self.config.batch_size}{begin}"
+            f"{type(self.model.network).__name__} with {parameters:,} parameters on {len(self.data)} {what} {shape}"
+            f"{classes} ({self.data_options.source}), {self.config.steps} steps of {self.config.batch_size}{begin}"
         )
 
     def run(self, *, progress: bool = True) -> TrainingLog:
@@ -143,26 +250,58 @@ class TrainingRun:
 
         Raises:
             KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
-            FloatingPointError: as ``fixpoint_diffusion.training.trainer.train``.
+            BlockingIOError: if another process trains in the folder.
+            FileExistsError: if another run has begun there in the meantime.
+            FloatingPointError: as ``fixpoint_diffusion.training.train``; nothing is exported.
         """
-        schedule_config = RECIPES[self.kind].schedule_config
-        origin = {"kind": self.kind, "data": self.data, "settings": dict(self.settings)}
-        average, log = train(
-            self.model,
-            self.images,
-            NoiseSchedule.from_diffusers(schedule_config).alphas_cumprod,
-            self.config,
-            checkpoint=self.folder / CHECKPOINT,
-            resume=self.steps_done > 0,
-            origin=origin,
-            progress=progress,
-        )
-        export(
-            average,
-            self.folder,
-            schedule_config={**schedule_config, "prediction_type": self.config.prediction_type},
-            training={**origin, **dataclasses.asdict(self.config)},
-            log=log,
-            prior=GaussianPrior.of(self.images),
-        )
+        main = int(os.environ.get("RANK", "0")) == 0
+        origin = {
+            "kind": self.family.name,
+            "data": dataclasses.asdict(self.data_options),
+            "fingerprint": self.data.fingerprint(),
+        }
+        with locked(self.folder / CHECKPOINT.parent) if main else nullcontext():
+            if main and self.steps_done == 0:
+                if (self.folder / CHECKPOINT).exists():
+                    raise FileExistsError(f"{self.folder} already holds a training run: resume it, or choose another")
+                self.family.save(self.model.network, self.folder / INITIAL, None)
+                write_json(self.folder / INITIAL / SCHEDULER_FILE, self.schedule_config)
+            average, log = train(
+                self.model,
+                self.data,
+                NoiseSchedule.from_diffusers(self.schedule_config).alphas_cumprod,
+                self.config,
+                checkpoint=self.folder / CHECKPOINT,
+                resume=self.steps_done > 0,
+                labels=self.labels,
+                origin=origin,
+                device=self.device,
+                workers=self.workers,
+                progress=progress,
+            )
+            if main:
+                about = {**origin, **dataclasses.asdict(self.config), "class_names": self.data.class_names}
+                export(
+                    average.network,  # type: ignore[arg-type]
+                    self.folder,
+                    family=self.family,
+                    schedule_config=self.schedule_config,
+                    training=about,
+                    log=log,
+                    prior=prior_of(self.data),
+                )
         return log
+
+
+def _load(folder: str | Path) -> tuple[nn.Module, Family, dict[str, Any]]:
+    """The network in a model folder, ready to be trained, its family and its schedule."""
+    denoiser: Any = load_denoiser(folder)
+    its_family = family_of(denoiser.model)
+    if its_family is None:
+        raise ValueError(
+            f"{folder} holds a {type(denoiser.model).__name__}, a kind of model that cannot be trained here"
+        )
+    if denoiser.schedule_config is None:
+        raise ValueError(f"{folder} does not say on which noise schedule the model was trained: no {SCHEDULER_FILE}")
+    schedule = {**denoiser.schedule_config, "prediction_type": denoiser.prediction_type}
+    return denoiser.model.train().requires_grad_(True), its_family, schedule

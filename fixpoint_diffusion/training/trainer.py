@@ -2,169 +2,52 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
+from fixpoint_diffusion.training.batches import Share, StepSampler, draw, seed_of
 from fixpoint_diffusion.training.checkpoints import (
     TrainingState,
     load_state,
     optimizer_tensors,
+    require_finite,
     restore_optimizer,
     save_state,
 )
+from fixpoint_diffusion.training.config import TrainingConfig, ema_decay_at, learning_rate_at
+from fixpoint_diffusion.training.data import ImageDataset
+from fixpoint_diffusion.training.logs import LOG_FILE, TrainingLog, tensorboard_writer
+from fixpoint_diffusion.training.objectives import diffusion_loss, drop_classes
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
-Weighting = Literal["plain", "min-snr"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How to train; a run is a function of this, the initial weights, the images and the schedule.
-
-    Attributes:
-        steps: optimiser steps in all.
-        batch_size: images per step, drawn with replacement.
-        learning_rate: the peak of AdamW's rate, reached linearly after ``warmup_steps``.
-        final_learning_rate: where the cosine decay ends.
-        weight_decay: AdamW's.
-        max_grad_norm: gradients are clipped to this norm.
-        ema_decay: of the exponential moving average of the weights; the average is what is kept.
-        prediction_type: what the model's output means: the noise, ``v = sqrt(a) noise - sqrt(1 - a) x_0``, or ``x_0``.
-        weighting: ``"plain"`` is the mean square error of that output; ``"min-snr"`` weighs timesteps by
-            ``min(SNR, min_snr_gamma)`` in terms of x_0 (Hang et al. 2023, Efficient Diffusion Training via Min-SNR).
-        min_snr_gamma: see above; unused when plain.
-        seed: of everything drawn in training; step k draws the same after any interruption.
-        log_every: steps per line of the log, which holds their mean loss.
-        checkpoint_every: steps between checkpoints; there is another one on Ctrl-C.
-    """
-
-    steps: int = 10_000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-5
-    warmup_steps: int = 200
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    prediction_type: PredictionType = "epsilon"
-    weighting: Weighting = "plain"
-    min_snr_gamma: float = 5.0
-    seed: int = 0
-    log_every: int = 50
-    checkpoint_every: int = 1000
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm", "min_snr_gamma"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("final_learning_rate", "warmup_steps", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if self.prediction_type not in get_args(PredictionType):
-            raise ValueError(f"prediction_type must be one of {get_args(PredictionType)}, got {self.prediction_type!r}")
-        if self.weighting not in get_args(Weighting):
-            raise ValueError(f"weighting must be one of {get_args(Weighting)}, got {self.weighting!r}")
-
-
-@dataclass
-class TrainingLog:
-    """Lines ``(step, mean loss since the line before, learning rate, seconds so far)``, and the sum of the next one."""
-
-    lines: list[tuple[int, float, float, float]] = field(default_factory=list)
-    pending: float = 0.0
-    seconds: float = 0.0
-
-    def write_csv(self, path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", "loss", "learning_rate", "seconds"])
-            for step, loss, rate, seconds in self.lines:
-                writer.writerow([step, f"{loss:.6g}", f"{rate:.6g}", f"{seconds:.1f}"])
-
-
-def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """The rate of step 0, 1, ..., ``steps - 1``: linear warm-up, then a half cosine down to the final rate."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    decayed = (step - config.warmup_steps) / max(config.steps - 1 - config.warmup_steps, 1)
-    span = config.learning_rate - config.final_learning_rate
-    return config.final_learning_rate + span * (1 + math.cos(math.pi * decayed)) / 2
-
-
-def diffusion_loss(
-    model: nn.Module, x_0: Tensor, t: Tensor, noise: Tensor, alphas_cumprod: Tensor, config: TrainingConfig
-) -> Tensor:
-    """The weighted mean square error of the model's prediction at ``x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise``.
-
-    Args:
-        model: ``model(x_t, t)`` returns ``(B, C', *size)`` with ``C' >= C``, or an object with that as ``.sample``;
-            channels beyond the images' own (a learned variance) take no part.
-        x_0: images ``(B, C, *size)``.
-        t: timesteps ``(B,)``, int64.
-        noise: standard normal, in the shape of ``x_0``.
-        alphas_cumprod: ``(steps,)``, the schedule's cumulative product, float64.
-        config: names the prediction type and the weighting.
-
-    Source: Ho et al. 2020, Eq. 14; Salimans and Ho 2022 for v; Hang et al. 2023 for the weighting.
-    """
-    a = alphas_cumprod[t]
-    signal_rate, noise_rate = (
-        rate.to(x_0.dtype).view(-1, *[1] * (x_0.ndim - 1)) for rate in (a.sqrt(), (1 - a).sqrt())
-    )
-    output = model(signal_rate * x_0 + noise_rate * noise, t)
-    output = (output if isinstance(output, Tensor) else output.sample)[:, : x_0.shape[1]]
-    target = {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: signal_rate * noise - noise_rate * x_0,
-        "sample": lambda: x_0,
-    }[config.prediction_type]()
-    errors = (output - target).square().flatten(1).mean(1)
-    return (errors * loss_weight(a, config).to(errors.dtype)).mean()
-
-
-def loss_weight(a: Tensor, config: TrainingConfig) -> Tensor:
-    """The weight of each timestep's mean square error, given its ``alphas_cumprod``; shape of ``a``.
-
-    ``min(SNR, gamma)`` weighs the square error of x_0; that of the noise is SNR times as large, of v SNR + 1 times.
-    """
-    if config.weighting == "plain":
-        return torch.ones_like(a)
-    snr = a / (1 - a)
-    clipped = snr.clamp(max=config.min_snr_gamma)
-    if config.prediction_type == "epsilon":
-        return (config.min_snr_gamma / snr).clamp(max=1)  # = clipped / snr, without 0/0 where the SNR is zero
-    return clipped / (snr + 1) if config.prediction_type == "v_prediction" else clipped
+NEEDS_ACCELERATE = "training needs the accelerate library: pip install 'fixpoint[diffusion]'"
 
 
 def train(
     model: nn.Module,
-    images: Tensor,
+    data: ImageDataset,
     alphas_cumprod: Tensor,
     config: TrainingConfig,
     *,
     checkpoint: str | Path,
     resume: bool = False,
+    labels: ConditioningInput | None = None,
     origin: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
     progress: bool = True,
 ) -> tuple[nn.Module, TrainingLog]:
     """Train ``model`` in place and return its averaged copy.
@@ -173,14 +56,22 @@ def train(
     at once. A resumed run ends with the very bits of an uninterrupted one (on the same machine and thread count):
     the random numbers of a step are a function of ``(config.seed, step)``.
 
+    Several processes, started by ``accelerate launch`` or ``torchrun``, share each step's batch, and end with what one
+    process would have, to rounding. All draw the same depths of stochastic JFB, and on GPUs each its own dropout.
+
     Args:
-        model: called as ``model(x_t, t)``; see ``diffusion_loss``.
-        images: ``(N, C, H, W)`` float32 in [-1, 1], on the model's device.
+        model: called as ``model(x_t, t)``, with labels as ``model(x_t, t, class_labels=...)``; see ``diffusion_loss``.
+        data: what ``open_dataset`` gives.
         alphas_cumprod: ``(steps,)`` of the noise schedule, float64.
         config: see ``TrainingConfig``.
-        checkpoint: the file to write checkpoints to, and to resume from.
-        resume: continue from ``checkpoint``; its config must equal ``config``.
+        checkpoint: the file to write checkpoints to, and to resume from. The log is beside it, as CSV, and for
+            tensorboard if that is installed.
+        resume: continue from ``checkpoint``; its config must equal ``config``, but for ``steps``, which may be more.
+            The learning rate is then that of a run of so many steps.
+        labels: what the model takes as class labels, of which it gets those of ``data``; None: it gets none.
         origin: JSON-able facts kept in the checkpoint for whoever resumes (which recipe, which data).
+        device: where to train. Under ``accelerate launch`` any name but ``"cpu"`` means each process's own device.
+        workers: processes that read images; 0: this one. No result depends on it.
         progress: show a tqdm bar.
 
     Returns:
@@ -188,104 +79,238 @@ def train(
 
     Raises:
         FileNotFoundError: resuming without a checkpoint.
-        ValueError: resuming with another config or model; an ``epsilon`` model on a zero-terminal-SNR schedule.
-        FloatingPointError: if the loss stops being finite; the last checkpoint stays.
+        ValueError: resuming with another config or model, or from a damaged checkpoint; an ``epsilon`` model on a
+            zero-terminal-SNR schedule; a batch that does not divide among processes.
+        FloatingPointError: if the loss, the gradient or the weights stop being finite; the last checkpoint stays.
     """
-    checkpoint = Path(checkpoint)
     if config.prediction_type == "epsilon" and float(alphas_cumprod.min()) <= 0:
         raise ValueError("with zero terminal SNR the noise says nothing of x_0: use prediction_type 'v_prediction'")
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    log = TrainingLog()
-    start = 0
-    if resume:
-        start, log = _restore(load_state(checkpoint), model, average, optimizer, config)
-    schedule = alphas_cumprod.to(device=images.device)
+    state = _load(Path(checkpoint), config) if resume else None
+    start = 0 if state is None else state.record["step"]
+    log = TrainingLog() if state is None else TrainingLog(**state.record["log"])
+    with _accelerator(config, device) as accelerator:
+        share = Share(config=config, process=accelerator.process_index, processes=accelerator.num_processes)
+        loader = DataLoader(
+            data,
+            batch_sampler=StepSampler(len(data), share, start=start),
+            num_workers=workers,
+            generator=torch.Generator(),  # for the workers' seeds, which would come from the global one
+        )
+        model.to(accelerator.device)
+        run = _Run(model, alphas_cumprod, share, accelerator, labels, discretised=not data.is_latent, start=start)
+        try:
+            if state is not None:
+                run.restore(state)
+            _loop(run, iter(loader), start, log, Path(checkpoint), origin, progress)
+        finally:
+            run.close()
+    average = run.average.module
+    require_finite(average.state_dict(), "the trained model is not kept")
+    return average.eval(), log
+
+
+def _loop(
+    run: _Run,
+    batches: Iterator[dict[str, Tensor]],
+    start: int,
+    log: TrainingLog,
+    checkpoint: Path,
+    origin: dict[str, Any] | None,
+    progress: bool,
+) -> None:
+    config, main = run.share.config, run.accelerator.is_main_process
+    board = tensorboard_writer(checkpoint.parent / "tensorboard", first_step=start) if main else None
 
     def save(step: int) -> None:
-        record = {"step": step, "config": dataclasses.asdict(config), "log": dataclasses.asdict(log), "origin": origin}
-        state = TrainingState(
-            model=model.state_dict(),
-            ema=average.state_dict(),
-            optimizer=optimizer_tensors(optimizer, model),
-            record=record,
-        )
-        save_state(checkpoint, state)
+        if main:
+            record = {"step": step, "config": dataclasses.asdict(config), "log": dataclasses.asdict(log)}
+            save_state(checkpoint, run.state({**record, "origin": origin}))
+            log.write_csv(checkpoint.parent / LOG_FILE)
+        run.accelerator.wait_for_everyone()
 
-    began = time.perf_counter() - log.seconds
-    model.train()
     with (
         _interrupts() as interrupted,
-        tqdm(total=config.steps, initial=start, desc="training", unit="step", disable=not progress) as bar,
+        tqdm(total=config.steps, initial=start, desc="training", unit="step", disable=not (progress and main)) as bar,
     ):
         for step in range(start, config.steps):
-            loss = _step(model, images, schedule, optimizer, config, step)
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss became {loss} at step {step}; try a lower learning rate")
-            average.update_parameters(model)
+            loss, stop = run.step(batches, step, interrupted)
             done = step + 1
-            log.pending += loss
-            log.seconds = time.perf_counter() - began
-            if done % config.log_every == 0:
-                mean_loss = log.pending / config.log_every
-                log.lines.append((done, mean_loss, learning_rate_at(step, config), log.seconds))
-                log.pending = 0.0
+            if log.add(done, loss, learning_rate_at(step, config), config.log_every):
+                _, mean_loss, rate, _ = log.lines[-1]
                 bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+                if board is not None:
+                    board.add_scalar("loss", mean_loss, done)
+                    board.add_scalar("learning_rate", rate, done)
             bar.update()
-            if interrupted.is_set():
+            if stop or done % config.checkpoint_every == 0 or done == config.steps:
                 save(done)
+            if stop:
                 raise KeyboardInterrupt
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                save(done)
-    return average.module.eval(), log
+    if board is not None:
+        board.close()
 
 
-def _step(
-    model: nn.Module,
-    images: Tensor,
-    schedule: Tensor,
-    optimizer: torch.optim.Optimizer,
-    config: TrainingConfig,
-    step: int,
-) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(step, config)
-    seed = int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0])
-    # The fork also covers what the model itself draws (dropout, the depths of stochastic JFB).
-    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-        torch.manual_seed(seed)
-        x_0 = images[torch.randint(len(images), (config.batch_size,)).to(images.device)]
-        t = torch.randint(len(schedule), (config.batch_size,)).to(images.device)
-        noise = torch.randn(x_0.shape).to(x_0)
-        loss = diffusion_loss(model, x_0, t, noise, schedule, config)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-    return float(loss.detach())
+class _Run:
+    """Model, average, optimiser and schedule of one run, prepared by accelerate."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        alphas_cumprod: Tensor,
+        share: Share,
+        accelerator: Any,
+        labels: ConditioningInput | None,
+        *,
+        discretised: bool,
+        start: int,
+    ) -> None:
+        config = share.config
+        self.share, self.accelerator, self.labels, self.discretised = share, accelerator, labels, discretised
+        self.bare = model
+        self.alphas_cumprod = alphas_cumprod.to(accelerator.device)
+        # Copied before accelerate puts its own forward on the model.
+        self.average = AveragedModel(model, multi_avg_fn=self._average)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.bare_optimizer = optimizer
+        peak = config.learning_rate
+        self.schedule = LambdaLR(optimizer, lambda taken: learning_rate_at(start + taken, config) / peak)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model.train()
+
+    def _average(self, averaged: Any, current: Any, updates: Tensor | int) -> None:
+        get_ema_multi_avg_fn(ema_decay_at(int(updates), self.share.config))(averaged, current, updates)
+
+    def step(self, batches: Iterator[dict[str, Tensor]], step: int, interrupted: threading.Event) -> tuple[float, bool]:
+        """One optimiser step; returns its loss, the mean over all processes, and whether any was interrupted."""
+        config, accelerator = self.share.config, self.accelerator
+        total = torch.zeros((), device=accelerator.device)
+        for piece in range(config.accumulate):
+            batch = next(batches)
+            with accelerator.accumulate(self.model), _seeded(accelerator, config.seed, step, piece):
+                loss = self._loss(batch, step, piece)
+                accelerator.backward(loss)
+                total += loss.detach().float() / config.accumulate
+        norm = accelerator.clip_grad_norm_(self.bare.parameters(), config.max_grad_norm)
+        flag = torch.tensor(float(interrupted.is_set()), device=accelerator.device)
+        mean_loss, mean_norm, stop = accelerator.reduce(torch.stack([total, norm.float(), flag]), "mean").tolist()
+        # Under fp16 the scaler skips a step whose gradient has overflown.
+        if not math.isfinite(mean_loss) or not (math.isfinite(mean_norm) or accelerator.scaler is not None):
+            what = "gradient" if math.isfinite(mean_loss) else "loss"
+            raise FloatingPointError(f"the {what} became not finite at step {step}; try a lower learning rate")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.average.update_parameters(self.bare)
+        return mean_loss, stop > 0
+
+    def _loss(self, batch: dict[str, Tensor], step: int, piece: int) -> Tensor:
+        x_0 = batch["images"].to(self.accelerator.device, non_blocking=True)
+        drawn = draw(self.share, step, piece, tuple(x_0.shape[1:]), len(self.alphas_cumprod), x_0.device)
+        conditioning = {}
+        if self.labels is not None:
+            given = batch["labels"].to(x_0.device)
+            conditioning[CLASS_LABELS] = drop_classes(given, drawn.dropped, self.labels.null_label)
+        return diffusion_loss(
+            self.model,
+            x_0,
+            drawn.t,
+            drawn.noise,
+            self.alphas_cumprod,
+            self.share.config,
+            conditioning=conditioning,
+            discretised=self.discretised,
+        )
+
+    def state(self, record: dict[str, Any]) -> TrainingState:
+        """All that training continues from."""
+        scaler = self.accelerator.scaler
+        return TrainingState(
+            model=self.bare.state_dict(),
+            ema=self.average.state_dict(),
+            optimizer=optimizer_tensors(self.bare_optimizer, self.bare),
+            record={**record, "scaler": None if scaler is None else scaler.state_dict()},
+        )
+
+    def restore(self, state: TrainingState) -> None:
+        """Put back what ``state`` gave."""
+        try:
+            self.bare.load_state_dict(state.model)
+            self.average.load_state_dict(state.ema)
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint is of another model: {error}") from error
+        restore_optimizer(self.bare_optimizer, self.bare, state.optimizer)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.record["scaler"])
+
+    def close(self) -> None:
+        """Take accelerate's forward off the model."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
 
-def _restore(
-    state: TrainingState,
-    model: nn.Module,
-    average: AveragedModel,
-    optimizer: torch.optim.Optimizer,
-    config: TrainingConfig,
-) -> tuple[int, TrainingLog]:
-    kept = state.record["config"]
-    changed = {k: (kept.get(k), v) for k, v in dataclasses.asdict(config).items() if kept.get(k) != v}
+def _load(checkpoint: Path, config: TrainingConfig) -> TrainingState:
+    state = load_state(checkpoint)
+    kept, now = {**state.record["config"]}, dataclasses.asdict(config)
+    if config.steps < state.record["step"]:
+        raise ValueError(f"{checkpoint} is of step {state.record['step']}, beyond the {config.steps} steps asked for")
+    kept["steps"] = now["steps"]
+    changed = {name: (kept.get(name), value) for name, value in now.items() if kept.get(name) != value}
     if changed:
         listed = ", ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
         raise ValueError(f"a resumed run keeps its settings; {listed}")
+    return state
+
+
+def training_device(name: torch.device | str, config: TrainingConfig) -> torch.device:
+    """The device of that name; ValueError where it cannot train in the config's precision."""
+    device = torch.device(name)
+    if config.precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision 'fp16' needs a GPU; on a CPU there is 'bf16'")
+    return device
+
+
+@contextmanager
+def _accelerator(config: TrainingConfig, device: torch.device | str) -> Iterator[Any]:
+    """An ``Accelerator`` for this run alone, unless the process has one already."""
     try:
-        model.load_state_dict(state.model)
-        average.load_state_dict(state.ema)
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint is of another model: {error}") from error
-    restore_optimizer(optimizer, model, state.optimizer)
-    log = state.record["log"]
-    lines = [(int(step), loss, rate, seconds) for step, loss, rate, seconds in log["lines"]]
-    return state.record["step"], TrainingLog(lines=lines, pending=log["pending"], seconds=log["seconds"])
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, GradientState
+    except ImportError as error:
+        raise ImportError(NEEDS_ACCELERATE) from error
+
+    device = training_device(device, config)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    own = AcceleratorState._shared_state == {}
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulate,
+    )
+    try:
+        if accelerator.device.type != device.type:
+            raise ValueError(f"asked to train on {device}, but accelerate gives this process {accelerator.device}")
+        yield accelerator
+    finally:
+        if own:
+            # It holds for the whole process: the next run may want another precision, or another device.
+            AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
+            GradientState._reset_state()
+
+
+@contextmanager
+def _seeded(accelerator: Any, seed: int, step: int, piece: int) -> Iterator[None]:
+    """The global random state is a function of the step, for what the model itself draws, and then as it was.
+
+    On the CPU it is that of every process and piece, for the depths of stochastic JFB; on a GPU, where dropout draws,
+    each has its own.
+    """
+    device = accelerator.device
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed_of(seed, step))
+        if cuda:
+            torch.cuda.manual_seed(seed_of(seed, step, accelerator.process_index, piece))
+        yield
 
 
 @contextmanager

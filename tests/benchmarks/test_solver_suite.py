@@ -13,6 +13,7 @@ import torch
 
 import fixpoint
 from benchmarks.solvers import __main__ as cli
+from benchmarks.solvers.against import against_text
 from benchmarks.solvers.cases import Case, SuiteProblem, grouped
 from benchmarks.solvers.contestants import OURS, installed_runners
 from benchmarks.solvers.counting import Counted, EndedError, solves
@@ -262,3 +263,22 @@ def test_the_exit_status_tells_of_missed_targets_if_asked(
     monkeypatch.setattr(cli, "targets", lambda results, runners: [Target("an aim", met, "a figure")])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     assert cli.main([*flags, "--out", str(tmp_path)]) == status
+
+
+def test_counts_are_compared_with_an_earlier_file(tmp_path: Path) -> None:
+    runner = Runner("Picard", "fixpoint", lambda f: True)
+    cases = halving(1e-1, 1e-2, 1e-3, 1e-4)
+    now = [Result(case, {"Picard": Outcome(count, True)}) for case, count in zip(cases, (10, 12, None, 4), strict=True)]
+    earlier = [
+        {"name": case.name, "evaluations": {"Picard": n}} for case, n in zip(cases, (10, 10, 7, None), strict=True)
+    ]
+    file = tmp_path / "solvers.json"
+    file.write_text(json.dumps({"commit": "abc", "cases": earlier}))
+    text = against_text(now, [runner], file)
+    assert "2 cases, median 1.100, geometric mean 1.095, largest 1.200" in text
+    assert f"above 1.1: {cases[1].name} (10, now 12)" in text
+    assert f"solved no more: {cases[2].name}" in text
+    assert f"solved now: {cases[3].name}" in text
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"is no solvers.json of this benchmark"):
+        against_text(now, [runner], file)

@@ -14,7 +14,7 @@ import torch
 
 import fixpoint
 from fixpoint_diffusion.training.data import load_digits as digits
-from fixpoint_diffusion.training.data import split_held_out
+from fixpoint_diffusion.training.data import open_dataset, split_held_out
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -174,3 +174,13 @@ def test_descent_goes_down_by_every_gradient() -> None:
 def test_descent_table_on_the_page_has_every_gradient() -> None:
     page = (EXAMPLES / "descent.txt").read_text()
     assert all(page.count(f"\n{name:18}") == 3 for name in load("descent").GRADIENTS)
+
+
+def test_photographs_become_a_folder_of_classes(tmp_path: Path) -> None:
+    names = load("photographs").write_crops(tmp_path, per_class=3, size=32)
+    dataset = open_dataset(tmp_path)
+    assert dataset.class_names == tuple(sorted(names))
+    assert {"china", "flower"} <= set(names)
+    assert dataset.sample_shape == (3, 32, 32)
+    assert len(dataset) == 3 * len(names)
+    assert dataset[0]["images"].std() > 0.01

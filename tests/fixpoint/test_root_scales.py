@@ -194,3 +194,46 @@ def test_a_norm_of_ones_own():
     torch.testing.assert_close(sol.residual, largest(sol.value**2 - c), rtol=1e-12, atol=0)
     with pytest.raises(ValueError, match="norm must be a function of a state or None, found 'leafwise'"):
         fixpoint.root(torch.cos, torch.zeros(2), norm="leafwise")
+
+
+def exponentials(normal, seed, n):
+    """100 systems ``exp(A x) = b``, and their roots."""
+    A, b = normal(100, n, n, seed=seed) / n**0.5, torch.exp(0.3 * normal(100, n, seed=seed + 1))
+    return (lambda x, A, b: torch.exp((A @ x[..., None])[..., 0]) - b), (A, b), torch.linalg.solve(A, b.log())
+
+
+def test_what_is_flat_in_one_component_is_no_root_because_another_is_steep(normal):
+    """Far out one exponential is steep, and beside its slope nothing is left of the others, which are far from zero.
+
+    By one slope for all of g, 19 of the 132 rows that ended as roots were none.
+    """
+    found = false = 0
+    for seed in range(3):
+        for n in (2, 3):
+            g, args, roots = exponentials(normal, 10 * seed + n, n)
+            x0 = normal(100, n, seed=100 + seed)
+            x0 = 30 * x0 / x0.norm(dim=1, keepdim=True)
+            sol = fixpoint.root(g, x0, args, on_failure="ignore", backward=None)
+            wrong = ~((sol.value - roots).norm(dim=1) <= 1e-3 * roots.norm(dim=1))
+            found += int(sol.converged.sum())
+            false += int((sol.converged & wrong).sum())
+    assert found > 50
+    assert false <= 0.01 * found
+
+
+def test_confirming_a_root_is_counted_and_stays_within_the_evaluations_granted():
+    calls = []
+
+    def g(x):
+        calls.append(x)
+        return cubic(x)
+
+    sol = fixpoint.root(g, torch.tensor([1e5], dtype=torch.float64), record=True)
+    assert sol.converged
+    assert sol.nfev == len(calls) == len(sol.trace)
+    needed = sol.nfev
+    for granted in (needed, needed - 1):
+        calls.clear()
+        sol = fixpoint.root(g, torch.tensor([1e5], dtype=torch.float64), max_evals=granted, on_failure="ignore")
+        assert sol.nfev == len(calls) <= granted
+        assert sol.converged == (granted == needed)

@@ -3,7 +3,7 @@
 import torch
 
 from fixpoint_diffusion import DDIMChain, NoiseSchedule
-from fixpoint_diffusion.sampling.batch_cost import BatchCost
+from fixpoint_diffusion.sampling.batch_cost import BatchCost, usual_rows
 
 
 def chain(samples: int = 2, steps: int = 50, denoiser=lambda x, t: 0.5 * x) -> DDIMChain:
@@ -35,7 +35,7 @@ def test_between_the_two_the_budget_is_between():
     assert 1 < cost.best_rows(1, 1000) < 1000
 
 
-def test_measuring_calls_the_denoiser_and_counts_nothing():
+def test_measuring_calls_the_denoiser_and_counts_it():
     sizes = []
 
     def denoiser(x, t):
@@ -44,9 +44,29 @@ def test_measuring_calls_the_denoiser_and_counts_nothing():
 
     problem = chain(denoiser=denoiser)
     cost = BatchCost.measure(problem)
-    assert problem.rounds == problem.evals == 0
     assert sizes.pop(1) == problem.check_evals
+    assert (problem.rounds, problem.evals) == (len(sizes), sum(sizes))
     assert sizes[:2] == [2, 2]  # a warm-up first
     assert tuple(sizes[1:]) == cost.rows
     assert all(seconds > 0 for seconds in cost.seconds)
     assert max(cost.rows) <= 100
+
+
+def test_measuring_backs_off_where_memory_ends():
+    def denoiser(x, t):
+        if len(x) > 8:
+            raise torch.OutOfMemoryError("none left")
+        return 0.5 * x
+
+    cost = BatchCost.measure(chain(samples=2, steps=1000, denoiser=denoiser))
+    assert cost.limit == max(cost.rows) == 8
+    assert BatchCost((2, 2000), (1.0, 1.0)).best_rows(2, 1000) == 2000
+    assert BatchCost((2, 2000), (1.0, 1.0), limit=8).best_rows(2, 1000) == 8
+
+
+def test_the_usual_budget_follows_device_and_size_alone():
+    assert usual_rows(chain(samples=2)) == 2**15 // 3
+    meta = DDIMChain(lambda x, t: x, torch.empty(2, 3, device="meta"), NoiseSchedule.linear(), steps=5)
+    assert usual_rows(meta) == 2**22 // 3
+    large = DDIMChain(lambda x, t: x, torch.ones(5, 3, 256, 256), NoiseSchedule.linear(), steps=5)
+    assert usual_rows(large) == 5

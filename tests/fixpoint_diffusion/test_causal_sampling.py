@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -87,14 +89,54 @@ def test_samples_that_take_turns_are_all_finished(mixture):
     assert_close(result.trajectory, chain.sequential())
 
 
-def test_large_chains_get_a_budget_and_small_ones_do_not(mixture, monkeypatch):
+def test_the_denoiser_is_timed_only_by_name(mixture, monkeypatch):
     from fixpoint_diffusion.sampling.batch_cost import BatchCost
 
-    monkeypatch.setattr(BatchCost, "measure", classmethod(lambda cls, chain: cls((1, 1000), (0.001, 1.0))))
-    large = mixture_chain(mixture, samples=3, steps=300)
-    assert sample(large).rounds == 300  # a device that one row keeps busy: the ordinary sampler
-    assert sample(large, solver=CausalQuasiNewton(max_rows=600)).rounds < 300
-    assert sample(mixture_chain(mixture, samples=2, steps=100)).rounds < 100
+    saturated = BatchCost((1, 1000), (0.001, 1.0))
+    monkeypatch.setattr(BatchCost, "measure", classmethod(lambda cls, chain: saturated))
+    chain = mixture_chain(mixture, samples=3, steps=300)
+    timed = sample(chain, max_rows="auto")
+    assert timed.rounds == 300  # a device that one row keeps busy: the ordinary sampler
+    assert (timed.max_rows, timed.cost) == (3, saturated)
+    usual = sample(chain)
+    assert usual.rounds < 300
+    assert (usual.max_rows, usual.cost) == (None, None)
+    given = sample(chain, max_rows=30)
+    assert given.rounds < 300
+    assert given.max_rows == 30
+
+
+def test_calls_that_time_the_denoiser_are_counted(mixture):
+    sizes = []
+    inner = mixture(LINEAR)
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return inner(x, t)
+
+    chain = DDIMChain(denoiser, initial_noise(0, range(2), (3,), dtype=torch.float64), LINEAR, steps=300)
+    result = sample(chain, max_rows="auto")
+    assert (result.rounds, result.evals) == (len(sizes) - 1, sum(sizes) - chain.check_evals)
+    assert result.rounds > result.solution.nfev
+
+
+def test_the_usual_budget_is_kept_and_shown(mixture, monkeypatch):
+    monkeypatch.setattr(sys.modules[sample.__module__], "usual_rows", lambda chain: 24)
+    assert sample(mixture_chain(mixture, samples=3, steps=40)).max_rows == 24
+    assert sample(mixture_chain(mixture, samples=20, steps=40)).rounds == 40  # hardly a row for each sample
+
+
+@pytest.mark.parametrize("max_rows", [0, -1, 2.5, True, "all"])
+def test_budgets_that_are_none_are_refused(mixture, max_rows):
+    with pytest.raises(ValueError, match="max_rows must be an int of at least 1"):
+        sample(mixture_chain(mixture), max_rows=max_rows)
+
+
+def test_two_budgets_are_refused(mixture):
+    with pytest.raises(ValueError, match="or a solver with a window or max_rows"):
+        sample(mixture_chain(mixture), solver=CausalQuasiNewton(max_rows=3), max_rows=5)
+    with pytest.raises(ValueError, match="max_rows is for CausalQuasiNewton"):
+        sample(mixture_chain(mixture), solver=fixpoint.Picard(), max_rows=5)
 
 
 def test_a_neighbours_trajectory_is_a_good_start(mixture):

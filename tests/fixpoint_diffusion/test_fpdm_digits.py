@@ -8,7 +8,7 @@ import torch
 import fixpoint
 from fixpoint_diffusion import NoiseSchedule, initial_noise
 from fixpoint_diffusion.denoisers import embedded, embedded_folder
-from fixpoint_diffusion.metrics import digit_confidence
+from fixpoint_diffusion.evaluation import digit_confidence
 from fixpoint_diffusion.models import FPDM, fpdm_layer_problem
 from fixpoint_diffusion.sampling import fpdm_steps, sample_fpdm
 from fixpoint_diffusion.training.data import load_digits, split_held_out

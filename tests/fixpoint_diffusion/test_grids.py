@@ -25,6 +25,13 @@ def test_colours_keep_their_channels() -> None:
     assert image_grid(image)[1, 1].tolist() == [255, 0, 128]
 
 
+def test_channels_that_are_no_colours_stand_side_by_side() -> None:
+    images = torch.tensor([[-1.0, 1.0, 0.2, 0.0], [1.0, 1.0, -1.0, -1.0]]).view(2, 4, 1, 1).expand(-1, -1, 2, 1)
+    grid = image_grid(images, columns=1)
+    assert grid[1::3, 1:5, 0].tolist() == [[0, 255, 153, 128], [255, 255, 0, 0]]
+    assert (grid[..., 0] == grid[..., 2]).all()
+
+
 def test_saved_picture_is_the_grid_enlarged_without_smoothing(tmp_path) -> None:
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     path = save_grid(images, tmp_path / "new" / "grid.png", smallest_side=60)
@@ -32,7 +39,7 @@ def test_saved_picture_is_the_grid_enlarged_without_smoothing(tmp_path) -> None:
         np.testing.assert_array_equal(np.asarray(picture)[::3, ::3], image_grid(images))
 
 
-@pytest.mark.parametrize("shape", [(0, 1, 8, 8), (1, 8, 8), (1, 2, 8, 8)])
+@pytest.mark.parametrize("shape", [(0, 1, 8, 8), (1, 8, 8), (1, 0, 8, 8)])
 def test_unusable_images_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\(N, C, H, W\)"):
         image_grid(torch.zeros(shape))

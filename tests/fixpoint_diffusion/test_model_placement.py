@@ -24,13 +24,25 @@ def unet() -> Any:
     return tiny_unet().requires_grad_(False)
 
 
+class Wrapped(nn.Module):
+    """So that nobody can ask the network itself for its dtype."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.network(x, t).sample
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layerwise_casting_computes_in_what_its_hook_says(dtype: torch.dtype) -> None:
+def test_layerwise_casting_computes_in_what_its_hook_says(dtype: torch.dtype, wrapped: bool) -> None:
     model = unet()
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
     assert any(p.dtype == torch.float8_e4m3fn for p in model.parameters())
     expected = model(X.to(dtype), T).sample.float()
-    assert torch.equal(DiffusersDenoiser(model)(X, T), expected)
+    assert torch.equal(DiffusersDenoiser(Wrapped(model) if wrapped else model)(X, T), expected)
 
 
 def test_integers_among_the_parameters_say_nothing() -> None:
@@ -104,6 +116,14 @@ def test_offloaded_network_samples_what_it_samples_in_memory(place: Any) -> None
 def test_the_device_of_an_offloaded_network_is_that_of_its_hook() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook(execution_device="meta"))
+    assert execution_device(model) == torch.device("meta")
+
+
+def test_the_device_of_a_network_that_is_offloaded_in_groups_is_that_of_its_hook() -> None:
+    model = offloaded_in_groups()
+    registries = [module._diffusers_hook for module in model.modules() if hasattr(module, "_diffusers_hook")]
+    hooks = [registry.get_hook("group_offloading") for registry in registries]
+    next(hook for hook in hooks if hook is not None).config.onload_device = torch.device("meta")
     assert execution_device(model) == torch.device("meta")
 
 

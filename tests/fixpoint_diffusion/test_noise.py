@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fixpoint_diffusion import initial_noise, step_noise
+from fixpoint_diffusion.processes import noise
 
 indices = st.lists(st.integers(0, 2**40), min_size=1, max_size=4)
 
@@ -89,3 +90,30 @@ def test_indices_out_of_range_are_refused() -> None:
         initial_noise(0, [-1], (2,))
     with pytest.raises(ValueError, match="step must be from 0"):
         step_noise(0, [0], [2**64 - 1], (2,))
+
+
+WORDS = st.one_of(st.integers(0, 2**64 - 1), st.sampled_from([0, 2**32 - 1, 2**32, 2**63, 2**64 - 1]))
+
+
+@settings(max_examples=50)
+@given(seed=WORDS, streams=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3), count=st.integers(1, 40))
+def test_words_made_on_a_device_are_those_of_numpys_generator(seed, streams, count) -> None:
+    made = noise._from_torch(seed, streams, count, torch.device("cpu")).numpy().view(np.uint64)
+    for row, (sample, step) in zip(made, streams, strict=True):
+        key, counter = np.array([seed, sample], dtype=np.uint64), np.array([0, 0, 0, step], dtype=np.uint64)
+        np.testing.assert_array_equal(row, np.random.Philox(key=key, counter=counter).random_raw(count))
+
+
+def test_parts_do_not_change_the_numbers(monkeypatch) -> None:
+    whole = step_noise(4, [3, 9], range(5), (7,), dtype=torch.float64)
+    monkeypatch.setattr(noise, "_PART", 21)  # three streams at a time, of ten
+    assert torch.equal(step_noise(4, [3, 9], range(5), (7,), dtype=torch.float64), whole)
+
+
+def test_noise_takes_about_the_memory_of_its_result(monkeypatch) -> None:
+    from fixpoint.memory import LiveBytes
+
+    monkeypatch.setattr(noise, "_PART", 2**12)
+    with LiveBytes() as live:
+        made = step_noise(0, range(4), range(64), (4, 16, 16))
+    assert live.peak < 1.5 * made.numel() * made.element_size()

@@ -13,14 +13,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import fixpoint
 from fixpoint_diffusion import pipelines
-from tests.fixpoint_diffusion.tiny import tiny_conditional_unet, tiny_unet
+from tests.fixpoint_diffusion.tiny import tiny_stable_diffusion, tiny_unet, tiny_vae
 
 TIGHT: dict[str, Any] = {"solver": fixpoint.Picard(), "rtol": 1e-6}
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +30,7 @@ def unet() -> nn.Module:
 @pytest.fixture(scope="module")
 def vae() -> nn.Module:
     torch.manual_seed(1)
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        norm_num_groups=4,
-        sample_size=8,
-    ).eval()
+    return tiny_vae()
 
 
 @pytest.fixture(scope="module")
@@ -52,32 +44,9 @@ def transformer() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def stable_diffusion(vae: nn.Module) -> dict[str, Any]:
+def stable_diffusion() -> dict[str, Any]:
     torch.manual_seed(3)
-    unet = tiny_conditional_unet()
-    words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    text = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    return {
-        "vae": vae,
-        "text_encoder": CLIPTextModel(text).eval(),
-        "tokenizer": CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=16),
-        "unet": unet.eval(),
-        "scheduler": DDIMScheduler(
-            beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
-        ),
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
+    return tiny_stable_diffusion()
 
 
 def silent(pipe: Any) -> Any:

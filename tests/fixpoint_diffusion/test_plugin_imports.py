@@ -23,10 +23,11 @@ ORDER = (
     "inversion",
     "restoration",
     "training",
-    "metrics",
+    "evaluation",
     "pipelines",
     "experiments",
     "problems",
+    "commands",
     "cli",
     "__init__",
 )

@@ -14,6 +14,7 @@ from fixpoint_diffusion import (
     load_denoiser,
 )
 from fixpoint_diffusion.denoisers.embedded import embedded_folder
+from fixpoint_diffusion.processes import Transitions
 from fixpoint_diffusion.training.data import load_digits
 
 SCHEDULE = NoiseSchedule.linear()
@@ -78,10 +79,91 @@ def test_statistics_of_images():
     assert_close(prior.mean, flat.mean(dim=0))
     shrunk = GaussianPrior.of(images, shrinkage=1.0)
     assert_close(shrunk.variances, prior.variances.mean().expand(64))
-    large = torch.randn(5, 1, 65, 65, generator=torch.Generator().manual_seed(0))
-    wide = GaussianPrior.of(large, shrinkage=0.0)
-    assert wide.basis is None
-    assert_close(wide.variances, large.flatten(1).double().var(dim=0))
+    # In batches, read once, the same.
+    streamed = GaussianPrior.of((batch for batch in images.split(100)), shrinkage=0.0)
+    assert_close((streamed.mean, streamed.variances), (prior.mean, prior.variances), rtol=1e-8, atol=1e-10)
+
+
+def waves(*shape: int) -> torch.Tensor:
+    """The basis as a matrix, by SciPy's cosine transform of every unit image."""
+    from scipy.fft import dctn
+
+    units = torch.eye(torch.Size(shape).numel()).reshape(-1, *shape).double()
+    axes = tuple(range(2, 1 + len(shape)))
+    return torch.from_numpy(dctn(units.numpy(), type=2, norm="ortho", axes=axes)).flatten(1)
+
+
+def test_large_images_have_variances_of_a_cosine_transform():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(40, 3, 20, 24, generator=generator, dtype=torch.float64).cumsum(dim=3)
+    images[:, 1] += images[:, 0]
+    prior = GaussianPrior.of(images, shrinkage=0.0)
+    channels, rows, columns = prior.basis
+    assert [len(factor) for factor in prior.basis] == [3, 20, 24]
+    assert_close(torch.kron(rows, columns), waves(1, 20, 24))
+    turned = images.flatten(1) @ torch.kron(channels, torch.kron(rows, columns))
+    assert_close(prior.variances, turned.var(dim=0), rtol=1e-8, atol=1e-10)
+    bytes_kept = sum(x.numel() for x in (prior.mean, prior.variances, *prior.basis)) * 8
+    assert bytes_kept < 4 * images[0].numel() * 8
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_slopes_in_a_transform_are_those_of_the_exact_denoiser(eta):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(60, 2, 23, 24, generator=generator, dtype=torch.float64).cumsum(dim=2) / 4
+    prior = GaussianPrior.of(images, shrinkage=0.1)
+    basis = torch.kron(prior.basis[0], torch.kron(*prior.basis[1:]))
+
+    def denoiser(x, t):
+        a = SCHEDULE.alphas_cumprod[t][:, None]
+        offset = (x.flatten(1) - a.sqrt() * prior.mean) @ basis
+        return ((1 - a).sqrt() * offset / (a * prior.variances + 1 - a) @ basis.T).reshape(x.shape)
+
+    denoiser.prior = prior
+    x_T = initial_noise(0, range(2), (2, 23, 24), dtype=torch.float64)
+    chain = StochasticDDIMChain(denoiser, x_T, SCHEDULE, steps=20, eta=eta)
+    assert_close(chain.guess, chain.sequential(), rtol=1e-6, atol=1e-8)
+    solution = fixpoint.solve(chain, solver=fixpoint.CausalQuasiNewton(), rtol=1e-5, backward=None)
+    assert solution.nfev == 2
+    assert_close(solution.value, chain.sequential(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_path_takes_no_more_memory_than_the_latents():
+    from fixpoint.memory import LiveBytes
+
+    x_T = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    chain = DDIMChain(lambda x, t: x, x_T, SCHEDULE, steps=200)
+    with LiveBytes() as live:
+        path = GaussianPrior.isotropic().path(x_T, chain.transitions)
+    assert live.peak < 1.5 * path.numel() * path.element_size()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"mean": torch.zeros(3), "variances": torch.tensor([1.0, -1.0, 1.0])}, "variances must be at least 0"),
+        ({"mean": torch.tensor([0.0, torch.nan]), "variances": torch.ones(2)}, "mean must be finite"),
+        ({"mean": torch.zeros(3), "variances": torch.ones(2)}, "must have one size"),
+        ({"mean": torch.zeros(2), "variances": torch.ones(2), "basis": 2 * torch.eye(2)}, "orthogonal"),
+        ({"mean": torch.zeros(2), "variances": torch.ones(2), "basis": torch.ones(2, 3)}, "orthogonal"),
+        ({"weight": torch.zeros(2)}, "no 'mean'"),
+    ],
+)
+def test_files_that_hold_no_prior_are_refused(tmp_path, tensors, message):
+    from safetensors.torch import save_file
+
+    save_file(tensors, tmp_path / "prior.safetensors")
+    with pytest.raises(ValueError, match=rf"prior\.safetensors.*{message}"):
+        GaussianPrior.load(tmp_path)
+
+
+def test_a_damaged_file_and_a_prior_of_another_size_are_refused(tmp_path):
+    (tmp_path / "prior.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        GaussianPrior.load(tmp_path)
+    chain = DDIMChain(lambda x, t: x, torch.ones(1, 4), SCHEDULE, steps=5)
+    with pytest.raises(ValueError, match="one of 3 entries, the images have 4"):
+        correlated_prior().path(chain.x_T, chain.transitions)
 
 
 def test_arguments_that_make_no_sense():
@@ -96,6 +178,10 @@ def test_saved_beside_a_model_it_is_found_again(tmp_path):
     prior.save(tmp_path)
     loaded = GaussianPrior.load(tmp_path)
     assert_close((loaded.mean, loaded.variances, loaded.basis), (prior.mean, prior.variances, prior.basis))
+    wide = GaussianPrior.of(torch.randn(4, 2, 30, 20, generator=torch.Generator().manual_seed(0)))
+    wide.save(tmp_path)
+    loaded = GaussianPrior.load(tmp_path)
+    assert_close((loaded.variances, loaded.basis), (wide.variances, wide.basis))
     GaussianPrior.isotropic(0.5).save(tmp_path)
     assert GaussianPrior.load(tmp_path).basis is None
     assert GaussianPrior.load(tmp_path / "nowhere") is None
@@ -109,3 +195,18 @@ def test_embedded_models_bring_the_prior_of_their_training_images(name):
     expected = GaussianPrior.of(split_held_out(load_digits())[0].images)
     assert_close(denoiser.prior.mean, expected.mean)
     assert_close(denoiser.prior.variances, expected.variances)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 20, 20)])
+def test_a_priors_own_denoiser_takes_the_priors_path(prediction_type: str, shape: tuple[int, ...]) -> None:
+    images = torch.randn(20, *shape, generator=torch.Generator().manual_seed(0)) / 3 + 0.2
+    prior = GaussianPrior.of(images)
+    schedule = NoiseSchedule.linear()
+    transitions = Transitions.of(schedule, schedule.timesteps(6), prediction_type=prediction_type)
+    x_T = initial_noise(0, range(2), shape, dtype=torch.float64)
+    x, latents = x_T, []
+    for k in range(6):
+        x = transitions.step(x, prior.denoise(x, transitions, k), k)
+        latents.append(x)
+    torch.testing.assert_close(prior.path(x_T, transitions), torch.stack(latents, dim=1))

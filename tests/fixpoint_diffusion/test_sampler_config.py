@@ -261,8 +261,13 @@ def projection(x_0: Tensor, step: Tensor, sample: Tensor) -> Tensor:
     return torch.cat([first.unsqueeze(1), x_0[:, 1:]], dim=1)
 
 
-def test_a_hook_changes_the_image_between_prediction_and_step() -> None:
-    """By the rule of DDIM, written out; all forms of the chain agree, and so do parallel solves."""
+@pytest.mark.parametrize("entries", [1, 2**20])
+def test_a_hook_changes_the_image_between_prediction_and_step(monkeypatch: pytest.MonkeyPatch, entries: int) -> None:
+    """By the rule of DDIM, written out; all forms of the chain agree, and so do parallel solves.
+
+    The cumulative form sums as many samples at a time as have so many entries.
+    """
+    monkeypatch.setattr("fixpoint_diffusion.chains.chain._PART", entries)
     schedule = NoiseSchedule.linear()
     denoiser = network("epsilon", 3)
     chain = DDIMChain(denoiser, X_T, schedule, steps=8, x0_hook=projection)
@@ -433,7 +438,7 @@ def test_the_config_of_another_process_is_refused_without_its_class_too(name: st
 @pytest.mark.parametrize("text", ["{", "[1]", "null", "[" * 100_000])
 def test_files_that_hold_no_configuration_are_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "scheduler_config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"scheduler_config\.json (is not valid JSON|holds a)"):
+    with pytest.raises(ValueError, match=r"scheduler_config\.json (is not valid JSON|must hold a)"):
         SamplerConfig.from_diffusers(tmp_path)
 
 

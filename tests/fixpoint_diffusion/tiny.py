@@ -37,3 +37,44 @@ def tiny_conditional_unet() -> nn.Module:
         cross_attention_dim=8,
         attention_head_dim=4,
     ).eval()
+
+
+def tiny_vae() -> nn.Module:
+    """From latents ``(4, 4, 4)`` to images ``(3, 8, 8)``."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        norm_num_groups=4,
+        sample_size=8,
+    ).eval()
+
+
+def tiny_stable_diffusion() -> dict[str, Any]:
+    """What the constructor of a Stable Diffusion pipeline takes; its tokenizer knows single letters."""
+    transformers = pytest.importorskip("transformers")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    vocab = {word: index for index, word in enumerate(words)}
+    return {
+        "vae": tiny_vae(),
+        "text_encoder": transformers.CLIPTextModel(text).eval(),
+        "tokenizer": transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16),
+        "unet": tiny_conditional_unet(),
+        "scheduler": diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }

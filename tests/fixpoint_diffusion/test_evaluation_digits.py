@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, metrics
+from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise
 from fixpoint_diffusion.denoisers import embedded
-from fixpoint_diffusion.metrics import digit_confidence, digit_probabilities, digit_quality
+from fixpoint_diffusion.evaluation import (
+    DigitFeatures,
+    digit_confidence,
+    digit_frechet_distance,
+    digit_probabilities,
+    digit_quality,
+    train_digit_classifier,
+)
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 
@@ -56,6 +63,9 @@ def test_overshooting_values_are_clipped() -> None:
         (torch.zeros(2, 8, 8), r"\(N, 1, 8, 8\)"),
         (torch.zeros(0, 1, 8, 8), "at least 1"),
         (torch.full((1, 1, 8, 8), torch.nan), "finite"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "holds torch.uint8 values"),
+        (torch.linspace(0, 1, 64).reshape(1, 1, 8, 8), "none negative"),
+        (torch.linspace(-3, 260, 64).reshape(1, 1, 8, 8), r"expected \[-1, 1\]"),
     ],
 )
 def test_unusable_images_are_refused(images: torch.Tensor, message: str) -> None:
@@ -75,24 +85,32 @@ def test_samples_of_the_embedded_unet_look_like_digits(seed: int) -> None:
     assert min(quality.class_shares) > 0
 
 
+def test_bundled_weights_are_those_of_the_documented_training() -> None:
+    trained = train_digit_classifier()
+    images = load_digits().images
+    hidden = (images.flatten(1) @ trained["hidden.weight"] + trained["hidden.bias"]).relu()
+    probabilities = (hidden @ trained["output.weight"] + trained["output.bias"]).softmax(1)
+    torch.testing.assert_close(digit_probabilities(images).float(), probabilities, rtol=0, atol=0.05)
+    assert DigitFeatures().weights_hash == "304e60ddd41b1f90264c5f47ce5d9d269394fa3cf9617db29a9513f30c5dca83"
+
+
 def test_frechet_distance_is_that_of_the_fitted_gaussians() -> None:
     train, held_out = split_held_out(load_digits())
     noisy = (held_out.images + 0.5 * torch.randn(held_out.images.shape, generator=torch.manual_seed(0))).clamp(-1, 1)
-    model = metrics._classifier()
 
     def moments(images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        hidden = np.maximum(images.flatten(1).double().numpy() @ model.coefs_[0] + model.intercepts_[0], 0)
+        hidden = DigitFeatures()(images).numpy()
         return hidden.mean(axis=0), np.cov(hidden.T)
 
     (m, C), (n, D) = moments(noisy), moments(train.images)
     overlap = np.sqrt(np.linalg.eigvals(C @ D).real.clip(min=0)).sum()
     expected = ((m - n) ** 2).sum() + np.trace(C + D) - 2 * overlap
-    assert metrics.frechet_distance(noisy, train.images) == pytest.approx(expected, rel=1e-4)
-    assert metrics.frechet_distance(train.images, train.images) == pytest.approx(0, abs=1e-6)
-    assert expected > 2 * metrics.frechet_distance(held_out.images, train.images)
+    assert digit_frechet_distance(noisy, train.images) == pytest.approx(expected, rel=1e-4)
+    assert 0 <= digit_frechet_distance(train.images, train.images) < 1e-9
+    assert expected > 2 * digit_frechet_distance(held_out.images, train.images)
 
 
 def test_frechet_distance_needs_two_images() -> None:
     images = load_digits().images
     with pytest.raises(ValueError, match="at least two"):
-        metrics.frechet_distance(images[:1], images)
+        digit_frechet_distance(images[:1], images)

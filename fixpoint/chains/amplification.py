@@ -1,0 +1,119 @@
+"""How much a chain amplifies errors, as its steps were seen to do; and chains that go back for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fixpoint.chains.error_control import Norms
+from fixpoint.engine.outcome import tensor_like
+from fixpoint.engine.tolerance import Array
+
+if TYPE_CHECKING:
+    from fixpoint.chains.run import ChainRun
+
+AMPLIFIES = 30.0  # up to here, predicted errors were found to be trustworthy as they are
+STRICTER = 10.0  # by how much the tolerance is tightened for a chain that has to go back
+_COUNTS = 0.1  # a change of an input tells what the step amplifies, if it is so much of the tolerance
+_RETRIES = 2  # so often a chain goes back, before it goes on step by step
+
+_LARGEST_LOG = 700.0  # of what float64 can hold
+
+
+class Gains:
+    """Of every step of every chain, logarithms of how many times larger a change of its input came out of it.
+
+    A gain is measured from two evaluations of the step, at inputs that differ by enough to count. The larger one
+    of the last two counts: which way the next error will point is not known, and early rounds were far from the
+    solution. Where nothing was measured, the gain is that by which the solver's model enlarged the predicted error.
+    """
+
+    def __init__(self, rows: int, steps: int) -> None:
+        self._measured = np.full((2, rows, steps), -np.inf)  # newest first
+        self._modelled = np.zeros((rows, steps))
+
+    def note(self, row: Array, step: Array, measured: Array, modelled: Array) -> None:
+        """Take in the gains of steps, ``(N,)`` each; NaN where there is none."""
+        with np.errstate(all="ignore"):
+            measured, modelled = np.log(measured), np.log(modelled)
+        known = np.isfinite(measured)
+        newest, before = self._measured
+        before[row[known], step[known]] = newest[row[known], step[known]]
+        newest[row[known], step[known]] = measured[known]
+        known = np.isfinite(modelled)
+        self._modelled[row[known], step[known]] = modelled[known]
+
+    def of(self, rows: Array) -> Array:
+        """``(R, T)``: the logarithm of every step's gain."""
+        measured = self._measured[:, rows].max(axis=0)
+        return np.where(np.isfinite(measured), measured, self._modelled[rows])
+
+    def ahead(self, rows: Array, scale: Array, seen: Array, done: Array) -> Array:
+        """Logarithm of how many times larger later states show the relative error of each state: ``(R, T)``, >= 0.
+
+        Args:
+            rows: ``(R,)``.
+            scale: ``(R, T)``, norms of the states.
+            seen: ``(R,)``: of so many states something is known. Errors are taken to grow beyond them at the pace at
+                which they grew over the states that are done, if they did.
+            done: ``(R,)``, so many states are done.
+        """
+        step = np.arange(scale.shape[1])
+        with np.errstate(all="ignore"):
+            growth = self.of(rows) + np.log(np.concatenate((scale[:, :1], scale[:, :-1]), axis=1) / scale)
+        growth = np.where(np.isfinite(growth) & (step < seen[:, None]), growth, 0)
+        growth[:, :1] = 0  # what starts a chain has no error
+        so_far = np.where(step < done[:, None], growth, 0).sum(axis=1)
+        pace = np.maximum(so_far, 0) / np.maximum(done, 1)
+        total = np.cumsum(np.where(step < seen[:, None], growth, pace[:, None]), axis=1)
+        return np.minimum(np.maximum.accumulate(total[:, ::-1], axis=1)[:, ::-1] - total, _LARGEST_LOG)
+
+    def accumulated(self, rows: Array, defects: Array) -> Array:
+        """``(R, T)``: the error that states have by their own defects and by those before them.
+
+        Defects ``(R, T)`` of different states point in different directions: their squares add up.
+        """
+        gains = np.exp(np.minimum(self.of(rows), _LARGEST_LOG))
+        errors, error = np.empty_like(defects), np.zeros(len(rows))
+        with np.errstate(over="ignore"):
+            for k in range(defects.shape[1]):
+                error = np.hypot(defects[:, k], gains[:, k] * error)
+                errors[:, k] = error
+        return errors
+
+
+def note_gains(run: ChainRun, row: Array, step: Array, norms: Norms, inside: Array) -> None:
+    """Take in what a round has shown of the steps' gains; changes far below the tolerance may be rounding."""
+    grown, met, image_change, input_change = (x[inside] for x in norms[2:6])
+    scale = run.scale[row, np.maximum(step - 1, 0)]
+    counts = np.maximum(_COUNTS * (run.allowed[0][row] + run.allowed[1][row] * scale), run.rounding * scale)
+    with np.errstate(all="ignore"):
+        run.gains.note(row, step, np.where(input_change > counts, image_change / input_change, np.nan), grown / met)
+
+
+def reconsider(run: ChainRun, rows: Array) -> None:
+    """Chains of which all is done go back to the first state whose error later steps enlarge beyond the tolerance."""
+    ahead = run.ahead(rows)
+    with np.errstate(over="ignore"):
+        wrong = run.error[rows] * np.exp(ahead) > run.bound(rows)
+    late = wrong.any(axis=1) & (ahead.max(axis=1, initial=0) > np.log(AMPLIFIES)) & ~run.in_order[rows]
+    go_back(run, rows[late], np.argmax(wrong[late], axis=1))
+
+
+def go_back(run: ChainRun, rows: Array, first: Array) -> None:
+    """Chains go on from the states ``first``; step by step, from where they are not exact, if that was tried enough."""
+    if not rows.size:
+        return
+    run.retries[rows] += 1
+    ahead = run.ahead(rows).max(axis=1)
+    hopeless = (ahead > run.finest(rows)) & (ahead > np.log(AMPLIFIES))
+    run.in_order[rows] = run.sweeper.single_steps & (hopeless | (run.retries[rows] > _RETRIES) | (run.nfev > run.steps))
+    inexact = np.argmax(run.error[rows] > 0, axis=1)
+    run.done[rows] = np.where(run.in_order[rows], np.minimum(first, inexact), first)
+    whole = run.width == run.steps
+    run.end[rows] = np.where(run.in_order[rows] | (not whole), run.done[rows], run.steps)
+    if not whole:
+        forgotten = rows[:, None] * run.width + np.arange(run.width)
+        run.past.known[tensor_like(run.start, forgotten.ravel())] = False
+    run.moved[tensor_like(run.start, rows)] = 0

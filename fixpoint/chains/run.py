@@ -1,0 +1,175 @@
+"""Chains while they are solved: which of their states are worked on, what is known of them, how they are evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fixpoint.chains.amplification import Gains
+from fixpoint.chains.sweep import Past
+from fixpoint.engine.loop import Map
+from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, tensor_like
+from fixpoint.engine.tolerance import Array, Status, Tolerance
+
+if TYPE_CHECKING:
+    from fixpoint.chains.causal import CausalSweep
+    from fixpoint.chains.certificate import Certificate, Findings
+
+_ROUNDINGS = 30.0  # so many roundings are no more than rounding; no tolerance is finer
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Some states of some chains: a stretch of each, padded to a common width W. On the host.
+
+    Attributes:
+        rows: ``(R,)``, numbers of the chains.
+        count: ``(R,)``, states of each.
+        step: ``(R, W)``, numbers of the states; 0 where padded.
+        inside: ``(R, W)``, false where padded.
+    """
+
+    rows: Array
+    count: Array
+    step: Array
+    inside: Array
+
+    @classmethod
+    def of(cls, rows: Array, first: Array, count: Array) -> Windows:
+        """``count`` states from the state ``first`` on, ``(R,)`` each."""
+        offset = np.arange(count.max(initial=0))
+        inside = offset < count[:, None]
+        return cls(rows, count, np.where(inside, first[:, None] + offset, 0), inside)
+
+    def places(self, length: int, *, before: bool = False) -> Array:
+        """Where the states are kept, ``(R, W)``, if ``length`` places are kept for each chain; -1 where padded.
+
+        ``before`` asks for the states before them instead, and finds -1 for those before the first as well.
+        """
+        step = self.step - before
+        return np.where(self.inside & (step >= 0), self.rows[:, None] * length + step % length, -1)
+
+
+class ChainRun:
+    """Chains while they are solved: their states on the device, their figures on the host as small arrays.
+
+    What is kept for each state lies in one tensor ``(places + 1, ...)``. The last place is scratch: padded windows
+    read zeros there, and what they write is wiped.
+    """
+
+    def __init__(self, z: Tensor, sweeper: CausalSweep, tolerance: Tolerance) -> None:
+        self.start, self.sweeper = z, sweeper
+        states = sweeper.split(z)
+        rows, steps, dim = states.shape
+        options = sweeper.options
+        self.width = min(options.window or steps, options.max_rows or steps, steps)
+        self.states = torch.cat((states.reshape(rows * steps, dim), states.new_zeros(1, dim)))
+        # A window of one needs no model.
+        self.past = Past.empty((rows * self.width + 1 if self.width > 1 else 1,), options.memory, dim, states)
+        # How far the last state of each window has moved from its guess, and the state before that: (B, 2, D).
+        self.moved = states.new_zeros(rows, 2, dim)
+        # What is certified is a row: its states share atol, so that all together keep to it.
+        share = max(steps, 1) ** -0.5 if options.certify else 1.0
+        self.allowed = share * per_row(tolerance.atol, rows), per_row(tolerance.rtol, rows)
+        self.done = np.zeros(rows, dtype=np.int64)  # states that are done
+        self.end = np.zeros(rows, dtype=np.int64)  # states that are, or were, in the window
+        self.error = np.full((rows, steps), np.inf)  # predicted error of each state
+        self.scale = np.ones((rows, steps))  # and its norm
+        self.residual = np.full(rows, np.nan)  # ||f(z) - z||, where it was measured
+        self.gains = Gains(rows, steps)
+        self.seen = np.zeros(rows, dtype=np.int64)  # states that have ever been in the window
+        self.retries = np.zeros(rows, dtype=np.int64)  # how often states that were done proved not to be
+        self.in_order = np.zeros(rows, dtype=bool)  # rows that go on step by step, each from an exact state
+        self.status = np.full(rows, ACTIVE if steps else Status.CONVERGED)
+        self.evals = np.zeros(rows, dtype=np.int64)
+        self.ended_early = Status.MAX_EVALS  # what rows are called that have not ended
+        self.certificate: Certificate | None = None
+        self.findings: Findings | None = None  # of the certificate, while probes measure what the chains amplify
+        self.probes: list[Certificate] = []
+        self.nfev = 0
+        self.trace: list[Array] = []
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.sweeper.steps
+
+    @property
+    def remaining(self) -> int:
+        """Rows that have not ended."""
+        return int(np.count_nonzero(self.status == ACTIVE))
+
+    def rows(self) -> Tensor:
+        """The states as rows ``(B, T * D)``; may share their memory, which the next round writes to."""
+        return self.sweeper.join(self.states[:-1].reshape(len(self.start), self.steps, self.sweeper.dim), self.start)
+
+    def predicted_error(self) -> Array:
+        """Norm of the predicted errors of each row: infinity while a state has not been seen, or cannot be trusted."""
+        return np.where(self.status == Status.NON_FINITE, np.inf, np.sqrt(np.square(self.error).sum(axis=1)))
+
+    def outcome(self) -> LoopResult:
+        """What is known by now."""
+        z, active = self.start, self.status == ACTIVE
+        return LoopResult(
+            z=self.rows().clone(),
+            residual=figures_like(z, self.residual),
+            scale=figures_like(z, np.sqrt(np.square(self.scale).sum(axis=1))),
+            status=tensor_like(z, np.where(active, self.ended_early, self.status)),
+            evals=tensor_like(z, np.where(active, self.nfev, self.evals)),
+            nfev=self.nfev,
+            trace=figures_like(z, np.stack(self.trace)) if self.trace else None,
+            predicted_error=figures_like(z, self.predicted_error()),
+            amplification=figures_like(z, np.exp(self.ahead(np.arange(len(z))).max(axis=1, initial=0.0))),
+        )
+
+    def ahead(self, rows: Array) -> Array:
+        """Logarithm of how many times larger later states show a state's relative error, ``(R, T)``."""
+        return self.gains.ahead(rows, self.scale[rows], self.seen[rows], self.done[rows])
+
+    @property
+    def rounding(self) -> float:
+        """Relative error that is no more than rounding."""
+        return _ROUNDINGS * torch.finfo(self.start.dtype).eps
+
+    def finest(self, rows: Array) -> Array:
+        """``(R,)``: logarithm of how many times finer than asked a state can be had, for its rounding."""
+        size = np.maximum(self.scale[rows].min(axis=1, initial=np.inf), np.finfo(float).tiny)
+        return np.log(np.maximum((self.allowed[0][rows] / size + self.allowed[1][rows]) / self.rounding, 1))
+
+    def bound(self, rows: Array) -> Array:
+        """``(R, T)``: what the error of each state may be."""
+        return self.allowed[0][rows, None] + self.allowed[1][rows, None] * self.scale[rows]
+
+    def write(self, kept: Tensor, places: Tensor, values: Tensor) -> None:
+        """Put ``values`` at their places, and wipe the scratch place."""
+        kept[places] = values
+        kept[-1] = 0
+
+    def end_rows(self, rows: Array, failed: Array, finished: Array) -> None:
+        """Of the given rows, some have failed and some have converged."""
+        self.status[rows[finished]] = Status.CONVERGED
+        self.status[rows[failed]] = Status.NON_FINITE
+        self.evals[rows[failed | finished]] = self.nfev
+
+
+def per_row(limit: Any, rows: int) -> Array:
+    """A number, or one for each row, as ``(rows,)`` on the host."""
+    return torch.as_tensor(limit, dtype=torch.float64).cpu().reshape(-1).expand(rows).numpy()
+
+
+def evaluate(run: ChainRun, f: Map, places: Array, states: Tensor | None = None) -> Tensor:
+    """Images ``(N, D)`` of the states at these places ``(N,)``; of other states ``(B, T * D)`` if given."""
+    states = run.rows() if states is None else states
+    part = getattr(f, "part", None)  # torch.func leaves none
+    if run.sweeper.single_steps and part is not None:
+        row, step = np.divmod(places, run.steps)
+        images = part(states, tensor_like(run.start, row), tensor_like(run.start, step))
+    else:
+        every = f(states.clone())  # f may keep what it got
+        images = run.sweeper.split(every).flatten(0, 1)[tensor_like(run.start, places)]
+    run.nfev += 1
+    return images.to(run.states.dtype)

@@ -1,0 +1,155 @@
+"""The command ``fixpoint-diffusion evaluate``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fixpoint_diffusion.evaluation.extractors import FeatureExtractor
+    from fixpoint_diffusion.evaluation.report import EvaluationReport
+
+
+class FeatureName(StrEnum):
+    digits = "digits"
+    inception = "inception"
+    inception_clean = "inception-clean"
+    dinov2 = "dinov2"
+
+
+class MetricName(StrEnum):
+    frechet = "frechet"
+    kernel = "kernel"
+    precision = "precision"
+    recall = "recall"
+    mind = "mind"
+
+
+class RangeName(StrEnum):
+    symmetric = "-1..1"
+    unit = "0..1"
+    bytes = "0..255"
+
+
+def evaluate(
+    samples: Annotated[Path, typer.Argument(help="Folder of pictures, .npy or .npz file, folder of those, or digits.")],
+    reference: Annotated[
+        Path | None, typer.Argument(help="The same kinds, or a statistics file (mu, sigma in .npz).")
+    ] = None,
+    features: Annotated[FeatureName, typer.Option(help="What images are compared in.")] = FeatureName.digits,
+    weights: Annotated[Path | None, typer.Option(help="inception: weights file. dinov2: model folder.")] = None,
+    metric: Annotated[list[MetricName] | None, typer.Option(help="May be repeated (default: all possible).")] = None,
+    value_range: Annotated[
+        RangeName | None, typer.Option(help="Range of the values in arrays of samples (default: checked to be -1..1).")
+    ] = None,
+    reference_range: Annotated[RangeName | None, typer.Option(help="The same for the reference.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to compute features: cpu, cuda, ...")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Write the report to this JSON file.")] = None,
+    save_statistics: Annotated[
+        Path | None, typer.Option(help="Write mean and covariance of the samples' features to this .npz file.")
+    ] = None,
+) -> None:
+    """Judge a set of images against a reference.
+
+    Example: fixpoint-diffusion evaluate runs/sample/images.npy digits --out runs/sample/report.json
+
+    Figures come with 95% intervals. They can be compared with others only if extractor, hash, preparation and the
+    number of images are the same. Without a reference, --save-statistics makes a statistics file for later.
+    """
+    if reference is None and (save_statistics is None or out is not None or metric):
+        raise ValueError("evaluate needs a REFERENCE, unless it only writes --save-statistics")
+    if save_statistics is not None and save_statistics.suffix != ".npz":
+        raise ValueError(f"a statistics file is a .npz file, got {save_statistics}")
+
+    import sys
+
+    from fixpoint_diffusion.evaluation.features import collect_features
+    from fixpoint_diffusion.evaluation.images import Images
+    from fixpoint_diffusion.evaluation.report import evaluate as judge
+    from fixpoint_diffusion.evaluation.statistics import is_statistics_file
+
+    def opened(path: Path, declared: RangeName | None) -> Path | Images:
+        return path if is_statistics_file(path) else Images(path, _bounds(declared))
+
+    extractor = _extractor(features, weights)
+    progress = sys.stderr.isatty()
+    one = opened(samples, value_range)
+    if save_statistics is not None:
+        if not isinstance(one, Images):
+            raise ValueError(f"{samples} is a statistics file already; --save-statistics needs images")
+        collected = collect_features(one, extractor, batch_size=batch_size, seed=seed, device=device, progress=progress)
+        collected.statistics().save(save_statistics)
+        typer.echo(f"statistics of {collected.num_images} images written to {save_statistics}")
+        if reference is None:
+            return
+    assert reference is not None
+    report = judge(
+        one if save_statistics is None else collected,
+        opened(reference, reference_range),
+        extractor,
+        metrics=[each.value for each in metric] if metric else None,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    typer.echo(describe(report))
+    if out is not None:
+        report.save(out)
+        typer.echo(f"written to {out}")
+
+
+def describe(report: EvaluationReport) -> str:
+    """A report as lines of text."""
+    rows = {
+        "samples": f"{report.samples} ({_count(report.num_samples)})",
+        "reference": f"{report.reference} ({_count(report.num_reference)})",
+        "extractor": f"{report.extractor}, {report.num_features} features",
+        "weights": f"sha256 {report.weights_hash or 'unknown'}",
+        "preparation": report.preparation,
+    }
+    if report.images_one_by_one:
+        rows["one by one"] = "{:,} samples and {:,} of the reference in the metrics but frechet".format(
+            *report.images_one_by_one
+        )
+    rows["seed"] = str(report.seed)
+    for name, figure in report.figures.items():
+        text = f"{figure.value:.6g}"
+        if figure.interval:
+            text += f"  95% interval {figure.interval[0]:.6g} to {figure.interval[1]:.6g}"
+        if figure.at_infinite_n is not None:
+            text += f"  at infinite N {figure.at_infinite_n:.6g}"
+        rows[name] = text
+    lines = [f"{name:12}{text}" for name, text in rows.items()]
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+def _count(number: int | None) -> str:
+    return "number of images not recorded" if number is None else f"{number:,} images"
+
+
+def _bounds(declared: RangeName | None) -> tuple[float, float] | None:
+    if declared is None:
+        return None
+    low, high = declared.value.split("..")
+    return int(low), int(high)
+
+
+def _extractor(name: FeatureName, weights: Path | None) -> FeatureExtractor:
+    from fixpoint_diffusion.evaluation.digits import DigitFeatures
+    from fixpoint_diffusion.evaluation.extractors import DINOv2Features, InceptionFeatures
+
+    if name is FeatureName.digits:
+        if weights is not None:
+            raise ValueError("--features digits has its own weights; drop --weights")
+        return DigitFeatures()
+    if weights is None:
+        raise ValueError(f"--features {name.value} needs --weights, the local file or folder of its weights")
+    if name is FeatureName.dinov2:
+        return DINOv2Features(weights)
+    return InceptionFeatures(weights, resize="clean" if name is FeatureName.inception_clean else "bilinear")

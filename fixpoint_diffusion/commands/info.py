@@ -1,0 +1,80 @@
+"""The command ``fixpoint-diffusion info``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fixpoint_diffusion.commands.shared import open_model
+
+if TYPE_CHECKING:
+    from fixpoint_diffusion.denoisers.protocol import ConditioningInput
+
+
+def info(
+    model: Annotated[str | None, typer.Argument(help="An embedded model's name or a model folder.")] = None,
+) -> None:
+    """Say what a model folder holds and what the model takes; without an argument, list the embedded models.
+
+    Example: fixpoint-diffusion info ddpm-digits
+    """
+    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, describe
+    from fixpoint_diffusion.denoisers.checksums import CHECKSUM_FILE, verify_checksums
+
+    if model is None:
+        for name in EMBEDDED_MODELS:
+            denoiser, _ = open_model(name)
+            parameters = sum(p.numel() for p in denoiser.model.parameters())
+            shape = "x".join(map(str, denoiser.sample_shape or ()))
+            typer.echo(f"{name:12} {type(denoiser.model).__name__}, {parameters:,} parameters, samples {shape}")
+        typer.echo("\nMore of one: fixpoint-diffusion info NAME_OR_FOLDER")
+        return
+    denoiser, folder = open_model(model)
+    about = describe(denoiser)
+    checked = (folder / CHECKSUM_FILE).is_file()
+    rows = {
+        "folder": folder,
+        "class": type(denoiser.model).__name__,
+        "parameters": f"{sum(p.numel() for p in denoiser.model.parameters()):,}",
+        "weights": f"{sum(p.nbytes for p in denoiser.model.parameters()) / 1e6:.2f} MB in memory",
+        "samples": "any size" if denoiser.sample_shape is None else "x".join(map(str, denoiser.sample_shape)),
+        "classes": _classes(about.class_labels),
+        "inputs": ", ".join(["x", "t", *about.conditioning]),
+        "predicts": denoiser.prediction_type + (" and a variance" if about.learned_variance else ""),
+        **_sampling(denoiser.schedule_config),
+        "checksums": f"{len(verify_checksums(folder))} files match" if checked else f"no {CHECKSUM_FILE}",
+    }
+    for name, value in rows.items():
+        typer.echo(f"{name:10} {value}")
+
+
+def _classes(known: ConditioningInput | None) -> str:
+    if known is None or known.num_classes is None:
+        return "none"
+    count, null = known.num_classes, known.null_label
+    return f"{count}, --class 0 to {count - 1}" + ("" if null is None else f"; {null} means no class, for --guidance")
+
+
+def _sampling(config: Mapping[str, Any] | None) -> dict[str, str]:
+    """What the scheduler's configuration says of sampling, or why it is not read."""
+    from fixpoint_diffusion.processes import Clip, SamplerConfig
+    from fixpoint_diffusion.processes.scheduler_tables import CLASSES
+
+    if config is None:
+        return {"schedule": "not given"}
+    try:
+        sampler = SamplerConfig.from_diffusers(config)
+    except ValueError as error:
+        return {"schedule": f"cannot be sampled from here: {error}"}
+    schedule, config = sampler.schedule, {**CLASSES[sampler.class_name], **config}
+    betas = f"{config.get('beta_schedule')} {config.get('beta_start')}..{config.get('beta_end')}"
+    terminal = ", zero terminal SNR" if config.get("rescale_betas_zero_snr") else ""
+    hook = schedule.x0_hook
+    clipping = f"of predicted images, to {hook.limit}" if isinstance(hook, Clip) else f"of predicted images, {hook}"
+    return {
+        "schedule": f"{betas}, {len(schedule)} timesteps{terminal}",
+        "timesteps": f"{schedule.timestep_spacing} spacing, offset {schedule.steps_offset}",
+        "clipping": "none" if hook is None else clipping,
+    }

@@ -1,0 +1,124 @@
+"""The command ``fixpoint-diffusion sample``."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fixpoint_diffusion.commands.shared import folder_option, open_model, with_options
+from fixpoint_diffusion.sampling.options import SamplingOptions
+from fixpoint_diffusion.sampling.run_folder import GRID, IMAGES, ONE_FILE, RECORD, ImageFormat, RunFolder
+
+# Of so many images the grid is made, and the classifier's confidence taken.
+_SHOWN, _JUDGED = 100, 1000
+
+
+@with_options(SamplingOptions)
+def sample(
+    model: Annotated[str, typer.Option(help="An embedded model's name or a model folder.")] = "ddpm-digits",
+    vae: Annotated[
+        Path | None,
+        typer.Option(parser=folder_option, help="Folder of the autoencoder, for a model of latents.", metavar="FOLDER"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to sample: cpu, cuda, ...")] = "cpu",
+    out: Annotated[
+        Path, typer.Option(parser=folder_option, help="Folder for images, grid.png and sample.json.", metavar="FOLDER")
+    ] = Path("runs/sample"),
+    format: Annotated[ImageFormat, typer.Option(help="npy: arrays as sampled. png: 8 bit, a file an image.")] = (
+        ImageFormat.npy
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete another run in --out first.")] = False,
+    **given: Any,
+) -> None:
+    """Draw images from a model, and write them with the figures of the run.
+
+    Example: fixpoint-diffusion sample --model ddpm-digits --num-images 16 --steps 50 --solver causal
+
+    The same command continues a run that was interrupted, or adds images to it if --num-images has grown. For the
+    embedded models, the figures include the confidence of a small classifier of real digits in the images.
+    """
+    options = SamplingOptions(**given)
+    denoiser, model_folder = open_model(model, device=device)
+
+    from fixpoint_diffusion.models.autoencoder import LatentDecoder
+    from fixpoint_diffusion.sampling.job import SamplingJob
+
+    decoder = None if vae is None else LatentDecoder.from_folder(vae, device=device)
+    job = SamplingJob(denoiser, options, decoder=decoder)
+    settings: dict[str, Any] = {"model": model, "weights_sha256": _hash(model_folder)}
+    if vae is not None:
+        settings |= {"vae": str(vae), "vae_sha256": _hash(vae)}
+    settings |= {name: value for name, value in asdict(options).items() if name not in ("num_images", "batch_size")}
+    settings |= job.settings | {"classes": None if job.classes is None else list(job.classes)}
+    folder = RunFolder(
+        out,
+        settings,
+        num_images=options.num_images,
+        batch_size=options.batch_size,
+        image_shape=job.image_shape,
+        format=format,
+        overwrite=overwrite,
+    )
+    if folder.done:
+        typer.echo(f"{folder.done} images are there already")
+    try:
+        began = time.perf_counter()
+        for batch in job.batches(folder.done):
+            folder.write(batch, seconds=time.perf_counter() - began)
+            began = time.perf_counter()
+    except KeyboardInterrupt:
+        folder.discard_empty()
+        there = f"{folder.done} of {folder.num_images} images"
+        typer.echo(f"\nInterrupted; {there} are in {out}. The same command goes on.")
+        raise typer.Exit(130) from None
+    except BaseException:
+        folder.discard_empty()
+        raise
+    figures = folder.finish(_judge(model, folder))
+    width = max(map(len, figures))
+    typer.echo("\n".join(f"{name:{width}}  {value}" for name, value in figures.items() if value is not None))
+    written = [_save_grid(folder), ONE_FILE if (out / ONE_FILE).exists() else f"{IMAGES}/", RECORD]
+    typer.echo(f"written to {out}: {', '.join(name for name in written if name)}")
+    missed = folder.num_images - folder.totals.get("converged", folder.num_images)
+    if missed > 0:
+        typer.echo(
+            f"Warning: {missed} of {folder.num_images} images did not converge to --rtol {options.rtol}",
+            err=True,
+        )
+
+
+def _judge(model: str, folder: RunFolder) -> dict[str, float]:
+    """What the classifier of digits says of the first images of an embedded model."""
+    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS
+    from fixpoint_diffusion.evaluation import digit_quality
+
+    if model not in EMBEDDED_MODELS:
+        return {}
+    quality = digit_quality(folder.read(_JUDGED))
+    return {"digit_confidence": quality.confidence, "relative_to_real_digits": quality.relative_confidence}
+
+
+def _save_grid(folder: RunFolder) -> str | None:
+    """Show the first images; what is no picture (a sequence, a volume) has no grid."""
+    from fixpoint_diffusion.sampling.grids import save_grid
+
+    images = folder.read(_SHOWN)
+    if images.ndim != 4:
+        return None
+    save_grid(images, folder.folder / GRID)
+    return GRID
+
+
+def _hash(folder: Path) -> str:
+    """SHA-256 of a model folder's weights and configurations, one file after another."""
+    total = hashlib.sha256()
+    files = [path for end in ("*.safetensors", "*.bin", "*config.json") for path in folder.rglob(end)]
+    for path in sorted(files):
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()

@@ -1,0 +1,88 @@
+"""What commands share: opening a model or a device by its name, and options that stand in one dataclass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from fixpoint_diffusion.denoisers import NetworkDenoiser
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def open_model(model: str, *, device: str = "cpu") -> tuple[NetworkDenoiser, Path]:
+    """Load an embedded model by its name, or a model folder; returns the denoiser and the folder.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if the model does not load, or there is no such device.
+    """
+    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded_folder, load_denoiser
+
+    check_device(device)
+    folder = embedded_folder(model) if model in EMBEDDED_MODELS else Path(model)
+    if not model or not folder.is_dir():
+        raise FileNotFoundError(f"no model folder {model!r}; embedded models are {', '.join(EMBEDDED_MODELS)}")
+    return load_denoiser(folder, device=device), folder
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that this machine or this build of PyTorch does not have.
+
+    >>> check_device("cpu")
+    >>> check_device("gpu")
+    Traceback (most recent call last):
+    ...
+    ValueError: no device 'gpu'; here there are cpu
+    """
+    import torch
+
+    try:
+        # A value that is read back: the device "meta" makes tensors and holds none.
+        torch.zeros(1, device=torch.device(name)).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        available = [kind for kind in ("cuda", "xpu", "mps") if getattr(torch, kind).is_available()]
+        raise ValueError(f"no device {name!r}; here there are {', '.join(['cpu', *available])}") from error
+
+
+def folder_option(text: str | Path) -> Path:
+    """A folder from the command line, or the option's default; an empty name is not the current folder."""
+    if not str(text).strip():
+        raise typer.BadParameter("the name of the folder is empty")
+    return Path(text)
+
+
+def with_options(options: type[Any]) -> Callable[[F], F]:
+    """Let a command take the fields of a dataclass as options: those that its own signature does not name.
+
+    The command gets their values by keyword, in ``**given``. A field's metadata say ``help``, ``low``, ``high`` (the
+    range) and ``flag``, where that is not its name.
+    """
+    hints = get_type_hints(options)
+
+    def decorate(command: F) -> F:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        shared = []
+        for field in fields(options):
+            data = field.metadata
+            names = [data["flag"]] if data["flag"] else []
+            option = typer.Option(*names, help=data["help"], min=data["low"], max=data["high"])
+            annotation: Any = Annotated[hints[field.name], option]
+            shared.append(
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
+                )
+            )
+        parameters = [*own, *shared]
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": signature.return_annotation}
+        return command
+
+    return decorate

@@ -1,0 +1,161 @@
+"""``fixpoint-diffusion train``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fixpoint_diffusion.commands.encode import ChannelsName, CropName
+from fixpoint_diffusion.commands.shared import check_device, folder_option
+
+
+class Weighting(StrEnum):
+    plain = "plain"
+    min_snr = "min-snr"
+
+
+class Precision(StrEnum):
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+# Each is a field of TrainingConfig by the name of the option.
+_OF_TRAINING = (
+    "steps",
+    "batch_size",
+    "accumulate",
+    "precision",
+    "learning_rate",
+    "weight_decay",
+    "ema_decay",
+    "weighting",
+    "class_dropout",
+    "seed",
+    "checkpoint_every",
+)
+
+
+def train(
+    context: typer.Context,
+    kind: Annotated[
+        str | None, typer.Argument(help="Model family: unet (default), dit, fpdm, ...; the docs list all.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(parser=folder_option, help="Folder for the model and its checkpoint.", metavar="FOLDER")
+    ] = Path("runs/train"),
+    data: Annotated[
+        str, typer.Option(help="'digits', a folder of images (with class subfolders or without), a .npy file, latents.")
+    ] = "digits",
+    channels: Annotated[ChannelsName | None, typer.Option(help="Channels (default: as all files have them).")] = None,
+    size: Annotated[str | None, typer.Option(help="Side of the images, or HEIGHTxWIDTH, to which all are cut.")] = None,
+    crop: Annotated[CropName, typer.Option(help="How that size is reached; patch does not scale.")] = CropName.CENTER,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror images left and right at random.")] = False,
+    latents: Annotated[bool, typer.Option("--latents", help="The .npy file holds latents, of any range.")] = False,
+    classes: Annotated[bool, typer.Option("--classes", help="Train a model that is told the data's classes.")] = False,
+    class_dropout: Annotated[
+        float | None, typer.Option(help="Share of the labels replaced by 'no class', for guidance (default: 0.1).")
+    ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(parser=folder_option, help="Model folder to start from, not random weights.", metavar="FOLDER"),
+    ] = None,
+    settings: Annotated[Path | None, typer.Option(help="JSON file with settings of the model's architecture.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps in all.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step, over all processes.")] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Parts that a process takes its images in.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Mixed precision (default: no).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
+    ema_decay: Annotated[float | None, typer.Option(help="Decay of the averaged weights, which are kept.")] = None,
+    weighting: Annotated[Weighting | None, typer.Option(help="Weight of each timestep's loss.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the initial weights and of training.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0: the training's own.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")] = "cpu",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out, with its own settings; --steps may be more.")
+    ] = False,
+) -> None:
+    """Train a denoiser and write it as a model folder.
+
+    Example: fixpoint-diffusion train unet --data digits --steps 9000 --out runs/my-unet
+
+    Digits are trained on four fifths of scikit-learn's set; the rest is held out for judging. Ctrl-C finishes the step
+    at hand and writes a checkpoint, from which --resume continues to the same result as an uninterrupted run. An option
+    that is not given takes the value of the model family. On several devices: accelerate launch -m
+    fixpoint_diffusion.cli train ...
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    # By name, because newer versions of typer bring their own copy of click.
+    given = {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    if resume:
+        clashing = sorted(given.keys() - {"resume", "out", "steps", "device", "workers"})
+        if clashing:
+            names = ", ".join(name if name == "kind" else "--" + name.replace("_", "-") for name in clashing)
+            raise typer.BadParameter(f"a resumed run keeps its own settings; drop {names}", param_hint="--resume")
+    if init is not None and kind is not None:
+        raise typer.BadParameter(f"the model in {init} says of what kind it is; drop {kind}", param_hint="--init")
+    _check_kind(kind)
+    check_device(device)
+
+    from fixpoint_diffusion.files import read_json
+    from fixpoint_diffusion.training.runs import DataOptions, TrainingRun
+
+    if resume:
+        run = TrainingRun.resume(out, steps=steps, device=device, workers=workers)
+    else:
+        training = {name: _plain(given[name]) for name in _OF_TRAINING if name in given}
+        run = TrainingRun.start(
+            out,
+            kind=kind or "unet",
+            data=DataOptions(
+                source=data, channels=_plain(channels), size=_size(size), crop=crop.value, flip=flip, latents=latents
+            ),
+            classes=classes,
+            init=init,
+            settings=None if settings is None else read_json(settings),
+            training=training,
+            device=device,
+            workers=workers,
+        )
+    typer.echo(run.describe())
+    try:
+        log = run.run()
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\nInterrupted; checkpoint written. Continue with:\n  fixpoint-diffusion train --resume --out {out}"
+        )
+        raise typer.Exit(130) from None
+    typer.echo(f"Trained in {log.seconds:.0f} s, written to {out}. Try:\n  fixpoint-diffusion sample --model {out}")
+
+
+def _check_kind(kind: str | None) -> None:
+    from difflib import get_close_matches
+
+    from fixpoint_diffusion.denoisers.registry import families
+
+    known = sorted(families())
+    if kind is not None and kind not in known:
+        close = get_close_matches(kind, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        raise typer.BadParameter(f"no model family {kind!r}; {hint}", param_hint="KIND")
+
+
+def _size(text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        sides = [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise typer.BadParameter(f"expected a number such as 64, or HEIGHTxWIDTH, got {text!r}", param_hint="--size")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, StrEnum) else value

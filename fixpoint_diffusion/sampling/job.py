@@ -1,0 +1,256 @@
+"""Sampling in batches, as the command line does it: from a model and plain options to images and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, Solver
+from fixpoint_diffusion.chains import SamplingChain, chain_from_scheduler
+from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided, NetworkDenoiser, describe
+from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
+from fixpoint_diffusion.processes import SamplerConfig, initial_noise
+from fixpoint_diffusion.sampling.fpdm import sample_fpdm
+from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, parse_classes
+from fixpoint_diffusion.sampling.sample import sample
+
+if TYPE_CHECKING:
+    from fixpoint_diffusion.models.autoencoder import LatentDecoder
+
+SOLVERS: dict[SolverName, Solver] = {
+    SolverName.causal: CausalQuasiNewton(),
+    SolverName.picard: Picard(),
+    SolverName.anderson: Anderson(),
+    SolverName.broyden: Broyden(),
+}
+DEFAULT_ITERATIONS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleBatch:
+    """Some images of a job.
+
+    Attributes:
+        first: the number of the first of them among the job's images.
+        images: ``(N, *image_shape)`` float32, on the CPU.
+        labels: their classes, ``(N,)`` int64; None where no class was asked for.
+        counts: what they cost, to be added up over batches: ``rounds`` and ``evals`` of the model, and how many
+            ``converged``.
+    """
+
+    first: int
+    images: Tensor
+    labels: Tensor | None
+    counts: dict[str, int]
+
+
+class SamplingJob:
+    """Images to be sampled from a loaded denoiser, a batch at a time. All that can be checked is checked at once.
+
+    Args:
+        denoiser: what ``load_denoiser`` returns: it knows its schedule and the shape of its samples.
+        options: what to sample and how.
+        decoder: turns latents into images; None: the samples are the images.
+
+    Attributes:
+        image_shape: shape of one image, ``(C, H, W)``, after decoding.
+        classes: the classes that the images get in turn; None where no class was asked for.
+        settings: JSON-able settings that FPDM adds to the options (``iterations``, ``reuse``, and ``block_passes``, the
+            cost of one image).
+
+    Raises:
+        ValueError: for options that do not fit the model, or a model that lacks a schedule, a size or classes.
+
+    >>> from fixpoint_diffusion.denoisers import embedded
+    >>> job = SamplingJob(embedded("ddpm-digits"), SamplingOptions(num_images=3, batch_size=2, steps=2))
+    >>> [tuple(batch.images.shape) for batch in job.batches(progress=False)]
+    [(2, 1, 8, 8), (1, 1, 8, 8)]
+    """
+
+    def __init__(
+        self,
+        denoiser: NetworkDenoiser,
+        options: SamplingOptions,
+        *,
+        decoder: LatentDecoder | None = None,
+    ) -> None:
+        if denoiser.schedule_config is None or denoiser.sample_shape is None:
+            missing = "scheduler_config.json" if denoiser.schedule_config is None else "sample_size in its config.json"
+            raise ValueError(f"cannot sample from this model folder: it has no {missing}")
+        self.options = options
+        self.settings: dict[str, Any] = {}
+        self._decoder = decoder
+        self._sample_shape = denoiser.sample_shape
+        self.image_shape = self._sample_shape if decoder is None else decoder.image_shape(self._sample_shape)
+        self._config = SamplerConfig.from_diffusers(denoiser.schedule_config)
+        self._device = denoiser.device
+        self._denoiser = self._prepare(denoiser)
+        self._prepare_classes(denoiser)
+        # A chain of one image that is not run: whatever does not fit is said before anything is written.
+        self._chain(range(1), eta=0.0)
+
+    def labels(self, samples: range) -> Tensor | None:
+        """The classes of these images, ``(N,)``: they repeat in the given order."""
+        if self.classes is None:
+            return None
+        return torch.tensor([self.classes[i % len(self.classes)] for i in samples])
+
+    def batches(self, first: int = 0, *, progress: bool = True) -> Iterator[SampleBatch]:
+        """Sample images ``first`` to ``num_images - 1``; no more than a batch is held.
+
+        Args:
+            first: how many are there already.
+            progress: show a bar: of images, or of the latents or steps where one batch is all.
+
+        Raises:
+            FloatingPointError: if images are not finite.
+        """
+        total, size = self.options.num_images, self.options.batch_size
+        single = total - first <= size
+        with tqdm(
+            total=total, initial=first, desc="sampling", unit="image", disable=single or not progress, smoothing=0
+        ) as bar:
+            for start in range(first, total, size):
+                batch = self._sample(range(start, min(start + size, total)), progress=progress and single)
+                yield batch
+                bar.update(len(batch.images))
+
+    @torch.no_grad()
+    def _sample(self, samples: range, *, progress: bool) -> SampleBatch:
+        counts: dict[str, int] = {}
+        if isinstance(self._denoiser, FPDMDenoiser) and self.options.solver == SolverName.sequential:
+            images = self._sample_fpdm(self._denoiser, samples, progress=progress)
+        else:
+            images, counts = self._sample_chain(samples, progress=progress)
+        if self._decoder is not None:
+            images = self._decoder(images)
+        if not bool(images.isfinite().all()):
+            wrong = int((~images.isfinite()).flatten(1).any(dim=1).sum())
+            raise FloatingPointError(
+                f"{wrong} of images {samples[0]} to {samples[-1]} are not finite: the model gives infinities or NaNs"
+            )
+        return SampleBatch(
+            first=samples[0], images=images.to("cpu", torch.float32), labels=self.labels(samples), counts=counts
+        )
+
+    def _sample_chain(self, samples: range, *, progress: bool) -> tuple[Tensor, dict[str, int]]:
+        options = self.options
+        chain = self._chain(samples, eta=options.eta)
+        if options.solver == SolverName.sequential:
+            images, outcome = chain.sequential(trajectory=False, progress=progress), {}
+        else:
+            result = sample(
+                chain,
+                solver=SOLVERS[options.solver],
+                rtol=options.rtol,
+                max_evals=options.max_rounds,
+                max_rows=options.max_rows,
+                on_failure="ignore",  # whoever runs the job sees the count
+                progress=progress,
+            )
+            images, outcome = result.images, {"converged": int(result.solution.converged.sum())}
+        return images, {"rounds": chain.rounds, "evals": chain.evals, **outcome}
+
+    def _sample_fpdm(self, denoiser: FPDMDenoiser, samples: range, *, progress: bool) -> Tensor:
+        labels = self._model_labels(samples)
+        return sample_fpdm(
+            denoiser.model,
+            self._noise(samples),
+            self._config.schedule,
+            steps=self.options.steps,
+            spacing=self._config.schedule.timestep_spacing,
+            iterations=self.settings["iterations"],
+            reuse=self.settings["reuse"],
+            eta=self.options.eta,
+            seed=self.options.seed,
+            y=labels,
+            guidance=self.options.guidance,
+            first_sample=samples[0],
+            progress=progress,
+        ).images
+
+    def _chain(self, samples: range, *, eta: float) -> SamplingChain:
+        x_T, steps, conditioning = self._noise(samples), self.options.steps, {}
+        denoiser: Any = self._denoiser
+        if (labels := self._model_labels(samples)) is not None:
+            conditioning[CLASS_LABELS] = labels
+            if self.options.guidance != 1:
+                denoiser = Guided(denoiser, self.options.guidance)
+        return chain_from_scheduler(
+            denoiser,
+            x_T,
+            self._config,
+            steps=steps,
+            eta=eta,
+            seed=self.options.seed,
+            first_sample=samples[0],
+            conditioning=conditioning,
+        )
+
+    def _noise(self, samples: range) -> Tensor:
+        return initial_noise(self.options.seed, samples, self._sample_shape, device=self._device)
+
+    def _model_labels(self, samples: range) -> Tensor | None:
+        """What the model is told: the classes asked for, or "no class" where it has a label for that."""
+        labels = self.labels(samples)
+        if labels is None and self._null_label is not None:
+            labels = torch.full((len(samples),), self._null_label)
+        return None if labels is None else labels.to(self._device)
+
+    def _prepare(self, denoiser: NetworkDenoiser) -> NetworkDenoiser:
+        options = self.options
+        variance = self._config.transitions(options.steps, eta=options.eta).learned_variance
+        if not isinstance(denoiser, FPDMDenoiser):
+            if options.iterations is not None or options.reuse is not None:
+                raise ValueError("--iterations and --reuse are for FPDM models, and this model is none")
+            return _with_variance(denoiser) if variance else denoiser
+        if variance and options.solver == SolverName.sequential:
+            raise ValueError(
+                "the steps of an FPDM know no learned variance: take --eta below 1, or a parallel --solver"
+            )
+        iterations = options.iterations or DEFAULT_ITERATIONS
+        reuse = options.reuse is not False and options.solver == SolverName.sequential
+        config = denoiser.model.config
+        passes = options.steps * (config.n_pre + iterations + config.n_post)
+        self.settings = {"iterations": iterations, "reuse": reuse, "block_passes": passes}
+        return FPDMDenoiser(
+            denoiser.model,
+            schedule_config=denoiser.schedule_config,
+            depth=iterations,
+            prior=denoiser.prior,
+            learned_variance=variance,
+        )
+
+    def _prepare_classes(self, denoiser: NetworkDenoiser) -> None:
+        about = describe(denoiser)
+        if unknown := [name for name in about.conditioning if name != CLASS_LABELS]:
+            raise ValueError(f"this model takes {', '.join(unknown)}, which cannot be given here: sample by a pipeline")
+        known = about.class_labels
+        count = 0 if known is None else known.num_classes or 0
+        self._null_label = None if known is None else known.null_label
+        self.classes: tuple[int, ...] | None = None
+        if self.options.classes is not None:
+            if known is None:
+                raise ValueError("--class is for models with classes, and this model has none")
+            self.classes = parse_classes(self.options.classes, count)
+            if self.options.guidance != 1 and self._null_label is None:
+                raise ValueError("--guidance needs a model that was also trained without labels, and this one was not")
+        elif known is not None and self._null_label is None:
+            raise ValueError(f"this model has {count} classes and must be told one: --class 0, or --class all")
+
+
+def _with_variance(denoiser: NetworkDenoiser) -> NetworkDenoiser:
+    """The same network, whose output keeps what it says of the variance."""
+    return DiffusersDenoiser(
+        denoiser.model,
+        prediction_type=denoiser.prediction_type,
+        schedule_config=denoiser.schedule_config,
+        prior=denoiser.prior,
+        sample_shape=denoiser.sample_shape,
+        learned_variance=True,
+    )

@@ -1,0 +1,111 @@
+"""What to sample and how: the one place where these options, their defaults, ranges and help texts stand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+_WORD = 2**64 - 1
+
+
+class SolverName(StrEnum):
+    """How a chain is solved: step after step, or all steps at once by a solver of ``fixpoint``."""
+
+    sequential = "sequential"
+    causal = "causal"
+    picard = "picard"
+    anderson = "anderson"
+    broyden = "broyden"
+
+
+def _option(default: Any, help: str, *, low: float | None = None, high: float | None = None, flag: str = "") -> Any:
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """What to sample and how. The help text of each option is in its field's metadata, where the command reads it.
+
+    Image i depends on the seed, on i and on the other options, but not on ``num_images`` or ``batch_size`` (beyond
+    rounding, and with a parallel solver beyond its tolerance).
+
+    Raises:
+        ValueError: for a value out of its range, or not finite; the message names the option as the command spells it.
+
+    >>> SamplingOptions(eta=float("nan"))
+    Traceback (most recent call last):
+    ...
+    ValueError: --eta must be from 0.0 to 1.0, got nan
+    """
+
+    num_images: int = _option(16, "How many images.", low=1, high=_WORD)
+    batch_size: int = _option(256, "Most images at once; it does not change them.", low=1, high=100_000)
+    steps: int = _option(50, "Sampling steps.", low=1)
+    eta: float = _option(0.0, "Noise per step: 0 is DDIM, 1 as DDPM.", low=0.0, high=1.0)
+    seed: int = _option(0, "Seed of all noise.", low=0, high=_WORD)
+    classes: str | None = _option(
+        None, "Classes, such as 7 or 0,3,7 or all: image i gets the i-th, then they repeat.", flag="--class"
+    )
+    guidance: float = _option(1.0, "Classifier-free guidance; 1 is none, more is more of it.", low=0.0)
+    solver: SolverName = _option(  # noqa: RUF009 - it returns a field
+        SolverName.sequential, "sequential: step after step; others solve all steps at once."
+    )
+    rtol: float = _option(1e-3, "Parallel solvers: relative tolerance.", low=1e-12, high=1.0)
+    max_rounds: int | None = _option(
+        None, "Parallel solvers: most rounds (batched model calls) (default: steps + 1).", low=1, high=10**6
+    )
+    max_rows: int | None = _option(
+        None, "causal: most model rows in a round (default: a rule of the solver).", low=1, high=10**9
+    )
+    iterations: int | None = _option(None, "FPDM: iterations per step (default: 4).", low=1, high=10**4)
+    reuse: bool | None = _option(
+        None, "FPDM: start at the last step's solution (default: reuse).", flag="--reuse/--no-reuse"
+    )
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value, low, high = getattr(self, option.name), option.metadata["low"], option.metadata["high"]
+            if value is None or (low is None and high is None):
+                continue
+            least, most = -math.inf if low is None else low, math.inf if high is None else high
+            if not (least <= value <= most and math.isfinite(value)):  # NaN fails every comparison
+                bound = f"at least {low} and finite" if high is None else f"from {low} to {high}"
+                raise ValueError(f"{flag(option.name)} must be {bound}, got {value}")
+        if self.max_rows is not None and self.solver != SolverName.causal:
+            raise ValueError(f"--max-rows is for --solver causal, not for --solver {self.solver}")
+        if self.reuse and self.solver != SolverName.sequential:
+            raise ValueError("--reuse needs steps that follow each other: leave it out, or use --solver sequential")
+        if self.guidance != 1 and self.classes is None:
+            raise ValueError("--guidance needs --class: it strengthens the difference that a class makes")
+
+
+def flag(name: str) -> str:
+    """How the command line spells an option of :class:`SamplingOptions`.
+
+    >>> flag("num_images"), flag("classes")
+    ('--num-images', '--class')
+    """
+    given = {option.name: option.metadata["flag"] for option in fields(SamplingOptions)}[name]
+    return given.partition("/")[0] or "--" + name.replace("_", "-")
+
+
+def parse_classes(text: str, num_classes: int) -> tuple[int, ...]:
+    """The classes that ``"7"``, ``"0,3,7"`` or ``"all"`` means for a model of so many.
+
+    Raises:
+        ValueError: for anything else, or a class that the model does not have.
+
+    >>> parse_classes("all", 3), parse_classes("2,0", 3)
+    ((0, 1, 2), (2, 0))
+    """
+    if text.strip() == "all":
+        return tuple(range(num_classes))
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise ValueError(f"--class takes a class, several with commas, or all, such as 7 or 0,3,7; got {text[:40]!r}")
+    classes = tuple(map(int, parts))
+    if wrong := [number for number in classes if number >= num_classes]:
+        raise ValueError(f"--class {wrong[0]}: the model's classes are 0 to {num_classes - 1}")
+    return classes

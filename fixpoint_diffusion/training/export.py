@@ -1,0 +1,62 @@
+"""A trained model as a folder that ``load_denoiser`` and diffusers read."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fixpoint_diffusion.denoisers.checksums import write_checksums
+from fixpoint_diffusion.denoisers.registry import Family
+from fixpoint_diffusion.files import write_json
+from fixpoint_diffusion.processes import GaussianPrior
+from fixpoint_diffusion.training.data import ImageDataset
+from fixpoint_diffusion.training.logs import LOG_FILE, TrainingLog
+
+SCHEDULER_FILE = "scheduler_config.json"
+_PRIOR_IMAGES = 4096
+
+
+def export(
+    model: nn.Module,
+    folder: Path,
+    *,
+    family: Family,
+    schedule_config: Mapping[str, Any],
+    training: Mapping[str, Any],
+    log: TrainingLog,
+    prior: GaussianPrior | None,
+) -> None:
+    """Write ``config.json``, the weights and all that belongs to them; the files of an older export go last.
+
+    The weights are in half precision if they fit into it. With them come ``scheduler_config.json``, the prior of the
+    images (``prior.safetensors``), how the model was trained (``training_config.json``, ``training_log.csv``) and the
+    checksums of all of them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    largest = max((float(p.detach().abs().max()) for p in model.parameters() if p.numel()), default=0.0)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as name:
+        unfinished = Path(name)
+        family.save(model, unfinished, torch.float16 if largest < torch.finfo(torch.float16).max else None)
+        write_json(unfinished / SCHEDULER_FILE, schedule_config)
+        write_json(unfinished / "training_config.json", training)
+        if prior is not None:
+            prior.save(unfinished)
+        log.write_csv(unfinished / LOG_FILE)
+        write_checksums(unfinished)
+        for path in unfinished.iterdir():
+            os.replace(path, folder / path.name)
+
+
+def prior_of(data: ImageDataset) -> GaussianPrior | None:
+    """The prior of at most 4096 of the images; None of a single one."""
+    count = len(data)
+    if count < 2:
+        return None
+    chosen = torch.linspace(0, count - 1, min(count, _PRIOR_IMAGES)).long().tolist()
+    return GaussianPrior.of(torch.stack([data[index]["images"] for index in chosen]))

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from fixpoint_diffusion.cli import app, main
+from fixpoint_diffusion.denoisers import family, load_denoiser
+from fixpoint_diffusion.denoisers.checksums import verify_checksums
+from fixpoint_diffusion.processes.prior import PRIOR_FILE
+from fixpoint_diffusion.training.checkpoints import load_record, load_state, locked
+from fixpoint_diffusion.training.runs import TrainableDenoiser
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+STATE = Path("checkpoint") / "state.safetensors"
+SMALL = {
+    "unet": {"block_out_channels": [8, 8], "norm_num_groups": 4, "attention_head_dim": 4},
+    "fpdm": {"width": 16, "heads": 2, "max_no_grad": 2, "max_grad": 2},
+    "dit": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1},
+}
+
+
+def train(out: Path, *arguments: object, kind: str | None = "unet", **settings: object) -> Result:
+    command: list[object] = ["train", *([] if kind is None else [kind]), "--out", out, "--batch-size", 4, *arguments]
+    if kind is not None:
+        file = out.parent / "settings.json"
+        file.write_text(json.dumps({**SMALL[kind], **settings}))
+        command += ["--settings", file]
+    return CliRunner().invoke(app, [str(part) for part in command])
+
+
+def done(result: Result) -> str:
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return result.output
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The message of a command that fails in one line."""
+    monkeypatch.setattr(sys, "argv", ["fixpoint-diffusion", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("Error: ")
+    return error
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Two classes of grey pictures, larger than what is trained on."""
+    rng = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        folder = tmp_path / "pictures" / name
+        folder.mkdir(parents=True)
+        for k in range(4):
+            Image.fromarray(rng.integers(0, 256, (12, 16), dtype=np.uint8)).save(folder / f"{k}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("kind", ["unet", "fpdm", "dit"])
+def test_trained_folder_is_complete_and_loads(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    done(train(out, "--steps", 2, kind=kind))
+    names = {"config.json", WEIGHTS, "scheduler_config.json", "training_config.json", "training_log.csv", PRIOR_FILE}
+    assert set(verify_checksums(out)) == names
+    assert {tensor.dtype for tensor in load_file(out / WEIGHTS).values()} == {torch.float16}
+    denoiser = load_denoiser(out)
+    expected = "v_prediction" if kind == "fpdm" else "epsilon"
+    assert denoiser.prediction_type == denoiser.schedule_config["prediction_type"] == expected
+    output = denoiser(torch.randn(2, 1, 8, 8), torch.tensor([3, 998]))
+    assert output.shape == (2, 1, 8, 8)
+    assert bool(output.isfinite().all())
+    assert json.loads((out / "training_config.json").read_text())["steps"] == 2
+    assert not list(out.glob(".export*"))
+
+
+@pytest.mark.parametrize("kind", ["unet", "fpdm", "dit"])
+def test_class_folders_make_a_model_that_is_told_the_class(tmp_path: Path, pictures: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    options = ["--data", pictures, "--size", 8, "--crop", "random", "--flip", "--classes", "--class-dropout", 0.5]
+    output = done(train(out, "--steps", 6, *options, "--weight-decay", 0, kind=kind))
+    assert "8 images 1x8x8 of 2 classes" in output
+    about = json.loads((out / "training_config.json").read_text())
+    assert about["class_names"] == ["cats", "dogs"]
+    assert about["data"] | {"source": ""} == {
+        "source": "", "channels": None, "size": 8, "crop": "random", "flip": True, "latents": False
+    }  # fmt: skip
+    taken = load_denoiser(out).conditioning["class_labels"]
+    assert (taken.num_classes, taken.null_label) == (2, 2)
+    # Without weight decay nothing but a gradient moves a row: of each class, and of "no class".
+    before, after = load_file(out / "checkpoint" / "initial" / WEIGHTS), load_state(out / STATE).model
+    table = next(name for name in before if "class_emb" in name and name.endswith("weight"))
+    assert bool((after[f"network.{table}"] != before[table]).any(1).all())
+
+
+def test_labels_are_dropped_by_the_trainer_alone() -> None:
+    network = family("dit").build((1, 8, 8), 2, SMALL["dit"])
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = TrainableDenoiser(network, family("dit"), 1).train()
+    x, t, labels = torch.randn(1, 1, 8, 8).expand(64, -1, -1, -1), torch.full((64,), 5), torch.zeros(64, dtype=int)
+    output = model(x, t, class_labels=labels)
+    torch.testing.assert_close(output, output[:1].expand_as(output))
+
+
+def test_without_classes_a_model_is_told_none(tmp_path: Path, pictures: Path) -> None:
+    done(train(tmp_path / "out", "--steps", 1, "--data", pictures, "--size", 8))
+    assert load_denoiser(tmp_path / "out").conditioning == {}
+
+
+def test_settings_that_ask_for_classes_use_the_labels_too(tmp_path: Path) -> None:
+    assert "of 10 classes" in done(train(tmp_path / "out", "--steps", 1, kind="fpdm", num_classes=10))
+
+
+def test_learned_variance_is_trained_and_said(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done(train(out, "--steps", 2, "--learning-rate", 0.01, kind="fpdm", learn_sigma=True))
+    assert json.loads((out / "scheduler_config.json").read_text())["variance_type"] == "learned_range"
+    before, after = (
+        load_file(folder / WEIGHTS)["head.linear.bias"].float().view(4, 2)  # pixels of a patch, then channels
+        for folder in (out / "checkpoint" / "initial", out)
+    )
+    assert bool(((after - before).abs() > 1e-4).all())
+
+
+def test_latents_of_any_range_can_be_trained_on(tmp_path: Path) -> None:
+    np.save(tmp_path / "latents.npy", np.random.default_rng(0).normal(0, 3, (6, 4, 8, 8)).astype(np.float32))
+    output = done(train(tmp_path / "out", "--steps", 1, "--data", tmp_path / "latents.npy", "--latents", kind="dit"))
+    assert "6 latents 4x8x8" in output
+    assert load_denoiser(tmp_path / "out").sample_shape == (4, 8, 8)
+
+
+def test_sizes_of_images_need_not_be_square(tmp_path: Path, pictures: Path) -> None:
+    done(train(tmp_path / "out", "--steps", 1, "--data", pictures, "--size", "8x12", "--channels", "RGB"))
+    assert load_denoiser(tmp_path / "out").sample_shape == (3, 8, 12)
+
+
+def test_pieces_and_precision_reach_the_training(tmp_path: Path) -> None:
+    done(train(tmp_path / "out", "--steps", 1, "--accumulate", 2, "--precision", "bf16", "--weighting", "min-snr"))
+    config = load_record(tmp_path / "out" / STATE)["config"]
+    assert (config["accumulate"], config["precision"], config["weighting"]) == (2, "bf16", "min-snr")
+
+
+def test_init_starts_from_a_models_weights_and_needs_the_folder_no_more_afterwards(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    done(train(first, "--steps", 2, "--classes", kind="fpdm"))
+    given = load_file(first / WEIGHTS)
+    output = done(train(second, "--steps", 1, "--learning-rate", 1e-6, "--init", first, kind=None))
+    assert "of 10 classes" in output
+    for name, value in load_file(second / WEIGHTS).items():
+        torch.testing.assert_close(value, given[name], rtol=1e-2, atol=1e-3)
+    assert (second / "config.json").read_text() == (first / "config.json").read_text()
+    assert (second / "scheduler_config.json").read_text() == (first / "scheduler_config.json").read_text()
+    shutil.rmtree(first)
+    output = done(CliRunner().invoke(app, ["train", "--resume", "--steps", "3", "--out", str(second)]))
+    assert "3 steps of 4, from step 1" in output
+    assert load_record(second / STATE)["step"] == 3
+
+
+def test_init_refuses_what_does_not_fit(tmp_path: Path, monkeypatch, capsys) -> None:
+    done(train(tmp_path / "first", "--steps", 1))
+    np.save(tmp_path / "images.npy", np.zeros((5, 3, 12, 8), dtype=np.uint8))
+    command = ("train", "--init", tmp_path / "first", "--out", tmp_path / "out")
+    error = refused(monkeypatch, capsys, *command, "--data", tmp_path / "images.npy")
+    assert "the model is for samples of shape (1, 8, 8), the data has (3, 12, 8)" in error
+    assert "drop unet" in refused(monkeypatch, capsys, "train", "unet", *command[1:])
+    assert "keeps its architecture" in refused(monkeypatch, capsys, *command, "--classes")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--learning-rate", "inf", "--steps", 1), "learning_rate must be positive and finite"),
+        (("--learning-rate", "nan"), "learning_rate must be positive and finite"),
+        (("--device", "gpu"), "no device 'gpu'"),
+        (("--precision", "fp16"), "needs a GPU"),
+        (("--accumulate", 3, "--batch-size", 4), "not a multiple of accumulate 3"),
+        (("--size", "8x"), "HEIGHTxWIDTH"),
+        (("--init", "no-such"), "no folder 'no-such'"),
+        (("--size", 8, "--crop", "patch", "--latents"), "no latents"),
+        (("nothing-like-it",), "there are conditional-unet, dit, fpdm"),
+    ],
+)
+def test_unusable_options_write_nothing(tmp_path: Path, monkeypatch, capsys, arguments, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    if message == "no latents":
+        np.save(tmp_path / "images.npy", np.zeros((5, 1, 8, 8), dtype=np.float32))
+        arguments, message = ("--data", "images.npy", *arguments), "latents are taken as they are"
+    error = refused(monkeypatch, capsys, "train", "--out", "out", *arguments)
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path, monkeypatch, capsys) -> None:
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps(SMALL["unet"]))
+    command = ("train", "--settings", settings, "--batch-size", 4, "--out", tmp_path / "out", "--steps", 1)
+    error = refused(monkeypatch, capsys, *command, "--learning-rate", 1000, "--weight-decay", 1e36)
+    assert "not finite" in error
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+    assert not (tmp_path / "out" / STATE).exists()
+
+
+def test_second_run_into_the_same_folder_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    done(train(out, "--steps", 1))
+    before = (out / WEIGHTS).read_bytes()
+    assert "already holds a training run" in refused(monkeypatch, capsys, "train", "--steps", 1, "--out", out)
+    with locked(out / "checkpoint"):
+        error = refused(monkeypatch, capsys, "train", "--resume", "--steps", 3, "--out", out)
+    assert "another run is training in" in error
+    assert (out / WEIGHTS).read_bytes() == before
+
+
+def test_resume_refuses_fewer_steps_than_were_taken(tmp_path: Path, monkeypatch, capsys) -> None:
+    done(train(tmp_path / "out", "--steps", 3))
+    error = refused(monkeypatch, capsys, "train", "--resume", "--steps", 2, "--out", tmp_path / "out")
+    assert "has taken 3 steps already" in error
+
+
+def test_resume_refuses_data_that_has_changed(tmp_path: Path, pictures: Path, monkeypatch, capsys) -> None:
+    done(train(tmp_path / "out", "--steps", 1, "--data", pictures, "--size", 8))
+    (pictures / "cats" / "3.png").unlink()
+    error = refused(monkeypatch, capsys, "train", "--resume", "--steps", 2, "--out", tmp_path / "out")
+    assert "is not what the run" in error
+
+
+def test_failed_export_leaves_nothing_half_written_and_can_be_repeated(tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fixpoint_diffusion.training.export.write_checksums", full)
+        (tmp_path / "settings.json").write_text(json.dumps(SMALL["unet"]))
+        command = ("train", "--settings", tmp_path / "settings.json", "--batch-size", 4, "--steps", 1, "--out", out)
+        assert "no space left" in refused(patch, capsys, *command)
+    assert [path.name for path in out.iterdir()] == ["checkpoint"]
+    done(CliRunner().invoke(app, ["train", "--resume", "--out", str(out)]))
+    assert (out / WEIGHTS).is_file()
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    done(train(tmp_path / "whole", "--steps", 60))
+    command = [
+        sys.executable,
+        "-m",
+        "fixpoint_diffusion.cli",
+        "train",
+        "unet",
+        "--settings",
+        tmp_path / "settings.json",
+    ]
+    command += ["--batch-size", "4", "--steps", "60", "--out", tmp_path / "cut", "--checkpoint-every", "5"]
+    # Sums depend on the number of threads in their last bit: the process gets as many as the tests run with.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL, env=environment)
+    while not (tmp_path / "cut" / STATE).exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"fixpoint-diffusion train --resume --out {tmp_path / 'cut'}" in output
+    assert not (tmp_path / "cut" / WEIGHTS).exists()
+    record = load_record(tmp_path / "cut" / STATE)
+    assert 0 < record["step"] < 60
+    output = done(CliRunner().invoke(app, ["train", "--resume", "--out", str(tmp_path / "cut")]))
+    assert f"from step {record['step']}" in output
+    assert re.findall(r"(\d+)/60", output)[0] == str(record["step"])  # where the bar begins
+    assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()

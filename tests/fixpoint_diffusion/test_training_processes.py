@@ -1,0 +1,106 @@
+"""Training by two processes, and what each step draws for whom."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from fixpoint_diffusion.training.batches import Share, StepSampler, draw
+from fixpoint_diffusion.training.checkpoints import load_state
+from fixpoint_diffusion.training.config import TrainingConfig
+from fixpoint_diffusion.training.runs import TrainingRun
+
+# A conditional FPDM: class dropout, and depths of stochastic JFB that must be the same everywhere.
+OPTIONS = {
+    "kind": "fpdm",
+    "classes": True,
+    "settings": {"width": 16, "heads": 2, "max_no_grad": 3, "max_grad": 3},
+    "training": {"steps": 4, "batch_size": 8, "class_dropout": 0.3},
+}
+SCRIPT = f"""
+import sys
+from fixpoint_diffusion.training.runs import TrainingRun
+TrainingRun.start(sys.argv[1], **{OPTIONS!r}).run(progress=False)
+"""
+
+
+def start(folder: Path, *, rank: int, port: int) -> subprocess.Popen:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    environment = {**os.environ, **{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "-c", SCRIPT, str(folder)]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_two_processes_train_what_one_does_with_the_same_batch(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(tmp_path / "two", rank=rank, port=port) for rank in range(2)]
+    TrainingRun.start(tmp_path / "one", **OPTIONS).run(progress=False)
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    one, two = (load_state(tmp_path / name / "checkpoint" / "state.safetensors") for name in ("one", "two"))
+    for name, value in one.model.items():
+        torch.testing.assert_close(two.model[name], value, rtol=1e-3, atol=2e-5, msg=name)
+    assert two.record["log"]["pending"] == pytest.approx(one.record["log"]["pending"], rel=1e-4)
+    assert (tmp_path / "two" / "config.json").read_text() == (tmp_path / "one" / "config.json").read_text()
+
+
+CONFIG = TrainingConfig(steps=6, batch_size=8, accumulate=2, seed=3)
+PARTS = [Share(config=CONFIG, process=process, processes=2) for process in range(2)]
+
+
+def test_processes_and_pieces_share_each_batch_without_overlap() -> None:
+    whole = list(StepSampler(10, Share(config=TrainingConfig(steps=6, batch_size=8, seed=3))))
+    parts = [list(StepSampler(10, share)) for share in PARTS]
+    for step, batch in enumerate(whole):
+        assert batch == [row for part in parts for piece in part[2 * step : 2 * step + 2] for row in piece]
+
+
+def test_an_epoch_takes_every_image_once() -> None:
+    rows = [row for batch in StepSampler(12, Share(config=TrainingConfig(steps=6, batch_size=4))) for row in batch]
+    assert Counter(index for index, _ in rows) == dict.fromkeys(range(12), 2)
+    assert [epoch for _, epoch in rows] == [0] * 12 + [1] * 12
+    assert [index for index, _ in rows[:12]] != [index for index, _ in rows[12:]]
+
+
+def test_resumed_sampler_goes_on_where_the_first_stopped() -> None:
+    whole = list(StepSampler(10, PARTS[1]))
+    resumed = StepSampler(10, PARTS[1], start=2)
+    assert list(resumed) == whole[4:]
+    assert len(resumed) == len(whole) - 4
+
+
+def test_what_a_row_draws_depends_on_its_place_in_the_batch_alone() -> None:
+    config = TrainingConfig(steps=6, batch_size=8, seed=3, class_dropout=0.5)
+    whole = draw(Share(config=config), 5, 0, (2, 3), 1000, torch.device("cpu"))
+    parts = [
+        draw(Share(config=TrainingConfig(**{**vars(config), "accumulate": 2}), process=process, processes=2), 5, piece,
+             (2, 3), 1000, torch.device("cpu"))
+        for process in range(2)
+        for piece in range(2)
+    ]  # fmt: skip
+    for name in ("t", "noise", "dropped"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
+    other = draw(Share(config=config), 4, 0, (2, 3), 1000, torch.device("cpu"))
+    assert not torch.equal(whole.noise, other.noise)
+    assert len(set(whole.noise.flatten().tolist())) == whole.noise.numel()
+
+
+def test_labels_are_dropped_as_often_as_told() -> None:
+    share = Share(config=TrainingConfig(batch_size=10_000, class_dropout=0.2))
+    dropped = draw(share, 0, 0, (1,), 10, torch.device("cpu")).dropped
+    assert float(dropped.float().mean()) == pytest.approx(0.2, abs=0.02)  # five standard deviations
+
+
+def test_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size 8 must be a multiple of processes times accumulate, 3 x 1"):
+        Share(config=TrainingConfig(batch_size=8), processes=3)
