@@ -142,6 +142,14 @@ class GaussianPrior:
         levels = (transitions.alphas, transitions.alphas_prev, transitions.direction)
         return _slopes(self.variances, *(level[:, None] for level in levels))
 
+    def to_coordinates(self, flat: Tensor) -> Tensor:
+        """Flattened images ``(N, D)`` in the coordinates in which the slopes count, ``(N, D)``, ``wide``."""
+        return _times_each(wide(flat), [wide(factor.to(flat.device)) for factor in self._factors])
+
+    def from_coordinates(self, flat: Tensor) -> Tensor:
+        """The inverse of :meth:`to_coordinates`."""
+        return _times_each(wide(flat), [wide(factor.to(flat.device)).mT for factor in self._factors])
+
     def denoise(self, x: Tensor, transitions: Transitions, k: int) -> Tensor:
         """The output of this Gaussian's exact denoiser, of the transitions' prediction type, at step k.
 
@@ -150,10 +158,9 @@ class GaussianPrior:
             transitions: T steps.
             k: which step.
         """
-        factors = [factor.to(x) for factor in self._factors]
         a, mean, variances = transitions.alphas[k].to(x.device), self.mean.to(x), self.variances.to(x)
-        along = _times_each(x.flatten(1) - a.sqrt() * mean, factors) * a.sqrt() * variances / (a * variances + 1 - a)
-        x_0 = (mean + _times_each(along, [factor.mT for factor in factors])).reshape(x.shape)
+        along = self.to_coordinates(x.flatten(1) - a.sqrt() * mean) * a.sqrt() * variances / (a * variances + 1 - a)
+        x_0 = (mean + self.from_coordinates(along)).reshape(x.shape)
         if transitions.prediction_type == "sample":
             return x_0
         eps = (x - a.sqrt() * x_0) / (1 - a).sqrt()

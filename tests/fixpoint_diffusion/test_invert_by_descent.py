@@ -12,10 +12,8 @@ import torch
 
 from fixpoint import IFT, JFB
 from fixpoint_diffusion import DDIMChain, NoiseSchedule
-from fixpoint_diffusion.inversion import Descent, OptimisedInverse
+from fixpoint_diffusion.inversion import Descent, OptimisedInverse, ParallelInverse, invert
 
-inversion = pytest.importorskip("fixpoint_diffusion.inversion.invert")
-invert = inversion.invert
 SCHEDULE = NoiseSchedule.linear()
 IMAGES = torch.tensor([[0.9, -0.7, 0.4], [-0.8, 0.9, 0.1]], dtype=torch.float64)
 ADAM = partial(torch.optim.Adam, lr=0.1)
@@ -37,7 +35,7 @@ def test_invert_measures_what_was_found(gaussian: Callable[..., Any], rule: Any)
 
 def test_invert_goes_on_where_another_method_stopped(mixture: Callable[..., Any]) -> None:
     chain = DDIMChain(mixture(SCHEDULE), torch.zeros_like(IMAGES), SCHEDULE, steps=8)
-    coarse = invert(chain, IMAGES, method=inversion.ParallelInverse(max_rounds=2, second_try=None), on_failure="ignore")
+    coarse = invert(chain, IMAGES, method=ParallelInverse(max_rounds=2, second_try=None), on_failure="ignore")
     fine = partial(torch.optim.Adam, lr=1e-3)
     method = OptimisedInverse(optimiser=fine, epochs=20, start=coarse.x_T, stop=0.0)
     inverse = invert(chain, IMAGES, method=method, on_failure="ignore")

@@ -1,0 +1,111 @@
+"""The inverse of a chain as one problem: all latents before its steps unknown, the image given."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fixpoint_diffusion.chains import SamplingChain
+from fixpoint_diffusion.processes import wide
+
+# The sweep divides by the slopes, and what a prior says of a step that hardly passes anything on is not that exact.
+_SMALLEST_SLOPE = 0.05
+
+
+class InverseProblem:
+    """``Phi_k(X_k) = X_{k+1}`` for every step k, with ``X_T = x_0`` given and ``X_0 = x_T`` free.
+
+    Latents are ``(B, T, D)`` in float64, in the coordinates of the chain's prior: ``X_k`` is the one before step k.
+    With ``M_k`` the prior's slopes, the *sources* ``U_k = M_k X_k - X_{k+1}`` are another set of coordinates of the
+    same trajectory: to get the latents from them is one sweep from the image end. In these coordinates a Newton step
+    with the prior's slopes is ``U - F``, where ``F_k = Phi_k(X_k) - X_{k+1}`` is what the steps miss by. So a solver
+    for ``U = U - F(U)`` is preconditioned by the sweep, and measures what matters: F.
+
+    Args:
+        chain: of B samples.
+        x_0: ``(B, *shape)``; its dtype is what the denoiser is called in.
+    """
+
+    def __init__(self, chain: SamplingChain, x_0: Tensor) -> None:
+        self.chain = chain
+        self.shape = x_0.shape[1:]
+        self.dtype = x_0.dtype
+        self.image = self.to_coordinates(x_0)
+        self.slopes = wide(chain.slopes.to(x_0.device)).clamp(min=_SMALLEST_SLOPE)
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.chain.steps
+
+    def to_coordinates(self, x: Tensor) -> Tensor:
+        """From ``(..., *shape)`` to ``(..., D)``."""
+        leading = x.shape[: x.ndim - len(self.shape)]
+        return self.chain.prior.to_coordinates(x.reshape(-1, math.prod(self.shape))).reshape(*leading, -1)
+
+    def from_coordinates(self, x: Tensor) -> Tensor:
+        """The inverse of ``to_coordinates``, still wide."""
+        return self.chain.prior.from_coordinates(x.flatten(0, -2)).reshape(*x.shape[:-1], *self.shape)
+
+    def latent(self, x: Tensor) -> Tensor:
+        """Coordinates ``(..., D)`` as latents ``(..., *shape)`` in the denoiser's dtype."""
+        return self.from_coordinates(x).to(self.dtype)
+
+    def guess(self) -> Tensor:
+        """The latents ``(B, T, D)`` that would lead to the images if the data were the prior's Gaussian."""
+        transitions, device = self.chain.transitions, self.image.device
+        prior = self.chain.prior
+        mean = prior.to_coordinates(prior.mean.to(device).expand(1, self.image.shape[1]))
+        before, after = wide(transitions.alphas.sqrt().to(device)), wide(transitions.alphas_prev.sqrt().to(device))
+        sigma = wide(transitions.sigma.to(device))
+        x, latents = self.image, []
+        for k in reversed(range(self.steps)):
+            if self.chain.noise is not None:
+                x = x - sigma[k] * self.to_coordinates(self.chain.noise[:, k])
+            x = before[k] * mean + (x - after[k] * mean) / self.slopes[k]
+            latents.append(x)
+        return torch.stack(latents[::-1], dim=1)
+
+    def images(self, latents: Tensor, samples: Tensor) -> Tensor:
+        """What every step makes of its latent, ``(N, T, D)`` to the same shape, for N samples ``(N,)`` of the batch."""
+        step = torch.arange(self.steps, device=latents.device).repeat(len(samples))
+        return self.step(latents.flatten(0, 1), samples.repeat_interleave(self.steps), step).reshape(latents.shape)
+
+    def step(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
+        """Chosen steps of latents ``(N, D)``, in one round; only the denoiser computes in less than ``wide``."""
+        chain, x = self.chain, self.from_coordinates(x)
+        out = chain.denoise(x.to(self.dtype), sample, step)
+        noise = None if chain.noise is None else wide(chain.noise[sample, step])
+        return self.to_coordinates(chain.transitions.step(x, wide(out), step, noise, sample))
+
+    def after(self, latents: Tensor, samples: Tensor) -> Tensor:
+        """What every step should arrive at: the next latent, and after the last the image."""
+        return torch.cat((latents[:, 1:], self.image[samples, None]), dim=1)
+
+    def sources(self, latents: Tensor, samples: Tensor) -> Tensor:
+        """``U`` of latents ``(N, T, D)``."""
+        return self.slopes * latents - self.after(latents, samples)
+
+    def latents(self, sources: Tensor, samples: Tensor) -> Tensor:
+        """The latents of sources ``(N, T, D)``, by a sweep from the image end."""
+        x, latents = self.image[samples], []
+        for k in reversed(range(self.steps)):
+            x = (sources[:, k] + x) / self.slopes[k]
+            latents.append(x)
+        return torch.stack(latents[::-1], dim=1)
+
+
+def replay(chain: SamplingChain, x_T: Tensor, samples: Tensor) -> Tensor:
+    """``chain.sequential()`` from another x_T ``(N, *shape)``, for the given samples ``(N,)`` alone."""
+    x, trajectory = x_T, []
+    for k in range(chain.steps):
+        x = chain.transition(x, samples, torch.full_like(samples, k))
+        trajectory.append(x)
+    return torch.stack(trajectory, dim=1)
+
+
+def rms(x: Tensor) -> Tensor:
+    """``(B,)`` float64 of ``(B, ...)``."""
+    return wide(x).flatten(1).square().mean(dim=1).sqrt()
