@@ -10,7 +10,7 @@ import torch
 
 import fixpoint
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, embedded, initial_noise
-from fixpoint_diffusion.chains.reversible import ReversibleChain
+from fixpoint_diffusion.chains import ReversibleChain
 from fixpoint_diffusion.processes import Clip
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
