@@ -5,8 +5,10 @@ Everything is seeded and computed here; nothing is downloaded.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib.pyplot as plt
 import torch
@@ -17,9 +19,12 @@ import fixpoint
 from fixpoint.plotting import plot_residuals
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, sample
 from fixpoint_diffusion.denoisers import embedded
+from fixpoint_diffusion.restoration import restore
 from fixpoint_diffusion.sampling.grids import save_grid
 from fixpoint_diffusion.sampling.job import SamplingJob
 from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName
+from fixpoint_diffusion.training.data import load_digits as bundled_digits
+from fixpoint_diffusion.training.data import split_held_out
 
 FOLDER = Path(__file__).parent / "images"
 SIZE = (6.4, 3.6)
@@ -154,6 +159,28 @@ def fpdm_samples(path: Path) -> None:
     save_grid(batch.images, path, columns=16, smallest_side=200)
 
 
+def restoration(path: Path) -> None:
+    """Digits, what a measurement determines of them, and what is restored: one block of columns for each kind."""
+    examples = _load_example("restoration")
+    images = split_held_out(bundled_digits())[1].images[:10]
+    rows = [images]
+    for degradation in examples.degradations().values():
+        chain = examples.chain_for(degradation, images)
+        with torch.no_grad():
+            rows += [degradation.pinv(chain.measurement), chain.sequential()[:, -1], restore(chain).images]
+    save_grid(torch.cat(rows), path, columns=10, smallest_side=480)
+
+
+def _load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 PICTURES = {
     "residuals": residuals,
     "gradient-bias": gradient_bias,
@@ -161,6 +188,7 @@ PICTURES = {
     "sweep": sweep,
     "ddim-samples": ddim_samples,
     "fpdm-samples": fpdm_samples,
+    "restoration": restoration,
 }
 
 

@@ -2,7 +2,15 @@
 
 from fixpoint_diffusion.chains import DDIMChain, SamplingChain, StochasticDDIMChain
 from fixpoint_diffusion.denoisers import embedded, load_denoiser
-from fixpoint_diffusion.inversion import DrawnInverse, Inverse, ParallelInverse, StepwiseInverse, invert
+from fixpoint_diffusion.inversion import (
+    DrawnInverse,
+    Inverse,
+    OptimisedInverse,
+    ParallelInverse,
+    StepwiseInverse,
+    deq_ddim_inversion_settings,
+    invert,
+)
 from fixpoint_diffusion.models import FPDM, FPDMConfig
 from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule, Transitions, initial_noise, step_noise
 from fixpoint_diffusion.sampling import SamplingResult, deq_ddim_settings, sample, sample_fpdm
@@ -15,12 +23,14 @@ __all__ = [
     "GaussianPrior",
     "Inverse",
     "NoiseSchedule",
+    "OptimisedInverse",
     "ParallelInverse",
     "SamplingChain",
     "SamplingResult",
     "StepwiseInverse",
     "StochasticDDIMChain",
     "Transitions",
+    "deq_ddim_inversion_settings",
     "deq_ddim_settings",
     "embedded",
     "initial_noise",

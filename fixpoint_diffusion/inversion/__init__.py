@@ -1,18 +1,27 @@
 """Inversion: the noise from which a chain arrives at a given image."""
 
 from fixpoint_diffusion.inversion.drawn import DrawnInverse
+from fixpoint_diffusion.inversion.gradients import Epoch, LinearTerm
 from fixpoint_diffusion.inversion.invert import invert
+from fixpoint_diffusion.inversion.optimised import Descent, OptimisedInverse, ddim_encoding
 from fixpoint_diffusion.inversion.parallel import ParallelInverse
 from fixpoint_diffusion.inversion.result import Found, Inverse, InverseMethod, InverseRound
+from fixpoint_diffusion.inversion.settings import deq_ddim_inversion_settings
 from fixpoint_diffusion.inversion.stepwise import StepwiseInverse
 
 __all__ = [
+    "Descent",
     "DrawnInverse",
+    "Epoch",
     "Found",
     "Inverse",
     "InverseMethod",
     "InverseRound",
+    "LinearTerm",
+    "OptimisedInverse",
     "ParallelInverse",
     "StepwiseInverse",
+    "ddim_encoding",
+    "deq_ddim_inversion_settings",
     "invert",
 ]

@@ -152,6 +152,22 @@ class GaussianPrior:
         """The inverse of :meth:`to_coordinates`."""
         return _times_each(wide(flat), [wide(factor.to(flat.device)).mT for factor in self._factors])
 
+    def denoise(self, x: Tensor, transitions: Transitions, k: int) -> Tensor:
+        """The output of this Gaussian's exact denoiser, of the transitions' prediction type, at step k.
+
+        Args:
+            x: latents ``(B, *shape)`` in float64.
+            transitions: T steps.
+            k: which step.
+        """
+        a, mean, variances = transitions.alphas[k].to(x.device), self.mean.to(x), self.variances.to(x)
+        along = self.to_coordinates(x.flatten(1) - a.sqrt() * mean) * a.sqrt() * variances / (a * variances + 1 - a)
+        x_0 = (mean + self.from_coordinates(along)).reshape(x.shape)
+        if transitions.prediction_type == "sample":
+            return x_0
+        eps = (x - a.sqrt() * x_0) / (1 - a).sqrt()
+        return eps if transitions.prediction_type == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x_0
+
     def path(self, x_T: Tensor, transitions: Transitions, noise: Tensor | None = None) -> Tensor:
         """The chain's latents if the data were this Gaussian, with the chain's own noise.
 

@@ -15,7 +15,8 @@ import scipy.integrate
 import torch
 
 import fixpoint
-from fixpoint_diffusion.training.data import open_dataset
+from fixpoint_diffusion.training.data import load_digits as digits
+from fixpoint_diffusion.training.data import open_dataset, split_held_out
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -139,6 +140,42 @@ def test_recurrences_table_on_the_page_has_every_problem_and_method(recurrences:
     page = (EXAMPLES / "recurrences.txt").read_text().splitlines()[1:]
     found = [(line[:10].strip(), line[10:34].strip()) for line in page]
     assert found == [(p, m) for p in recurrences.PROBLEMS for m in ("one after another", *recurrences.SOLVERS)]
+
+
+def test_digits_are_restored_within_a_third_of_the_steps() -> None:
+    example = load("restoration")
+    images = split_held_out(digits())[1].images[:2]
+    outcome = example.compare(example.degradations()["blur"], images, steps=25, eta=0.85)
+    assert outcome.needed is not None
+    assert outcome.needed <= outcome.rounds <= 9
+    assert outcome.off < 1e-3
+    assert abs(outcome.parallel - outcome.sequential) < 0.02
+    assert outcome.sequential > outcome.pinv + 3
+
+
+def test_noise_is_optimised_through_the_solution() -> None:
+    example = load("restoration")
+    images = split_held_out(digits())[1].images[:2]
+    losses = example.optimise_noise(example.degradations()["super-resolution x4"], images, epochs=4)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_restoration_table_on_the_page_has_every_measurement() -> None:
+    page = (EXAMPLES / "restoration.txt").read_text()
+    assert all(page.count(f"\n{name:21}") == 4 for name in load("restoration").degradations())
+
+
+def test_descent_goes_down_by_every_gradient() -> None:
+    example = load("descent")
+    images = split_held_out(digits())[1].images[:2]
+    for gradient in ("sequential", "JFB", "LinearTerm"):
+        history = example.descend(example.GRADIENTS[gradient], images, learning_rate=0.1, epochs=8).history
+        assert float(history[-1].loss.sum()) < 0.8 * float(history[0].loss.sum())
+
+
+def test_descent_table_on_the_page_has_every_gradient() -> None:
+    page = (EXAMPLES / "descent.txt").read_text()
+    assert all(page.count(f"\n{name:18}") == 2 for name in load("descent").GRADIENTS)
 
 
 def test_photographs_become_a_folder_of_classes(tmp_path: Path) -> None:

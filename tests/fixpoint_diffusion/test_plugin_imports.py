@@ -21,6 +21,7 @@ ORDER = (
     "chains",
     "sampling",
     "inversion",
+    "restoration",
     "training",
     "evaluation",
     "pipelines",

@@ -14,6 +14,7 @@ from fixpoint_diffusion import (
     load_denoiser,
 )
 from fixpoint_diffusion.denoisers.embedded import embedded_folder
+from fixpoint_diffusion.processes import Transitions
 from fixpoint_diffusion.training.data import load_digits
 
 SCHEDULE = NoiseSchedule.linear()
@@ -203,3 +204,18 @@ def test_long_vectors_and_signals_need_no_square_matrix(shape: tuple[int, ...]) 
     assert prior.basis is None
     assert_close(prior.mean, images.double().flatten(1).mean(dim=0))
     assert_close(prior.variances, images.double().flatten(1).var(dim=0))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 20, 20)])
+def test_a_priors_own_denoiser_takes_the_priors_path(prediction_type: str, shape: tuple[int, ...]) -> None:
+    images = torch.randn(20, *shape, generator=torch.Generator().manual_seed(0)) / 3 + 0.2
+    prior = GaussianPrior.of(images)
+    schedule = NoiseSchedule.linear()
+    transitions = Transitions.of(schedule, schedule.timesteps(6), prediction_type=prediction_type)
+    x_T = initial_noise(0, range(2), shape, dtype=torch.float64)
+    x, latents = x_T, []
+    for k in range(6):
+        x = transitions.step(x, prior.denoise(x, transitions, k), k)
+        latents.append(x)
+    torch.testing.assert_close(prior.path(x_T, transitions), torch.stack(latents, dim=1))

@@ -1,0 +1,124 @@
+"""Degradations against explicit matrices and NumPy's pseudo-inverse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from torch import Tensor
+
+from fixpoint_diffusion.restoration import (
+    BlockMean,
+    Blur,
+    Degradation,
+    Grey,
+    LinearMap,
+    Mask,
+    check_degradation,
+    project,
+)
+
+SHAPE = (3, 4, 6)
+KERNEL = torch.tensor([[0.0, 0.1, 0.0], [0.2, 0.4, 0.1], [0.0, 0.2, 0.0]], dtype=torch.float64)
+MATRIX = torch.randn(5, 72, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+MATRIX[4] = MATRIX[0] - 2 * MATRIX[1]  # a rank below the number of rows
+DEGRADATIONS: dict[str, Degradation] = {
+    "mask": Mask(torch.arange(24).reshape(4, 6) % 3 > 0),
+    "block mean": BlockMean(2),
+    "blur": Blur(KERNEL),
+    "blur that loses frequencies": Blur(torch.ones(1, 3) / 3),
+    "grey": Grey(),
+    "matrix": LinearMap(MATRIX, SHAPE),
+}
+
+
+def images(count: int = 5, seed: int = 0) -> Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def as_matrix(degradation: Degradation) -> np.ndarray:
+    unit = torch.eye(72, dtype=torch.float64).reshape(72, *SHAPE)
+    return degradation.apply(unit).flatten(1).T.numpy()
+
+
+@pytest.mark.parametrize("name", DEGRADATIONS)
+def test_pseudo_inverse_is_numpys(name: str) -> None:
+    degradation, x = DEGRADATIONS[name], images()
+    measured = degradation.apply(x)
+    found = degradation.pinv(measured).flatten(1).numpy()
+    expected = measured.flatten(1).numpy() @ np.linalg.pinv(as_matrix(degradation), rcond=1e-6).T
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+    check_degradation(degradation, x)
+
+
+@pytest.mark.parametrize("name", DEGRADATIONS)
+def test_what_is_measured_of_the_projection_is_what_was_measured(name: str) -> None:
+    degradation, x = DEGRADATIONS[name], images()
+    torch.testing.assert_close(degradation.apply(project(degradation, x)), degradation.apply(x))
+
+
+def test_blur_is_scipys_convolution_that_wraps() -> None:
+    x = images(2)
+    expected = scipy.ndimage.convolve(x.numpy(), KERNEL.numpy()[None, None], mode="wrap")
+    np.testing.assert_allclose(Blur(KERNEL).apply(x).numpy(), expected, atol=1e-12)
+
+
+def test_blur_takes_damped_frequencies_for_lost() -> None:
+    blur = Blur(torch.ones(1, 3, dtype=torch.float64) / 3)  # width 6: one frequency is 0, the highest is a third
+    assert np.linalg.matrix_rank(as_matrix(blur), tol=1e-6) == 72 * 4 // 6
+    coarse = Blur(blur.kernel, cutoff=0.5)
+    unit = torch.eye(72, dtype=torch.float64).reshape(72, *SHAPE)
+    assert round(float(project(coarse, unit).flatten(1).trace())) == 72 * 3 // 6
+
+
+def test_block_mean_and_grey_are_means() -> None:
+    x = images(2)
+    blocks = x.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(4, 5))
+    torch.testing.assert_close(BlockMean(2).apply(x), blocks)
+    weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(
+        Grey((0.2, 0.3, 0.5)).apply(x), torch.einsum("nchw,c->nhw", x, weights)[:, None], rtol=1e-12, atol=1e-12
+    )
+
+
+class Scaled:
+    """A map whose 'pseudo-inverse' is wrong by a factor, or turned."""
+
+    def __init__(self, back: Tensor) -> None:
+        self.back = back
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x
+
+    def pinv(self, y: Tensor) -> Tensor:
+        return (y.flatten(1) @ self.back).reshape(y.shape)
+
+
+def test_what_is_no_orthogonal_projection_is_refused() -> None:
+    unit = torch.eye(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"no projection, applied twice it differs by 0\.5"):
+        check_degradation(Scaled(0.5 * unit), torch.zeros(1, 4))
+    slanted = torch.zeros(4, 4, dtype=torch.float64)
+    slanted[0, :2] = 1.0  # idempotent, and not symmetric
+    with pytest.raises(ValueError, match="no orthogonal projection"):
+        check_degradation(Scaled(slanted), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BlockMean(0), "factor must be at least 1"),
+        (lambda: BlockMean(4).apply(images()), "do not divide"),
+        (lambda: Blur(torch.ones(3)), "shape \\(h, w\\)"),
+        (lambda: Blur(torch.ones(5, 5)).apply(images()), "larger than images"),
+        (lambda: Blur(torch.ones(1, 1), cutoff=0.0), "cutoff"),
+        (lambda: Grey((0.0, 0.0)), "not all be 0"),
+        (lambda: Grey((1.0, 1.0)).apply(images()), "one a channel"),
+        (lambda: LinearMap(MATRIX, (2, 2)), r"shape \(m, D\) = \(m, 4\)"),
+    ],
+)
+def test_bad_degradations_are_refused(make: object, message: str) -> None:
+    assert callable(make)
+    with pytest.raises(ValueError, match=message):
+        make()
