@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.chains.chain import Denoiser
 from fixpoint_diffusion.chains.ddim import DDIMChain
 from fixpoint_diffusion.processes import NoiseSchedule, wide
 
@@ -47,7 +46,7 @@ class ReversibleChain:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Callable[..., Tensor],
         x_T: Tensor,
         schedule: NoiseSchedule,
         *,

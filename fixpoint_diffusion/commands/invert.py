@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fixpoint_diffusion.commands.shared import folder_option, open_model
+from fixpoint_diffusion.commands.shared import open_model, path_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ def invert(
     rtol: Annotated[float, typer.Option(min=1e-12, max=1.0, help="RMS error of a reconstruction / RMS of it.")] = 1e-3,
     max_rounds: Annotated[int, typer.Option(min=1, help="Most rounds (batched model calls).")] = 40,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
-    out: Annotated[Path, typer.Option(parser=folder_option, help="Folder for the results.", metavar="FOLDER")] = Path(
+    out: Annotated[Path, typer.Option(parser=path_option, help="Folder for the results.", metavar="FOLDER")] = Path(
         "runs/invert"
     ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of another run.")] = False,

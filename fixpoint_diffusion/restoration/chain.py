@@ -3,14 +3,13 @@ measured, and range and null space of the degradation have slopes of their own."
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fixpoint_diffusion.chains import SamplingChain
-from fixpoint_diffusion.chains.chain import Denoiser
 from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule, Transitions, step_noise, wide
 from fixpoint_diffusion.restoration.degradations import Degradation, check_degradation, project
@@ -57,7 +56,7 @@ class RestorationChain(SamplingChain):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Callable[..., Tensor],
         x_T: Tensor,
         schedule: NoiseSchedule,
         degradation: Degradation,
