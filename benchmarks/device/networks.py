@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ class Transformer(nn.Module):
 
     def __init__(self, *, width: int, heads: int, depth: int, size: int = 32, learn_sigma: bool = True) -> None:
         super().__init__()
-        self.config = SimpleNamespace(in_channels=4, sample_size=size)
+        self.config = {"in_channels": 4, "sample_size": size}
         self.patches = nn.Conv2d(4, width, kernel_size=2, stride=2)
         self.register_buffer("positions", sincos_positions(size // 2, width), persistent=False)
         self.time = TimestepEmbedding(width)
