@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Transformer(nn.Module):
 
     def __init__(self, *, width: int, heads: int, depth: int, size: int = 32, learn_sigma: bool = True) -> None:
         super().__init__()
-        self.config = {"in_channels": 4, "sample_size": size}
+        self.config = SimpleNamespace(in_channels=4, sample_size=size)
         self.patches = nn.Conv2d(4, width, kernel_size=2, stride=2)
         self.register_buffer("positions", sincos_positions(size // 2, width), persistent=False)
         self.time = TimestepEmbedding(width)
@@ -82,7 +83,9 @@ def _made(make: Any) -> nn.Module:
 
 def as_denoiser(part: Part, network: nn.Module, dtype: torch.dtype, prior: Any = None) -> DiffusersDenoiser:
     """On the part's device, in a precision of its own; latents keep theirs."""
-    return DiffusersDenoiser(network.to(part.device, dtype), prior=prior)
+    config: Any = network.config
+    shape = config.in_channels, config.sample_size, config.sample_size
+    return DiffusersDenoiser(network.to(part.device, dtype), prior=prior, sample_shape=shape)
 
 
 def trained(part: Part, network: nn.Module, seconds: float) -> tuple[nn.Module, dict[str, Any]]:
