@@ -23,6 +23,9 @@ from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.processes import Clip, DynamicThreshold, SamplerConfig
 from fixpoint_diffusion.processes.scheduler_tables import CLASSES, DDIM_CLASSES, DDPM_CLASSES, SOLVER_CLASSES
 
+# Schedulers of diffusers use what newer versions of NumPy deprecate.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
 X_T = 1.5 * torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LARGE_STEPS = 7  # does not divide 1000
 
