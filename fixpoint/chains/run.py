@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
     from fixpoint.chains.certificate import Certificate, Findings
 
-_ROUNDINGS = 30.0  # so many roundings are no more than rounding; no tolerance is finer
+_ROUNDINGS = 8.0  # so many roundings are no more than rounding; no tolerance is finer
 
 
 @dataclass(frozen=True)
