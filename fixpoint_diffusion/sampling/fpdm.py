@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -14,6 +15,19 @@ from fixpoint_diffusion.denoisers.modules import compute_dtype
 from fixpoint_diffusion.models.allocation import iterations_per_step
 from fixpoint_diffusion.models.fpdm import FPDM
 from fixpoint_diffusion.processes import NoiseSchedule, Transitions, step_noise, wide
+
+
+class FPDMOptions(TypedDict, total=False):
+    """Options of a sampling run of an FPDM, whatever its steps; :func:`sample_fpdm` says what they mean."""
+
+    iterations: int | Sequence[int] | Tensor
+    reuse: bool
+    solver: Solver
+    seed: int
+    y: Tensor | None
+    guidance: float
+    first_sample: int
+    record: bool
 
 
 @dataclass(frozen=True)
@@ -70,17 +84,10 @@ def sample_fpdm(
     schedule: NoiseSchedule,
     *,
     steps: int = 50,
-    iterations: int | Sequence[int] | Tensor = 4,
-    reuse: bool = True,
-    solver: Solver = Picard(),  # noqa: B008  (immutable)
     eta: float = 0.0,
-    seed: int = 0,
-    y: Tensor | None = None,
-    guidance: float = 1.0,
-    first_sample: int = 0,
     spacing: str = "linspace",
-    record: bool = False,
     progress: bool = False,
+    **options: Unpack[FPDMOptions],
 ) -> FPDMSamples:
     """Sample by DDIM, with a fixed number of iterations of the fixed point layer in every step.
 
@@ -89,19 +96,19 @@ def sample_fpdm(
         x_T: Initial noise ``(N, C, H, W)``.
         schedule: The noise schedule that the model was trained on.
         steps: Sampling steps S.
+        eta: Share of DDPM's noise: 0 is deterministic DDIM, 1 is DDPM.
+        spacing: Which timesteps are visited. The default includes both ends, as in the paper.
+        progress: Show a bar.
         iterations: Iterations of the layer: one number for all steps, or one for each, the noisiest step first; see
             :func:`allocate`.
         reuse: Start each step's layer from the previous step's solution (Sec. 3.3); else from the pre blocks' output.
-        solver: Solver of the layer.
-        eta: Share of DDPM's noise: 0 is deterministic DDIM, 1 is DDPM.
-        seed: Of that noise, which is a function of (seed, image, step).
+        solver: Solver of the layer; plain iteration by default.
+        seed: Of the noise, which is a function of (seed, image, step).
         y: Classes ``(N,)`` of a conditional model.
         guidance: Classifier-free guidance: 1 is none. Else the layer is solved for 2 N rows, those without class first,
             and so are the solutions that are handed on.
         first_sample: Number of the first image among all that share the seed.
-        spacing: Which timesteps are visited. The default includes both ends, as in the paper.
         record: Keep the residual of every iteration.
-        progress: Show a bar.
 
     Returns:
         The images, the iterations, their cost in block passes and, if recorded, the residuals.
@@ -119,36 +126,21 @@ def sample_fpdm(
     >>> samples.images.shape, samples.block_passes
     (torch.Size([2, 1, 8, 8]), 50)
     """
-    run = fpdm_steps(
-        model,
-        x_T,
-        schedule,
-        steps=steps,
-        iterations=iterations,
-        reuse=reuse,
-        solver=solver,
-        eta=eta,
-        seed=seed,
-        y=y,
-        guidance=guidance,
-        first_sample=first_sample,
-        spacing=spacing,
-        record=record,
-    )
-    counts = iterations_per_step(iterations, steps)
-    images, timesteps, residuals = x_T, [], []
+    run = fpdm_steps(model, x_T, schedule, steps=steps, eta=eta, spacing=spacing, **options)
+    images, timesteps, counts, residuals = x_T, [], [], []
     for step in tqdm(run, total=steps, desc="sampling", unit="step", disable=not progress):
         images = step.after
         timesteps.append(step.timestep)
+        counts.append(step.solution.nfev)
         if step.solution.trace is not None:
             residuals.append(step.solution.trace)
     explicit = model.config.n_pre + model.config.n_post
     return FPDMSamples(
         images=images,
         timesteps=torch.tensor(timesteps),
-        iterations=counts,
+        iterations=tuple(counts),
         block_passes=steps * explicit + sum(counts),
-        residuals=tuple(residuals) if record else None,
+        residuals=tuple(residuals) or None,
     )
 
 
@@ -159,16 +151,9 @@ def fpdm_steps(
     schedule: NoiseSchedule,
     *,
     steps: int = 50,
-    iterations: int | Sequence[int] | Tensor = 4,
-    reuse: bool = True,
-    solver: Solver = Picard(),  # noqa: B008  (immutable)
     eta: float = 0.0,
-    seed: int = 0,
-    y: Tensor | None = None,
-    guidance: float = 1.0,
-    first_sample: int = 0,
     spacing: str = "linspace",
-    record: bool = False,
+    **options: Unpack[FPDMOptions],
 ) -> Iterator[FPDMStep]:
     """The steps of :func:`sample_fpdm` one by one, for whoever wants to look at latents and layer solutions.
 
@@ -181,19 +166,8 @@ def fpdm_steps(
     [999, 666, 333, 0]
     """
     timesteps = schedule.timesteps(steps, spacing)
-    yield from follow_transitions(
-        model,
-        x_T,
-        Transitions.of(schedule, timesteps, eta=eta, prediction_type=model.config.prediction_type),
-        iterations=iterations,
-        reuse=reuse,
-        solver=solver,
-        seed=seed,
-        y=y,
-        guidance=guidance,
-        first_sample=first_sample,
-        record=record,
-    )
+    transitions = Transitions.of(schedule, timesteps, eta=eta, prediction_type=model.config.prediction_type)
+    yield from follow_transitions(model, x_T, transitions, **options)
 
 
 @torch.no_grad()

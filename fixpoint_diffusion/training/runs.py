@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from psutil import virtual_memory
-from torch import Tensor, nn
+from torch import nn
 
-from fixpoint_diffusion.denoisers import load_denoiser
-from fixpoint_diffusion.denoisers.diffusers_models import try_out
-from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput, NetworkDenoiser
-from fixpoint_diffusion.denoisers.registry import Family, family, family_of
+from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
+from fixpoint_diffusion.denoisers.registry import Family, family
 from fixpoint_diffusion.files import locked, write_json
-from fixpoint_diffusion.models.weights import at_most_tensors, describe_error
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.training.checkpoints import load_record
@@ -28,13 +24,12 @@ from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.data import ImageDataset, open_dataset, split_held_out
 from fixpoint_diffusion.training.export import export, prior_of
 from fixpoint_diffusion.training.logs import TrainingLog
+from fixpoint_diffusion.training.networks import TrainableDenoiser, build_network, load_network
 from fixpoint_diffusion.training.trainer import train, training_device
 
 CHECKPOINT = Path("checkpoint") / "state.safetensors"
 # The model as it was before the first step: what a resumed run builds its model from.
 INITIAL = Path("checkpoint") / "initial"
-# Of a network to be trained; the largest in use have a few thousand.
-_MOST_TENSORS = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,23 +52,6 @@ class DataOptions:
         size = options.pop("size")
         data = open_dataset(self.source, size=tuple(size) if isinstance(size, list) else size, seed=seed, **options)
         return split_held_out(data)[0] if self.source == "digits" else data
-
-
-class TrainableDenoiser(nn.Module):
-    """A network called as its family calls it: ``(x, t, class_labels=...)``, with all of its channels as output."""
-
-    def __init__(self, network: nn.Module, family: Family, channels: int) -> None:
-        super().__init__()
-        self.network = network
-        learned = getattr(network.config, "out_channels", channels) == 2 * channels
-        self.denoiser: NetworkDenoiser = family.denoiser(network, learned_variance=learned)
-        for module in network.modules():
-            if type(module).__name__ == "LabelEmbedding":
-                # diffusers' own class dropout would come on top of the trainer's.
-                setattr(module, "dropout_prob", 0.0)  # noqa: B010 - unknown to the type checker
-
-    def forward(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
-        return self.denoiser(x, t, **conditioning)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +124,7 @@ class TrainingRun:
         if init is not None:
             if settings or classes:
                 raise ValueError("a model that is trained further keeps its architecture and its classes")
-            network, its_family, schedule_config = _load(init)
+            network, its_family, schedule_config = load_network(init)
             given.setdefault("prediction_type", schedule_config["prediction_type"])
             config = TrainingConfig(**{**its_family.training, **given})
             opened = (data or DataOptions()).open(seed=config.seed)
@@ -156,7 +134,7 @@ class TrainingRun:
             opened = (data or DataOptions()).open(seed=config.seed)
             if classes and opened.num_classes is None:
                 raise ValueError("the data has no classes: put images into one subfolder a class")
-            network = _build(its_family, opened, classes=classes, settings=settings or {}, seed=config.seed)
+            network = build_network(its_family, opened, classes=classes, settings=settings or {}, seed=config.seed)
             prediction_type = getattr(network.config, "prediction_type", config.prediction_type)
             config = dataclasses.replace(config, prediction_type=prediction_type)
             # Images are known to lie in [-1, 1], and a model that has trained little predicts far outside of it.
@@ -206,7 +184,7 @@ class TrainingRun:
         data = options.open(seed=config.seed)
         if data.fingerprint() != fingerprint:
             raise ValueError(f"the data in {options.source} is not what the run in {folder} was started with")
-        network, its_family, schedule_config = _load(folder / INITIAL)
+        network, its_family, schedule_config = load_network(folder / INITIAL)
         return cls._with(
             network,
             data,
@@ -302,51 +280,3 @@ class TrainingRun:
                     prior=prior_of(self.data),
                 )
         return log
-
-
-def _build(
-    its_family: Family, data: ImageDataset, *, classes: bool, settings: Mapping[str, Any], seed: int
-) -> nn.Module:
-    """A new network for the data, tried out before any memory is asked for."""
-
-    def build() -> nn.Module:
-        return its_family.build(data.sample_shape, data.num_classes if classes else None, settings)
-
-    message = f"the settings describe a network of more than {_MOST_TENSORS} tensors"
-    try:
-        with at_most_tensors(_MOST_TENSORS, message), torch.device("meta"):
-            trial = build()
-    except (RuntimeError, TypeError, ArithmeticError) as error:  # sizes that no tensor can have
-        raise ValueError(f"the file of settings does not describe a usable network: {describe_error(error)}") from error
-    need, have = sum(p.nbytes for p in trial.parameters()), virtual_memory().total
-    if need > have:
-        raise ValueError(
-            f"the settings describe a network of {need / 1e9:,.1f} GB, and this machine has {have / 1e9:,.1f} GB"
-        )
-    for name, value in settings.items():
-        used = getattr(trial.config, name, None)
-        if _listed(used) != _listed(value):
-            raise ValueError(f"the settings say {name}={value!r}, but for this data it is {used!r}: leave it out")
-    try_out(trial, "the file of settings")
-    # Initial weights are a function of the seed; the global random state is left as it was.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _load(folder: str | Path) -> tuple[nn.Module, Family, dict[str, Any]]:
-    """The network in a model folder, ready to be trained, its family and its schedule."""
-    denoiser: Any = load_denoiser(folder)
-    its_family = family_of(denoiser.model)
-    if its_family is None:
-        raise ValueError(
-            f"{folder} holds a {type(denoiser.model).__name__}, a kind of model that cannot be trained here"
-        )
-    if denoiser.schedule_config is None:
-        raise ValueError(f"{folder} does not say on which noise schedule the model was trained: no {SCHEDULER_FILE}")
-    schedule = {**denoiser.schedule_config, "prediction_type": denoiser.prediction_type}
-    return denoiser.model.train().requires_grad_(True), its_family, schedule

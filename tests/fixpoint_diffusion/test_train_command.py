@@ -23,7 +23,7 @@ from fixpoint_diffusion.denoisers.checksums import verify_checksums
 from fixpoint_diffusion.files import locked
 from fixpoint_diffusion.processes.prior import PRIOR_FILE
 from fixpoint_diffusion.training.checkpoints import load_record, load_state
-from fixpoint_diffusion.training.runs import TrainableDenoiser
+from fixpoint_diffusion.training.networks import TrainableDenoiser
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STATE = Path("checkpoint") / "state.safetensors"
