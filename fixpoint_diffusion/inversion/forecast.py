@@ -20,24 +20,29 @@ class Forecast:
 
     Args:
         slopes: ``(T, 1 or D)``.
-        samples: B.
     """
 
-    def __init__(self, slopes: Tensor, samples: int) -> None:
+    def __init__(self, slopes: Tensor) -> None:
         self._slopes = slopes
         self._past: list[tuple[Tensor, Tensor]] = []
+        self._weights: Tensor | None = None
+        self._excess: Tensor | None = None
 
-    def error(self, latents: Tensor, images: Tensor, misses: Tensor) -> Tensor:
-        """RMS error ``(B,)`` for latents, images and misses ``(B, T, D)`` of a round, which is then remembered."""
-        weights, excess = self._secants(latents, images)
+    def observe(self, latents: Tensor, images: Tensor) -> None:
+        """Learn from latents and images ``(B, T, D)`` of a round."""
+        self._weights, self._excess = self._secants(latents, images)
+        # Copies: the search writes the next round into the same memory.
+        self._past = [(latents.clone(), images.clone()), *self._past][:_MEMORY]
+
+    def error(self, misses: Tensor) -> Tensor:
+        """RMS error ``(B,)`` that follows from misses ``(B, T, D)``."""
+        weights, excess = self._weights, self._excess
         e = torch.zeros_like(misses[:, 0])
         for k in range(misses.shape[1]):
             grown = self._slopes[k] * e
             if weights is not None and excess is not None:
                 grown = grown + torch.einsum("bm,bmd->bd", torch.einsum("bmd,bd->bm", weights[:, k], e), excess[:, k])
             e = grown + misses[:, k]
-        # Copies: the search writes the next round into the same memory.
-        self._past = [(latents.clone(), images.clone()), *self._past][:_MEMORY]
         return e.square().mean(dim=1).sqrt()
 
     def _secants(self, latents: Tensor, images: Tensor) -> tuple[Tensor | None, Tensor | None]:

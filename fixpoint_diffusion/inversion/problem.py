@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fixpoint_diffusion.chains import SamplingChain
+from fixpoint_diffusion.inversion.grids import StepGrid, step_grids
 from fixpoint_diffusion.processes import Clip, wide
 
 # The sweep divides by the slopes, and what a prior says of a step that hardly passes anything on is not that exact.
@@ -43,6 +44,8 @@ class InverseProblem:
         self.dtype = x_0.dtype
         self.image = self.to_coordinates(x_0)
         self.slopes = wide(chain.slopes.to(x_0.device)).clamp(min=_SMALLEST_SLOPE)
+        # Noise makes latents rough along the chain, and the denoiser's outputs with them.
+        self.grids = step_grids(chain.transitions.timesteps, x_0.device) if chain.noise is None else []
 
     @property
     def steps(self) -> int:
@@ -51,8 +54,8 @@ class InverseProblem:
 
     def to_coordinates(self, x: Tensor) -> Tensor:
         """From ``(..., *shape)`` to ``(..., D)``."""
-        leading = x.shape[: x.ndim - len(self.shape)]
-        return self.chain.prior.to_coordinates(x.reshape(-1, math.prod(self.shape))).reshape(*leading, -1)
+        leading, size = x.shape[: x.ndim - len(self.shape)], math.prod(self.shape)
+        return self.chain.prior.to_coordinates(x.reshape(-1, size)).reshape(*leading, size)
 
     def from_coordinates(self, x: Tensor) -> Tensor:
         """The inverse of ``to_coordinates``, still wide."""
@@ -79,15 +82,36 @@ class InverseProblem:
 
     def images(self, latents: Tensor, samples: Tensor) -> Tensor:
         """What every step makes of its latent, ``(N, T, D)`` to the same shape, for N samples ``(N,)`` of the batch."""
-        step = torch.arange(self.steps, device=latents.device).repeat(len(samples))
-        return self.step(latents.flatten(0, 1), samples.repeat_interleave(self.steps), step).reshape(latents.shape)
+        return self.step(*self._all_rows(latents, samples)).reshape(latents.shape)
+
+    def interpolated(self, latents: Tensor, samples: Tensor, grid: StepGrid) -> tuple[Tensor, Tensor]:
+        """As ``images``, but the denoiser is asked at the steps of a grid alone.
+
+        Returns:
+            The images ``(N, T, D)``, and by how much those of the next coarser grid would differ from them.
+        """
+        row, step = samples.repeat_interleave(len(grid.steps)), grid.steps.repeat(len(samples))
+        x = self.from_coordinates(latents[:, grid.steps].flatten(0, 1)).to(self.dtype)
+        out = wide(self.chain.denoise(x, row, step)).unflatten(0, (len(samples), -1))
+        where = self._all_rows(latents, samples)
+        fine, coarse = (self._arrive(*where, filled.flatten(0, 1)).reshape(latents.shape) for filled in grid.fill(out))
+        return fine, fine - coarse
 
     def step(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """Chosen steps of latents ``(N, D)``, in one round; only the denoiser computes in less than ``wide``."""
-        chain, x = self.chain, self.from_coordinates(x)
-        out = chain.denoise(x.to(self.dtype), sample, step)
+        out = self.chain.denoise(self.from_coordinates(x).to(self.dtype), sample, step)
+        return self._arrive(x, sample, step, wide(out))
+
+    def _arrive(self, x: Tensor, sample: Tensor, step: Tensor, out: Tensor) -> Tensor:
+        """Where chosen steps take latents ``(N, D)``, given the denoiser's outputs ``(N, *)``."""
+        chain = self.chain
         noise = None if chain.noise is None else wide(chain.noise[sample, step])
-        return self.to_coordinates(chain.transitions.step(x, wide(out), step, noise, sample))
+        return self.to_coordinates(chain.transitions.step(self.from_coordinates(x), out, step, noise, sample))
+
+    def _all_rows(self, latents: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents ``(N, T, D)`` as rows, with the sample and the step of each."""
+        step = torch.arange(self.steps, device=latents.device).repeat(len(samples))
+        return latents.flatten(0, 1), samples.repeat_interleave(self.steps), step
 
     def after(self, latents: Tensor, samples: Tensor) -> Tensor:
         """What every step should arrive at: the next latent, and after the last the image."""

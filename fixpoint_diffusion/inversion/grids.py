@@ -1,0 +1,68 @@
+"""Fewer evaluations of long chains: the denoiser is asked at some steps, its outputs at the others are interpolated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from scipy.interpolate import CubicSpline
+from torch import Tensor
+
+_COARSEST = 33  # steps of the first grid; each later one has about twice as many
+# Outputs change fastest near the image: the steps lie densest there. 1 would be evenly spaced.
+_CROWDING = 1.5
+
+
+@dataclass(frozen=True, eq=False)
+class StepGrid:
+    """Steps at which the denoiser is asked, and how to get its outputs at all steps from those.
+
+    Attributes:
+        steps: ``(n,)``, rising.
+        weights: ``(T, n)`` float64, of the outputs at these steps.
+        coarser: the same from every second of them, for an estimate of the error; the others have weight 0.
+    """
+
+    steps: Tensor
+    weights: Tensor
+    coarser: Tensor
+
+    def fill(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs ``(N, T, *)`` of all steps from those ``(N, n, *)`` of the grid, and the same by its coarser half."""
+        parts = (torch.einsum("tn,bnd->btd", weights, out.flatten(2)) for weights in (self.weights, self.coarser))
+        fine, coarse = (part.unflatten(2, out.shape[2:]) for part in parts)
+        return fine, coarse
+
+
+def step_grids(timesteps: Tensor, device: torch.device) -> list[StepGrid]:
+    """Grids for a chain, from coarse to fine: each has the steps of the one before and one more between any two.
+
+    Args:
+        timesteps: ``(T,)``, falling; outputs are interpolated along them, by cubic splines.
+        device: of the grids.
+
+    Returns:
+        An empty list for a chain that is too short.
+    """
+    count, grids = len(timesteps), list[StepGrid]()
+    place = timesteps.double().cpu().numpy()[::-1]  # splines want rising places
+
+    def spline(steps: Tensor) -> Tensor:
+        unit = torch.eye(len(steps), dtype=torch.float64).numpy()
+        nodes = (count - 1 - steps).flip(0)
+        weights = torch.from_numpy(CubicSpline(place[nodes.numpy()], unit)(place))
+        return weights.flip(0, 1)
+
+    def crowded(size: int) -> Tensor:
+        share = torch.linspace(0, 1, size, dtype=torch.float64)
+        return ((1 - (1 - share) ** _CROWDING) * (count - 1)).round().long().unique()
+
+    size = 2 * _COARSEST - 1
+    while 2 * size <= count:
+        steps = crowded(size)
+        half = crowded((size + 1) // 2)
+        coarser = torch.zeros(count, len(steps), dtype=torch.float64)
+        coarser[:, torch.isin(steps, half)] = spline(half)
+        grids.append(StepGrid(steps.to(device), spline(steps).to(device), coarser.to(device)))
+        size = 2 * size - 1
+    return grids

@@ -1,0 +1,112 @@
+"""Long chains are inverted by asking the denoiser at some of their steps: against the same chain at all steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fixpoint_diffusion import DDIMChain, NoiseSchedule, ParallelInverse, StochasticDDIMChain, invert
+from fixpoint_diffusion.inversion.grids import step_grids
+from fixpoint_diffusion.inversion.parallel import _GAIN
+from fixpoint_diffusion.inversion.problem import InverseProblem
+
+SCHEDULE = NoiseSchedule.linear()
+ALONE = ParallelInverse(second_try=None)
+
+
+def curved(x: Tensor, t: Tensor) -> Tensor:
+    """A denoiser that bends, row by row and entry by entry, and changes smoothly with t."""
+    a = SCHEDULE.alphas_cumprod.to(x)[t].reshape(-1, *[1] * (x.ndim - 1))
+    return (1 - a).sqrt() * x + 0.2 * torch.sin(2 * x)
+
+
+def jumping(x: Tensor, t: Tensor) -> Tensor:
+    """Another denoiser in each of two ranges of t, as of experts: not smooth in t."""
+    return curved(x, t) + torch.where(t < 300, 0.3, 0.0).reshape(-1, *[1] * (x.ndim - 1)).to(x)
+
+
+def images(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1.6 - 0.8
+
+
+def chain_of(x_0: Tensor, denoiser: object = curved, steps: int = 400) -> DDIMChain:
+    return DDIMChain(denoiser, torch.zeros_like(x_0), SCHEDULE, steps=steps)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("tolerance", "rows"), [(1e-3, 1.0), (1e-6, 2.5)])
+def test_a_long_chain_takes_fewer_rows_than_one_round_over_all_steps(tolerance: float, rows: float) -> None:
+    x_0 = images(4, 5)
+    chain = chain_of(x_0, steps=1000)
+    inverse = invert(chain, x_0, method=ALONE, rtol=0, atol=tolerance)
+    assert inverse.converged.all()
+    assert (inverse.error <= tolerance).all()
+    assert inverse.evals <= rows * x_0.shape[0] * chain.steps
+
+
+def test_the_latents_are_those_of_a_search_over_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_0 = images(3, 5)
+    few = invert(chain_of(x_0), x_0, method=ALONE, rtol=0, atol=1e-7)
+    monkeypatch.setattr("fixpoint_diffusion.inversion.problem.step_grids", lambda *_: [])
+    every = invert(chain_of(x_0), x_0, method=ALONE, rtol=0, atol=1e-7)
+    assert few.evals < every.evals
+    torch.testing.assert_close(few.x_T, every.x_T, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("denoiser", [curved, jumping])
+def test_what_interpolation_misses_is_not_underestimated(denoiser: object) -> None:
+    """By a share of the difference of two grids; where outputs jump, two grids do not agree there."""
+    x_0 = images(3, 5)
+    problem = InverseProblem(chain_of(x_0, denoiser), x_0)
+    latents, samples = problem.guess(), torch.arange(3)
+    exact = problem.images(latents, samples)
+    assert len(problem.grids) == 2
+    for grid in problem.grids:
+        near, doubts = problem.interpolated(latents, samples, grid)
+        assert (near - exact).norm() <= doubts.norm() / (_GAIN if denoiser is curved else 0.5)
+        assert (near - exact).norm() > 0
+
+
+def test_a_denoiser_that_jumps_is_seen_and_inverted() -> None:
+    x_0 = images(3, 5)
+    inverse = invert(chain_of(x_0, jumping), x_0, method=ALONE, rtol=0, atol=1e-5)
+    assert inverse.converged.all()
+    assert (inverse.error <= 1e-5).all()
+
+
+def test_a_sample_does_not_depend_on_the_others_of_its_batch() -> None:
+    """They need different numbers of rounds."""
+    x_0 = images(3, 5)
+    x_0[0] /= 100
+    together = invert(chain_of(x_0), x_0, method=ALONE, rtol=0, atol=1e-5)
+    working = torch.stack([round_.predicted_error for round_ in together.history]).isfinite().sum(dim=0)
+    assert len(working.unique()) > 1
+    for i in range(3):
+        alone = invert(chain_of(x_0[i : i + 1]), x_0[i : i + 1], method=ALONE, rtol=0, atol=1e-5)
+        torch.testing.assert_close(together.x_T[i : i + 1], alone.x_T, rtol=0, atol=1e-12)
+
+
+def test_steps_with_noise_and_short_chains_are_evaluated_each() -> None:
+    x_0 = images(2, 5)
+    chain = StochasticDDIMChain(curved, torch.zeros_like(x_0), SCHEDULE, steps=500, eta=0.5, seed=0)
+    assert InverseProblem(chain, x_0).grids == []
+    assert InverseProblem(chain_of(x_0, steps=100), x_0).grids == []
+
+
+@given(st.sets(st.integers(0, 3000), min_size=130, max_size=600))
+def test_grids_are_nested_and_exact_for_cubic_outputs(timesteps: set[int]) -> None:
+    falling = torch.tensor(sorted(timesteps, reverse=True))
+    grids = step_grids(falling, torch.device("cpu"))
+    time = falling.double() / falling.max()
+    outputs = torch.stack((time, time**3 - time**2), dim=1)[None]
+    for number, grid in enumerate(grids):
+        assert grid.steps[0] == 0
+        assert grid.steps[-1] == len(falling) - 1
+        assert bool((grid.steps.diff() > 0).all())
+        fine, coarse = grid.fill(outputs[:, grid.steps])
+        torch.testing.assert_close(fine, outputs, rtol=0, atol=1e-9)
+        torch.testing.assert_close(coarse, outputs, rtol=0, atol=1e-9)
+        if number:
+            assert bool(torch.isin(grids[number - 1].steps, grid.steps).all())
