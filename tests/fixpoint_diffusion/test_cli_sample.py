@@ -292,6 +292,20 @@ def test_retrained_model_in_the_same_folder_is_another_run(tmp_path: Path, condi
     assert "weights_sha256" in error
 
 
+def test_what_lies_beside_a_model_is_no_other_model(tmp_path: Path, conditional_unet: Path) -> None:
+    options = ("--model", conditional_unet, "--class", 0)
+    sampled(tmp_path / "out", *options, "--num-images", 1)
+    (conditional_unet / "checkpoint").mkdir()
+    for other in ("checkpoint/state.safetensors", "samples.safetensors", "training_config.json"):
+        (conditional_unet / other).write_bytes(b"another")
+    sampled(tmp_path / "out", *options, "--num-images", 2)
+    schedule = conditional_unet / "scheduler_config.json"
+    schedule.write_text(json.dumps({**json.loads(schedule.read_text()), "beta_end": 0.019}))
+    code, error = run_main("sample", "--steps", 3, "--out", tmp_path / "out", *options, "--num-images", 3)
+    assert code == 2
+    assert "weights_sha256" in error
+
+
 def test_pictures_are_the_rounded_images_named_by_number_and_class(tmp_path: Path, conditional_unet: Path) -> None:
     options = ("--model", conditional_unet, "--num-images", 3, "--class", "2,0")
     figures = sampled(tmp_path / "png", *options, "--format", "png")
