@@ -89,11 +89,15 @@ def dit(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def conditional_fpdm(tmp_path: Path) -> Path:
+    return saved_fpdm(tmp_path / "fpdm")
+
+
+def saved_fpdm(folder: Path, **settings: object) -> Path:
     torch.manual_seed(0)
-    model = FPDM(FPDMConfig(width=16, heads=2, num_classes=3))
+    model = FPDM(FPDMConfig.from_dict({"width": 16, "heads": 2, "num_classes": 3, **settings}))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    folder = save_fpdm(model, tmp_path / "fpdm")
+    save_fpdm(model, folder)
     config = {**SCHEDULE, "prediction_type": "v_prediction", "timestep_spacing": "linspace"}
     (folder / "scheduler_config.json").write_text(json.dumps(config))
     return folder
@@ -387,14 +391,16 @@ def test_fpdm_of_classes_draws_other_images_for_each(tmp_path: Path, conditional
     [
         ({"timestep_spacing": "linspace"}, 0.0),
         ({"_class_name": "DDPMScheduler", "variance_type": "fixed_large", "clip_sample": True}, 1.0),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, 1.0),
     ],
 )
 def test_fpdm_takes_the_same_steps_in_sequence_as_in_parallel(
-    tmp_path: Path, conditional_fpdm: Path, scheduler: dict[str, object], eta: float
+    tmp_path: Path, scheduler: dict[str, object], eta: float
 ) -> None:
+    folder = saved_fpdm(tmp_path / "fpdm", learn_sigma=scheduler.get("variance_type") == "learned_range")
     config = {**SCHEDULE, "prediction_type": "v_prediction", **scheduler}
-    (conditional_fpdm / "scheduler_config.json").write_text(json.dumps(config))
-    options = ("--model", conditional_fpdm, "--num-images", 2, "--steps", 7, "--eta", eta)
+    (folder / "scheduler_config.json").write_text(json.dumps(config))
+    options = ("--model", folder, "--num-images", 2, "--steps", 7, "--eta", eta, "--class", 1, "--guidance", 2)
     sampled(tmp_path / "in-turn", *options, "--no-reuse")
     sampled(tmp_path / "at-once", *options, "--solver", "picard", "--rtol", 1e-7)
     one, other = (np.load(tmp_path / name / "images.npy") for name in ("in-turn", "at-once"))
