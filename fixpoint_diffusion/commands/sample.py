@@ -45,14 +45,15 @@ def sample(
     options = SamplingOptions(**given)
     denoiser, model_folder = open_model(model, device=device)
 
-    from fixpoint_diffusion.models.autoencoder import LatentDecoder, load_autoencoder
+    from fixpoint_diffusion.denoisers.loading import model_files
+    from fixpoint_diffusion.models.autoencoder import LatentDecoder, autoencoder_files, load_autoencoder
     from fixpoint_diffusion.sampling.job import SamplingJob
 
     decoder = None if vae is None else LatentDecoder(load_autoencoder(vae, device=device))
     job = SamplingJob(denoiser, options, decoder=decoder)
-    settings: dict[str, Any] = {"model": model, "weights_sha256": _hash(model_folder)}
+    settings: dict[str, Any] = {"model": model, "weights_sha256": sha256_of_all(model_files(model_folder))}
     if vae is not None:
-        settings |= {"vae": str(vae), "vae_sha256": _hash(vae)}
+        settings |= {"vae": str(vae), "vae_sha256": sha256_of_all(autoencoder_files(vae))}
     settings |= {name: value for name, value in asdict(options).items() if name not in ("num_images", "batch_size")}
     settings |= job.settings | {"classes": None if job.classes is None else list(job.classes)}
     with locked(out, work="sampling"):
@@ -113,8 +114,3 @@ def _save_grid(folder: RunFolder) -> str | None:
         return None
     save_grid(images, folder.folder / GRID)
     return GRID
-
-
-def _hash(folder: Path) -> str:
-    """SHA-256 of a model folder's weights and configurations."""
-    return sha256_of_all(path for end in ("*.safetensors", "*.bin", "*config.json") for path in folder.rglob(end))

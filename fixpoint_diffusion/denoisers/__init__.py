@@ -1,5 +1,7 @@
 """Denoisers: anything called as ``denoiser(x: (N, *shape), t: (N,) int64) -> (N, *shape)``, and where to get one."""
 
+# The first import of this subpackage sets the name `families` here: it must come before the function of that name.
+import fixpoint_diffusion.denoisers.families  # noqa: F401
 from fixpoint_diffusion.denoisers.diffusers import DiffusersDenoiser
 from fixpoint_diffusion.denoisers.embedded import EMBEDDED_MODELS, embedded, embedded_folder
 from fixpoint_diffusion.denoisers.fpdm import FPDMDenoiser

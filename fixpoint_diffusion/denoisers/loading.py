@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from fixpoint_diffusion.denoisers.diffusers import DiffusersDenoiser
-from fixpoint_diffusion.denoisers.diffusers_models import listing, load_module
+from fixpoint_diffusion.denoisers.diffusers_models import WEIGHTS, listing, load_module
 from fixpoint_diffusion.denoisers.protocol import NetworkDenoiser
 from fixpoint_diffusion.denoisers.registry import LoadOptions, family_of_class
 from fixpoint_diffusion.files import read_json
 from fixpoint_diffusion.processes import GaussianPrior
+from fixpoint_diffusion.processes.prior import PRIOR_FILE
 from fixpoint_diffusion.processes.sampler_config import find_scheduler_file
 from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES
 
@@ -90,6 +91,18 @@ def load_denoiser(
     if shape is not None and sizes and sizes != {math.prod(shape)}:
         raise ValueError(f"the prior in {model_folder} is for {max(sizes)} entries, but a sample has shape {shape}")
     return denoiser
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What :func:`load_denoiser` reads in a folder: its model's configuration, weights and prior, and the schedule.
+
+    Raises:
+        FileNotFoundError: if it holds no model.
+    """
+    model_folder = _find_model_folder(folder)
+    schedule, prior = find_scheduler_file(folder), model_folder / PRIOR_FILE
+    files = [model_folder / "config.json", *model_folder.glob(f"{WEIGHTS}*"), prior]
+    return [file for file in (*files, schedule) if file is not None and file.is_file()]
 
 
 def _find_model_folder(folder: Path) -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+
+from fixpoint_diffusion.models.weights import describe_error
 
 
 def compute_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
@@ -28,10 +31,10 @@ def compute_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
     if isinstance(own, torch.dtype) and _computes(own):
         return own
     for module in model.modules():
-        casting = _hook(module, "layerwise_casting")
-        if casting is not None:
-            dtype: torch.dtype = casting.compute_dtype
-            return dtype
+        for hook in (_hook(module, "layerwise_casting"), *_hooks_of_accelerate(module)):
+            dtype = getattr(hook, "compute_dtype", None)
+            if isinstance(dtype, torch.dtype):
+                return dtype
     tensors = chain(model.parameters(), model.buffers())
     return next((tensor.dtype for tensor in tensors if _computes(tensor.dtype)), default)
 
@@ -47,13 +50,56 @@ def execution_device(model: nn.Module) -> torch.device:
         offloading = _hook(module, "group_offloading")
         if offloading is not None:
             return torch.device(offloading.config.onload_device)
-        hook = getattr(module, "_hf_hook", None)
-        for part in getattr(hook, "hooks", (hook,)):
-            device = getattr(part, "execution_device", None)
+        for hook in _hooks_of_accelerate(module):
+            device = getattr(hook, "execution_device", None)
             if device is not None:
                 return torch.device(device)
     tensors = chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), torch.device("cpu"))
+
+
+def spread(model: nn.Module, device_map: str | Mapping[str, Any], *, whole: Sequence[str]) -> nn.Module:
+    """Put the parts of a network where a device map says, by accelerate, as diffusers does for its own networks.
+
+    Args:
+        model: a network on the CPU.
+        device_map: from names of parts to devices; a device for all of them; or one of accelerate's rules, "auto",
+            "balanced", "balanced_low_0" and "sequential".
+        whole: names of classes whose modules these rules never divide.
+
+    Raises:
+        ImportError: if accelerate is not installed.
+        ValueError: if the map leaves out a part, or names something that is no device of this machine.
+
+    Example:
+        >>> spread(nn.Linear(2, 2), "cpu", whole=()).hf_device_map
+        {'': device(type='cpu')}
+    """
+    try:
+        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
+    except ImportError as error:
+        raise ImportError("device_map needs accelerate: pip install 'fixpoint[diffusion]'") from error
+
+    try:
+        if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+            memory = None
+            if device_map != "sequential":
+                least_on_first = device_map == "balanced_low_0"
+                memory = get_balanced_memory(model, no_split_module_classes=list(whole), low_zero=least_on_first)
+            places = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=list(whole))
+        else:
+            places = {"": torch.device(device_map)} if isinstance(device_map, str) else dict(device_map)
+        dispatched: nn.Module = dispatch_model(model, places)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"device_map={device_map!r} does not fit this network: {describe_error(error)}") from error
+    return dispatched
+
+
+def _hooks_of_accelerate(module: nn.Module) -> Sequence[Any]:
+    """The hooks that accelerate has put on a module."""
+    hook = module.__dict__.get("_hf_hook")
+    return () if hook is None else getattr(hook, "hooks", (hook,))
 
 
 def _hook(module: nn.Module, name: str) -> Any:

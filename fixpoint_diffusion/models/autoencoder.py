@@ -103,6 +103,12 @@ def autoencoder_folder(folder: str | Path) -> Path:
     raise FileNotFoundError(f"{folder} holds no autoencoder: expected config.json in it or in vae/")
 
 
+def autoencoder_files(folder: str | Path) -> list[Path]:
+    """What :func:`load_autoencoder` reads: the configuration and the weights."""
+    folder = autoencoder_folder(folder)
+    return [folder / "config.json", *folder.glob("*.safetensors")]
+
+
 class LatentEncoder:
     """Encodes images by a diffusers ``AutoencoderKL`` into the latents that diffusion models see.
 

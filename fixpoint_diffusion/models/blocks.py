@@ -3,6 +3,9 @@
 Tokens are ``(N, L, D)``: N images, L patches, width D. A modulation is ``(N, k*D)``, or ``(1, k*D)`` when nothing
 conditions it.
 
+A parameter is used in the forward of the module that owns it, and nowhere else: hooks that load, cast or unpack weights
+(offloading, layerwise casting, quantisation) act there.
+
 Sources: Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023 (block, head, initialisation);
 Bai and Melas-Kyriazi, "Fixed Point Diffusion Models", CVPR 2024, Sec. 3.2 (implicit block).
 """
@@ -13,7 +16,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
 
 
 def sincos_positions(side: int, width: int) -> Tensor:
@@ -34,6 +37,19 @@ def timestep_features(t: Tensor, features: int = 256, max_period: float = 10000.
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+class PatchEmbedding(nn.Conv2d):
+    """Images ``(N, C, H, W)`` to tokens ``(N, L, D)``, one for each patch.
+
+    It computes in the dtype of its own weights, which layerwise casting leaves as they are, and returns that of x.
+    """
+
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__(channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype).flatten(2).transpose(1, 2)
+
+
 class TimestepEmbedding(nn.Module):
     """Timesteps ``(N,)`` to conditioning vectors ``(N, D)``: 256 sinusoidal features through a small MLP."""
 
@@ -43,9 +59,9 @@ class TimestepEmbedding(nn.Module):
         self.linear1 = nn.Linear(features, width)
         self.linear2 = nn.Linear(width, width)
 
-    def forward(self, t: Tensor) -> Tensor:
-        features = timestep_features(t, self.features).to(self.linear1.weight.dtype)
-        return self.linear2(silu(self.linear1(features)))
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """``dtype`` is the one that the network computes in."""
+        return self.linear2(silu(self.linear1(timestep_features(t, self.features).to(dtype))))
 
 
 class Modulation(nn.Module):
@@ -114,7 +130,8 @@ class DiTBlock(nn.Module):
 
     def transform(self, x: Tensor, modulation: Tensor) -> Tensor:
         """``x`` ``(N, L, D)`` and its modulation ``(N or 1, 6D)`` to new tokens ``(N, L, D)``."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
+        # Without conditioning the modulation is a parameter, and may be kept in a wider dtype than x.
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.to(x.dtype).chunk(6, dim=1)
         x = x + gate_a[:, None] * self.attention(_modulate(x, shift_a, scale_a))
         return x + gate_m[:, None] * self.mlp(_modulate(x, shift_m, scale_m))
 
@@ -123,24 +140,32 @@ class ImplicitBlock(nn.Module):
     """The fixed point map ``f(z) = DiTBlock(W2 gelu(W1 [z; u]), c)`` with ``W1: 2D -> 2D`` and ``W2: 2D -> D``.
 
     ``W1 [z; u] = Wz z + Wu u``, and neither ``Wu u`` nor the modulation depends on z. :meth:`prepare` computes both
-    once; :meth:`forward` takes them as inputs and costs what depends on z alone.
+    once; :meth:`forward` takes them as inputs and costs what depends on z alone. ``w1_z`` and ``w1_u`` hold the two
+    halves of W1.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.w1 = nn.Linear(2 * width, 2 * width)
+        self.w1_z = nn.Linear(width, 2 * width, bias=False)
+        self.w1_u = nn.Linear(width, 2 * width)
         self.w2 = nn.Linear(2 * width, width)
         self.block = DiTBlock(width, heads, mlp_ratio, conditional=True)
 
     def prepare(self, u: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Injection ``u`` ``(N, L, D)`` and conditioning ``(N, D)`` to ``Wu u + b`` and the modulation."""
-        width = u.shape[-1]
-        return linear(u, self.w1.weight[:, width:], self.w1.bias), self.block.modulation(condition)
+        return self.w1_u(u), self.block.modulation(condition)
 
     def forward(self, z: Tensor, projected: Tensor, modulation: Tensor) -> Tensor:
         """One application of f to ``z`` ``(N, L, D)``, given what :meth:`prepare` returned."""
-        hidden = linear(z, self.w1.weight[:, : z.shape[-1]]) + projected
-        return self.block.transform(self.w2(gelu(hidden)), modulation)
+        return self.block.transform(self.w2(gelu(self.w1_z(z) + projected)), modulation)
+
+    @torch.no_grad()
+    def initialise_w1(self) -> None:
+        """Xavier's values for W1 as a whole, on whose size their range depends."""
+        whole = nn.init.xavier_uniform_(torch.cat([self.w1_z.weight, self.w1_u.weight], dim=1))
+        for half, values in zip((self.w1_z, self.w1_u), whole.chunk(2, dim=1), strict=True):
+            half.weight.copy_(values)
+        nn.init.zeros_(self.w1_u.bias)
 
 
 class Head(nn.Module):
@@ -153,7 +178,7 @@ class Head(nn.Module):
         self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
 
     def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        shift, scale = self.modulation(condition).chunk(2, dim=1)
+        shift, scale = self.modulation(condition).to(x.dtype).chunk(2, dim=1)
         patches = self.linear(_modulate(x, shift, scale))
         n, tokens, _ = patches.shape
         side, p = math.isqrt(tokens), self.patch_size

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fixpoint_diffusion.files import read_json, write_json
 from fixpoint_diffusion.models.fpdm import FPDM
 from fixpoint_diffusion.models.fpdm_config import FPDMConfig
-from fixpoint_diffusion.models.weights import build_on_meta, check_fit, check_values, read_headers
+from fixpoint_diffusion.models.weights import StoredTensor, build_on_meta, check_fit, check_values, read_headers
 
 CLASS_NAME = "FPDM"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+Stored = TypeVar("Stored", Tensor, StoredTensor)
 
 
 def save_fpdm(model: FPDM, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
@@ -39,7 +45,7 @@ def save_fpdm(model: FPDM, folder: str | Path, *, dtype: torch.dtype | None = No
 def load_fpdm(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> FPDM:
-    """Read a model that :func:`save_fpdm` wrote.
+    """Read a model that :func:`save_fpdm` wrote, in this version or an earlier one.
 
     Args:
         folder: A folder on this machine.
@@ -61,12 +67,43 @@ def load_fpdm(
         raise ValueError(f"{folder / CONFIG_FILE} describes a {name!r}, expected {CLASS_NAME!r}")
     config = FPDMConfig.from_dict({key: value for key, value in values.items() if not key.startswith("_")})
     path, dtype = folder / WEIGHTS_FILE, dtype or torch.float32
-    stored = read_headers([path])
+    stored = split_w1(read_headers([path]))
     expected = build_on_meta(lambda: FPDM(config), len(stored), folder / CONFIG_FILE)
     check_fit(expected, stored, folder, dtype=dtype)
     # Building the model draws initial weights that the stored ones replace: keep that out of the caller's random state.
     with torch.random.fork_rng(devices=[]):
         model = FPDM(config).to(dtype)
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(split_w1(load_file(path)))
     check_values(model.named_parameters(), folder)
     return model.to(device or "cpu").eval()
+
+
+def split_w1(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """What is stored of an FPDM, or for each of its parameters, under today's names.
+
+    In earlier versions W1 of the implicit block was one matrix, ``[Wz, Wu]``.
+
+    Args:
+        stored: Tensors or their descriptions, by names that end as those of the model's parameters do. Matrices are
+            halved; numbers, such as an optimiser's count of steps, go to both halves.
+    """
+    found: dict[str, Stored] = {}
+    for name, value in stored.items():
+        stem, whole, kind = name.rpartition("implicit.f.w1.")
+        if whole and kind == "weight":
+            found[f"{stem}implicit.f.w1_z.weight"], found[f"{stem}implicit.f.w1_u.weight"] = _halves(value)
+        elif whole and kind == "bias":
+            found[f"{stem}implicit.f.w1_u.bias"] = value
+        else:
+            found[name] = value
+    return found
+
+
+def _halves(value: Stored) -> tuple[Stored, Stored]:
+    if len(value.shape) != 2:
+        return value, value
+    rows, columns = value.shape
+    half = columns // 2
+    if isinstance(value, Tensor):
+        return value[:, :half].clone(), value[:, half:].clone()
+    return replace(value, shape=(rows, half)), replace(value, shape=(rows, columns - half))

@@ -13,6 +13,7 @@ from fixpoint_diffusion.models.blocks import (
     Head,
     ImplicitBlock,
     Modulation,
+    PatchEmbedding,
     TimestepEmbedding,
     sincos_positions,
 )
@@ -56,7 +57,7 @@ class FPDM(nn.Module):
             return nn.ModuleList(DiTBlock(width, heads, ratio, conditional=conditional) for _ in range(count))
 
         patch = config.patch_size
-        self.patch_embedding = nn.Conv2d(config.in_channels, width, kernel_size=patch, stride=patch)
+        self.patch_embedding = PatchEmbedding(config.in_channels, width, patch)
         self.register_buffer("positions", sincos_positions(config.sample_size // patch, width), persistent=False)
         self.time_embedding = TimestepEmbedding(width)
         # The row after the last class stands for "no class".
@@ -136,10 +137,12 @@ class FPDM(nn.Module):
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, x.shape[0])):
             raise ValueError(f"t must be one timestep or one for each of {x.shape[0]} images, got {tuple(t.shape)}")
         label = self._label(x, y)
-        tokens = self.patch_embedding(x).flatten(2).transpose(1, 2) + self.positions
+        tokens = self.patch_embedding(x)
+        # The positions stay in float32, and on one device when the parts of a model are spread over several.
+        tokens = (tokens + self.positions.to(tokens.device)).to(x.dtype)
         for block in self.pre:
             tokens = block(tokens, label)
-        condition = self.time_embedding(t.expand(x.shape[0]))
+        condition = self.time_embedding(t.expand(x.shape[0]), x.dtype)
         if label is not None:
             condition = condition + label
         return tokens, self.implicit_block.prepare(self.injection(tokens), condition), label
@@ -150,10 +153,12 @@ class FPDM(nn.Module):
                 raise ValueError("this FPDM is unconditional (num_classes is None), but classes y were given")
             return None
         if y is None:
-            y = torch.full((x.shape[0],), self.class_embedding.num_embeddings - 1, device=x.device)
+            null_class = self.config.num_classes
+            assert null_class is not None
+            y = torch.full((x.shape[0],), null_class, device=x.device)
         if y.shape != x.shape[:1]:
             raise ValueError(f"y must hold one class for each of {x.shape[0]} images, got shape {tuple(y.shape)}")
-        return self.class_embedding(y)
+        return self.class_embedding(y).to(x.dtype)
 
     @property
     def implicit_block(self) -> ImplicitBlock:
@@ -164,8 +169,13 @@ class FPDM(nn.Module):
 
     def _initialise(self) -> None:
         """DiT's: Xavier for linear maps, small normals for embeddings, zero for modulations and the head's output."""
+        block = self.implicit_block
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if module is block:
+                block.initialise_w1()
+            elif module in (block.w1_z, block.w1_u):
+                continue
+            elif isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _LARGEST_BUFFERS = 2**30
 
 
+@final
 @dataclass(frozen=True)
 class StoredTensor:
     """Shape and dtype of a tensor in a file; ``dtype`` is None for one that no network here computes with."""

@@ -85,6 +85,7 @@ def sample_fpdm(
     *,
     steps: int = 50,
     eta: float = 0.0,
+    variance_type: str = "fixed_small",
     spacing: str = "linspace",
     progress: bool = False,
     **options: Unpack[FPDMOptions],
@@ -97,6 +98,8 @@ def sample_fpdm(
         schedule: The noise schedule that the model was trained on.
         steps: Sampling steps S.
         eta: Share of DDPM's noise: 0 is deterministic DDIM, 1 is DDPM.
+        variance_type: Of DDPM's noise, as in :class:`~fixpoint_diffusion.processes.Transitions`; ``"learned_range"`` or
+            ``"learned"`` for a model with ``learn_sigma``.
         spacing: Which timesteps are visited. The default includes both ends, as in the paper.
         progress: Show a bar.
         iterations: Iterations of the layer: one number for all steps, or one for each, the noisiest step first; see
@@ -114,8 +117,8 @@ def sample_fpdm(
         The images, the iterations, their cost in block passes and, if recorded, the residuals.
 
     Raises:
-        ValueError: If the iterations do not fit the steps, a shape, ``eta`` or ``spacing`` is out of range, or guidance
-            is asked for without classes.
+        ValueError: If the iterations do not fit the steps, a shape, ``eta``, ``variance_type`` or ``spacing`` is out of
+            range, guidance is asked for without classes, or a learned variance of a model that has none.
 
     Source: Bai and Melas-Kyriazi, CVPR 2024, Sec. 3.3; footnote 4 for the cost.
 
@@ -126,7 +129,9 @@ def sample_fpdm(
     >>> samples.images.shape, samples.block_passes
     (torch.Size([2, 1, 8, 8]), 50)
     """
-    run = fpdm_steps(model, x_T, schedule, steps=steps, eta=eta, spacing=spacing, **options)
+    run = fpdm_steps(
+        model, x_T, schedule, steps=steps, eta=eta, variance_type=variance_type, spacing=spacing, **options
+    )
     images, timesteps, counts, residuals = x_T, [], [], []
     for step in tqdm(run, total=steps, desc="sampling", unit="step", disable=not progress):
         images = step.after
@@ -152,6 +157,7 @@ def fpdm_steps(
     *,
     steps: int = 50,
     eta: float = 0.0,
+    variance_type: str = "fixed_small",
     spacing: str = "linspace",
     **options: Unpack[FPDMOptions],
 ) -> Iterator[FPDMStep]:
@@ -166,7 +172,10 @@ def fpdm_steps(
     [999, 666, 333, 0]
     """
     timesteps = schedule.timesteps(steps, spacing)
-    transitions = Transitions.of(schedule, timesteps, eta=eta, prediction_type=model.config.prediction_type)
+    prediction_type = model.config.prediction_type
+    transitions = Transitions.of(
+        schedule, timesteps, eta=eta, prediction_type=prediction_type, variance_type=variance_type
+    )
     yield from follow_transitions(model, x_T, transitions, **options)
 
 
@@ -188,12 +197,16 @@ def follow_transitions(
     """As :func:`fpdm_steps`, with steps that were made elsewhere, such as by :meth:`SamplerConfig.transitions`.
 
     Raises:
-        ValueError: As :func:`sample_fpdm`; transitions with a learned variance.
+        ValueError: As :func:`sample_fpdm`.
     """
-    if transitions.learned_variance:
-        raise ValueError("an FPDM is sampled without the variance that it learned; solve a chain for that")
+    learned, channels = transitions.learned_variance, model.config.in_channels
+    if learned and not model.config.learn_sigma:
+        raise ValueError(
+            f"variance_type={transitions.variance_type!r} needs a model that learned a variance, and this FPDM did not "
+            f"(learn_sigma is False)"
+        )
     counts = iterations_per_step(iterations, transitions.steps)
-    dtype, noisy = compute_dtype(model, x_T.dtype), bool((transitions.sigma > 0).any())
+    dtype, noisy = compute_dtype(model, x_T.dtype), learned or bool((transitions.sigma > 0).any())
     if guidance != 1:
         if y is None or model.config.num_classes is None:
             raise ValueError("guidance needs the classes y, and a model that has classes")
@@ -216,10 +229,13 @@ def follow_transitions(
         if noisy:
             samples = range(first_sample, first_sample + len(x_T))
             noise = step_noise(seed, samples, [k], x_T.shape[1:], dtype=wide(latent).dtype, device=latent.device)[:, 0]
-        output = output[:, : model.config.in_channels]
         if guidance != 1:
+            # What is said of the variance is that of the rows with a class, as in Guided.
             without, output = output.chunk(2)
-            output = without + guidance * (output - without)
+            guided = without[:, :channels] + guidance * (output[:, :channels] - without[:, :channels])
+            output = torch.cat([guided, output[:, channels:]], dim=1)
+        if not learned:
+            output = output[:, :channels]
         after = transitions.step(wide(latent), wide(output), k, noise).to(latent.dtype)
         yield FPDMStep(timestep, latent, z0, solution, after)
         latent = after

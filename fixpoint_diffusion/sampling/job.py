@@ -209,10 +209,6 @@ class SamplingJob:
             if options.iterations is not None or options.reuse is not None:
                 raise ValueError("--iterations and --reuse are for FPDM models, and this model is none")
             return _with_variance(denoiser) if variance else denoiser
-        if variance and options.solver == SolverName.sequential:
-            raise ValueError(
-                "the steps of an FPDM know no learned variance: take --eta below 1, or a parallel --solver"
-            )
         iterations = options.iterations or DEFAULT_ITERATIONS
         reuse = options.reuse is not False and options.solver == SolverName.sequential
         config = denoiser.model.config

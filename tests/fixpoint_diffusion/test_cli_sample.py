@@ -89,11 +89,15 @@ def dit(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def conditional_fpdm(tmp_path: Path) -> Path:
+    return saved_fpdm(tmp_path / "fpdm")
+
+
+def saved_fpdm(folder: Path, **settings: object) -> Path:
     torch.manual_seed(0)
-    model = FPDM(FPDMConfig(width=16, heads=2, num_classes=3))
+    model = FPDM(FPDMConfig.from_dict({"width": 16, "heads": 2, "num_classes": 3, **settings}))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    folder = save_fpdm(model, tmp_path / "fpdm")
+    save_fpdm(model, folder)
     config = {**SCHEDULE, "prediction_type": "v_prediction", "timestep_spacing": "linspace"}
     (folder / "scheduler_config.json").write_text(json.dumps(config))
     return folder
@@ -292,6 +296,20 @@ def test_retrained_model_in_the_same_folder_is_another_run(tmp_path: Path, condi
     assert "weights_sha256" in error
 
 
+def test_what_lies_beside_a_model_is_no_other_model(tmp_path: Path, conditional_unet: Path) -> None:
+    options = ("--model", conditional_unet, "--class", 0)
+    sampled(tmp_path / "out", *options, "--num-images", 1)
+    (conditional_unet / "checkpoint").mkdir()
+    for other in ("checkpoint/state.safetensors", "samples.safetensors", "training_config.json"):
+        (conditional_unet / other).write_bytes(b"another")
+    sampled(tmp_path / "out", *options, "--num-images", 2)
+    schedule = conditional_unet / "scheduler_config.json"
+    schedule.write_text(json.dumps({**json.loads(schedule.read_text()), "beta_end": 0.019}))
+    code, error = run_main("sample", "--steps", 3, "--out", tmp_path / "out", *options, "--num-images", 3)
+    assert code == 2
+    assert "weights_sha256" in error
+
+
 def test_pictures_are_the_rounded_images_named_by_number_and_class(tmp_path: Path, conditional_unet: Path) -> None:
     options = ("--model", conditional_unet, "--num-images", 3, "--class", "2,0")
     figures = sampled(tmp_path / "png", *options, "--format", "png")
@@ -373,14 +391,16 @@ def test_fpdm_of_classes_draws_other_images_for_each(tmp_path: Path, conditional
     [
         ({"timestep_spacing": "linspace"}, 0.0),
         ({"_class_name": "DDPMScheduler", "variance_type": "fixed_large", "clip_sample": True}, 1.0),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, 1.0),
     ],
 )
 def test_fpdm_takes_the_same_steps_in_sequence_as_in_parallel(
-    tmp_path: Path, conditional_fpdm: Path, scheduler: dict[str, object], eta: float
+    tmp_path: Path, scheduler: dict[str, object], eta: float
 ) -> None:
+    folder = saved_fpdm(tmp_path / "fpdm", learn_sigma=scheduler.get("variance_type") == "learned_range")
     config = {**SCHEDULE, "prediction_type": "v_prediction", **scheduler}
-    (conditional_fpdm / "scheduler_config.json").write_text(json.dumps(config))
-    options = ("--model", conditional_fpdm, "--num-images", 2, "--steps", 7, "--eta", eta)
+    (folder / "scheduler_config.json").write_text(json.dumps(config))
+    options = ("--model", folder, "--num-images", 2, "--steps", 7, "--eta", eta, "--class", 1, "--guidance", 2)
     sampled(tmp_path / "in-turn", *options, "--no-reuse")
     sampled(tmp_path / "at-once", *options, "--solver", "picard", "--rtol", 1e-7)
     one, other = (np.load(tmp_path / name / "images.npy") for name in ("in-turn", "at-once"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fixpoint
-from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, load_denoiser, sample
+from fixpoint_diffusion import DDIMChain, NoiseSchedule, denoisers, initial_noise, load_denoiser, sample
 from fixpoint_diffusion.denoisers import (
     DiffusersDenoiser,
     Family,
@@ -60,6 +60,11 @@ def prompt(name: str, rows: int) -> dict[str, Tensor]:
 
 def test_every_family_is_tried_here() -> None:
     assert set(TINY) == set(families())
+
+
+def test_families_stays_the_function_once_their_files_are_imported() -> None:
+    assert registry.families()
+    assert denoisers.families is registry.families
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -21,6 +21,7 @@ from fixpoint_diffusion.models import (
     save_fpdm,
 )
 from fixpoint_diffusion.models.blocks import ImplicitBlock, sincos_positions, timestep_features
+from tests.fixpoint_diffusion.earlier import with_whole_w1
 
 SMALL = FPDMConfig(sample_size=8, patch_size=2, width=16, heads=2)
 
@@ -56,6 +57,13 @@ def test_pre_and_post_blocks_add_the_published_number_of_parameters(blocks: int,
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
 
 
+def unsplit(block: ImplicitBlock, z: Tensor, u: Tensor) -> Tensor:
+    """``W2 gelu(W1 [z; u] + b)`` with W1 as one matrix."""
+    w1 = torch.cat([block.w1_z.weight, block.w1_u.weight], dim=1)
+    hidden = torch.cat([z, u], dim=-1) @ w1.T + block.w1_u.bias
+    return block.w2(torch.nn.functional.gelu(hidden))
+
+
 def test_split_projection_equals_the_concatenated_one() -> None:
     torch.manual_seed(0)
     block = ImplicitBlock(16, 2, 4.0).double()
@@ -63,16 +71,14 @@ def test_split_projection_equals_the_concatenated_one() -> None:
     condition = torch.randn(3, 16, dtype=torch.float64)
     torch.nn.init.normal_(block.block.modulation.linear.weight)
 
-    concatenated = block.w2(torch.nn.functional.gelu(block.w1(torch.cat([z, u], dim=-1))))
-    expected = block.block(concatenated, condition)
+    expected = block.block(unsplit(block, z, u), condition)
     torch.testing.assert_close(block(z, *block.prepare(u, condition)), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_fresh_implicit_block_is_its_projection_alone() -> None:
     block = ImplicitBlock(16, 2, 4.0)
     z, u, condition = torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.randn(3, 16)
-    expected = block.w2(torch.nn.functional.gelu(block.w1(torch.cat([z, u], dim=-1))))
-    torch.testing.assert_close(block(z, *block.prepare(u, condition)), expected)
+    torch.testing.assert_close(block(z, *block.prepare(u, condition)), unsplit(block, z, u))
 
 
 def test_timestep_enters_the_implicit_block_alone() -> None:
@@ -248,7 +254,7 @@ def test_timestep_and_class_condition_the_implicit_block_as_a_sum() -> None:
     x, t = batch()
     y = torch.tensor([2, 0, 9])
     with torch.no_grad():
-        condition = model.time_embedding(t) + model.class_embedding(y)
+        condition = model.time_embedding(t, x.dtype) + model.class_embedding(y)
         expected = model.implicit_block.block.modulation(condition)
     torch.testing.assert_close(fpdm_layer_problem(model, x, t, y=y).modulation, expected)
 
@@ -297,6 +303,31 @@ def test_checkpoint_returns_the_same_model(tmp_path) -> None:
     assert not loaded.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_weights_of_earlier_versions_are_read(tmp_path) -> None:
+    model = lively(dataclasses.replace(SMALL, num_classes=10)).float()
+    path = save_fpdm(model, tmp_path) / "diffusion_pytorch_model.safetensors"
+    earlier = with_whole_w1(load_file(path))
+    assert earlier["implicit.f.w1.weight"].shape == (32, 32)
+    save_file(earlier, path)
+    loaded = load_fpdm(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    save_file({**earlier, "implicit.f.w1.weight": torch.zeros(32, 33)}, path)
+    with pytest.raises(ValueError, match=r"implicit.f.w1_u.weight has shape \(32, 17\), expected \(32, 16\)"):
+        load_fpdm(tmp_path)
+    save_file({**earlier, "implicit.f.w1.weight": torch.zeros(32)}, path)
+    with pytest.raises(ValueError, match=r"implicit.f.w1_z.weight has shape \(32,\)"):
+        load_fpdm(tmp_path)
+
+
+def test_w1_starts_in_the_range_of_the_whole_matrix() -> None:
+    block = FPDM(FPDMConfig(width=64)).implicit_block
+    bound = math.sqrt(6 / (128 + 128))  # Glorot and Bengio (2010), Eq. 16, for 2D inputs and 2D outputs
+    for half in (block.w1_z, block.w1_u):
+        assert 0.99 * bound < float(half.weight.detach().abs().max()) <= bound
+    assert not block.w1_u.bias.any()
 
 
 def test_half_precision_weights_are_read_as_float32(tmp_path) -> None:

@@ -163,6 +163,40 @@ def test_conditional_models_take_classes(x_T: Tensor) -> None:
     assert not torch.allclose(samples, sample_fpdm(model, x_T, SCHEDULE, steps=2, y=y.flip(0)).images)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_learned_variance_gives_what_diffusers_gives(x_T: Tensor, guidance: float, monkeypatch) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model = lively(dataclasses.replace(CONFIG, num_classes=3, learn_sigma=True))
+    scheduler = diffusers.DDPMScheduler(
+        rescale_betas_zero_snr=True, prediction_type="v_prediction", variance_type="learned_range", clip_sample=False
+    )
+    scheduler.set_timesteps(5)
+    x, y, none = x_T, torch.tensor([0, 1, 1]), torch.full((3,), 3)
+    for k, t in enumerate(scheduler.timesteps):
+        with torch.no_grad():
+            out, without = (model(x, t, labels, depth=2) for labels in (y, none))
+        guided = without[:, :1] + guidance * (out[:, :1] - without[:, :1])
+        noise = step_noise(7, range(3), [k], (1, 4, 4), dtype=torch.float64)[:, 0]
+        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, noise=noise, **__: noise)
+        x = scheduler.step(torch.cat([guided, out[:, 1:]], dim=1), t, x).prev_sample
+    options = {"spacing": "leading", "eta": 1.0, "variance_type": "learned_range", "seed": 7}
+    samples = sample_fpdm(
+        model,
+        x_T,
+        NoiseSchedule.from_diffusers(scheduler),
+        steps=5,
+        iterations=2,
+        reuse=False,
+        y=y,
+        guidance=guidance,
+        **options,
+    )
+    assert samples.timesteps.tolist() == scheduler.timesteps.tolist()
+    torch.testing.assert_close(samples.images, x, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="'learned_range' needs a model that learned a variance"):
+        sample_fpdm(lively(CONFIG), x_T, SCHEDULE, **options)
+
+
 @given(data=st.data(), steps=st.integers(1, 60), heuristic=st.sampled_from(["constant", "increasing", "decreasing"]))
 def test_allocation_spends_exactly_the_budget_in_the_named_order(data, steps: int, heuristic: str) -> None:
     total = data.draw(st.integers(steps, 20 * steps))

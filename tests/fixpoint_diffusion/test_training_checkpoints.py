@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fixpoint_diffusion.files import locked
+from fixpoint_diffusion.models import FPDM, FPDMConfig
 from fixpoint_diffusion.training.checkpoints import (
     TrainingState,
     load_state,
@@ -18,6 +19,7 @@ from fixpoint_diffusion.training.checkpoints import (
     restore_optimizer,
     save_state,
 )
+from tests.fixpoint_diffusion.earlier import with_whole_w1
 
 
 def state(step: int = 3, value: float = 1.0) -> TrainingState:
@@ -47,6 +49,29 @@ def test_state_comes_back_to_the_bit(tmp_path: Path) -> None:
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_state_of_an_fpdm_that_an_earlier_version_left_is_continued(tmp_path: Path) -> None:
+    model = FPDM(FPDMConfig(width=16, heads=2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.rand_like(parameter)
+    optimizer.step()
+    now = TrainingState(
+        model={f"network.{name}": tensor for name, tensor in model.state_dict().items()},
+        ema={f"module.network.{name}": tensor for name, tensor in model.state_dict().items()},
+        optimizer=optimizer_tensors(optimizer, model),
+        record={"step": 1},
+    )
+    earlier = {part: with_whole_w1(getattr(now, part)) for part in ("model", "ema", "optimizer")}
+    assert len(earlier["optimizer"]) == len(now.optimizer) - 3
+    save_state(tmp_path / "c", TrainingState(**earlier, record=now.record))
+    found = load_state(tmp_path / "c")
+    for part in ("model", "ema", "optimizer"):
+        one, other = getattr(found, part), getattr(now, part)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), part
+    restore_optimizer(optimizer, model, found.optimizer)
 
 
 @pytest.mark.parametrize("part", ["model", "ema", "optimizer"])

@@ -11,6 +11,7 @@ from torch import nn
 
 from fixpoint_diffusion.denoisers.diffusers_models import spatial_sizes
 from fixpoint_diffusion.denoisers.fpdm import FPDMDenoiser, class_inputs
+from fixpoint_diffusion.denoisers.modules import spread
 from fixpoint_diffusion.denoisers.protocol import ConditioningInput
 from fixpoint_diffusion.denoisers.registry import Family, LoadOptions
 from fixpoint_diffusion.denoisers.schedules import ZERO_SNR_SCHEDULE
@@ -30,9 +31,9 @@ def build(sample_shape: tuple[int, ...], num_classes: int | None, settings: Mapp
 
 def load(folder: Path, config: Mapping[str, Any], options: LoadOptions) -> nn.Module:
     """Read an ``FPDM`` from a folder; it has no pickled weights, whatever the options allow."""
-    if options.device_map is not None:
-        raise ValueError("device_map is for models of diffusers; put an FPDM on one device")
-    return load_fpdm(folder, dtype=options.dtype, device=options.device)
+    if options.device_map is None:
+        return load_fpdm(folder, dtype=options.dtype, device=options.device)
+    return spread(load_fpdm(folder, dtype=options.dtype), options.device_map, whole=("DiTBlock", "FixedPointLayer"))
 
 
 def save(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> None:
