@@ -79,6 +79,8 @@ def invert(
     status = torch.where(converged, int(Status.CONVERGED), found.status.to(converged.device))
     # A method may have thought otherwise of what the sampler then missed.
     status = torch.where(~converged & (status == Status.CONVERGED), int(Status.STAGNATED), status)
+    lost = ~torch.isfinite(error) & (status != Status.STOPPED)
+    status = torch.where(lost, int(Status.NON_FINITE), status)
     x_T = found.x_T
     if backward is not None:
         x_T = _attached(played, given, x_T, trajectory, backward)
