@@ -171,6 +171,84 @@ def restoration(path: Path) -> None:
     save_grid(torch.cat(rows), path, columns=10, smallest_side=480)
 
 
+def inversion(path: Path) -> None:
+    """Sweeps towards the trajectories that lead to given numbers, and steps near the image that are flat or fold."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
+    schedule, x_0 = NoiseSchedule.linear(), torch.tensor([[-0.7], [0.65]], dtype=torch.float64)
+    chain = DDIMChain(_two_bumps(schedule), torch.zeros_like(x_0), schedule, steps=20)
+    latents, exact = _sweeps(chain, x_0, rounds=8), _undone(chain, x_0)
+    for number, color in zip((0, 1, 2, 4, 8), plt.get_cmap("viridis")(torch.linspace(0.9, 0, 5)), strict=True):
+        label = "prior's path" if number == 0 else f"round {number}"
+        axes[0].plot(latents[number].T, color=color, lw=1.2, label=[label, *["_"] * (len(x_0) - 1)])
+    axes[0].plot(exact.T, "k:", lw=1.6, label=["step by step", *["_"] * (len(x_0) - 1)])
+    axes[0].set(title="sweeps towards two numbers, T = 20", xlabel="step: noise at 0, image at 20", ylabel="latent")
+    axes[0].legend(fontsize=7, loc="lower right", ncols=2)
+    axes[0].set_ylim(-2.2, 2)
+    x = torch.linspace(-2, 2, 801, dtype=torch.float64)[:, None]
+    for k in (-12, -3, -2):
+        _draw_step(axes[1], chain, x, chain.steps + k, label=f"step {chain.steps + k + 1} of {chain.steps}")
+    axes[1].set(title="near the image: flat, and steep between", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
+    for guidance in (1.0, 2.0, 4.0):
+        guided = DDIMChain(_two_bumps(schedule, guidance=guidance), torch.zeros_like(x_0), schedule, steps=20)
+        _draw_step(axes[2], guided, x, 16, label=f"guidance {guidance:g}")
+    axes[2].set(title="guidance folds steps (17 of 20)", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
+    figure.savefig(path, dpi=130)
+
+
+def _two_bumps(schedule: NoiseSchedule, *, guidance: float = 1.0) -> object:
+    """The exact denoiser of numbers from two narrow bumps; with guidance, towards the right one of them."""
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        a = schedule.alphas_cumprod[t][:, None]
+        spread = 0.01 * a + 1 - a
+        offset = x - a.sqrt() * torch.tensor([[-0.7, 0.7]], dtype=x.dtype)
+        images = (x - (1 - a) / spread * offset) / a.sqrt()  # of either bump
+        both = (torch.softmax(-offset.square() / (2 * spread), dim=1) * images).sum(dim=1, keepdim=True)
+        image = both if guidance == 1 else both + guidance * (images[:, 1:] - both)
+        return (x - a.sqrt() * image) / (1 - a).sqrt()
+
+    return denoiser
+
+
+def _sweeps(chain: DDIMChain, x_0: Tensor, *, rounds: int) -> list[Tensor]:
+    """The trajectories ``(B, T + 1)`` before every round of sweeps, as the page on inversion writes them."""
+    slopes, steps = chain.slopes.flatten().clamp(min=0.05), torch.arange(chain.steps).repeat(len(x_0))
+    x = [x_0[:, 0]]
+    for slope in reversed(slopes.tolist()):
+        x.insert(0, x[0] / slope)
+    found = [torch.stack(x, dim=1)]
+    for _ in range(rounds):
+        latents = found[-1]
+        after = chain.transition(latents[:, :-1].reshape(-1, 1), torch.zeros_like(steps), steps)
+        miss, move = after.reshape(len(x_0), -1) - latents[:, 1:], [torch.zeros_like(x_0[:, 0])]
+        for k in reversed(range(chain.steps)):
+            move.insert(0, (move[0] - miss[:, k]) / slopes[k])
+        found.append(latents + torch.stack(move, dim=1))
+    return found
+
+
+def _undone(chain: DDIMChain, x_0: Tensor) -> Tensor:
+    """The exact trajectories, each step undone by bisection."""
+    x = [x_0]
+    for k in reversed(range(chain.steps)):
+        low, high = torch.full_like(x_0, -10.0), torch.full_like(x_0, 10.0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            index = torch.zeros(len(x_0), dtype=torch.int64)
+            above = chain.transition(middle, index, index + k) > x[0]
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        x.insert(0, (low + high) / 2)
+    return torch.cat(x, dim=1)
+
+
+def _draw_step(axes: plt.Axes, chain: DDIMChain, x: Tensor, k: int, *, label: str) -> None:
+    """What one step makes of every latent."""
+    index = torch.zeros(len(x), dtype=torch.int64)
+    axes.plot(x, chain.transition(x, index, index + k), label=label, lw=1.3)
+    axes.set(xlabel="latent before the step", ylabel="latent after it")
+    axes.legend(fontsize=7)
+
+
 def _load_example(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "examples" / f"{name}.py")
     assert spec is not None
@@ -189,6 +267,7 @@ PICTURES = {
     "ddim-samples": ddim_samples,
     "fpdm-samples": fpdm_samples,
     "restoration": restoration,
+    "inversion": inversion,
 }
 
 

@@ -4,6 +4,7 @@ from fixpoint_diffusion.chains import DDIMChain, SamplingChain, StochasticDDIMCh
 from fixpoint_diffusion.denoisers import embedded, load_denoiser
 from fixpoint_diffusion.inversion import (
     DrawnInverse,
+    ExplicitInverse,
     Inverse,
     OptimisedInverse,
     ParallelInverse,
@@ -19,6 +20,7 @@ __all__ = [
     "FPDM",
     "DDIMChain",
     "DrawnInverse",
+    "ExplicitInverse",
     "FPDMConfig",
     "GaussianPrior",
     "Inverse",

@@ -38,6 +38,8 @@ def invert(
 
     Example: fixpoint-diffusion invert digits --steps 50 --num-images 8 --out runs/invert
 
+    Clipping cannot be undone: a model that is sampled with it is inverted, and has to be sampled, without.
+
     Writes x_T.npy, the images above their reconstructions (grid.png), the error against rounds (errors.png), and the
     error and status of each image (invert.json).
     """
@@ -58,7 +60,7 @@ def invert(
     if denoiser.sample_shape is not None and tuple(dataset.sample_shape) != tuple(denoiser.sample_shape):
         raise ValueError(f"the model takes images {denoiser.sample_shape}, {images} has {tuple(dataset.sample_shape)}")
     x_0 = torch.stack([dataset[i]["images"] for i in range(min(num_images, len(dataset)))]).to(device)
-    chain = _chain(denoiser, x_0, steps, class_label, guidance)
+    chain, clips = _chain(denoiser, x_0, steps, class_label, guidance)
     out.mkdir(parents=True, exist_ok=True)
     method = ParallelInverse(max_rounds=max_rounds)
     inverse = find(chain, x_0, method=method, rtol=rtol, on_failure="ignore", progress=True)
@@ -66,28 +68,31 @@ def invert(
     names = [Status(int(number)).name for number in inverse.status]
     rows = [{"error": float(e), "status": name} for e, name in zip(inverse.error, names, strict=True)]
     settings = {"images": images, "model": model, "steps": steps, "class": class_label, "guidance": guidance}
-    write_json(
-        out / RECORD,
-        {**settings, "rtol": rtol, "rounds": inverse.rounds, "evals": inverse.evals, "results": rows},
-    )
+    settings |= {"rtol": rtol, "clipping_left_out": clips}
+    write_json(out / RECORD, {**settings, "rounds": inverse.rounds, "evals": inverse.evals, "results": rows})
     written = [NOISE, RECORD, *_pictures(x_0, inverse, out)]
     for number, (error, name) in enumerate(zip(inverse.error, names, strict=True)):
         typer.echo(f"image {number:4}  RMS error {float(error):.1e}  {name}")
     converged = f"{int(inverse.converged.sum())} of {len(x_0)} inverted"
     typer.echo(f"{converged} in {inverse.rounds} rounds, {inverse.evals} model rows")
     typer.echo(f"written to {out}: {', '.join(written)}")
+    if clips:
+        typer.echo(
+            "this model clips what it predicts, which cannot be undone: x_T leads to the images without clipping, "
+            'chain_from_scheduler(..., x0_hook=Clip(float("inf")))'
+        )
 
 
 def _chain(
     denoiser: NetworkDenoiser, x_0: Tensor, steps: int, class_label: int | None, guidance: float
-) -> SamplingChain:
-    """The deterministic chain of the model's own schedule, without clipping, which cannot be undone."""
+) -> tuple[SamplingChain, bool]:
+    """The deterministic chain of the model's own schedule, without clipping; and whether the schedule would clip."""
     import torch
 
     from fixpoint_diffusion.chains import chain_from_scheduler
     from fixpoint_diffusion.denoisers import describe
     from fixpoint_diffusion.denoisers.guided import Guided
-    from fixpoint_diffusion.processes import Clip
+    from fixpoint_diffusion.processes import Clip, SamplerConfig
 
     about = describe(denoiser)
     if denoiser.schedule_config is None:
@@ -104,15 +109,17 @@ def _chain(
             raise ValueError("this model needs a --class")
         conditioning["class_labels"] = torch.full((len(x_0),), label)
         wrapped = denoiser if guidance == 1 else Guided(denoiser, guidance)  # type: ignore[assignment]
-    return chain_from_scheduler(
+    config = SamplerConfig.from_diffusers(denoiser.schedule_config)
+    chain = chain_from_scheduler(
         wrapped,
         torch.zeros_like(x_0),
-        denoiser.schedule_config,
+        config,
         steps=steps,
         eta=0.0,
         x0_hook=Clip(float("inf")),
         conditioning=conditioning,
     )
+    return chain, config.schedule.x0_hook is not None
 
 
 def _pictures(x_0: Tensor, inverse: Inverse, out: Path) -> list[str]:

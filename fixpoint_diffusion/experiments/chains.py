@@ -13,8 +13,10 @@ from torch import Tensor
 from fixpoint import CausalQuasiNewton, Picard, Progress, bench
 from fixpoint_diffusion.chains import DDIMChain, StochasticDDIMChain
 from fixpoint_diffusion.denoisers import embedded
+from fixpoint_diffusion.inversion import ExplicitInverse, InverseMethod, ParallelInverse, invert
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.sampling import deq_ddim_settings, sample
+from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 MAX_ROUNDS = 50  # of whatever the paper sets no limit for
 COLUMNS = ("chain", "method", "rounds", "denoiser rows", "seconds", "error of x_0", "converged")
@@ -61,7 +63,12 @@ def ddim_study(quick: bool) -> bench.Study:
     return bench.Study(
         "ddim-chain",
         "DDIM chain: all latents as one fixed point",
-        [method_table("DDIM chain", results), *pictures, *start_blocks(embedded_chain(steps=sizes[0][0], samples=4))],
+        [
+            method_table("DDIM chain", results),
+            *pictures,
+            *start_blocks(embedded_chain(steps=sizes[0][0], samples=4)),
+            *inversion_blocks(embedded_chain(steps=20 if quick else 50, samples=2 if quick else 6)),
+        ],
         "Every method gets the same x_T. Anderson is given the settings of DEQ-DDIM: memory 5, tolerance 1e-3, at most "
         "15 rounds; its coefficients are found for a sample's whole chain, or for each timestep by itself. On a "
         "processor that a batch of one image keeps busy, time follows denoiser rows; rounds are what counts where a "
@@ -199,5 +206,39 @@ def start_blocks(chain: DDIMChain) -> list[bench.Block]:
             "rounds",
             "||h(z) - z||, worst sample",
             caption="As Figure 9 of the DEQ-DDIM paper: all latents start at x_T, or at zero. At most 50 rounds.",
+        ),
+    ]
+
+
+def inversion_blocks(chain: DDIMChain) -> list[bench.Block]:
+    """The noise behind real digits: in parallel, and by plain DDIM inversion."""
+    images = split_held_out(load_digits())[1].images[: len(chain.x_T)]
+    methods: dict[str, InverseMethod] = {"all steps at once": ParallelInverse(), "plain DDIM": ExplicitInverse()}
+    found = {name: invert(chain, images, method=method, on_failure="ignore") for name, method in methods.items()}
+    rows = [
+        (
+            name,
+            inverse.rounds,
+            inverse.evals,
+            float(inverse.error.max()),
+            f"{int(inverse.converged.sum())} of {len(images)}",
+        )
+        for name, inverse in found.items()
+    ]
+    best, plain = found.values()
+    return [
+        bench.Table(
+            f"Inversion, T={chain.steps}",
+            ("method", "rounds", "denoiser rows", "RMS error of x_0", "inverted"),
+            rows,
+            "Held-out digits. The error is that of the worst one, by the sequential sampler from the x_T that was "
+            "found, for pixels from -1 to 1. Inverted: the error is within a thousandth of the image.",
+        ),
+        bench.Images.of(
+            f"Inversion, T={chain.steps}: images and x_T",
+            torch.stack([images, best.x_T / 2, best.reconstruction, plain.reconstruction]),
+            row_labels=["image", "x_T", "from that x_T", "plain DDIM"],
+            caption="Real digits, the noise from which the sampler arrives at them, what it makes of that noise, and "
+            "what it makes of the noise that plain DDIM inversion finds. x_T is shown from -2 to 2.",
         ),
     ]

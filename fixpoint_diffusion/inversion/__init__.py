@@ -1,9 +1,10 @@
 """Inversion: the noise from which a chain arrives at a given image."""
 
 from fixpoint_diffusion.inversion.drawn import DrawnInverse
+from fixpoint_diffusion.inversion.explicit import ExplicitInverse, ddim_encoding
 from fixpoint_diffusion.inversion.gradients import Epoch, LinearTerm
 from fixpoint_diffusion.inversion.invert import invert
-from fixpoint_diffusion.inversion.optimised import Descent, OptimisedInverse, ddim_encoding
+from fixpoint_diffusion.inversion.optimised import Descent, OptimisedInverse
 from fixpoint_diffusion.inversion.parallel import ParallelInverse
 from fixpoint_diffusion.inversion.result import Found, Inverse, InverseMethod, InverseRound
 from fixpoint_diffusion.inversion.settings import deq_ddim_inversion_settings
@@ -13,6 +14,7 @@ __all__ = [
     "Descent",
     "DrawnInverse",
     "Epoch",
+    "ExplicitInverse",
     "Found",
     "Inverse",
     "InverseMethod",

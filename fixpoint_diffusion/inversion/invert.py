@@ -38,8 +38,9 @@ def invert(
         chain: a :class:`SamplingChain` of B samples; its x_T plays no part beside its shape.
         x_0: the images, ``(B, *shape)``, finite, in the dtype in which the denoiser is to be called. For float64, give
             x_0, the chain's x_T and the denoiser in float64.
-        method: :class:`ParallelInverse`, :class:`StepwiseInverse`, :class:`OptimisedInverse` (gradient descent) or, for
-            a stochastic chain whose noise is free, :class:`DrawnInverse`.
+        method: :class:`ParallelInverse`, :class:`StepwiseInverse`, :class:`ExplicitInverse` (plain DDIM inversion),
+            :class:`OptimisedInverse` (gradient descent) or, for a stochastic chain whose noise is free,
+            :class:`DrawnInverse`.
         rtol, atol: a sample is done when the RMS of ``reconstruction - x_0`` is at most ``atol + rtol * RMS(x_0)``.
         backward: a rule of ``fixpoint``, such as ``IFT()``: ``Inverse.x_T`` then has a gradient to x_0 and to whatever
             the denoiser depends on. It is right as far as the sample has converged. None: no gradient.
@@ -49,8 +50,8 @@ def invert(
             something true stops the run.
 
     Raises:
-        ValueError: x_0 of another shape or device than x_T, or not finite; of the methods here, a chain that
-            clips its predicted images.
+        ValueError: x_0 of another shape or device than x_T, or not finite; for the methods that solve steps
+            exactly, a chain that clips its predicted images.
         fixpoint.ConvergenceError: with ``on_failure="raise"``.
 
     Example:
@@ -78,6 +79,8 @@ def invert(
     status = torch.where(converged, int(Status.CONVERGED), found.status.to(converged.device))
     # A method may have thought otherwise of what the sampler then missed.
     status = torch.where(~converged & (status == Status.CONVERGED), int(Status.STAGNATED), status)
+    lost = ~torch.isfinite(error) & (status != Status.STOPPED)
+    status = torch.where(lost, int(Status.NON_FINITE), status)
     x_T = found.x_T
     if backward is not None:
         x_T = _attached(played, given, x_T, trajectory, backward)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from fixpoint import IFT, Backward, CausalQuasiNewton, Solver, Status
 from fixpoint_diffusion.chains import SamplingChain
+from fixpoint_diffusion.inversion.explicit import ddim_encoding
 from fixpoint_diffusion.inversion.gradients import (
     Epoch,
     Gradient,
@@ -23,7 +24,7 @@ from fixpoint_diffusion.inversion.gradients import (
     part_of,
 )
 from fixpoint_diffusion.inversion.result import Found
-from fixpoint_diffusion.processes import initial_noise, wide
+from fixpoint_diffusion.processes import initial_noise
 from fixpoint_diffusion.sampling import sample
 
 Optimiser = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -274,25 +275,3 @@ class OptimisedInverse:
 
 def _ended(now: Descent, status: Status) -> Descent:
     return replace(now, status=torch.where(now.status == _ACTIVE, int(status), now.status))
-
-
-def ddim_encoding(chain: SamplingChain, x_0: Tensor) -> tuple[Tensor, Tensor]:
-    """Plain DDIM inversion: each step undone with the denoiser's output at the latent that it arrived at.
-
-    Returns:
-        x_T ``(B, *shape)`` and the latents after each step ``(B, T, *shape)``, the last of them the images.
-    """
-    transitions, samples = chain.transitions, torch.arange(len(x_0))
-    latents = [x_0]
-    with torch.no_grad():
-        for k in reversed(range(chain.steps)):
-            x = latents[-1]
-            out = chain.denoise(x, samples, torch.full_like(samples, k))
-            eps = transitions.predict(wide(x), wide(out), k)[1]
-            added = transitions.direction[k] * eps
-            if chain.noise is not None:
-                added = added + transitions.sigma[k] * wide(chain.noise[:, k])
-            image = (wide(x) - added) / transitions.alphas_prev[k].sqrt()
-            a = transitions.alphas[k]
-            latents.append((a.sqrt() * image + (1 - a).sqrt() * eps).to(x.dtype))
-    return latents[-1], torch.stack(latents[-2::-1], dim=1)

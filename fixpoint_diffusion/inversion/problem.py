@@ -36,8 +36,9 @@ class InverseProblem:
         hook = chain.transitions.x0_hook
         if hook is not None and not (isinstance(hook, Clip) and math.isinf(hook.limit)):
             raise ValueError(
-                f"a chain whose predicted images pass through {hook!r} cannot be inverted: clipping takes many latents "
-                "to one. Build it without (clip_sample=float('inf'))"
+                f"a chain whose predicted images pass through {hook!r} cannot be inverted: that takes many latents to "
+                'one. Build it without: DDIMChain(..., clip_sample=float("inf")) or chain_from_scheduler(..., '
+                'x0_hook=Clip(float("inf"))). Or take a method that solves no step, such as OptimisedInverse()'
             )
         self.chain = chain
         self.shape = x_0.shape[1:]
@@ -65,15 +66,18 @@ class InverseProblem:
         """Coordinates ``(..., D)`` as latents ``(..., *shape)`` in the denoiser's dtype."""
         return self.from_coordinates(x).to(self.dtype)
 
-    def guess(self) -> Tensor:
-        """The latents ``(B, T, D)`` that would lead to the images if the data were the prior's Gaussian."""
+    def guess(self, x: Tensor | None = None, steps: int | None = None) -> Tensor:
+        """The latents ``(B, steps, D)`` that would lead to the images if the data were the prior's Gaussian.
+
+        ``x`` ``(B, D)`` and ``steps`` are given where the latent after so many steps is known; else they are all steps.
+        """
         transitions, device = self.chain.transitions, self.image.device
         prior = self.chain.prior
         mean = prior.to_coordinates(prior.mean.to(device).expand(1, self.image.shape[1]))
         before, after = wide(transitions.alphas.sqrt().to(device)), wide(transitions.alphas_prev.sqrt().to(device))
         sigma = wide(transitions.sigma.to(device))
-        x, latents = self.image, []
-        for k in reversed(range(self.steps)):
+        x, latents = self.image if x is None else x, []
+        for k in reversed(range(self.steps if steps is None else steps)):
             if self.chain.noise is not None:
                 x = x - sigma[k] * self.to_coordinates(self.chain.noise[:, k])
             x = before[k] * mean + (x - after[k] * mean) / self.slopes[k]

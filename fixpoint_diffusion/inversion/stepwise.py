@@ -56,14 +56,18 @@ class StepwiseInverse:
         progress: bool = False,
         callback: Callable[[int], object] | None = None,
     ) -> Found:
-        """See :class:`InverseMethod`; the history, and what a callback gets, is the evaluations of each step."""
+        """See :class:`InverseMethod`; the history, and what a callback gets, is the evaluations of each step.
+
+        Where a callback stops it, the steps that are left are undone as the prior has it.
+        """
         before = chain.rounds, chain.evals
         problem, history = InverseProblem(chain, x_0), list[int]()
         everyone = torch.arange(len(x_0), device=x_0.device)
-        latents = self.search(problem, everyone, tolerance, history=history, callback=callback)
+        x_T = problem.latent(self.search(problem, everyone, tolerance, history=history, callback=callback))
+        ended = Status.MAX_EVALS if len(history) == chain.steps else Status.STOPPED
         return Found(
-            x_T=problem.latent(latents),
-            status=torch.full((len(x_0),), int(Status.MAX_EVALS), device=x_0.device),
+            x_T=x_T,
+            status=torch.full((len(x_0),), int(ended), device=x_0.device),
             rounds=chain.rounds - before[0],
             evals=chain.evals - before[1],
             history=history,
@@ -87,7 +91,7 @@ class StepwiseInverse:
             if history is not None:
                 history.append(evals)
             if callback is not None and callback(evals):
-                break
+                return problem.guess(x, k)[:, 0] if k else x
         return x
 
     def undo(

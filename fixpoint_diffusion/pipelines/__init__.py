@@ -3,6 +3,7 @@
 from fixpoint_diffusion.pipelines.ddim import ParallelDDIMPipeline
 from fixpoint_diffusion.pipelines.ddpm import ParallelDDPMPipeline
 from fixpoint_diffusion.pipelines.dit import ParallelDiTPipeline
+from fixpoint_diffusion.pipelines.inversion import PipelineInverse
 from fixpoint_diffusion.pipelines.parallel import ParallelImagePipelineOutput
 from fixpoint_diffusion.pipelines.stable_diffusion import (
     ParallelStableDiffusionPipeline,
@@ -16,4 +17,5 @@ __all__ = [
     "ParallelImagePipelineOutput",
     "ParallelStableDiffusionPipeline",
     "ParallelStableDiffusionPipelineOutput",
+    "PipelineInverse",
 ]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from diffusers import DDIMPipeline
 
-from fixpoint_diffusion.pipelines.parallel import ParallelPipeline
+from fixpoint_diffusion.pipelines.inversion import InversionMixin
 
 
-class ParallelDDIMPipeline(ParallelPipeline, DDIMPipeline):
+class ParallelDDIMPipeline(InversionMixin, DDIMPipeline):
     """``diffusers.DDIMPipeline`` with all of its steps solved at once.
 
     Made like the original, by its constructor, ``from_pretrained`` on a folder or ``from_pipe`` on a loaded pipeline,

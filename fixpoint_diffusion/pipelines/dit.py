@@ -7,10 +7,11 @@ from typing import Any
 
 from diffusers import DiTPipeline
 
-from fixpoint_diffusion.pipelines.parallel import Guidance, ParallelPipeline
+from fixpoint_diffusion.pipelines.inversion import InversionMixin
+from fixpoint_diffusion.pipelines.parallel import Guidance
 
 
-class ParallelDiTPipeline(ParallelPipeline, DiTPipeline):
+class ParallelDiTPipeline(InversionMixin, DiTPipeline):
     """``diffusers.DiTPipeline`` with all of its steps solved at once; see :class:`ParallelDDIMPipeline`.
 
     Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023).

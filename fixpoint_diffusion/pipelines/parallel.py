@@ -66,6 +66,16 @@ class Guidance:
     negative_first: bool = True
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Call:
+    """What the loop of one call has come to: the copy of the pipeline, the chain, and what is drawn from."""
+
+    pipeline: ParallelPipeline
+    chain: SamplingChain
+    generator: Any
+    after_round: Callable[[int, Tensor], bool] | None
+
+
 class ParallelPipeline(DiffusionPipeline):
     """A pipeline of diffusers whose loop is solved in parallel; the original must come next among the bases."""
 
@@ -74,7 +84,13 @@ class ParallelPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self, *args: Any, solver: Solver | None = None, rtol: float = 1e-3, max_rows: int | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        solver: Solver | None = None,
+        rtol: float = 1e-3,
+        max_rows: int | None = None,
+        latents: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Generate images as the original pipeline does, with all steps solved at once.
 
@@ -83,42 +99,75 @@ class ParallelPipeline(DiffusionPipeline):
             solver: the update rule; by default that of :func:`fixpoint_diffusion.sample`.
             rtol: when an image is done, as for :func:`fixpoint_diffusion.sample`.
             max_rows: most latents in one call of the network, to bound memory; by default all at once.
+            latents: x_T, ``(B, *shape)``, to start from instead of new noise, such as :meth:`invert` found; also where
+                the original takes none. They are not rounded to the network's dtype.
 
         Returns:
             The original's output with ``rounds``, ``evals`` and ``solution``; its plain tuple with
             ``return_dict=False``.
 
         Raises:
-            ValueError: a scheduler that cannot be served, or whatever the original refuses.
+            ValueError: a scheduler that cannot be served, latents of another shape than the call makes, or whatever
+                the original refuses.
         """
-        check_scheduler(self.scheduler)
-        run = copy.copy(self)
-        before = dict(vars(run))
-        real = {"scheduler": copy.copy(self.scheduler), self._network: getattr(self, self._network)}
-        original = super(ParallelPipeline, run).__call__
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        bound.apply_defaults()
-        after_round = run._after_round(bound.arguments, self)
-        asked = _Listener(real[self._network])
         results: list[SamplingResult] = []
 
-        def take_step(step: Mapping[str, Any]) -> Tensor:
-            run.__dict__.update(real)
-            chain = run._chain(asked, step, run._guidance(bound.arguments), max_rows)
-            result = run._sample(chain, solver, rtol, after_round and partial(after_round, asked.inputs))
-            results.append(result)
-            images = result.images.to(step["sample"].dtype)
-            # A loop may carry the latents of a guided batch twice.
-            return torch.cat([images] * (len(step["sample"]) // len(images)))
+        def solve(call: Call) -> Tensor:
+            results.append(call.pipeline._sample(call.chain, solver, rtol, call.after_round))
+            return results[0].images
 
-        run.__dict__.update({"scheduler": _OneStep(real["scheduler"], take_step), self._network: asked})
-        output = original(*bound.args, **bound.kwargs)
+        output, before, run = self._run(solve, args, kwargs, latents=latents, max_rows=max_rows)
         self._take_over(run, before)
         if isinstance(output, tuple):
             return output
         (result,) = results
         given = {field.name: getattr(output, field.name) for field in fields(output)}
         return self._output(**given, rounds=result.rounds, evals=result.evals, solution=result.solution)
+
+    def _run(
+        self,
+        solve: Callable[[Call], Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        latents: Tensor | None,
+        max_rows: int | None,
+    ) -> tuple[Any, Mapping[str, Any], ParallelPipeline]:
+        """The original's call on a copy of the pipeline, with ``solve`` in the place of its loop.
+
+        Returns:
+            The original's output, the attributes of the copy before the call, and the copy.
+        """
+        check_scheduler(self.scheduler)
+        run = copy.copy(self)
+        before = dict(vars(run))
+        real = {"scheduler": copy.copy(self.scheduler), self._network: getattr(self, self._network)}
+        original = super(ParallelPipeline, run).__call__
+        signature = inspect.signature(original)
+        bound = signature.bind_partial(*args, **kwargs)
+        for name, value in _placeholders(latents, real[self._network]).items():
+            if name in signature.parameters:
+                bound.arguments.setdefault(name, value)
+        bound.apply_defaults()
+        after_round = run._after_round(bound.arguments, self)
+        asked = _Listener(real[self._network])
+
+        def take_step(step: Mapping[str, Any]) -> Tensor:
+            run.__dict__.update(real)
+            chain = run._chain(asked, step, run._guidance(bound.arguments), max_rows)
+            if latents is not None:
+                if latents.shape != chain.x_T.shape:
+                    shapes = f"{tuple(chain.x_T.shape)}, not {tuple(latents.shape)}"
+                    raise ValueError(f"this call is about samples of the shape {shapes}")
+                chain.x_T = latents.to(chain.x_T)
+            after = after_round and partial(after_round, asked.inputs)
+            images = solve(Call(pipeline=run, chain=chain, generator=step.get("generator"), after_round=after))
+            images = images.to(step["sample"].dtype)
+            # A loop may carry the latents of a guided batch twice.
+            return torch.cat([images] * (len(step["sample"]) // len(images)))
+
+        run.__dict__.update({"scheduler": _OneStep(real["scheduler"], take_step), self._network: asked})
+        return original(*bound.args, **bound.kwargs), before, run
 
     def __setattr__(self, name: str, value: Any) -> None:
         check_assignment(self, name, value)
@@ -254,6 +303,11 @@ class _Listener(nn.Module):
         return SimpleNamespace(sample=out) if return_dict else (out,)
 
 
+def _placeholders(latents: Tensor | None, network: Any) -> dict[str, Any]:
+    """What originals are told of the latents, where they ask: how many, and themselves, so that none are drawn."""
+    return {} if latents is None else {"batch_size": len(latents), "latents": latents.to(network.dtype)}
+
+
 def _sort_inputs(
     inputs: Mapping[str, Any], batch: int, guidance: Guidance | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -264,6 +318,8 @@ def _sort_inputs(
             if _holds_tensors(value):
                 raise ValueError(f"{name} holds tensors ({type(value).__name__}), which cannot be solved in parallel")
             constants[name] = value
+        elif len(value) != batch * (2 if guidance else 1):
+            raise ValueError(f"there are {batch} latents, but {name} for {len(value) // (2 if guidance else 1)}")
         elif not guidance:
             conditioning[name] = value
         else:

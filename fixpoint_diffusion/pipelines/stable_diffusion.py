@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fixpoint import Solution
 from fixpoint_diffusion.pipelines.callbacks import CANNOT_CHANGE, check_returned, check_unchanged, read_only
-from fixpoint_diffusion.pipelines.parallel import AfterRound, Guidance, ParallelPipeline
+from fixpoint_diffusion.pipelines.inversion import InversionMixin
+from fixpoint_diffusion.pipelines.parallel import AfterRound, Guidance
 
 
 @dataclass
@@ -32,7 +33,7 @@ class ParallelStableDiffusionPipelineOutput(StableDiffusionPipelineOutput):
     solution: Solution
 
 
-class ParallelStableDiffusionPipeline(ParallelPipeline, StableDiffusionPipeline):
+class ParallelStableDiffusionPipeline(InversionMixin, StableDiffusionPipeline):
     """``diffusers.StableDiffusionPipeline`` with all of its steps solved at once; see :class:`ParallelDDIMPipeline`.
 
     ``callback_on_step_end(pipe, round, timestep, tensors)`` is called after every *round*, for there are no single

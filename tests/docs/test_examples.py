@@ -15,6 +15,8 @@ import scipy.integrate
 import torch
 
 import fixpoint
+from fixpoint_diffusion import embedded, initial_noise, load_denoiser
+from fixpoint_diffusion.denoisers import NetworkDenoiser, describe
 from fixpoint_diffusion.training.data import load_digits as digits
 from fixpoint_diffusion.training.data import open_dataset, split_held_out
 
@@ -207,3 +209,69 @@ def test_own_data_page_shows_every_command_and_its_answer() -> None:
     shown = (EXAMPLES / "own_data.txt").read_text().splitlines()
     assert [line for line in shown if line.startswith("$ ")] == [f"$ {shlex.join(c)}" for c in own_data.commands()]
     assert sum(line.startswith("recall ") for line in shown) == 3
+
+
+@pytest.fixture(scope="module")
+def editing() -> ModuleType:
+    return load("editing")
+
+
+def test_model_for_editing_starts_as_the_embedded_one_and_is_told_classes(editing: ModuleType, tmp_path: Path) -> None:
+    denoiser = editing.train(tmp_path, steps=1)
+    assert describe(denoiser).class_labels.null_label == editing.NO_CLASS
+    first = load_denoiser(tmp_path / "start").model.state_dict()
+    expected = embedded("ddpm-digits").model.state_dict()
+    assert set(first) - set(expected) == {"class_embedding.weight"}
+    assert all(torch.equal(first[name], value) for name, value in expected.items())
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([10, 300, 600, 900])
+    with torch.no_grad():
+        told = [denoiser(x, t, class_labels=torch.full((4,), label)) for label in (0, 1, editing.NO_CLASS)]
+    assert not torch.allclose(told[0], told[1], atol=1e-2)
+
+
+def test_digits_are_edited_by_inversion_and_by_noise(editing: ModuleType) -> None:
+    editor = editing.Editor(Told(embedded("ddpm-digits")), steps=10)
+    images, labels = editing.one_of_each_class()[:2], torch.tensor([3, 4])
+    assert not (images == split_held_out(digits())[0].images[:, None]).flatten(2).all(dim=2).any()
+    x_T = torch.randn(2, 1, 8, 8)
+    made = editor.sample(x_T, labels)
+    torch.testing.assert_close(editor.sample(editor.invert(made, labels).x_T, labels), made, rtol=0, atol=2e-2)
+    weak, strong = (editor.sdedit(images, labels, strength=strength) for strength in (0.1, 1.0))
+    assert float((weak - images).norm()) < float((strong - images).norm()) / 2
+    noise = initial_noise(0, range(2), (1, 8, 8))
+    level = editor.schedule.alphas_cumprod[editor.timesteps[0]].float()
+    start = level.sqrt() * images + (1 - level).sqrt() * noise
+    torch.testing.assert_close(strong, editor.sample(start, labels))
+
+
+class Told:
+    """The embedded model as one that is told classes, and does not listen."""
+
+    def __init__(self, denoiser: NetworkDenoiser) -> None:
+        self.denoiser, self.schedule_config = denoiser, denoiser.schedule_config
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        return self.denoiser(x, t)
+
+
+def test_interpolation_keeps_to_the_sphere(editing: ModuleType) -> None:
+    a, b = torch.randn(2, 1, 8, 8)
+    b = b * a.norm() / b.norm()
+    torch.testing.assert_close(editing.spherical(a, b, 0.0), a)
+    torch.testing.assert_close(editing.spherical(a, b, 1.0), b)
+    for share in (0.2, 0.5):
+        between = editing.spherical(a, b, share)
+        torch.testing.assert_close(between.norm(), a.norm())
+        angle = torch.acos((a * between).sum() / a.norm() ** 2) / torch.acos((a * b).sum() / a.norm() ** 2)
+        assert float(angle) == pytest.approx(share, rel=1e-3)
+
+
+def test_table_of_edits_counts_those_that_changed(editing: ModuleType) -> None:
+    originals = editing.one_of_each_class()
+    images, labels = editing.every_pair(originals)
+    _, moved = editing.figures(images, images, labels).split()
+    assert float(moved) == 0
+    pairs = [(int(image), int(label)) for image, label in zip(torch.arange(10).repeat(10), labels, strict=True)]
+    assert len(set(pairs)) == 100
+    asked, _ = editing.figures(originals[labels], images, labels).split()
+    assert float(asked) >= 0.9  # the classifier reads the digits of each class

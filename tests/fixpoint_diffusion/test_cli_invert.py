@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from fixpoint_diffusion import DDIMChain, NoiseSchedule, embedded
+from fixpoint_diffusion import DDIMChain, NoiseSchedule, embedded, load_denoiser
+from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.cli import app, main
+from fixpoint_diffusion.denoisers import Guided, describe, embedded_folder
+from fixpoint_diffusion.denoisers.registry import family
+from fixpoint_diffusion.processes import Clip
 from fixpoint_diffusion.training.data import load_digits
 
 
@@ -39,6 +44,69 @@ def test_what_is_written_leads_back_to_the_images(tmp_path: Path) -> None:
     assert isinstance(again.exception, ValueError)
     assert "--overwrite" in str(again.exception)
     assert invoke("digits", *options, "--overwrite").exit_code == 0
+
+
+@pytest.fixture
+def clipping_model(tmp_path: Path) -> Path:
+    """As ``fixpoint-diffusion train`` leaves its models of images: to be sampled with clipping."""
+    folder = tmp_path / "model"
+    shutil.copytree(embedded_folder("ddpm-digits"), folder, ignore=shutil.ignore_patterns("SHA256SUMS"))
+    config = json.loads((folder / "scheduler_config.json").read_text())
+    (folder / "scheduler_config.json").write_text(json.dumps(config | {"clip_sample": True}))
+    return folder
+
+
+@pytest.fixture
+def conditional_model(tmp_path: Path) -> Path:
+    """The embedded model with an embedding of classes that it has not been trained on."""
+    folder, unet = tmp_path / "model", family("unet")
+    network = unet.build((1, 8, 8), 10, {})
+    network.load_state_dict(embedded("ddpm-digits").model.state_dict(), strict=False)
+    folder.mkdir()
+    unet.save(network, folder, None)
+    shutil.copy(embedded_folder("ddpm-digits") / "scheduler_config.json", folder)
+    return folder
+
+
+def test_a_model_that_clips_is_inverted_without_and_that_is_said(tmp_path: Path, clipping_model: Path) -> None:
+    options = ("--model", clipping_model, "--steps", 5, "--num-images", 2, "--rtol", 0.1, "--out", tmp_path / "out")
+    result = invoke("digits", *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "invert.json").read_text())["clipping_left_out"] is True
+    advice = result.output.strip().splitlines()[-1]
+    assert advice.endswith('chain_from_scheduler(..., x0_hook=Clip(float("inf")))')
+    # As the advice says.
+    denoiser, x_T = load_denoiser(clipping_model), torch.from_numpy(np.load(tmp_path / "out" / "x_T.npy"))
+    x_0 = load_digits().images[:2]
+    chain = chain_from_scheduler(denoiser, x_T, denoiser.schedule_config, steps=5, x0_hook=Clip(float("inf")))
+    with torch.no_grad():
+        assert float((chain.sequential()[:, -1] - x_0).square().mean().sqrt()) < 0.1
+
+
+def test_classes_and_guidance_are_those_of_the_sampler(tmp_path: Path, conditional_model: Path) -> None:
+    found = []
+    for number, options in enumerate([(), ("--class", 1), ("--class", 1, "--guidance", 2)]):
+        out = tmp_path / str(number)
+        result = invoke("digits", *options, "--model", conditional_model, "--steps", 2, "--num-images", 1, "--out", out)
+        assert result.exit_code == 0, result.output
+        record = json.loads((out / "invert.json").read_text())
+        assert [record["class"], record["guidance"]] == [1 if options else None, 2.0 if len(options) > 2 else 1.0]
+        found.append(np.load(out / "x_T.npy"))
+        denoiser = load_denoiser(conditional_model)
+        label = describe(denoiser).class_labels.null_label if not options else 1
+        chain = chain_from_scheduler(
+            Guided(denoiser, 2.0) if len(options) > 2 else denoiser,
+            torch.from_numpy(found[-1]),
+            denoiser.schedule_config,
+            steps=2,
+            x0_hook=Clip(float("inf")),
+            conditioning={"class_labels": torch.tensor([label])},
+        )
+        with torch.no_grad():
+            error = (chain.sequential()[:, -1] - load_digits().images[:1]).square().mean().sqrt()
+        assert record["results"][0]["error"] == pytest.approx(float(error), rel=1e-3, abs=1e-6)
+    assert not np.allclose(found[0], found[1], atol=1e-3)
+    assert not np.allclose(found[1], found[2], atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,17 @@ def test_starts_are_compared_for_both_solvers(short_chain):
     assert set(lines.series) == set(labels)
 
 
+def test_inverted_digits_come_back_and_their_noise_is_shown():
+    chain = chains.embedded_chain(steps=10, samples=2)
+    table, pictures = chains.inversion_blocks(chain)
+    figures = {row[0]: row[1:] for row in table.rows}
+    assert figures["plain DDIM"][:2] == (10, 20)
+    assert figures["all steps at once"][2] < figures["plain DDIM"][2] / 2
+    assert tuple(pictures.shape[:2]) == (4, 2)
+    images, noise, back, plain = (row.double() for row in pictures.array())
+    assert abs(back - images).mean() < abs(plain - images).mean() < abs(noise - images).mean()
+
+
 def test_layer_evaluations_are_those_of_separate_solves_and_reuse_starts_nearer():
     study = fpdm.fpdm_study(quick=True)
     summary = study.main_table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import scipy.optimize
@@ -15,6 +16,7 @@ from fixpoint_diffusion import (
     DDIMChain,
     DrawnInverse,
     NoiseSchedule,
+    OptimisedInverse,
     ParallelInverse,
     SamplingChain,
     StepwiseInverse,
@@ -24,9 +26,11 @@ from fixpoint_diffusion import (
     invert,
     step_noise,
 )
+from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.denoisers.guided import Guided
-from fixpoint_diffusion.inversion import InverseRound
+from fixpoint_diffusion.inversion import InverseMethod, InverseRound
 from fixpoint_diffusion.inversion.forecast import Forecast
+from fixpoint_diffusion.processes import Clip
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 SCHEDULE = NoiseSchedule.linear()
@@ -194,17 +198,53 @@ def test_a_sample_without_root_ends_alone_and_its_status_says_so() -> None:
     torch.testing.assert_close(inverse.x_T[:1], good.x_T)
 
 
-def test_a_denoiser_that_is_not_finite_for_one_sample() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_outside_of_what_the_model_can_make_ends_beside_others(method: InverseMethod) -> None:
+    def bounded(x: Tensor, t: Tensor) -> Tensor:  # predicts images from -1 to 1, whatever it sees
+        return torch.tanh(x)
+
+    x_0 = torch.tensor([[0.3, -0.2], [3.0, 0.0]], dtype=torch.float64)
+    chain = DDIMChain(bounded, torch.zeros_like(x_0), SCHEDULE, steps=10, prediction_type="sample")
+    with pytest.warns(ConvergenceWarning, match="1 of 2 samples were not inverted"):
+        inverse = invert(chain, x_0, method=method)
+    assert inverse.converged.tolist() == [True, False]
+    assert torch.isfinite(inverse.x_T).all()
+    assert float(inverse.error[1]) >= 2 / 2**0.5
+    single = DDIMChain(bounded, torch.zeros_like(x_0[:1]), SCHEDULE, steps=10, prediction_type="sample")
+    alone = invert(single, x_0[:1], method=method)
+    torch.testing.assert_close(inverse.x_T[:1], alone.x_T, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_denoiser_that_is_not_finite_for_one_sample(method: InverseMethod) -> None:
     def denoiser(x: Tensor, t: Tensor, bad: Tensor) -> Tensor:
         return torch.where(bad, torch.nan, curved(x, t))
 
     x_0 = images(2, 2)
     conditioning = {"bad": torch.tensor([[False], [True]])}
     chain = DDIMChain(denoiser, torch.zeros_like(x_0), SCHEDULE, steps=10, conditioning=conditioning)
-    inverse = invert(chain, x_0, on_failure="ignore")
+    inverse = invert(chain, x_0, method=method, on_failure="ignore")
     assert inverse.converged.tolist() == [True, False]
     assert Status(int(inverse.status[1])) is Status.NON_FINITE
     assert torch.isnan(inverse.error[1])
+
+
+def test_a_run_step_by_step_that_is_stopped_has_the_rest_from_the_prior() -> None:
+    def stop(evals: int) -> bool:
+        seen.append(evals)
+        return len(seen) == 4
+
+    def as_the_prior_says(x: Tensor, t: Tensor) -> Tensor:
+        a = SCHEDULE.alphas_cumprod.to(x)[t].reshape(-1, 1)
+        return (1 - a).sqrt() * x / (0.3 * a + 1 - a)
+
+    x_0 = images(2, 3)
+    for denoiser, status in ((as_the_prior_says, Status.CONVERGED), (curved, Status.STOPPED)):
+        seen: list[int] = []
+        chain = DDIMChain(denoiser, torch.zeros_like(x_0), SCHEDULE, steps=20)
+        inverse = invert(chain, x_0, method=StepwiseInverse(), rtol=1e-8, callback=stop, on_failure="ignore")
+        assert inverse.rounds == sum(seen)
+        assert (inverse.status == status).all()
 
 
 def test_the_second_try_is_kept_where_it_is_better() -> None:
@@ -308,12 +348,26 @@ def test_bad_images_are_refused(x_0: Tensor, message: str) -> None:
     assert chain.rounds == 0
 
 
-def test_a_chain_that_clips_is_refused() -> None:
-    chain = DDIMChain(curved, torch.zeros(2, 3), SCHEDULE, steps=5, clip_sample=1.0)
-    with pytest.raises(ValueError, match="cannot be inverted"):
-        invert(chain, torch.zeros(2, 3))
-    unclipped = DDIMChain(gentle, torch.zeros(2, 3), SCHEDULE, steps=5, clip_sample=float("inf"))
-    assert invert(unclipped, torch.zeros(2, 3) + 0.2).converged.all()
+def test_a_chain_that_clips_is_refused_and_each_advice_works() -> None:
+    x_0 = torch.full((2, 3), 0.2)
+    chain = DDIMChain(gentle, torch.zeros(2, 3), SCHEDULE, steps=5, clip_sample=1.0)
+    for method in METHODS:
+        with pytest.raises(ValueError, match="cannot be inverted") as refusal:
+            invert(chain, x_0, method=method)  # type: ignore[arg-type]
+    assert chain.rounds == 0
+    advice = str(refusal.value)
+    assert 'DDIMChain(..., clip_sample=float("inf"))' in advice
+    assert invert(
+        DDIMChain(gentle, torch.zeros(2, 3), SCHEDULE, steps=5, clip_sample=float("inf")), x_0
+    ).converged.all()
+    assert 'chain_from_scheduler(..., x0_hook=Clip(float("inf")))' in advice
+    config = {"_class_name": "DDIMScheduler"}  # which clips unless told otherwise
+    unclipped = chain_from_scheduler(gentle, torch.zeros(2, 3), config, steps=5, x0_hook=Clip(float("inf")))
+    assert invert(unclipped, x_0).converged.all()
+    assert "OptimisedInverse()" in advice
+    optimiser = partial(torch.optim.Adam, lr=0.1)
+    descent = OptimisedInverse(gradient="sequential", optimiser=optimiser, epochs=100)
+    assert invert(chain, x_0, method=descent, rtol=5e-2).converged.all()
 
 
 @pytest.mark.parametrize("bad", [lambda: ParallelInverse(max_rounds=0), lambda: StepwiseInverse(max_evals=0)])

@@ -14,8 +14,8 @@ from torch import Tensor
 import fixpoint
 from fixpoint import IFT, JFB, Anderson, CausalQuasiNewton, Phantom, Status
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, SamplingChain, StochasticDDIMChain, initial_noise, sample
+from fixpoint_diffusion.inversion import Descent, OptimisedInverse, ddim_encoding
 from fixpoint_diffusion.inversion.gradients import LinearTerm, loss_and_gradient, part_of
-from fixpoint_diffusion.inversion.optimised import Descent, OptimisedInverse, ddim_encoding
 from fixpoint_diffusion.inversion.settings import deq_ddim_inversion_settings
 
 SCHEDULE = NoiseSchedule.linear()

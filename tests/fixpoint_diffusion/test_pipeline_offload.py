@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 import fixpoint
-from fixpoint_diffusion import pipelines
+from fixpoint_diffusion import ExplicitInverse, pipelines
 from tests.fixpoint_diffusion.tiny import tiny_stable_diffusion, tiny_unet, tiny_vae
 
 accelerate = pytest.importorskip("accelerate")
@@ -114,6 +114,29 @@ def test_images_are_those_of_diffusers_with_the_same_networks(kind: str, way: Ca
     torch.testing.assert_close(outputs[1].images, outputs[0].images, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_image_is_inverted_wherever_the_networks_are(kind: str, way: Callable[[Any], None]) -> None:
+    channels = 1 if kind == "DDIMPipeline" else 3
+    image = torch.rand(2 if kind != "StableDiffusionPipeline" else 1, channels, 8, 8)
+    call = {**CALLS[kind], "num_inference_steps": 3, "output_type": "pt"}
+    found = []
+    for there in (None, way):
+        pipe = getattr(pipelines, f"Parallel{kind}")(**parts(kind))
+        pipe.scheduler.register_to_config(clip_sample=False)
+        pipe.set_progress_bar_config(disable=True)
+        if there is not None:
+            there(pipe)
+        for _ in range(2):
+            result = pipe.invert(image, method=ExplicitInverse(), on_failure="ignore", **call)
+        back = pipe(latents=result.latents, **{"guidance_scale": 1.0, **call} if channels == 3 else call, **TIGHT)
+        torch.testing.assert_close(back.images, result.images, rtol=1e-4, atol=1e-4)
+        found.append(result)
+    # Of weights in 8 bits.
+    tolerance = 0.3 if way in (layerwise_casting, packed_weights) else 1e-4
+    torch.testing.assert_close(found[1].latents, found[0].latents, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("device_map", ["cpu", "balanced"])
 def test_device_map_works_as_for_the_original(device_map: str, tmp_path: Path) -> None:
     diffusers.DDIMPipeline(**parts("DDIMPipeline")).save_pretrained(tmp_path)
@@ -126,12 +149,14 @@ def test_device_map_works_as_for_the_original(device_map: str, tmp_path: Path) -
     torch.testing.assert_close(images[1], images[0], rtol=1e-4, atol=1e-4)
 
 
-def test_pipeline_knows_the_hooks_that_a_call_has_put_on_anew() -> None:
+@pytest.mark.parametrize("inverting", [False, True])
+def test_pipeline_knows_the_hooks_that_a_call_has_put_on_anew(inverting: bool) -> None:
     pipe = pipelines.ParallelStableDiffusionPipeline(**parts("StableDiffusionPipeline"))
     pipe.set_progress_bar_config(disable=True)
     pipe.enable_model_cpu_offload(device="cpu")
     first = list(pipe._all_hooks)
-    pipe("a cat", num_inference_steps=2, output_type="latent")
+    call = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent"}
+    pipe.invert(torch.rand(1, 3, 8, 8), on_failure="ignore", **call) if inverting else pipe(**call)
     assert pipe._all_hooks
     assert not {id(hook) for hook in first} & {id(hook) for hook in pipe._all_hooks}
     assert [hook.hook for hook in pipe._all_hooks] == [hook.model._hf_hook for hook in pipe._all_hooks]
