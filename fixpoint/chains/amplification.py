@@ -130,7 +130,8 @@ def go_back(run: ChainRun, rows: Array, first: Array) -> None:
     run.retries[rows] += 1
     ahead = run.ahead(rows).max(axis=1)
     hopeless = (ahead > run.finest(rows)) & (ahead > np.log(AMPLIFIES))
-    run.in_order[rows] = run.sweeper.single_steps & (hopeless | (run.retries[rows] > _RETRIES) | (run.nfev > run.steps))
+    hopeless |= (run.retries[rows] > _RETRIES) | (run.nfev - run.twin_evals > run.steps)
+    run.in_order[rows] = run.sweeper.single_steps & hopeless
     inexact = np.argmax(run.error[rows] > 0, axis=1)
     run.done[rows] = np.where(run.in_order[rows], np.minimum(first, inexact), first)
     whole = run.width == run.steps

@@ -91,6 +91,7 @@ class ChainRun:
         self.certificate: Certificate | None = None
         self.findings: Findings | None = None  # of the certificate, while a twin measures what the chains amplify
         self.twin: Twin | None = None
+        self.twin_evals = 0  # evaluations of twins, part of nfev
         self.doubts = sweeper.single_steps  # whether chains that may amplify much are measured
         self.nfev = 0
         self.trace: list[Array] = []

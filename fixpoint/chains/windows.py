@@ -70,6 +70,7 @@ def advance(run: ChainRun, f: Map) -> None:
 def follow(run: ChainRun, twin: Twin) -> None:
     """Make one evaluation of a twin; once it is solved, judge the chains by what it has shown."""
     advance(twin.run, twin)
+    run.twin_evals += 1
     if not twin.run.remaining:
         assert run.certificate is not None
         assert run.findings is not None

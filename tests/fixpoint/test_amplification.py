@@ -145,7 +145,7 @@ def amplification(problem: Recurrence) -> torch.Tensor:
 
 
 CHAINS = {
-    "lorenz": (lambda: lorenz(600), 1e-4),
+    "lorenz": (lambda: lorenz(400), 1e-4),
     "growing": (lambda: linear(4, 1.04, 0.3, steps=150), 1e-4),
     "growing, in sixteen dimensions": (lambda: linear(16, 1.05, 0.2, steps=150), 1e-4),
     "not normal": (lambda: linear(4, 0.9, 1.5, steps=60), 1e-4),
@@ -169,10 +169,10 @@ def test_what_a_chain_amplifies_is_measured(name, window):
 
 
 def test_a_long_slowly_growing_chain_meets_the_tolerance_without_being_asked_to():
-    problem = lorenz(1500)
-    solution = solve(problem, CausalQuasiNewton(window=50), rtol=1e-6, max_evals=1501)
+    problem = lorenz(1000)
+    solution = solve(problem, CausalQuasiNewton(window=50), rtol=1e-6, max_evals=1001)
     assert solution.converged.all()
-    assert float(solution.amplification[0]) > 1e5
+    assert float(solution.amplification[0]) > 1e3
     assert float(worst_errors(problem, solution).max()) < 2e-6
     assert solution.evals.tolist() == [solution.nfev]
 
