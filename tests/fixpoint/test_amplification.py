@@ -93,7 +93,8 @@ def lorenz(steps: int) -> Recurrence:
         a, b, c = x.unbind(dim=1)
         return x + 0.01 * torch.stack((10 * (b - a), a * (28 - c) - b, a * b - 8 / 3 * c), dim=1)
 
-    return Recurrence(step, torch.tensor([[1.0, 1.0, 20.0]], dtype=torch.float64), steps=steps)
+    start = torch.tensor([[1.0, 1.0, 20.0], [-5.0, -7.0, 22.0], [3.0, 2.0, 15.0]], dtype=torch.float64)
+    return Recurrence(step, start, steps=steps)
 
 
 def linear(dim: int, radius: float, shear: float, steps: int, samples: int = 3) -> Recurrence:
@@ -172,9 +173,8 @@ def test_a_long_slowly_growing_chain_meets_the_tolerance_without_being_asked_to(
     problem = lorenz(1000)
     solution = solve(problem, CausalQuasiNewton(window=50), rtol=1e-6, max_evals=1001)
     assert solution.converged.all()
-    assert float(solution.amplification[0]) > 1e3
+    assert (solution.amplification > 1e3).all()
     assert float(worst_errors(problem, solution).max()) < 2e-6
-    assert solution.evals.tolist() == [solution.nfev]
 
 
 def test_a_twin_is_counted_and_keeps_to_the_budget_of_rows():
