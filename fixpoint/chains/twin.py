@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _FRESH = 0.1  # the displacement that is added to every state, as a share of the first one
 _CLOSE = 0.1  # relative tolerance for displacements
+_MEMORY = 4  # rounds that are remembered of each step: differences are nearly linear, so that none is out of date
 
 
 class Twin:
@@ -55,7 +56,7 @@ class Twin:
         self._fresh = _FRESH * unit[:-1] * whole
         self._fresh[:, 0] += start[:, 0]
         self._gains = like.new_full((len(rows), steps), torch.nan)
-        sweeper = replace(chain.sweeper, options=replace(chain.sweeper.options, certify=False))
+        sweeper = replace(chain.sweeper, options=replace(chain.sweeper.options, certify=False, memory=_MEMORY))
         z = sweeper.join(start, chain.start.new_empty(len(rows), steps * like.shape[1]))
         self.run = ChainRun(z, sweeper, Tolerance(rtol=_CLOSE, atol=0.0))
         self.run.doubts = False
