@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fixpoint import Anderson, Picard, Solver
