@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,7 @@ class SamplingJob:
         denoiser: what ``load_denoiser`` returns: it knows its schedule and the shape of its samples.
         options: what to sample and how.
         decoder: turns latents into images; None: the samples are the images.
+        class_names: names of the model's classes by their numbers, which the options may use.
 
     Attributes:
         image_shape: shape of one image, ``(C, H, W)``, after decoding.
@@ -79,6 +80,7 @@ class SamplingJob:
         options: SamplingOptions,
         *,
         decoder: LatentDecoder | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         if denoiser.schedule_config is None or denoiser.sample_shape is None:
             missing = "scheduler_config.json" if denoiser.schedule_config is None else "sample_size in its config.json"
@@ -91,7 +93,7 @@ class SamplingJob:
         self._config = SamplerConfig.from_diffusers(denoiser.schedule_config)
         self._device = denoiser.device
         self._denoiser = self._prepare(denoiser)
-        self._prepare_classes(denoiser)
+        self._prepare_classes(denoiser, class_names)
         # A chain of one image that is not run: whatever does not fit is said before anything is written.
         self._chain(range(1), eta=0.0)
 
@@ -226,7 +228,7 @@ class SamplingJob:
             learned_variance=variance,
         )
 
-    def _prepare_classes(self, denoiser: NetworkDenoiser) -> None:
+    def _prepare_classes(self, denoiser: NetworkDenoiser, names: Sequence[str]) -> None:
         about = describe(denoiser)
         if unknown := [name for name in about.conditioning if name != CLASS_LABELS]:
             raise ValueError(f"this model takes {', '.join(unknown)}, which cannot be given here: sample by a pipeline")
@@ -237,7 +239,7 @@ class SamplingJob:
         if self.options.classes is not None:
             if known is None:
                 raise ValueError("--class is for models with classes, and this model has none")
-            self.classes = parse_classes(self.options.classes, count)
+            self.classes = parse_classes(self.options.classes, count, names)
             if self.options.guidance != 1 and null_label is None:
                 raise ValueError("--guidance needs a model that was also trained without labels, and this one was not")
         elif known is not None and null_label is None:

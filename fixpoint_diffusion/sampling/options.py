@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any
 
@@ -46,7 +48,9 @@ class SamplingOptions:
     eta: float = _option(0.0, "Noise per step: 0 is DDIM, 1 as DDPM.", low=0.0, high=1.0)
     seed: int = _option(0, "Seed of all noise.", low=0, high=_WORD)
     classes: str | None = _option(
-        None, "Classes, such as 7 or 0,3,7 or all: image i gets the i-th, then they repeat.", flag="--class"
+        None,
+        "Classes by number or name, such as 7 or 0,3,7 or cats or all: image i gets the i-th, then they repeat.",
+        flag="--class",
     )
     guidance: float = _option(1.0, "Classifier-free guidance; 1 is none, more is more of it.", low=0.0)
     solver: SolverName = _option(  # noqa: RUF009 - it returns a field
@@ -91,24 +95,47 @@ def flag(name: str) -> str:
     return given.partition("/")[0] or "--" + name.replace("_", "-")
 
 
-def parse_classes(text: str, num_classes: int) -> tuple[int, ...]:
-    """The classes that ``"7"``, ``"0,3,7"`` or ``"all"`` means for a model of so many.
+def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> tuple[int, ...]:
+    """The classes that ``"7"``, ``"0,cats,7"`` or ``"all"`` means for a model of so many.
+
+    Args:
+        text: numbers and names, with commas; or a single name, which may hold commas itself.
+        num_classes: how many classes the model has.
+        names: their names by number, if it has any. Where a name is the number of another class, names alone are taken.
 
     Raises:
         ValueError: for anything else, or a class that the model does not have.
 
-    >>> parse_classes("all", 3), parse_classes("2,0", 3)
-    ((0, 1, 2), (2, 0))
+    >>> parse_classes("all", 3), parse_classes("2,0", 3), parse_classes("dogs,0", 2, ["cats", "dogs"])
+    ((0, 1, 2), (2, 0), (1, 0))
     """
     if text.strip() == "all":
         return tuple(range(num_classes))
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
-        raise ValueError(
-            "--class takes the number of a class, several with commas, or all, such as 7 or 0,3,7; "
-            f"got {text[:40]!r}; info shows the numbers of named classes"
-        )
-    classes = tuple(map(int, parts))
+    numbers = {name: number for number, name in enumerate(names)}
+    confusing = any(_is_number(name) and int(name) != number for name, number in numbers.items())
+    parts = [text.strip()] if text.strip() in numbers else [part.strip() for part in text.split(",")]
+    classes = []
+    for part in parts:
+        if part in numbers:
+            classes.append(numbers[part])
+        elif _is_number(part) and not confusing:
+            classes.append(int(part))
+        elif names:
+            close = get_close_matches(part, names, n=10, cutoff=0.5) or names
+            listed = ", ".join(name[:40] for name in close[:10]) + (", ..." if len(names) > 10 else "")
+            raise ValueError(
+                f"--class: no class {part[:40]!r} among the {len(names)} of this model: {listed}"
+                + ("; numbers are not taken, since they are names here" if confusing else "")
+            )
+        else:
+            raise ValueError(
+                "--class takes the number of a class, several with commas, or all, such as 7 or 0,3,7; "
+                f"got {text[:40]!r}; this model folder holds no names of classes"
+            )
     if wrong := [number for number in classes if number >= num_classes]:
         raise ValueError(f"--class {wrong[0]}: the model's classes are 0 to {num_classes - 1}")
-    return classes
+    return tuple(classes)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10

@@ -31,7 +31,7 @@ from fixpoint_diffusion.processes import NoiseSchedule, initial_noise, step_nois
 from fixpoint_diffusion.sampling.fpdm import sample_fpdm
 from fixpoint_diffusion.sampling.grids import to_pixels
 from fixpoint_diffusion.sampling.job import SamplingJob
-from fixpoint_diffusion.sampling.options import SamplingOptions
+from fixpoint_diffusion.sampling.options import SamplingOptions, parse_classes
 
 SCHEDULE = {"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "epsilon"}
 
@@ -303,6 +303,44 @@ def test_pictures_are_the_rounded_images_named_by_number_and_class(tmp_path: Pat
     for name, pixels in zip(names, expected, strict=True):
         with Image.open(tmp_path / "png" / "images" / name) as picture:
             np.testing.assert_array_equal(np.asarray(picture), pixels[0].numpy())
+
+
+def named(folder: Path, names: object) -> Path:
+    (folder / "training_config.json").write_text(json.dumps({"class_names": names}))
+    return folder
+
+
+def test_classes_are_taken_by_name_or_number_and_are_the_same_run(tmp_path: Path, conditional_unet: Path) -> None:
+    model = named(conditional_unet, ["ant", "bee", "cat, small", "dog é"])
+    options = ("--model", model, "--num-images", 2)
+    assert sampled(tmp_path / "out", *options, "--class", "dog é,1")["classes"] == [3, 1]
+    assert sampled(tmp_path / "out", *options, "--class", "3, bee")["classes"] == [3, 1]
+    assert sampled(tmp_path / "one", *options, "--class", "cat, small")["classes"] == [2]
+    assert "names      0 ant, 1 bee, 2 cat, small, 3 dog é" in CliRunner().invoke(app, ["info", str(model)]).output
+
+
+def test_unknown_class_is_answered_with_at_most_ten_names() -> None:
+    names = [f"breed{number}" for number in range(30)]
+    with pytest.raises(ValueError, match="no class 'bred7' among the 30 of this model: breed7, ") as caught:
+        parse_classes("bred7", 30, names)
+    assert str(caught.value).count("breed") == 10
+    with pytest.raises(ValueError, match=r"no class 'x' among the 2 of this model: cats, dogs$"):
+        parse_classes("cats,x", 2, ["cats", "dogs"])
+
+
+def test_names_that_are_numbers_of_other_classes_stand_for_themselves() -> None:
+    assert parse_classes("1,3", 3, ["1", "2", "3"]) == (0, 2)
+    assert parse_classes("1,2", 3, ["0", "1", "2"]) == (1, 2)
+    with pytest.raises(ValueError, match=r"no class '0' .* numbers are not taken, since they are names here"):
+        parse_classes("0", 3, ["1", "2", "3"])
+
+
+@pytest.mark.parametrize("names", ["ant", [1, 2], {"a": 1}])
+def test_damaged_names_of_classes_are_refused(tmp_path: Path, conditional_unet: Path, names: object) -> None:
+    model = named(conditional_unet, names)
+    code, error = run_main("sample", "--model", model, "--class", "ant", "--out", tmp_path / "out")
+    assert code == 2
+    assert "training_config.json: class_names must be a list of names" in error
 
 
 def oracle(model, x_T: torch.Tensor, labels: torch.Tensor, guidance: float, null: int, scheduler=None) -> torch.Tensor:
