@@ -272,6 +272,48 @@ def test_damaged_run_is_named_and_left_as_it_is(tmp_path: Path, damage: Callable
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("00000001-class0.png", "both hold image 1"),
+        ("000000001.png", "is of no sampling run"),
+        ("1.png", "is of no sampling run"),
+        ("more/00000001.png", "more is of no sampling run"),
+        ("00000003.npy", "is not of this run, which writes png"),
+        ("../images.npy", "both hold image 0"),
+    ],
+)
+def test_pictures_that_are_not_of_this_run_are_named_and_nothing_is_done(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    sampled(tmp_path, "--num-images", 3, "--format", "png")
+    other = tmp_path / "images" / name
+    other.parent.mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "images" / "00000001.png", other)
+    (tmp_path / "images" / ".DS_Store").touch()
+    (tmp_path / "images" / "Thumbs.db").touch()
+    before = contents(tmp_path)
+    code, error = run_main("sample", "--steps", 3, "--out", tmp_path, "--num-images", 5, "--format", "png")
+    assert code == 2
+    assert message in error
+    assert contents(tmp_path) == before
+    other.unlink()
+    if other.parent.name == "more":
+        other.parent.rmdir()
+    sampled(tmp_path, "--num-images", 5, "--format", "png")
+
+
+def test_overwrite_deletes_images_of_any_run_and_nothing_else(tmp_path: Path) -> None:
+    sampled(tmp_path, "--num-images", 3, "--format", "png")
+    shutil.copy(tmp_path / "images" / "00000001.png", tmp_path / "images" / "00000001-class0.png")
+    sampled(tmp_path, "--num-images", 2, "--overwrite", "--batch-size", 1)
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["00000000.npy", "00000001.npy"]
+    (tmp_path / "images" / "mine.txt").touch()
+    code, error = run_main("sample", "--steps", 3, "--num-images", 2, "--out", tmp_path, "--overwrite", "--seed", 1)
+    assert code == 2
+    assert "mine.txt is of no sampling run" in error
+
+
 def test_empty_picture_is_not_counted(tmp_path: Path) -> None:
     sampled(tmp_path, "--num-images", 3, "--format", "png")
     (tmp_path / "images" / "00000001.png").write_bytes(b"")
