@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, Solver
+from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, ProgressBar, Solver
 from fixpoint_diffusion.chains import SamplingChain, chain_from_scheduler
 from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided, NetworkDenoiser, describe, family_of
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
@@ -115,7 +114,7 @@ class SamplingJob:
         """
         total, size = self.options.num_images, self.options.batch_size
         single = total - first <= size
-        with tqdm(
+        with ProgressBar.tqdm(
             total=total, initial=first, desc="sampling", unit="image", disable=single or not progress, smoothing=0
         ) as bar:
             for start in range(first, total, size):
@@ -174,7 +173,7 @@ class SamplingJob:
             first_sample=samples[0],
         )
         images = torch.empty(0)
-        for step in tqdm(run, total=options.steps, desc="sampling", unit="step", disable=not progress):
+        for step in ProgressBar.tqdm(run, total=options.steps, desc="sampling", unit="step", disable=not progress):
             images = step.after
         return images
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fixpoint import ProgressBar
 from fixpoint_diffusion.files import map_array, sha256_of_all, write_json, written_whole
 from fixpoint_diffusion.models.autoencoder import LatentEncoder, autoencoder_folder, load_autoencoder
 from fixpoint_diffusion.processes.noise import initial_noise
@@ -82,9 +83,8 @@ def encode(
     encoder = LatentEncoder(load_autoencoder(vae, device=options.device))
     info = _describe(dataset, vae, encoder, options, source)
     _prepare(folder, info, dataset)
-    from tqdm.auto import tqdm
 
-    with tqdm(total=info.rows, unit="image", disable=not progress) as bar:
+    with ProgressBar.tqdm(total=info.rows, unit="image", disable=not progress) as bar:
         for number, (file, count) in enumerate(info.shards(folder)):
             if _is_whole(file, count, info):
                 bar.update(count)

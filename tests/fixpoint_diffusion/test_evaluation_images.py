@@ -166,7 +166,7 @@ def test_a_folder_that_sample_wrote_holds_its_images_and_a_grid_of_some(tmp_path
         second = file.with_name("00000000.png" if file.suffix == ".png" else "0000000.npy")
         second.write_bytes(file.read_bytes())
         for path in (tmp_path, file.parent):
-            with pytest.raises(FileExistsError, match="both hold image 0|is of no sampling run"):
+            with pytest.raises(FileExistsError, match=r"both hold image 0|is of no sampling run"):
                 read(path)
 
 
