@@ -54,7 +54,7 @@ def main() -> None:
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        _stop("not enough memory: take a smaller --batch-size")
+        _stop("not enough memory: take a smaller --batch-size, or smaller images")
     sys.exit(code if isinstance(code, int) else 0)
 
 
