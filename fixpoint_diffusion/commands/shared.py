@@ -76,7 +76,7 @@ def with_options(options: type[Any]) -> Callable[[F], F]:
     """Let a command take the fields of a dataclass as options: those that its own signature does not name.
 
     The command gets their values by keyword, in ``**given``. A field's metadata say ``help``, ``low``, ``high`` (the
-    range) and ``flag``, where that is not its name.
+    range), ``flag``, where that is not its name, and ``parser``, for what is more than one kind of value.
     """
     hints = get_type_hints(options)
 
@@ -87,8 +87,12 @@ def with_options(options: type[Any]) -> Callable[[F], F]:
         for field in fields(options):
             data = field.metadata
             names = [data["flag"]] if data["flag"] else []
-            option = typer.Option(*names, help=data["help"], min=data["low"], max=data["high"])
-            annotation: Any = Annotated[hints[field.name], option]
+            if data["parser"]:
+                option = typer.Option(*names, help=data["help"], parser=data["parser"], metavar="NUMBER|auto")
+                annotation: Any = Annotated[str | None, option]  # typer takes no union, and leaves this to the parser
+            else:
+                option = typer.Option(*names, help=data["help"], min=data["low"], max=data["high"])
+                annotation = Annotated[hints[field.name], option]
             shared.append(
                 inspect.Parameter(
                     field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation

@@ -41,12 +41,14 @@ class SampleBatch:
         labels: their classes, ``(N,)`` int64; None where no class was asked for.
         counts: what they cost, to be added up over batches: ``rounds`` and ``evals`` of the model, and how many
             ``converged``.
+        rows_per_round: the most rows of the model in a round, where that was chosen by timing the model.
     """
 
     first: int
     images: Tensor
     labels: Tensor | None
     counts: dict[str, int]
+    rows_per_round: int | None = None
 
 
 class SamplingJob:
@@ -124,11 +126,11 @@ class SamplingJob:
 
     @torch.no_grad()
     def _sample(self, samples: range, *, progress: bool) -> SampleBatch:
-        counts: dict[str, int] = {}
+        counts, rows = dict[str, int](), None
         if isinstance(self._denoiser, FPDMDenoiser) and self.options.solver == SolverName.sequential:
             images = self._sample_fpdm(self._denoiser.model, samples, progress=progress)
         else:
-            images, counts = self._sample_chain(samples, progress=progress)
+            images, counts, rows = self._sample_chain(samples, progress=progress)
         if self._decoder is not None:
             images = self._decoder(images)
         if not bool(images.isfinite().all()):
@@ -137,11 +139,15 @@ class SamplingJob:
                 f"{wrong} of images {samples[0]} to {samples[-1]} are not finite: the model gives infinities or NaNs"
             )
         return SampleBatch(
-            first=samples[0], images=images.to("cpu", torch.float32), labels=self.labels(samples), counts=counts
+            first=samples[0],
+            images=images.to("cpu", torch.float32),
+            labels=self.labels(samples),
+            counts=counts,
+            rows_per_round=rows,
         )
 
-    def _sample_chain(self, samples: range, *, progress: bool) -> tuple[Tensor, dict[str, int]]:
-        options = self.options
+    def _sample_chain(self, samples: range, *, progress: bool) -> tuple[Tensor, dict[str, int], int | None]:
+        options, rows = self.options, None
         chain = self._chain(samples, eta=options.eta)
         if options.solver == SolverName.sequential:
             images, outcome = chain.sequential(trajectory=False, progress=progress), {}
@@ -156,7 +162,9 @@ class SamplingJob:
                 progress=progress,
             )
             images, outcome = result.images, {"converged": int(result.solution.converged.sum())}
-        return images, {"rounds": chain.rounds, "evals": chain.evals, **outcome}
+            if options.max_rows == "auto":
+                rows = result.max_rows or len(samples) * options.steps  # no bound: all rows at once
+        return images, {"rounds": chain.rounds, "evals": chain.evals, **outcome}, rows
 
     def _sample_fpdm(self, model: FPDM, samples: range, *, progress: bool) -> Tensor:
         """The same steps as those of the chain, in which the layer may start at the last step's solution."""

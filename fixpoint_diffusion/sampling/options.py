@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from enum import StrEnum
@@ -22,8 +22,28 @@ class SolverName(StrEnum):
     broyden = "broyden"
 
 
-def _option(default: Any, help: str, *, low: float | None = None, high: float | None = None, flag: str = "") -> Any:
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag})
+def _option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    flag: str = "",
+    parser: Callable[[str], Any] | None = None,
+) -> Any:
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag, "parser": parser})
+
+
+def rows_or_auto(text: str) -> int | str:
+    """A number of rows, or ``"auto"``.
+
+    >>> rows_or_auto("512"), rows_or_auto("auto")
+    (512, 'auto')
+    """
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise ValueError(f"expected a number or auto, got {text[:40]!r}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +80,12 @@ class SamplingOptions:
     max_rounds: int | None = _option(
         None, "Parallel solvers: most rounds (batched model calls) (default: steps + 1).", low=1, high=10**6
     )
-    max_rows: int | None = _option(
-        None, "causal: most model rows in a round (default: a rule of the solver).", low=1, high=10**9
+    max_rows: int | str | None = _option(
+        None,
+        "causal: most model rows in a round, or auto: time the model (default: a rule of the solver).",
+        low=1,
+        high=10**9,
+        parser=rows_or_auto,
     )
     iterations: int | None = _option(None, "FPDM: iterations per step (default: 4).", low=1, high=10**4)
     reuse: bool | None = _option(
@@ -71,7 +95,8 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for option in fields(self):
             value, low, high = getattr(self, option.name), option.metadata["low"], option.metadata["high"]
-            if value is None or (low is None and high is None):
+            by_itself = value == "auto" and option.metadata["parser"] is rows_or_auto
+            if value is None or by_itself or (low is None and high is None):
                 continue
             least, most = -math.inf if low is None else low, math.inf if high is None else high
             if not (least <= value <= most and math.isfinite(value)):  # NaN fails every comparison

@@ -99,6 +99,9 @@ def test_values_out_of_range_are_usage_errors(arguments: tuple[str, ...]) -> Non
         (("sample", "--iterations", "2"), "--iterations"),
         (("sample", "--max-rows", "9"), "--max-rows is for --solver causal, not for --solver sequential"),
         (("sample", "--max-rows", "9", "--solver", "anderson"), "--max-rows is for --solver causal"),
+        (("sample", "--max-rows", "auto"), "--max-rows is for --solver causal, not for --solver sequential"),
+        (("sample", "--max-rows", "some", "--solver", "causal"), "expected a number or auto, got 'some'"),
+        (("sample", "--max-rows", "0", "--solver", "causal"), "--max-rows must be from 1 to 1000000000, got 0"),
         (("sample", "--steps", "2000"), "1000 timesteps"),
     ],
 )
@@ -174,6 +177,22 @@ def test_budget_of_rows_bounds_every_round_and_changes_no_image(tmp_path: Path) 
     np.testing.assert_allclose(images, expected, atol=1e-4)
     assert figures["converged"] == 3
     assert figures["evals"] <= 4 * figures["rounds"]
+
+
+def test_budget_of_rows_by_timing_is_named_in_what_the_run_says(tmp_path: Path, monkeypatch) -> None:
+    seconds = {3: 0.1, 12: 0.11}  # more rows cost nothing, then much
+    monkeypatch.setattr(
+        "fixpoint_diffusion.sampling.batch_cost._seconds", lambda chain, rows, calls=1: seconds.get(rows, 10.0)
+    )
+    options = ("--num-images", 3, "--steps", 200, "--solver", "causal", "--max-rows", "auto", "--out", tmp_path)
+    result = invoke("sample", *options)
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "sample.json").read_text())
+    assert figures["max_rows"] == "auto"
+    assert figures["rows_per_round"] == 12
+    assert re.search(r"rows_per_round +12\n", result.output)
+    assert figures["evals"] <= 12 * figures["rounds"]
+    assert "3 images are there already" in invoke("sample", *options).output
 
 
 def test_bar_ends_with_all_latents_and_shows_rounds_samples_and_rows(tmp_path: Path) -> None:
