@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -72,11 +72,15 @@ def path_option(text: str | Path) -> Path:
     return Path(text)
 
 
-def with_options(options: type[Any]) -> Callable[[F], F]:
-    """Let a command take the fields of a dataclass as options: those that its own signature does not name.
+def with_options(options: type[Any], *, default: str = "{}") -> Callable[[F], F]:
+    """Let a command take the fields of a dataclass that are made by ``option``: those its signature does not name.
 
-    The command gets their values by keyword, in ``**given``. A field's metadata say ``help``, ``low``, ``high`` (the
-    range), ``flag``, where that is not its name, and ``parser``, for what is more than one kind of value.
+    The command gets their values by keyword, in ``**given``.
+
+    Args:
+        options: the dataclass.
+        default: how help texts tell a field's default. ``"{}"``: it is the option's default too. Otherwise the
+            option's default is None, and whoever gets it knows better.
     """
     hints = get_type_hints(options)
 
@@ -85,18 +89,24 @@ def with_options(options: type[Any]) -> Callable[[F], F]:
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         shared = []
         for field in fields(options):
-            data = field.metadata
+            if "help" not in field.metadata:
+                continue
+            data, hint = field.metadata, hints[field.name]
             names = [data["flag"]] if data["flag"] else []
+            about: dict[str, Any] = {"help": data["help"]}
+            if default != "{}":
+                about["show_default"] = default.format(field.default)
             if data["parser"]:
-                option = typer.Option(*names, help=data["help"], parser=data["parser"], metavar="NUMBER|auto")
-                annotation: Any = Annotated[str | None, option]  # typer takes no union, and leaves this to the parser
+                about["parser"] = data["parser"]
+                hint = str  # typer takes no union, and leaves the type to the parser
             else:
-                option = typer.Option(*names, help=data["help"], min=data["low"], max=data["high"])
-                annotation = Annotated[hints[field.name], option]
+                about |= {"min": data["low"], "max": data["high"]}
+            if get_origin(hint) is Literal:  # which older versions of typer do not know
+                hint = StrEnum(field.name, {value: value for value in get_args(hint)})
+            value = field.default if default == "{}" else None
+            annotation: Any = Annotated[hint | None if value is None else hint, typer.Option(*names, **about)]
             shared.append(
-                inspect.Parameter(
-                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
-                )
+                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
             )
         parameters = [*own, *shared]
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

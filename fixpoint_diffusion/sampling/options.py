@@ -22,7 +22,7 @@ class SolverName(StrEnum):
     broyden = "broyden"
 
 
-def _option(
+def option(
     default: Any,
     help: str,
     *,
@@ -31,6 +31,16 @@ def _option(
     flag: str = "",
     parser: Callable[[str], Any] | None = None,
 ) -> Any:
+    """A field of a dataclass that is an option of a command: its default, its range, and what the command says of it.
+
+    Args:
+        default: of the field, and of the option.
+        help: the option's help text.
+        low: the least value.
+        high: the largest.
+        flag: how the option is spelt, where that is not the field's name.
+        parser: what reads it, where it takes more than one kind of value.
+    """
     return field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag, "parser": parser})
 
 
@@ -62,46 +72,46 @@ class SamplingOptions:
     ValueError: --eta must be from 0.0 to 1.0, got nan
     """
 
-    num_images: int = _option(16, "How many images.", low=1, high=_WORD)
-    batch_size: int = _option(256, "Most images at once; it does not change them.", low=1, high=100_000)
-    steps: int = _option(50, "Sampling steps.", low=1)
-    eta: float = _option(0.0, "Noise per step: 0 is DDIM, 1 as DDPM.", low=0.0, high=1.0)
-    seed: int = _option(0, "Seed of all noise.", low=0, high=_WORD)
-    classes: str | None = _option(
+    num_images: int = option(16, "How many images.", low=1, high=_WORD)
+    batch_size: int = option(256, "Most images at once; it does not change them.", low=1, high=100_000)
+    steps: int = option(50, "Sampling steps.", low=1)
+    eta: float = option(0.0, "Noise per step: 0 is DDIM, 1 as DDPM.", low=0.0, high=1.0)
+    seed: int = option(0, "Seed of all noise.", low=0, high=_WORD)
+    classes: str | None = option(
         None,
         "Classes by number or name, such as 7 or 0,3,7 or cats or all: image i gets the i-th, then they repeat.",
         flag="--class",
     )
-    guidance: float = _option(1.0, "Classifier-free guidance; 1 is none, more is more of it.", low=0.0)
-    solver: SolverName = _option(  # noqa: RUF009 - it returns a field
+    guidance: float = option(1.0, "Classifier-free guidance; 1 is none, more is more of it.", low=0.0)
+    solver: SolverName = option(  # noqa: RUF009 - it returns a field
         SolverName.sequential, "sequential: step after step; others solve all steps at once."
     )
-    rtol: float = _option(1e-3, "Parallel solvers: relative tolerance.", low=1e-12, high=1.0)
-    max_rounds: int | None = _option(
+    rtol: float = option(1e-3, "Parallel solvers: relative tolerance.", low=1e-12, high=1.0)
+    max_rounds: int | None = option(
         None, "Parallel solvers: most rounds (batched model calls) (default: steps + 1).", low=1, high=10**6
     )
-    max_rows: int | str | None = _option(
+    max_rows: int | str | None = option(
         None,
         "causal: most model rows in a round, or auto: time the model (default: a rule of the solver).",
         low=1,
         high=10**9,
         parser=rows_or_auto,
     )
-    iterations: int | None = _option(None, "FPDM: iterations per step (default: 4).", low=1, high=10**4)
-    reuse: bool | None = _option(
+    iterations: int | None = option(None, "FPDM: iterations per step (default: 4).", low=1, high=10**4)
+    reuse: bool | None = option(
         None, "FPDM: start at the last step's solution (default: reuse).", flag="--reuse/--no-reuse"
     )
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            value, low, high = getattr(self, option.name), option.metadata["low"], option.metadata["high"]
-            by_itself = value == "auto" and option.metadata["parser"] is rows_or_auto
+        for each in fields(self):
+            value, low, high = getattr(self, each.name), each.metadata["low"], each.metadata["high"]
+            by_itself = value == "auto" and each.metadata["parser"] is rows_or_auto
             if value is None or by_itself or (low is None and high is None):
                 continue
             least, most = -math.inf if low is None else low, math.inf if high is None else high
             if not (least <= value <= most and math.isfinite(value)):  # NaN fails every comparison
                 bound = f"at least {low} and finite" if high is None else f"from {low} to {high}"
-                raise ValueError(f"{flag(option.name)} must be {bound}, got {value}")
+                raise ValueError(f"{flag(each.name)} must be {bound}, got {value}")
         if self.max_rows is not None and self.solver != SolverName.causal:
             raise ValueError(f"--max-rows is for --solver causal, not for --solver {self.solver}")
         if self.reuse and self.solver != SolverName.sequential:
@@ -116,7 +126,7 @@ def flag(name: str) -> str:
     >>> flag("num_images"), flag("classes")
     ('--num-images', '--class')
     """
-    given = {option.name: option.metadata["flag"] for option in fields(SamplingOptions)}[name]
+    given = {each.name: each.metadata["flag"] for each in fields(SamplingOptions)}[name]
     return given.partition("/")[0] or "--" + name.replace("_", "-")
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -8,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from fixpoint_diffusion.cli import app, main
+from fixpoint_diffusion.denoisers import family
+from fixpoint_diffusion.sampling.options import SamplingOptions
+from fixpoint_diffusion.training import TrainingConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL_UNET = {"block_out_channels": [8, 8], "norm_num_groups": 4, "attention_head_dim": 4}
@@ -47,6 +52,34 @@ def test_help_explains_with_an_example(command: tuple[str, ...]) -> None:
     assert result.exit_code == 0
     if command:
         assert f"Example: fixpoint-diffusion {command[0]}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "own"), [("train", TrainingConfig, False), ("sample", SamplingOptions, True)]
+)
+def test_options_that_a_dataclass_has_are_its_fields_with_its_defaults(command: str, options: type, own: bool) -> None:
+    """``train`` passes on what is typed alone, since model families have defaults of their own, and says both."""
+    taken = {p.name: p for p in typer.main.get_command(app).commands[command].params}
+    fields = {field.name: field for field in dataclasses.fields(options) if "help" in field.metadata}
+    assert len(fields) >= 10
+    for name, field in fields.items():
+        option = taken.pop(name)
+        assert option.help == field.metadata["help"]
+        if own:
+            assert option.default == field.default
+        else:
+            assert option.default is None
+            assert option.show_default == f"the model family's, or {field.default}"
+    assert not taken.keys() & {field.name for field in dataclasses.fields(options)}
+
+
+def test_what_is_typed_reaches_the_training_and_the_rest_is_the_familys(tmp_path: Path, settings: Path) -> None:
+    train(settings, tmp_path / "out", "--steps", 1, "--ema-decay", 0.5, "--checkpoint-every", 7, kind="fpdm")
+    about = json.loads((tmp_path / "out" / "training_config.json").read_text())
+    expected = TrainingConfig(
+        **{**family("fpdm").training, "steps": 1, "batch_size": 4, "ema_decay": 0.5, "checkpoint_every": 7}
+    )
+    assert {name: about[name] for name in dataclasses.asdict(expected)} == dataclasses.asdict(expected)
 
 
 def test_help_does_not_import_diffusers() -> None:
