@@ -91,7 +91,7 @@ def with_options(options: type[Any], *, default: str = "{}") -> Callable[[F], F]
         for field in fields(options):
             if "help" not in field.metadata:
                 continue
-            data, hint = field.metadata, hints[field.name]
+            data, hint = field.metadata, hints[field.name]  # the type, as typer is to see it
             names = [data["flag"]] if data["flag"] else []
             about: dict[str, Any] = {"help": data["help"]}
             if default != "{}":
@@ -102,7 +102,7 @@ def with_options(options: type[Any], *, default: str = "{}") -> Callable[[F], F]
             else:
                 about |= {"min": data["low"], "max": data["high"]}
             if get_origin(hint) is Literal:  # which older versions of typer do not know
-                hint = StrEnum(field.name, {value: value for value in get_args(hint)})
+                hint = _choices(field.name, get_args(hint))
             value = field.default if default == "{}" else None
             annotation: Any = Annotated[hint | None if value is None else hint, typer.Option(*names, **about)]
             shared.append(
@@ -114,3 +114,7 @@ def with_options(options: type[Any], *, default: str = "{}") -> Callable[[F], F]
         return command
 
     return decorate
+
+
+def _choices(name: str, values: tuple[str, ...]) -> Any:
+    return StrEnum(name, {value: value for value in values})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -91,14 +92,15 @@ def train(
         log = run.run()
     except KeyboardInterrupt:
         typer.echo(
-            f"\nInterrupted; checkpoint written. Continue with:\n  fixpoint-diffusion train --resume --out {out}"
+            "\nInterrupted; checkpoint written. Continue with:\n"
+            f"  fixpoint-diffusion train --resume --out {quote(str(out))}"
         )
         raise typer.Exit(130) from None
     told = " --class all" if run.labels is not None else ""
     decoded = " --vae FOLDER" if run.data.is_latent else ""
     typer.echo(
         f"Trained in {log.seconds:.0f} s, written to {out}. Try:\n"
-        f"  fixpoint-diffusion sample --model {out}{told}{decoded}"
+        f"  fixpoint-diffusion sample --model {quote(str(out))}{told}{decoded}"
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 _WORD = 2**64 - 1
 
@@ -44,14 +44,14 @@ def option(
     return field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag, "parser": parser})
 
 
-def rows_or_auto(text: str) -> int | str:
+def rows_or_auto(text: str) -> int | Literal["auto"]:
     """A number of rows, or ``"auto"``.
 
     >>> rows_or_auto("512"), rows_or_auto("auto")
     (512, 'auto')
     """
     try:
-        return text if text == "auto" else int(text)
+        return "auto" if text == "auto" else int(text)
     except ValueError:
         raise ValueError(f"expected a number or auto, got {text[:40]!r}") from None
 
@@ -90,7 +90,7 @@ class SamplingOptions:
     max_rounds: int | None = option(
         None, "Parallel solvers: most rounds (batched model calls) (default: steps + 1).", low=1, high=10**6
     )
-    max_rows: int | str | None = option(
+    max_rows: int | Literal["auto"] | None = option(
         None,
         "causal: most model rows in a round, or auto: time the model (default: a rule of the solver).",
         low=1,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -182,6 +183,16 @@ def test_init_starts_from_a_models_weights_and_needs_the_folder_no_more_afterwar
     output = done(CliRunner().invoke(app, ["train", "--resume", "--steps", "3", "--out", str(second)]))
     assert "3 steps of 4, from step 1" in output
     assert load_record(second / STATE)["step"] == 3
+
+
+def test_folders_with_spaces_and_umlauts_are_read_written_and_quoted(tmp_path: Path, pictures: Path) -> None:
+    data, out = pictures.rename(tmp_path / "schöne Bilder"), tmp_path / "mein Mödell"
+    output = done(train(out, "--steps", 1, "--data", data, "--size", 8, "--classes"))
+    assert output.strip().endswith(f"sample --model '{out}' --class all")
+    command = shlex.split(output.strip().splitlines()[-1])[1:]
+    done(
+        CliRunner().invoke(app, [*command, "--steps", "2", "--num-images", "1", "--out", str(tmp_path / "neue Bilder")])
+    )
 
 
 def test_init_refuses_what_does_not_fit(tmp_path: Path, monkeypatch, capsys) -> None:
