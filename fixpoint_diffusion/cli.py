@@ -45,7 +45,8 @@ def main() -> None:
         if not error.format_message():  # no command was given, and help has been shown
             sys.exit(2)
         _stop(error.format_message())
-    except typer.Abort:
+    except typer.Abort:  # Ctrl-C in a command that has nothing of its own to say
+        typer.echo("Interrupted.", err=True)
         sys.exit(130)
     except _USER_ERRORS as error:
         missing = isinstance(error, ModuleNotFoundError)

@@ -161,6 +161,15 @@ def test_missing_library_names_the_extra_to_install(
     assert "pip install 'fixpoint[diffusion]'" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_ctrl_c_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fixpoint_diffusion.commands.info.open_model", interrupted)
+    assert run_main(monkeypatch, "info") == 130
+    assert capsys.readouterr().err.strip() == "Interrupted."
+
+
 def test_info_lists_the_embedded_models() -> None:
     output = invoke("info").output
     assert "ddpm-digits" in output
