@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from fixpoint_diffusion.cli import app, main
@@ -32,6 +33,8 @@ from fixpoint_diffusion.sampling.fpdm import sample_fpdm
 from fixpoint_diffusion.sampling.grids import to_pixels
 from fixpoint_diffusion.sampling.job import SamplingJob
 from fixpoint_diffusion.sampling.options import SamplingOptions, parse_classes
+from fixpoint_diffusion.training import TrainingRun
+from fixpoint_diffusion.training.logs import TrainingLog
 
 SCHEDULE = {"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "epsilon"}
 
@@ -627,27 +630,45 @@ def test_info_says_what_a_model_takes(conditional_unet: Path, dit: Path) -> None
     assert re.search(r"clipping +none", facts)
 
 
-ODD = ["", " ", "nan", "inf", "-inf", "-1", "0", "1", "1e999", "9" * 20, "0x1", "é", "a\nb", "--", "-", "."]
-FLAGS = [
-    *("--model", "--vae", "--device", "--out", "--format", "--num-images", "--batch-size", "--steps", "--eta"),
-    *("--seed", "--class", "--guidance", "--solver", "--rtol", "--max-rounds", "--max-rows", "--iterations"),
-    *("--reuse", "--no-reuse", "--overwrite", "--settings", "--data", "--no-such"),
+ODD = [
+    "digits",
+    "ddpm-digits",
+    "",
+    " ",
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "0",
+    "1",
+    "1e999",
+    "9" * 20,
+    "0x1",
+    "é",
+    "a\nb",
+    "--",
+    "-",
+    ".",
 ]
+COMMANDS = ("sample", "sample", "train", "encode", "evaluate", "invert", "info", "no-such")
+FLAGS = [*sorted({name for c in get_command(app).commands.values() for p in c.params for name in p.opts}), "--no-such"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    command=st.sampled_from(["sample", "sample", "sample", "info", "no-such"]),
+    command=st.sampled_from(COMMANDS),
     words=st.lists(st.one_of(st.sampled_from(FLAGS), st.sampled_from(ODD), st.text(max_size=4)), max_size=6),
 )
 def test_no_command_line_ends_in_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, words: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # Sampling itself is left out: this is about what is typed.
+    # The work itself is left out: this is about what is typed.
     monkeypatch.setattr(SamplingJob, "batches", lambda self, first: iter(()))
+    monkeypatch.setattr(TrainingRun, "run", lambda self: TrainingLog())
     monkeypatch.setattr("fixpoint_diffusion.commands.sample._judge", lambda *_: {})
     monkeypatch.setattr("fixpoint_diffusion.commands.sample._save_grid", lambda *_: None)
+    monkeypatch.setattr("fixpoint_diffusion.inversion.invert", lambda *_, **__: sys.exit(0))
     code, error = run_main(command, *words)
     assert code in (0, 2)
     if code == 2:
