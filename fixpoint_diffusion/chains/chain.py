@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from fixpoint import ProgressBar
 from fixpoint_diffusion.denoisers.checks import call_checked, check_conditioning, check_fixed_function
 from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import GaussianPrior, Transitions, wide
@@ -173,7 +173,7 @@ class SamplingChain:
         """
         latent, latents = self.x_T, []
         samples = torch.arange(len(latent), device=latent.device)
-        for k in tqdm(range(self.steps), desc="sequential", disable=not progress):
+        for k in ProgressBar.tqdm(range(self.steps), desc="sequential", disable=not progress):
             latent = self.transition(latent, samples, torch.full_like(samples, k))
             if trajectory:
                 latents.append(latent)

@@ -8,9 +8,8 @@ from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fixpoint import Picard, Solution, Solver
+from fixpoint import Picard, ProgressBar, Solution, Solver
 from fixpoint_diffusion.denoisers.modules import compute_dtype
 from fixpoint_diffusion.models.allocation import iterations_per_step
 from fixpoint_diffusion.models.fpdm import FPDM
@@ -133,7 +132,7 @@ def sample_fpdm(
         model, x_T, schedule, steps=steps, eta=eta, variance_type=variance_type, spacing=spacing, **options
     )
     images, timesteps, counts, residuals = x_T, [], [], []
-    for step in tqdm(run, total=steps, desc="sampling", unit="step", disable=not progress):
+    for step in ProgressBar.tqdm(run, total=steps, desc="sampling", unit="step", disable=not progress):
         images = step.after
         timesteps.append(step.timestep)
         counts.append(step.solution.nfev)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, Solver
+from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, ProgressBar, Solver
 from fixpoint_diffusion.chains import SamplingChain, chain_from_scheduler
 from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided, NetworkDenoiser, describe, family_of
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
@@ -42,12 +41,14 @@ class SampleBatch:
         labels: their classes, ``(N,)`` int64; None where no class was asked for.
         counts: what they cost, to be added up over batches: ``rounds`` and ``evals`` of the model, and how many
             ``converged``.
+        rows_per_round: the most rows of the model in a round, where that was chosen by timing the model.
     """
 
     first: int
     images: Tensor
     labels: Tensor | None
     counts: dict[str, int]
+    rows_per_round: int | None = None
 
 
 class SamplingJob:
@@ -57,6 +58,7 @@ class SamplingJob:
         denoiser: what ``load_denoiser`` returns: it knows its schedule and the shape of its samples.
         options: what to sample and how.
         decoder: turns latents into images; None: the samples are the images.
+        class_names: names of the model's classes by their numbers, which the options may use.
 
     Attributes:
         image_shape: shape of one image, ``(C, H, W)``, after decoding.
@@ -79,6 +81,7 @@ class SamplingJob:
         options: SamplingOptions,
         *,
         decoder: LatentDecoder | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         if denoiser.schedule_config is None or denoiser.sample_shape is None:
             missing = "scheduler_config.json" if denoiser.schedule_config is None else "sample_size in its config.json"
@@ -91,7 +94,7 @@ class SamplingJob:
         self._config = SamplerConfig.from_diffusers(denoiser.schedule_config)
         self._device = denoiser.device
         self._denoiser = self._prepare(denoiser)
-        self._prepare_classes(denoiser)
+        self._prepare_classes(denoiser, class_names)
         # A chain of one image that is not run: whatever does not fit is said before anything is written.
         self._chain(range(1), eta=0.0)
 
@@ -113,7 +116,7 @@ class SamplingJob:
         """
         total, size = self.options.num_images, self.options.batch_size
         single = total - first <= size
-        with tqdm(
+        with ProgressBar.tqdm(
             total=total, initial=first, desc="sampling", unit="image", disable=single or not progress, smoothing=0
         ) as bar:
             for start in range(first, total, size):
@@ -123,11 +126,11 @@ class SamplingJob:
 
     @torch.no_grad()
     def _sample(self, samples: range, *, progress: bool) -> SampleBatch:
-        counts: dict[str, int] = {}
+        counts, rows = dict[str, int](), None
         if isinstance(self._denoiser, FPDMDenoiser) and self.options.solver == SolverName.sequential:
             images = self._sample_fpdm(self._denoiser.model, samples, progress=progress)
         else:
-            images, counts = self._sample_chain(samples, progress=progress)
+            images, counts, rows = self._sample_chain(samples, progress=progress)
         if self._decoder is not None:
             images = self._decoder(images)
         if not bool(images.isfinite().all()):
@@ -136,11 +139,15 @@ class SamplingJob:
                 f"{wrong} of images {samples[0]} to {samples[-1]} are not finite: the model gives infinities or NaNs"
             )
         return SampleBatch(
-            first=samples[0], images=images.to("cpu", torch.float32), labels=self.labels(samples), counts=counts
+            first=samples[0],
+            images=images.to("cpu", torch.float32),
+            labels=self.labels(samples),
+            counts=counts,
+            rows_per_round=rows,
         )
 
-    def _sample_chain(self, samples: range, *, progress: bool) -> tuple[Tensor, dict[str, int]]:
-        options = self.options
+    def _sample_chain(self, samples: range, *, progress: bool) -> tuple[Tensor, dict[str, int], int | None]:
+        options, rows = self.options, None
         chain = self._chain(samples, eta=options.eta)
         if options.solver == SolverName.sequential:
             images, outcome = chain.sequential(trajectory=False, progress=progress), {}
@@ -155,7 +162,9 @@ class SamplingJob:
                 progress=progress,
             )
             images, outcome = result.images, {"converged": int(result.solution.converged.sum())}
-        return images, {"rounds": chain.rounds, "evals": chain.evals, **outcome}
+            if options.max_rows == "auto":
+                rows = result.max_rows or len(samples) * options.steps  # no bound: all rows at once
+        return images, {"rounds": chain.rounds, "evals": chain.evals, **outcome}, rows
 
     def _sample_fpdm(self, model: FPDM, samples: range, *, progress: bool) -> Tensor:
         """The same steps as those of the chain, in which the layer may start at the last step's solution."""
@@ -172,7 +181,7 @@ class SamplingJob:
             first_sample=samples[0],
         )
         images = torch.empty(0)
-        for step in tqdm(run, total=options.steps, desc="sampling", unit="step", disable=not progress):
+        for step in ProgressBar.tqdm(run, total=options.steps, desc="sampling", unit="step", disable=not progress):
             images = step.after
         return images
 
@@ -222,7 +231,7 @@ class SamplingJob:
             learned_variance=variance,
         )
 
-    def _prepare_classes(self, denoiser: NetworkDenoiser) -> None:
+    def _prepare_classes(self, denoiser: NetworkDenoiser, names: Sequence[str]) -> None:
         about = describe(denoiser)
         if unknown := [name for name in about.conditioning if name != CLASS_LABELS]:
             raise ValueError(f"this model takes {', '.join(unknown)}, which cannot be given here: sample by a pipeline")
@@ -233,7 +242,7 @@ class SamplingJob:
         if self.options.classes is not None:
             if known is None:
                 raise ValueError("--class is for models with classes, and this model has none")
-            self.classes = parse_classes(self.options.classes, count)
+            self.classes = parse_classes(self.options.classes, count, names)
             if self.options.guidance != 1 and null_label is None:
                 raise ValueError("--guidance needs a model that was also trained without labels, and this one was not")
         elif known is not None and null_label is None:

@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fixpoint import Anderson, Blockwise, CausalQuasiNewton, Progress, Solution, Solver, solve
+from fixpoint import Anderson, Blockwise, CausalQuasiNewton, Progress, ProgressBar, Solution, Solver, solve
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.sampling.batch_cost import BatchCost, usual_rows
 
@@ -115,7 +114,7 @@ def sample(
     max_evals = limit if max_evals is None else max_evals
     settled = _Settled()
     latents = samples * chain.steps
-    with torch.no_grad(), tqdm(total=latents, desc="sampling", unit="latent", disable=not progress) as bar:
+    with torch.no_grad(), ProgressBar.tqdm(total=latents, desc="sampling", unit="latent", disable=not progress) as bar:
 
         def report(state: Progress) -> object:
             if progress:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -184,6 +185,16 @@ def test_init_starts_from_a_models_weights_and_needs_the_folder_no_more_afterwar
     assert load_record(second / STATE)["step"] == 3
 
 
+def test_folders_with_spaces_and_umlauts_are_read_written_and_quoted(tmp_path: Path, pictures: Path) -> None:
+    data, out = pictures.rename(tmp_path / "schöne Bilder"), tmp_path / "mein Mödell"
+    output = done(train(out, "--steps", 1, "--data", data, "--size", 8, "--classes"))
+    assert output.strip().endswith(f"sample --model '{out}' --class all")
+    command = shlex.split(output.strip().splitlines()[-1])[1:]
+    done(
+        CliRunner().invoke(app, [*command, "--steps", "2", "--num-images", "1", "--out", str(tmp_path / "neue Bilder")])
+    )
+
+
 def test_init_refuses_what_does_not_fit(tmp_path: Path, monkeypatch, capsys) -> None:
     done(train(tmp_path / "first", "--steps", 1))
     np.save(tmp_path / "images.npy", np.zeros((5, 3, 12, 8), dtype=np.uint8))
@@ -204,6 +215,9 @@ def test_init_refuses_what_does_not_fit(tmp_path: Path, monkeypatch, capsys) -> 
         (("--precision", "fp16"), "needs a GPU"),
         (("--accumulate", 3, "--batch-size", 4), "not a multiple of accumulate 3"),
         (("--size", "8x"), "HEIGHTxWIDTH"),
+        (("--size", 10**8), "the first image is 8x8; scaled to size 100000000x100000000 (--size), each channel"),
+        (("--size", f"1x{10**8}", "--crop", "random"), "scaled to size 1x100000000 (--size)"),
+        (("--size", 1000, "--batch-size", 10**6), "1000000 samples of 1x1000x1000 at once would take 4,000 GB"),
         (("--init", "no-such"), "no folder 'no-such'"),
         (("--size", 8, "--crop", "patch", "--latents"), "no latents"),
         (("nothing-like-it",), "there are conditional-unet, dit, fpdm"),
