@@ -12,8 +12,6 @@ from fixpoint_diffusion.denoisers.checks import call_checked, check_conditioning
 from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import GaussianPrior, Transitions, wide
 
-_PART = 2**20  # entries of latents that are summed at a time
-
 
 class SamplingChain:
     """All latents of a sampler as the unknown of one fixed point problem ``z = chain(z)``.
@@ -205,17 +203,7 @@ class SamplingChain:
 
     def accumulate(self, x: Tensor, out: Tensor) -> Tensor:
         """The right-hand side of Eq. 10 from each step's input and denoiser output, both ``(B, T, *shape)``."""
-        # A few samples at a time: the sums are in float64, and a whole batch of such copies would fill the memory.
-        parts = max(1, _PART // max(x[:1].numel(), 1))
-        samples = torch.arange(len(x), device=x.device).split(parts)
-        noise = [None] * len(samples) if self.noise is None else self.noise.split(parts)
-        after = [
-            self.transitions.cumulative(wide(latents), wide(outs), None if drawn is None else wide(drawn), sample).to(
-                x.dtype
-            )
-            for latents, outs, drawn, sample in zip(x.split(parts), out.split(parts), noise, samples, strict=True)
-        ]
-        return after[0] if len(after) == 1 else torch.cat(after) if after else torch.empty_like(x)
+        return self.transitions.cumulative(x, out, self.noise)
 
     def reset_counters(self) -> None:
         """Start counting rounds and evaluations from zero."""

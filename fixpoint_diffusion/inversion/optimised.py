@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fixpoint import IFT, Backward, CausalQuasiNewton, Solver, Status
+from fixpoint import IFT, Backward, CausalQuasiNewton, ProgressBar, Solver, Status
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.explicit import ddim_encoding
 from fixpoint_diffusion.inversion.gradients import (
@@ -183,7 +182,7 @@ class OptimisedInverse:
         optimiser = self.optimiser([x_T])
         if now.optimiser:
             optimiser.load_state_dict(copy.deepcopy(now.optimiser))
-        with tqdm(total=self.epochs, desc="inverting", unit="epoch", disable=not progress) as bar:
+        with ProgressBar.tqdm(total=self.epochs, desc="inverting", unit="epoch", disable=not progress) as bar:
             for _ in range(self.epochs):
                 rows = (now.status == _ACTIVE).nonzero().flatten()
                 if not len(rows):

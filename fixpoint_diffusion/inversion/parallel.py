@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fixpoint import Anderson, Solver, Status
+from fixpoint import Anderson, ProgressBar, Solver, Status
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.forecast import Forecast
 from fixpoint_diffusion.inversion.grids import StepGrid
@@ -72,7 +71,7 @@ class ParallelInverse:
     ) -> Found:
         """See :class:`InverseMethod`; the history holds an :class:`InverseRound` for each round."""
         search = _Search(InverseProblem(chain, x_0), tolerance, self.solver)
-        with tqdm(total=self.max_rounds, desc="inverting", unit="round", disable=not progress) as bar:
+        with ProgressBar.tqdm(total=self.max_rounds, desc="inverting", unit="round", disable=not progress) as bar:
             for grid in (*search.problem.grids, None):
                 search.begin(grid)
                 while len(search.history) < self.max_rounds and search.work_left():

@@ -90,7 +90,7 @@ def test_classes_and_guidance_are_those_of_the_sampler(tmp_path: Path, condition
         result = invoke("digits", *options, "--model", conditional_model, "--steps", 2, "--num-images", 1, "--out", out)
         assert result.exit_code == 0, result.output
         record = json.loads((out / "invert.json").read_text())
-        assert [record["class"], record["guidance"]] == [1 if options else None, 2.0 if len(options) > 2 else 1.0]
+        assert [record["class"], record["guidance"]] == ["1" if options else None, 2.0 if len(options) > 2 else 1.0]
         found.append(np.load(out / "x_T.npy"))
         denoiser = load_denoiser(conditional_model)
         label = describe(denoiser).class_labels.null_label if not options else 1

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from fixpoint import Anderson, Picard, Solver
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, sample
 
-STEPS, DIM = 20, 2**14
+STEPS, DIM = 20, 2**16
 
 
 def peak(solver: Solver, folder) -> float:
@@ -36,5 +36,5 @@ def test_anderson_holds_two_trajectories_for_each_change_and_few_more(memory, tm
     alone, anderson = peak(Picard(), tmp_path), peak(Anderson(memory=memory), tmp_path)
     # Five more for the solver, and one for the loop where the best state is not the last.
     assert anderson - alone <= 2 * memory + 6.01
-    # The rest is the chain's: its inputs and outputs in float64, summed, and the loop's last states.
-    assert alone <= 18.01
+    # The rest is the loop's last states, and the chain's inputs, outputs and sums, of which few steps are in float64.
+    assert alone <= 10.5
