@@ -1,0 +1,74 @@
+"""Compare ways to invert a chain, ours and the peers'; say which targets are met.
+
+    python -m benchmarks.inversion [--only QUESTION] [--out benchmarks/results] [--quick]
+
+Each question writes its own ``inversion-QUESTION.json`` and ``.txt``, and most a picture. An interrupted run goes on
+where it stopped, as long as the commit is the same. Everything runs on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from benchmarks.inversion import rounds
+from benchmarks.inversion.cells import Cell, Cells
+from benchmarks.solvers.report import targets_text
+from benchmarks.solvers.standings import Target
+from fixpoint.bench import provenance
+
+
+class Question(Protocol):
+    """What a module of this folder answers: all of its cells, and what is made of them."""
+
+    def measure(self, cells: Cells, quick: bool) -> Cell:
+        """Every cell by name."""
+
+    def text(self, document: Cell) -> str:
+        """The tables."""
+
+    def targets(self, document: Cell) -> list[Target]:
+        """The targets."""
+
+    def plot(self, document: Cell, folder: Path) -> None:
+        """Write pictures."""
+
+
+QUESTIONS: dict[str, Question] = {"rounds": rounds}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Answer the questions asked for, print and write what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=list(QUESTIONS), help="this one; may be given again")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="short chains, few digits: a look in passing")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.only or QUESTIONS:
+        question, start = QUESTIONS[name], time.perf_counter()
+        cells = Cells(options.out / f"inversion-{name}{'-quick' * options.quick}.partial")
+        document, targets = (found := question.measure(cells, options.quick)), question.targets(found)
+        text = "\n\n".join(filter(None, [question.text(document), targets_text(targets)]))
+        print(text, f"({time.perf_counter() - start:.0f} s)", "", sep="\n", flush=True)
+        (options.out / f"inversion-{name}.txt").write_text(text + "\n")
+        about = {"machine": provenance.machine(), "versions": provenance.versions(), "commit": provenance.commit()}
+        aims = [{"name": aim.name, "met": aim.met, "measured": aim.measured} for aim in targets]
+        (options.out / f"inversion-{name}.json").write_text(
+            json.dumps({**about, "targets": aims, "cells": document}) + "\n"
+        )
+        question.plot(document, options.out)
+        cells.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
