@@ -58,7 +58,7 @@ def attempt(
         ``rounds``, ``rows``, ``seconds``, and ``latents`` (RMS of the noise's error), if the true ``x_T`` is given.
     """
     chain.reset_counters()
-    start = time.perf_counter()
+    start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if method.ours:
@@ -70,7 +70,7 @@ def attempt(
             limits = torch.full((len(images),), tolerance, dtype=torch.float64)
             found = method.method.run(chain, images, tolerance=limits, progress=False, callback=None)
             noise, claimed = found.noise, found.status == Status.CONVERGED
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     cell: Cell = {
         "errors": rms(sampled(chain, found.x_T, noise) - images).tolist(),
         "claimed": claimed.tolist(),

@@ -25,7 +25,7 @@ that was found, minus the image.
 rounds to: batched denoiser calls in sequence until the median (worst) sample has at most that error for good; -: never.
 Of ours every sample's best round counts; ours is looked at after the rounds 1 to 8, 10, 12, 14, 16, 20, 25 and 30, and
 a peer is run with several numbers of iterations a step, of which the least that suffices counts.
-rows, s, claims: of the whole run; claims: the share of samples whose own claim to have reached the tolerance is true.
+rows, s, claims: of the whole run; s: seconds of one processor; claims: the share of samples whose own claim to have reached the tolerance is true.
 Ours runs the sampler before it claims; of the peers, small residuals at every step are taken for a claim.
 GNRI's rounds each also take a product with the Jacobian, two more calls' worth, which is not counted.
 Where T is large, fewer digits are inverted, for a round of 64 digits at T=1000 asks for 64000 rows.
