@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from benchmarks.inversion import rounds
+from benchmarks.inversion import cost, descent, gradients, guidance, latents, reversible, rounds, stochastic
 from benchmarks.inversion.cells import Cell, Cells
 from benchmarks.solvers.report import targets_text
 from benchmarks.solvers.standings import Target
@@ -41,7 +41,16 @@ class Question(Protocol):
         """Write pictures."""
 
 
-QUESTIONS: dict[str, Question] = {"rounds": rounds}
+QUESTIONS: dict[str, Question] = {
+    "rounds": rounds,
+    "latents": latents,
+    "guidance": guidance,
+    "stochastic": stochastic,
+    "reversible": reversible,
+    "gradients": gradients,
+    "descent": descent,
+    "cost": cost,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

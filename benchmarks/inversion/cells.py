@@ -65,4 +65,4 @@ def spread(errors: list[float | None]) -> tuple[float, float]:
 
 def pair(figures: tuple[float, float]) -> str:
     """``median/worst`` for tables; "-" for infinity."""
-    return "/".join(f"{each:.0e}" if math.isfinite(each) else "-" for each in figures)
+    return "/".join(f"{each:.1e}" if math.isfinite(each) else "-" for each in figures)

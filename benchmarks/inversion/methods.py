@@ -54,8 +54,9 @@ def attempt(
     """Invert, then run the ordinary sampler from what was found.
 
     Returns:
-        ``errors`` (RMS of the reconstruction), ``claimed`` (whether the method says that it is within the tolerance),
-        ``rounds``, ``rows``, ``seconds``, and ``latents`` (RMS of the noise's error), if the true ``x_T`` is given.
+        ``errors`` (RMS of the reconstruction), ``claimed`` (whether the method says that it is within ``tolerance``),
+        ``rounds``, ``rows``, ``seconds`` of the processor, and ``latents`` (RMS of the noise's error), if the true
+        ``x_T`` is given.
     """
     chain.reset_counters()
     start = time.process_time()
@@ -77,6 +78,7 @@ def attempt(
         "rounds": found.rounds,
         "rows": found.evals,
         "seconds": seconds,
+        "tolerance": tolerance,
     }
     if x_T is not None:
         cell["latents"] = rms(found.x_T - x_T).tolist()
