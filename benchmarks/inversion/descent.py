@@ -25,7 +25,7 @@ all digits; a processor gains nothing from calls that could run side by side: ro
 for. "baseline" is Algorithm 1, "paper" and "released code" are the presets, all from the same start but the last, which
 starts from plain DDIM inversion; "ours, parallel" solves for the latents instead.
 """
-_RATE, _EPOCHS, _DIGITS = 0.1, 30, 4
+_RATE, _EPOCHS, _DIGITS = 0.1, 20, 4
 _STEPS, _ETAS, _STOCHASTIC_STEPS = (10, 20, 50), (0.5, 1.0), (10, 20)
 METHODS = ("baseline", "paper", "released code")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from benchmarks.inversion.cells import Cell, pair, spread
@@ -30,7 +29,7 @@ def run_table(runs: Mapping[str, Cell]) -> list[str]:
 def wrong_roots(cell: Cell) -> float:
     """Share of samples whose image comes back within the tolerance from a noise that is not the one it was made of."""
     found = [
-        error is not None and error <= cell["tolerance"] and not (latent or math.inf) <= WRONG
+        error is not None and error <= cell["tolerance"] and (latent is None or latent > WRONG)
         for error, latent in zip(cell["errors"], cell["latents"], strict=True)
     ]
     return sum(found) / len(found)
