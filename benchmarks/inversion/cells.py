@@ -30,6 +30,8 @@ class Cells:
             entry = json.loads(line)
             if entry["commit"] == self._commit:
                 self._found[entry["name"]] = entry["cell"]
+        if self._found:
+            print(f"going on after the {len(self._found)} cells of {path}; delete it to begin anew", flush=True)
 
     def __call__(self, name: str, compute: Callable[[], Cell]) -> Cell:
         """The cell of that name, computed if it is not there."""

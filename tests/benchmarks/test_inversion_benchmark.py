@@ -35,7 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cells_are_computed_once_and_forgotten_when_the_question_is_answered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[int] = []
 
@@ -46,6 +46,7 @@ def test_cells_are_computed_once_and_forgotten_when_the_question_is_answered(
     path = tmp_path / "cells"
     assert Cells(path)("a", compute) == Cells(path)("a", compute) == {"error": None, "rounds": 3}
     assert len(calls) == 1
+    assert "after the 1 cells" in capsys.readouterr().out
     monkeypatch.setattr("fixpoint.bench.provenance.commit", lambda: "another")
     Cells(path)("a", compute)
     assert len(calls) == 2
