@@ -130,6 +130,18 @@ def test_rounds_rows_and_claims(method, mixture) -> None:
     assert run(method, chain, tolerance=100.0).status.tolist() == [Status.CONVERGED] * 2
 
 
+def test_one_step_that_is_not_undone_is_enough_not_to_claim_it(mixture) -> None:
+    denoiser = mixture(SCHEDULE)
+
+    def easy_at_first(x: Tensor, t: Tensor) -> Tensor:
+        """The step that is undone last does not depend on its latent."""
+        return torch.where((t == t_first)[:, None], 0.0, denoiser(x, t))
+
+    chain = make_chain(easy_at_first)
+    t_first = chain.timesteps[0]
+    assert run(AIDI(iterations=3), chain).status.tolist() == [Status.MAX_EVALS] * 2
+
+
 def test_a_sample_that_breaks_leaves_the_others_alone(mixture) -> None:
     denoiser = mixture(SCHEDULE)
 
