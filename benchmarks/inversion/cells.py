@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ class Cells:
 
     Args:
         path: of the file; None: nothing is kept.
+        known: cells that were computed before.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, known: Mapping[str, Cell] | None = None) -> None:
         self._path = path
         self._found: dict[str, Cell] = {}
         self._commit = provenance.commit()
@@ -32,6 +33,7 @@ class Cells:
                 self._found[entry["name"]] = entry["cell"]
         if self._found:
             print(f"going on after the {len(self._found)} cells of {path}; delete it to begin anew", flush=True)
+        self._found = {**(known or {}), **self._found}
 
     def __call__(self, name: str, compute: Callable[[], Cell]) -> Cell:
         """The cell of that name, computed if it is not there."""

@@ -186,3 +186,19 @@ def test_every_question_is_answered(
     assert pictures == {f"inversion-{name}.png" for name in ("rounds", "latents", "guidance", "gradients", "descent")}
     assert not list(tmp_path.glob("*.partial"))
     assert "PASS  ours: every claim is true" in printed
+    # A later run takes over what is not ours.
+    path = tmp_path / "inversion-reversible.json"
+    document = json.loads(path.read_text())
+    for cell in document["cells"].values():
+        cell["calls"] = 99
+    path.write_text(json.dumps(document))
+    assert cli.main(["--quick", "--ours-again", "--only", "reversible", "--out", str(tmp_path)]) == 0
+    again = json.loads(path.read_text())
+    assert {name: cell["calls"] for name, cell in again["cells"].items()} == {
+        "T=4, EDICT": 99, "T=4, BDIA": 99, "T=4, O-BELM (ours)": 4, "T=4, Rex": 99
+    }  # fmt: skip
+    assert again["others"]["commit"] == document["commit"]
+    path.unlink()
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--quick", "--ours-again", "--only", "reversible", "--out", str(tmp_path)])
+    assert "no such file" in capsys.readouterr().err
