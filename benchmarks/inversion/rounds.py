@@ -249,6 +249,7 @@ def _rows(document: Cell) -> list[Target]:
 def plot(document: Cell, folder: Path) -> None:
     """Median error against rounds: ours after each round, the peers at the end of each run."""
     sizes = [steps for steps in _all_steps(document) if steps != 200]
+    families = list(dict.fromkeys(_family(name) for name, cell in document.items() if "curve" not in cell))
     figure = Figure(figsize=(3.4 * len(sizes) + 2, 3.8), layout="constrained")
     for axes, steps in zip(figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0], sizes, strict=True):
         points: dict[str, list[tuple[float, float]]] = {}
@@ -257,9 +258,9 @@ def plot(document: Cell, folder: Path) -> None:
                 points.setdefault(_family(name), []).append((cell["rounds"], spread(cell["errors"])[0]))
         own = document[f"T={steps}, ours, parallel"]
         axes.plot(own["looks"], [spread(each)[0] for each in own["curve"]], "k-", lw=2.2, label="ours, parallel")
-        for index, (family, runs) in enumerate(sorted(points.items())):
-            style = "-" if family.startswith("ours") else "--"
-            axes.plot(*zip(*sorted(runs), strict=True), f"{style}o", color=f"C{index}", ms=3, lw=1, label=family)
+        for family, runs in points.items():
+            style, color = "-" if family.startswith("ours") else "--", f"C{families.index(family) % 10}"
+            axes.plot(*zip(*sorted(runs), strict=True), f"{style}o", color=color, ms=3, lw=1, label=family)
         axes.set(title=f"T={steps}", xscale="log", yscale="log", ylim=(3e-6, 1), xlabel="rounds")
         axes.grid(alpha=0.3)
     axes.figure.axes[0].set_ylabel("RMS error of the reconstruction, median")
