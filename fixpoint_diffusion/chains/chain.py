@@ -74,8 +74,8 @@ class SamplingChain:
     ) -> None:
         if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
             raise ValueError("x_T must be a floating-point tensor of shape (B, *shape)")
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 1):
+            raise ValueError(f"max_rows must be a whole number of at least 1, got {max_rows!r}")
         self.denoiser = denoiser
         self.x_T = x_T
         self.transitions = transitions
@@ -189,6 +189,8 @@ class SamplingChain:
 
         Arguments as for :meth:`transition`.
         """
+        if not len(x):  # networks are not made for that
+            return torch.cat([x, x], dim=1) if self.transitions.learned_variance else x
         size = self.max_rows or len(x)
         rows = zip(x.split(size), sample.to(x.device).split(size), step.to(x.device).split(size), strict=True)
         parts = [self._call(*part) for part in rows]
@@ -224,10 +226,13 @@ class SamplingChain:
         returned = wanted or describe(self.denoiser).learned_variance
         channels = x.shape[1] * (2 if returned else 1) if x.ndim > 1 else 1
         out = call_checked(self.denoiser, x, t, rows, channels=channels)
-        if self.check_evals == 0 and len(x) and not torch.compiler.is_compiling():
+        if self.check_evals == 0 and not torch.compiler.is_compiling():
             self.check_evals = min(3, self.max_rows or 3)
             out = out.clone()  # the denoiser may use the memory of its output again
-            check_fixed_function(self.denoiser, x.detach(), t, rows, out.detach(), rows=self.check_evals)
+            times = self._timesteps_on(x.device)
+            check_fixed_function(
+                self.denoiser, x.detach(), t, rows, out.detach(), rows=self.check_evals, timesteps=times
+            )
         return out if wanted or x.ndim == 1 else out[:, : x.shape[1]]
 
     def _timesteps_on(self, device: torch.device) -> Tensor:

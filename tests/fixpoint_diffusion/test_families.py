@@ -95,6 +95,16 @@ def test_family_samples_in_parallel_what_the_ordinary_sampler_does(name: str) ->
     torch.testing.assert_close(result.images, chain.sequential()[:, -1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in TINY if name != "fpdm"])
+def test_a_compiled_network_is_of_the_same_family(name: str) -> None:
+    model = build(name)
+    compiled: Any = torch.compile(model, backend="eager")  # only compiled once it is called
+    assert family_of(compiled) is family(name)
+    denoiser = DiffusersDenoiser(compiled)
+    assert describe(denoiser) == describe(DiffusersDenoiser(model))
+    assert repr(denoiser) == repr(DiffusersDenoiser(model))
+
+
 @pytest.mark.parametrize("name", [name for name, (_, classes, _) in TINY.items() if classes])
 def test_class_labels_reach_the_network_and_no_class_is_the_null_label(name: str) -> None:
     denoiser = family(name).denoiser(build(name))
