@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class SamplingChain:
     ) -> None:
         if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
             raise ValueError("x_T must be a floating-point tensor of shape (B, *shape)")
-        if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 1):
+        if max_rows is not None and (not isinstance(max_rows, Integral) or max_rows < 1):
             raise ValueError(f"max_rows must be a whole number of at least 1, got {max_rows!r}")
         self.denoiser = denoiser
         self.x_T = x_T

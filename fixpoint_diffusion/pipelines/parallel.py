@@ -107,8 +107,8 @@ class ParallelPipeline(DiffusionPipeline):
             ``return_dict=False``.
 
         Raises:
-            ValueError: a scheduler that cannot be served, latents of another shape than the call makes, or whatever
-                the original refuses.
+            ValueError: a scheduler that cannot be served, latents that are no tensor or of another shape than the call
+                makes, or whatever the original refuses.
         """
         results: list[SamplingResult] = []
 
@@ -139,6 +139,8 @@ class ParallelPipeline(DiffusionPipeline):
             The original's output, the attributes of the copy before the call, and the copy.
         """
         check_scheduler(self.scheduler)
+        if latents is not None and not isinstance(latents, Tensor):
+            raise ValueError(f"latents must be a tensor (B, *shape), got {type(latents).__name__}")
         run = copy.copy(self)
         before = dict(vars(run))
         real = {"scheduler": copy.copy(self.scheduler), self._network: getattr(self, self._network)}

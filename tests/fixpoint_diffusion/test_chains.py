@@ -273,6 +273,7 @@ def test_pure_noise_start_needs_a_prediction_of_v_or_the_sample(mixture) -> None
         ({"timesteps": [3, 1]}, TypeError, "tensor of integers.*got list"),
         ({"clip_sample": 1.0, "x0_hook": lambda x_0, step, sample: x_0}, ValueError, "either clip_sample or x0_hook"),
         ({"max_rows": 0}, ValueError, "max_rows must be a whole number of at least 1, got 0"),
+        ({"max_rows": "auto"}, ValueError, "max_rows must be a whole number of at least 1, got 'auto'"),
         ({"x_T": torch.ones(2, 3, dtype=torch.int64)}, ValueError, "floating-point"),
         ({"eta": 1.0, "noise": torch.zeros(2, 9, 3)}, ValueError, "shape is .*, expected .*50"),
         ({"eta": 1.0, "noise": torch.zeros(2, 50, 3)}, ValueError, "dtype is torch.float32, expected torch.float64"),
