@@ -15,8 +15,8 @@ import fixpoint
 from fixpoint import IFT, JFB, Anderson, CausalQuasiNewton, Phantom, Status
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, SamplingChain, StochasticDDIMChain, initial_noise, sample
 from fixpoint_diffusion.inversion import Descent, OptimisedInverse, ddim_encoding
-from fixpoint_diffusion.inversion.gradients import LinearTerm, loss_and_gradient, part_of
-from fixpoint_diffusion.inversion.settings import deq_ddim_inversion_settings
+from fixpoint_diffusion.inversion.descent.gradients import LinearTerm, loss_and_gradient, part_of
+from fixpoint_diffusion.inversion.descent.settings import deq_ddim_inversion_settings
 
 SCHEDULE = NoiseSchedule.linear()
 IMAGES = torch.tensor([[0.9, -0.7, 0.4], [-0.8, 0.9, 0.1]], dtype=torch.float64)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fixpoint import IFT, Backward, CausalQuasiNewton, ProgressBar, Solver, Status
 from fixpoint_diffusion.chains import SamplingChain
-from fixpoint_diffusion.inversion.explicit import ddim_encoding
-from fixpoint_diffusion.inversion.gradients import (
+from fixpoint_diffusion.inversion.descent.gradients import (
     Epoch,
     Gradient,
     LinearTerm,
@@ -22,6 +21,7 @@ from fixpoint_diffusion.inversion.gradients import (
     loss_and_gradient,
     part_of,
 )
+from fixpoint_diffusion.inversion.explicit import ddim_encoding
 from fixpoint_diffusion.inversion.result import Found
 from fixpoint_diffusion.processes import initial_noise
 from fixpoint_diffusion.sampling import sample
