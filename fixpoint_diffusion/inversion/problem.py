@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fixpoint_diffusion.chains import SamplingChain
+from fixpoint_diffusion.chains.chain import all_rows
 from fixpoint_diffusion.inversion.grids import StepGrid, step_grids
 from fixpoint_diffusion.processes import Clip, wide
 
@@ -86,7 +87,7 @@ class InverseProblem:
 
     def images(self, latents: Tensor, samples: Tensor) -> Tensor:
         """What every step makes of its latent, ``(N, T, D)`` to the same shape, for N samples ``(N,)`` of the batch."""
-        return self.step(*self._all_rows(latents, samples)).reshape(latents.shape)
+        return self.step(latents.flatten(0, 1), *all_rows(samples, self.steps)).reshape(latents.shape)
 
     def interpolated(self, latents: Tensor, samples: Tensor, grid: StepGrid) -> tuple[Tensor, Tensor]:
         """As ``images``, but the denoiser is asked at the steps of a grid alone.
@@ -98,7 +99,7 @@ class InverseProblem:
         x = self.from_coordinates(latents)
         out = self.chain.denoise(x[:, grid.steps].flatten(0, 1).to(self.dtype), row, step)
         filled = grid.fill(wide(out).unflatten(0, (len(samples), -1)))
-        _, sample, step = self._all_rows(latents, samples)
+        sample, step = all_rows(samples, self.steps)
         fine, coarse = (self._arrive(x.flatten(0, 1), sample, step, every.flatten(0, 1)) for every in filled)
         return fine.reshape(latents.shape), (fine - coarse).reshape(latents.shape)
 
@@ -112,11 +113,6 @@ class InverseProblem:
         chain = self.chain
         noise = None if chain.noise is None else wide(chain.noise[sample, step])
         return self.to_coordinates(chain.transitions.step(x, out, step, noise, sample))
-
-    def _all_rows(self, latents: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents ``(N, T, D)`` as rows, with the sample and the step of each."""
-        step = torch.arange(self.steps, device=latents.device).repeat(len(samples))
-        return latents.flatten(0, 1), samples.repeat_interleave(self.steps), step
 
     def after(self, latents: Tensor, samples: Tensor) -> Tensor:
         """What every step should arrive at: the next latent, and after the last the image."""
