@@ -114,7 +114,7 @@ class _Search:
         self._grid, self._everyone = grid, torch.arange(len(self.status), device=self.status.device)
         self._sources = self.problem.sources(self._latents, self._everyone)
         self._images, self._misses = self._latents.clone(), torch.zeros_like(self._sources)
-        self._doubts, self._doubt = torch.zeros_like(self._sources), torch.zeros_like(self._least)
+        self._doubt = torch.zeros_like(self._least)
         self._state = self.solver.init(self._sources.flatten(1))
         self._working = self.status == _ACTIVE
         self._improved = torch.full_like(self.status, len(self.history))
@@ -139,17 +139,19 @@ class _Search:
         problem, active = self.problem, self._working.nonzero().flatten()
         before = problem.chain.evals
         latents = self._latents[active]
+        doubts = None
         if self._grid is None:
             self._images[active] = problem.images(latents, active)
         else:
-            self._images[active], self._doubts[active] = problem.interpolated(latents, active, self._grid)
+            doubts = torch.zeros_like(self._misses)
+            self._images[active], doubts[active] = problem.interpolated(latents, active, self._grid)
         self._misses.zero_()
         self._misses[active] = self._images[active] - problem.after(latents, active)
         self._forecast.observe(self._latents, self._images)
-        if self._finest:
+        if doubts is None:
             missed, doubt = self._forecast.error(self._misses[None])[0], self._doubt
         else:
-            missed, doubt = self._forecast.error(torch.stack((self._misses, self._doubts)))
+            missed, doubt = self._forecast.error(torch.stack((self._misses, doubts)))
             doubt = doubt / _GAIN
             self._doubt = torch.where(self._working, doubt, self._doubt)
         nan = torch.full_like(missed, torch.nan)

@@ -46,8 +46,13 @@ class InverseProblem:
         self.dtype = x_0.dtype
         self.x_0 = self.to_coordinates(x_0)
         self.slopes = wide(chain.slopes.to(x_0.device)).clamp(min=_SMALLEST_SLOPE)
-        # Noise makes latents rough along the chain, and the denoiser's outputs with them.
-        self.grids = step_grids(chain.transitions.timesteps, x_0.device) if chain.noise is None else []
+
+    @property
+    def grids(self) -> list[StepGrid]:
+        """From coarse to fine, at whose steps the denoiser may be asked before it is asked at all of them."""
+        if self.chain.noise is not None:  # makes latents rough along the chain, and the denoiser's outputs with them
+            return []
+        return step_grids(self.chain.transitions.timesteps, self.x_0.device)
 
     @property
     def steps(self) -> int:
