@@ -46,8 +46,9 @@ def invert(
             the denoiser depends on. It is right as far as the sample has converged. None: no gradient.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"`` when samples do not converge.
         progress: show a bar.
-        callback: called with every entry of the history, an :class:`InverseRound` for ``ParallelInverse``; returning
-            something true stops the run.
+        callback: called with an :class:`InverseRound` after every round of ``ParallelInverse``, with the evaluations of
+            every step of ``StepwiseInverse``, with a :class:`~fixpoint_diffusion.inversion.Descent` after every epoch
+            of ``OptimisedInverse``; returning something true stops the run.
 
     Raises:
         ValueError: x_0 of another shape or device than x_T, or not finite; for the methods that solve steps
