@@ -17,8 +17,7 @@ from benchmarks.inversion.descents import descent
 from benchmarks.solvers.standings import Target
 from fixpoint import IFT, JFB, Phantom
 from fixpoint.memory import LiveBytes
-from fixpoint_diffusion.inversion import LinearTerm
-from fixpoint_diffusion.inversion.gradients import Gradient
+from fixpoint_diffusion.inversion import Gradient, LinearTerm
 from fixpoint_diffusion.processes import initial_noise
 
 HOW_TO_READ = """\

@@ -38,8 +38,6 @@ class Twin:
         run: of the displacements. Evaluating them counts as evaluations of the chain.
     """
 
-    batch_dims = 1
-
     def __init__(self, chain: ChainRun, f: Map, rows: Array, certificate: Certificate) -> None:
         self.rows, self._chain, self._f, self._rows = rows, chain, f, tensor_like(chain.start, rows)
         steps, like = chain.steps, chain.states

@@ -141,7 +141,7 @@ class SamplingChain:
         The same fixed point as that of ``chain(z)``, in the form that sweeps over a chain need.
         """
         x = self.inputs(z)
-        return self.transition(x.flatten(0, 1), *self._all_rows()).reshape(x.shape)
+        return self.transition(x.flatten(0, 1), *all_rows(self._samples(), self.steps)).reshape(x.shape)
 
     def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """Chosen steps of chosen samples, in one round of N denoiser rows.
@@ -170,8 +170,7 @@ class SamplingChain:
             All latents, ``(B, T, *shape)``: what every parallel solution must equal. Without ``trajectory`` the last of
             them, x_0, ``(B, *shape)``.
         """
-        latent, latents = self.x_T, []
-        samples = torch.arange(len(latent), device=latent.device)
+        latent, latents, samples = self.x_T, [], self._samples()
         for k in ProgressBar.tqdm(range(self.steps), desc="sequential", disable=not progress):
             latent = self.transition(latent, samples, torch.full_like(samples, k))
             if trajectory:
@@ -201,7 +200,7 @@ class SamplingChain:
 
     def denoise_all(self, x: Tensor) -> Tensor:
         """The denoiser's outputs for the inputs of all steps, ``(B, T, *shape)``, in one round."""
-        out = self.denoise(x.flatten(0, 1), *self._all_rows())
+        out = self.denoise(x.flatten(0, 1), *all_rows(self._samples(), self.steps))
         return out.unflatten(0, x.shape[:2])
 
     def accumulate(self, x: Tensor, out: Tensor) -> Tensor:
@@ -213,11 +212,9 @@ class SamplingChain:
         self.rounds = 0
         self.evals = 0
 
-    def _all_rows(self) -> tuple[Tensor, Tensor]:
-        """Sample and step of every row of a state, sample by sample."""
-        device = self.x_T.device
-        samples, steps = torch.arange(len(self.x_T), device=device), torch.arange(self.steps, device=device)
-        return samples.repeat_interleave(self.steps), steps.repeat(len(self.x_T))
+    def _samples(self) -> Tensor:
+        """The numbers of all samples, ``(B,)``."""
+        return torch.arange(len(self.x_T), device=self.x_T.device)
 
     def _call(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         t = self._timesteps_on(x.device)[step]
@@ -254,3 +251,8 @@ class SamplingChain:
                     f"expected {wanted}"
                 )
         return noise
+
+
+def all_rows(samples: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Sample and step of every row of a state, sample by sample: ``(N * T,)`` each, for samples ``(N,)``."""
+    return samples.repeat_interleave(steps), torch.arange(steps, device=samples.device).repeat(len(samples))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,6 +56,7 @@ def invert(
     from fixpoint_diffusion.files import write_json
     from fixpoint_diffusion.inversion import ParallelInverse
     from fixpoint_diffusion.inversion import invert as find
+    from fixpoint_diffusion.sampling.job import classes_of, labels_of
     from fixpoint_diffusion.training.data import open_dataset
     from fixpoint_diffusion.training.export import read_class_names
 
@@ -64,8 +64,9 @@ def invert(
     if denoiser.sample_shape is not None and tuple(dataset.sample_shape) != tuple(denoiser.sample_shape):
         raise ValueError(f"the model takes images {denoiser.sample_shape}, {images} has {tuple(dataset.sample_shape)}")
     x_0 = torch.stack([dataset[i]["images"] for i in range(min(num_images, len(dataset)))]).to(device)
-    names = () if classes is None else read_class_names(folder)
-    chain, clips = _chain(denoiser, x_0, steps, classes, names, guidance)
+    chosen = classes_of(denoiser, classes, guidance, () if classes is None else read_class_names(folder))
+    labels = labels_of(chosen, range(len(x_0)))
+    chain, clips = _chain(denoiser, x_0, steps, labels if labels is None else labels.to(device), guidance)
     out.mkdir(parents=True, exist_ok=True)
     method = ParallelInverse(max_rounds=max_rounds)
     inverse = find(chain, x_0, method=method, rtol=rtol, on_failure="ignore", progress=True)
@@ -89,35 +90,21 @@ def invert(
 
 
 def _chain(
-    denoiser: NetworkDenoiser, x_0: Tensor, steps: int, text: str | None, names: Sequence[str], guidance: float
+    denoiser: NetworkDenoiser, x_0: Tensor, steps: int, labels: Tensor | None, guidance: float
 ) -> tuple[SamplingChain, bool]:
     """The deterministic chain of the model's own schedule, without clipping; and whether the schedule would clip."""
     import torch
 
     from fixpoint_diffusion.chains import chain_from_scheduler
-    from fixpoint_diffusion.denoisers import describe
-    from fixpoint_diffusion.denoisers.guided import Guided
     from fixpoint_diffusion.processes import Clip, SamplerConfig
-    from fixpoint_diffusion.sampling.options import parse_classes
+    from fixpoint_diffusion.sampling.job import with_labels
 
-    about = describe(denoiser)
     if denoiser.schedule_config is None:
         raise ValueError("the model folder has no scheduler_config.json, so its schedule is not known")
-    classes = about.class_labels
-    if classes is None and (text is not None or guidance != 1):
-        raise ValueError("--class and --guidance need a model that takes classes, and this one takes none")
-    if guidance != 1 and text is None:
-        raise ValueError("--guidance needs --class")
-    conditioning, wrapped = {}, denoiser
-    if classes is not None:
-        told = (classes.null_label,) if text is None else parse_classes(text, classes.num_classes or 0, names)
-        if None in told:
-            raise ValueError("this model needs a --class")
-        conditioning["class_labels"] = torch.tensor([told[i % len(told)] for i in range(len(x_0))])
-        wrapped = denoiser if guidance == 1 else Guided(denoiser, guidance)  # type: ignore[assignment]
     config = SamplerConfig.from_diffusers(denoiser.schedule_config)
+    told, conditioning = with_labels(denoiser, labels, guidance)
     chain = chain_from_scheduler(
-        wrapped,
+        told,
         torch.zeros_like(x_0),
         config,
         steps=steps,

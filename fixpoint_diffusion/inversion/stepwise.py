@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fixpoint import Anderson, Solver, Status, solve
+from fixpoint import Anderson, ProgressBar, Solver, Status, solve
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.problem import InverseProblem
 from fixpoint_diffusion.inversion.result import Found
@@ -61,12 +61,11 @@ class StepwiseInverse:
         Where a callback stops it, the steps that are left are undone as the prior has it.
         """
         before = chain.rounds, chain.evals
-        problem, history = InverseProblem(chain, x_0), list[int]()
-        everyone = torch.arange(len(x_0), device=x_0.device)
-        x_T = problem.latent(self.search(problem, everyone, tolerance, history=history, callback=callback))
+        problem, everyone = InverseProblem(chain, x_0), torch.arange(len(x_0), device=x_0.device)
+        x, history = self.search(problem, everyone, tolerance, progress=progress, callback=callback)
         ended = Status.MAX_EVALS if len(history) == chain.steps else Status.STOPPED
         return Found(
-            x_T=x_T,
+            x_T=problem.latent(x),
             status=torch.full((len(x_0),), int(ended), device=x_0.device),
             rounds=chain.rounds - before[0],
             evals=chain.evals - before[1],
@@ -79,20 +78,21 @@ class StepwiseInverse:
         samples: Tensor,
         tolerance: Tensor,
         *,
-        history: list[int] | None = None,
+        progress: bool = False,
         callback: Callable[[int], object] | None = None,
-    ) -> Tensor:
-        """x_T of some samples, as coordinates ``(N, D)``."""
-        x = problem.image[samples]
+    ) -> tuple[Tensor, list[int]]:
+        """x_T of some samples, as coordinates ``(N, D)``, and the evaluations of each step."""
+        x, history = problem.x_0[samples], list[int]()
         # Errors of T steps, taken to be independent, add up to half of the tolerance.
         allowed = tolerance[samples] * math.sqrt(x.shape[1] / problem.steps) / 2
-        for k in reversed(range(problem.steps)):
+        steps = range(problem.steps)[::-1]
+        for k in ProgressBar.tqdm(steps, desc="inverting", unit="step", disable=not progress):
             x, evals = self.undo(problem, samples, k, x, allowed)
-            if history is not None:
-                history.append(evals)
+            history.append(evals)
             if callback is not None and callback(evals):
-                return problem.guess(x, k)[:, 0] if k else x
-        return x
+                x = problem.guess(x, k)[:, 0] if k else x
+                break
+        return x, history
 
     def undo(
         self, problem: InverseProblem, samples: Tensor, k: int, after: Tensor, allowed: Tensor

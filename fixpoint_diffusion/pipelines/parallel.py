@@ -246,7 +246,7 @@ class ParallelPipeline(DiffusionPipeline):
         rtol: float,
         after_round: Callable[[int, Tensor], bool] | None,
     ) -> SamplingResult:
-        """Solve the chain, with the pipeline's own progress bar over rounds, of which there are at most T + 1."""
+        """Solve the chain, with the pipeline's own progress bar over rounds, out of those of plain iteration."""
         with super().progress_bar(total=chain.steps + 1) as bar:
 
             def report(progress: Progress) -> bool:

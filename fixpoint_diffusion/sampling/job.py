@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
 from fixpoint_diffusion.models import FPDM
 from fixpoint_diffusion.processes import SamplerConfig, initial_noise
 from fixpoint_diffusion.sampling.fpdm import follow_transitions
-from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, parse_classes
+from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, check_guidance, parse_classes
 from fixpoint_diffusion.sampling.sample import sample
 
 if TYPE_CHECKING:
@@ -94,15 +94,13 @@ class SamplingJob:
         self._config = SamplerConfig.from_diffusers(denoiser.schedule_config)
         self._device = denoiser.device
         self._denoiser = self._prepare(denoiser)
-        self._prepare_classes(denoiser, class_names)
+        self.classes = classes_of(denoiser, options.classes, options.guidance, class_names)
         # A chain of one image that is not run: whatever does not fit is said before anything is written.
         self._chain(range(1), eta=0.0)
 
     def labels(self, samples: range) -> Tensor | None:
         """The classes of these images, ``(N,)``: they repeat in the given order."""
-        if self.classes is None:
-            return None
-        return torch.tensor([self.classes[i % len(self.classes)] for i in samples])
+        return labels_of(self.classes, samples)
 
     def batches(self, first: int = 0, *, progress: bool = True) -> Iterator[SampleBatch]:
         """Sample images ``first`` to ``num_images - 1``; no more than a batch is held.
@@ -186,17 +184,13 @@ class SamplingJob:
         return images
 
     def _chain(self, samples: range, *, eta: float) -> SamplingChain:
-        x_T, steps, conditioning = self._noise(samples), self.options.steps, {}
-        denoiser: Any = self._denoiser
-        if (labels := self._labels_on_device(samples)) is not None:
-            conditioning[CLASS_LABELS] = labels
-            if self.options.guidance != 1:
-                denoiser = Guided(denoiser, self.options.guidance)
+        labels = self._labels_on_device(samples)
+        denoiser, conditioning = with_labels(self._denoiser, labels, self.options.guidance)
         return chain_from_scheduler(
             denoiser,
-            x_T,
+            self._noise(samples),
             self._config,
-            steps=steps,
+            steps=self.options.steps,
             eta=eta,
             seed=self.options.seed,
             first_sample=samples[0],
@@ -231,22 +225,45 @@ class SamplingJob:
             learned_variance=variance,
         )
 
-    def _prepare_classes(self, denoiser: NetworkDenoiser, names: Sequence[str]) -> None:
-        about = describe(denoiser)
-        if unknown := [name for name in about.conditioning if name != CLASS_LABELS]:
-            raise ValueError(f"this model takes {', '.join(unknown)}, which cannot be given here: sample by a pipeline")
-        known = about.class_labels
-        count = 0 if known is None else known.num_classes or 0
-        null_label = None if known is None else known.null_label
-        self.classes: tuple[int, ...] | None = None
-        if self.options.classes is not None:
-            if known is None:
-                raise ValueError("--class is for models with classes, and this model has none")
-            self.classes = parse_classes(self.options.classes, count, names)
-            if self.options.guidance != 1 and null_label is None:
-                raise ValueError("--guidance needs a model that was also trained without labels, and this one was not")
-        elif known is not None and null_label is None:
-            raise ValueError(f"this model has {count} classes and must be told one: --class 0, or --class all")
+
+def classes_of(
+    denoiser: NetworkDenoiser, text: str | None, guidance: float, names: Sequence[str] = ()
+) -> tuple[int, ...] | None:
+    """The classes that ``--class`` means for a model; None where it was not given, for "no class".
+
+    Raises:
+        ValueError: for classes or guidance that do not go with the model; a model that must be told more than a class.
+    """
+    about = describe(denoiser)
+    if unknown := [name for name in about.conditioning if name != CLASS_LABELS]:
+        raise ValueError(f"this model takes {', '.join(unknown)}, which cannot be given here: use a pipeline")
+    known = about.class_labels
+    if text is not None and known is None:
+        raise ValueError("--class is for models with classes, and this model has none")
+    check_guidance(guidance, text)
+    if known is None:
+        return None
+    count = known.num_classes or 0
+    classes = None if text is None else parse_classes(text, count, names)
+    if known.null_label is None and guidance != 1:
+        raise ValueError("--guidance needs a model that was also trained without labels, and this one was not")
+    if known.null_label is None and classes is None:
+        raise ValueError(f"this model has {count} classes and must be told one: --class 0, or --class all")
+    return classes
+
+
+def labels_of(classes: Sequence[int] | None, samples: range) -> Tensor | None:
+    """The classes of these images, ``(N,)``: they repeat in the given order. None where there are none."""
+    return None if classes is None else torch.tensor([classes[i % len(classes)] for i in samples])
+
+
+def with_labels(
+    denoiser: NetworkDenoiser, labels: Tensor | None, guidance: float
+) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+    """The denoiser and the conditioning of a chain of images with these labels."""
+    if labels is None:
+        return denoiser, {}
+    return denoiser if guidance == 1 else Guided(denoiser, guidance), {CLASS_LABELS: labels}
 
 
 def _with_variance(denoiser: NetworkDenoiser) -> NetworkDenoiser:

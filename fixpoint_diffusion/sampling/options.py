@@ -116,8 +116,7 @@ class SamplingOptions:
             raise ValueError(f"--max-rows is for --solver causal, not for --solver {self.solver}")
         if self.reuse and self.solver != SolverName.sequential:
             raise ValueError("--reuse needs steps that follow each other: leave it out, or use --solver sequential")
-        if self.guidance != 1 and self.classes is None:
-            raise ValueError("--guidance needs --class: it strengthens the difference that a class makes")
+        check_guidance(self.guidance, self.classes)
 
 
 def flag(name: str) -> str:
@@ -128,6 +127,14 @@ def flag(name: str) -> str:
     """
     given = {each.name: each.metadata["flag"] for each in fields(SamplingOptions)}[name]
     return given.partition("/")[0] or "--" + name.replace("_", "-")
+
+
+def check_guidance(guidance: float, classes: str | None) -> None:
+    """Refuse guidance without a class, or one that is not finite."""
+    if not math.isfinite(guidance):
+        raise ValueError(f"--guidance must be finite, got {guidance}")
+    if guidance != 1 and classes is None:
+        raise ValueError("--guidance needs --class: it strengthens the difference that a class makes")
 
 
 def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> tuple[int, ...]:

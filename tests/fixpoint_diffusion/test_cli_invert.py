@@ -110,12 +110,27 @@ def test_classes_and_guidance_are_those_of_the_sampler(tmp_path: Path, condition
 
 
 @pytest.mark.parametrize(
+    ("options", "message"), [((), "must be told one"), (("--class", 1, "--guidance", 2), "trained without labels")]
+)
+def test_a_model_without_a_label_for_no_class_is_told_one_and_not_guided(
+    tmp_path: Path, conditional_model: Path, options: tuple[object, ...], message: str
+) -> None:
+    config = json.loads((conditional_model / "config.json").read_text())
+    del config["_null_label"]
+    (conditional_model / "config.json").write_text(json.dumps(config))
+    result = invoke("digits", "--model", conditional_model, "--num-images", 1, "--out", tmp_path / "out", *options)
+    assert message in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("nowhere",), "nowhere"),
         (("digits", "--model", "nothing"), "no model folder"),
-        (("digits", "--class", "3"), "takes none"),
-        (("digits", "--guidance", "2"), "takes none"),
+        (("digits", "--class", "3"), "this model has none"),
+        (("digits", "--guidance", "2"), "--guidance needs --class"),
+        (("digits", "--guidance", "inf"), "--guidance must be finite"),
         (("digits", "--steps", "5000"), "5000"),
         (("digits", "--rtol", "nan"), "rtol"),
     ],
