@@ -67,7 +67,7 @@ class DrawnInverse:
         if float(transitions.sigma[-1]) == 0:
             problem = InverseProblem(chain, x_0)
             allowed = tolerance * problem.x_0.shape[1] ** 0.5 / 2
-            undone, _ = self.last.undo(problem, samples, steps - 1, problem.x_0, allowed)
+            undone = self.last.undo(problem, samples, steps - 1, problem.x_0, allowed).value
             latents[:, -1] = problem.from_coordinates(undone)
         after = torch.cat((latents[:, 1:], wide(x_0)[:, None]), dim=1)
         every = slice(None)

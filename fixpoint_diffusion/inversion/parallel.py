@@ -21,6 +21,7 @@ _ACTIVE = -1
 _PATIENCE = 15
 # Cubic splines on twice as many steps are up to 16 times as accurate; so much better is each grid taken to be.
 _GAIN = 4.0
+_MOST_GAIN = 16.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,7 @@ class _Search:
         self._best = self._latents[:, 0].clone()
         self._least = torch.full((samples,), torch.inf, dtype=torch.float64, device=device)
         self._error = torch.full_like(self._least, torch.nan)  # as measured
+        self._doubt = torch.zeros_like(self._least)
         self._trajectory = problem.latent(self._latents).clone()
         self._start = problem.chain.rounds, problem.chain.evals
         self._replays = [0, 0]
@@ -114,9 +116,11 @@ class _Search:
         self._grid, self._everyone = grid, torch.arange(len(self.status), device=self.status.device)
         self._sources = self.problem.sources(self._latents, self._everyone)
         self._images, self._misses = self._latents.clone(), torch.zeros_like(self._sources)
-        self._doubt = torch.zeros_like(self._least)
         self._state = self.solver.init(self._sources.flatten(1))
-        self._working = self.status == _ACTIVE
+        # Where the next grid will not do either, a sample rests until there is one that may.
+        skipped = (self._doubt > _MOST_GAIN * self.tolerance) & (not self._finest)
+        self._doubt = torch.where(skipped, self._doubt / _MOST_GAIN, 0)
+        self._working = (self.status == _ACTIVE) & ~skipped
         self._improved = torch.full_like(self.status, len(self.history))
         # By how much the ordinary sampler was seen to end farther off than predicted.
         self._factor = torch.ones_like(self._least)
