@@ -22,6 +22,7 @@ class DiT(PatchTransformer):
 
     Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023, Sec. 3.2.
 
+    >>> import torch
     >>> model = DiT(DiTConfig(width=16, heads=2, num_classes=10)).eval()
     >>> model(torch.randn(3, 1, 8, 8), torch.tensor([10, 500, 999]), torch.tensor([7, 0, 10])).shape
     torch.Size([3, 1, 8, 8])
@@ -68,7 +69,6 @@ class DiT(PatchTransformer):
             FileNotFoundError: If there is no such folder.
             ValueError: If the module has parts that a ``DiT`` has not; the message names them.
 
-        >>> import diffusers
         >>> module = DiT(DiTConfig(width=16, heads=2, num_classes=10)).to_diffusers()
         >>> type(module).__name__, DiT.from_diffusers(module).config.prediction_type
         ('DiTTransformer2DModel', 'epsilon')

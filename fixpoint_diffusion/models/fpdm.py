@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fixpoint import Backward, FixedPointLayer, Picard, Solution, Solver, StochasticJFB, Unroll
 from fixpoint_diffusion.models.blocks import ImplicitBlock
+from fixpoint_diffusion.models.dit import DiT
 from fixpoint_diffusion.models.fpdm_config import FPDMConfig
+from fixpoint_diffusion.models.fpdm_from_dit import config_from_dit, copy_from_dit
 from fixpoint_diffusion.models.transformer import PatchTransformer, condition_of
 
 
@@ -122,6 +125,39 @@ class FPDM(PatchTransformer):
         for block in self.pre:
             tokens = block(tokens, explicit)
         return tokens, self.implicit_block.prepare(self.injection(tokens), both), explicit
+
+    @classmethod
+    def from_dit(cls, dit: DiT, pre: int = 1, post: int = 1, **options: Any) -> FPDM:
+        """An FPDM with the weights of a trained DiT, as a start for training.
+
+        The first ``pre`` and the last ``post`` blocks become the explicit ones, and the middle of the others the fixed
+        point map, whose injection starts as the mean of z and ``x_pre``. One iteration then passes ``x_pre`` through
+        that middle, so that a DiT of just these blocks, with ``timestep_everywhere=True``, is met exactly by
+        ``depth=1``. Otherwise the explicit blocks are conditioned on the mean of the DiT's vectors for timesteps 0 to
+        999 in place of the timestep's own.
+
+        Args:
+            dit: The DiT; it is not changed.
+            pre: Explicit blocks before the layer.
+            post: Explicit blocks after it.
+            **options: Further fields of :class:`FPDMConfig` that a ``DiTConfig`` does not have.
+
+        Raises:
+            ValueError: If the DiT has fewer blocks than that.
+
+        >>> from fixpoint_diffusion.models import DiT, DiTConfig
+        >>> dit = DiT(DiTConfig(width=16, heads=2, depth=6))
+        >>> model = FPDM.from_dit(dit, pre=1, post=1, implicit_blocks=2)
+        >>> model.config.block_passes(10)
+        22
+        """
+        config = config_from_dit(dit, pre, post, **options)
+        weight = dit.patch_embedding.weight
+        # Building the model draws weights that are replaced: keep that out of the caller's random state.
+        with torch.random.fork_rng(devices=[]):
+            model = cls(config).to(weight.device, weight.dtype)
+        copy_from_dit(model, dit)
+        return model.train(dit.training)
 
     @property
     def implicit_block(self) -> ImplicitBlock:
