@@ -2,6 +2,7 @@
 
 from fixpoint_diffusion.models.allocation import allocate
 from fixpoint_diffusion.models.checkpoint import load_dit, load_fpdm, save_dit, save_fpdm
+from fixpoint_diffusion.models.cost import Cost, cost
 from fixpoint_diffusion.models.dit import DiT
 from fixpoint_diffusion.models.dit_config import DiTConfig
 from fixpoint_diffusion.models.fpdm import FPDM, FPDMLayerProblem, fpdm_layer_problem
@@ -9,11 +10,13 @@ from fixpoint_diffusion.models.fpdm_config import FPDMConfig
 
 __all__ = [
     "FPDM",
+    "Cost",
     "DiT",
     "DiTConfig",
     "FPDMConfig",
     "FPDMLayerProblem",
     "allocate",
+    "cost",
     "fpdm_layer_problem",
     "load_dit",
     "load_fpdm",
