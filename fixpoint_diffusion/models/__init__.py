@@ -7,6 +7,7 @@ from fixpoint_diffusion.models.dit import DiT
 from fixpoint_diffusion.models.dit_config import DiTConfig
 from fixpoint_diffusion.models.fpdm import FPDM, FPDMLayerProblem, fpdm_layer_problem
 from fixpoint_diffusion.models.fpdm_config import FPDMConfig
+from fixpoint_diffusion.models.transformer_config import TransformerConfig
 
 __all__ = [
     "FPDM",
@@ -15,6 +16,7 @@ __all__ = [
     "DiTConfig",
     "FPDMConfig",
     "FPDMLayerProblem",
+    "TransformerConfig",
     "allocate",
     "cost",
     "fpdm_layer_problem",

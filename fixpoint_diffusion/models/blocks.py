@@ -40,7 +40,7 @@ def sincos_positions(side: int, width: int, order: PositionOrder = "column-row")
 def timestep_features(t: Tensor, features: int = 256, max_period: float = 10000.0, *, freq_shift: int = 0) -> Tensor:
     """Sinusoidal features ``(N, features)`` of the timesteps ``t`` ``(N,)``: cosines, then sines.
 
-    ``freq_shift`` as in :class:`~fixpoint_diffusion.models.transformer_config.TransformerConfig`.
+    ``freq_shift`` as in :class:`~fixpoint_diffusion.models.TransformerConfig`.
     """
     half = features // 2
     # In this order the rounding of float32 is that of DiT's own code and of diffusers.

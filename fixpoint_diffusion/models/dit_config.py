@@ -13,7 +13,7 @@ from fixpoint_diffusion.models.transformer_config import SIZES, TransformerConfi
 class DiTConfig(TransformerConfig):
     """Architecture of a :class:`~fixpoint_diffusion.models.DiT`.
 
-    The fields of :class:`TransformerConfig`, and:
+    The fields of :class:`~fixpoint_diffusion.models.TransformerConfig`, and:
 
     Args:
         depth: Blocks.

@@ -140,7 +140,7 @@ class FPDM(PatchTransformer):
             dit: The DiT; it is not changed.
             pre: Explicit blocks before the layer.
             post: Explicit blocks after it.
-            **options: Further fields of :class:`FPDMConfig` that a ``DiTConfig`` does not have.
+            **options: Further fields of ``FPDMConfig`` that a ``DiTConfig`` does not have.
 
         Raises:
             ValueError: If the DiT has fewer blocks than that.

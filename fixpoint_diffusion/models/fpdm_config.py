@@ -16,7 +16,7 @@ UnconditionalAdaLN = Literal["vector", "linear"]
 class FPDMConfig(TransformerConfig):
     """Architecture and training bounds of an :class:`~fixpoint_diffusion.models.FPDM`.
 
-    The fields of :class:`TransformerConfig`, and:
+    The fields of :class:`~fixpoint_diffusion.models.TransformerConfig`, and:
 
     Args:
         n_pre: Explicit blocks before the fixed point layer.

@@ -17,7 +17,7 @@ SIZES = {"S": (384, 6, 12), "B": (768, 12, 12), "L": (1024, 16, 24), "XL": (1152
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """The fields that :class:`~fixpoint_diffusion.models.DiTConfig` and ``FPDMConfig`` have in common.
+    """The fields that ``DiTConfig`` and ``FPDMConfig`` have in common.
 
     Args:
         sample_size: Height and width of the (square) image or latent, in pixels.

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from fixpoint_diffusion import initial_noise
+from fixpoint_diffusion.cli import app
+from fixpoint_diffusion.denoisers.schedules import ZERO_SNR_SCHEDULE
 from fixpoint_diffusion.models import DiT, DiTConfig, load_dit, save_dit
 from fixpoint_diffusion.models.blocks import sincos_positions, timestep_features
+from fixpoint_diffusion.processes import SamplerConfig, wide
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -182,3 +189,24 @@ def test_what_does_not_fit_a_dit_is_refused() -> None:
     x, t = batch(3)
     with pytest.raises(ValueError, match="this DiT is unconditional"):
         DiT(dataclasses.replace(CONFIG, num_classes=None))(x.float(), t, torch.tensor([0, 1, 2]))
+
+
+def test_a_folder_of_a_dit_is_sampled_and_described(tmp_path: Path) -> None:
+    model = shaken(DiT(dataclasses.replace(CONFIG, in_channels=1, learn_sigma=True))).float()
+    save_dit(model, tmp_path / "dit")
+    (tmp_path / "dit" / "scheduler_config.json").write_text(json.dumps(ZERO_SNR_SCHEDULE))
+    told = CliRunner().invoke(app, ["info", str(tmp_path / "dit")]).output.split()
+    assert [word for word in ("DiT", "v_prediction", "1x8x8", "5,") if word not in told] == []
+    command = ["sample", "--model", tmp_path / "dit", "--num-images", 2, "--class", 3, "--guidance", 2, "--steps", 4]
+    command += ["--solver", "sequential", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(app, [str(part) for part in command])
+    assert result.exit_code == 0, result.output
+    found = torch.from_numpy(np.load(tmp_path / "out" / "images.npy"))
+
+    transitions = SamplerConfig.from_diffusers(ZERO_SNR_SCHEDULE).transitions(4)
+    x = initial_noise(0, range(2), (1, 8, 8))
+    for k, t in enumerate(transitions.timesteps):
+        with torch.no_grad():
+            null, told = (model(x, t, torch.tensor([label, label]))[:, :1] for label in (5, 3))
+        x = transitions.step(wide(x), wide(null + 2 * (told - null)), k).to(x.dtype)
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
