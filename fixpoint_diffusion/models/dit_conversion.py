@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fixpoint_diffusion.models.dit import DiT
 from fixpoint_diffusion.models.dit_config import DiTConfig
@@ -108,7 +108,8 @@ def dit_to_diffusers(model: DiT) -> Any:
         names, shared = _their_names(name, config.depth)
         parts = [tensor] * len(names) if shared else tensor.chunk(len(names))
         weights |= {theirs: part.clone() for theirs, part in zip(names, parts, strict=True)}
-    module = module.to(first.device, first.dtype)
+    # By torch's method: that of diffusers warns of modules to be kept in float32, even where there are none.
+    nn.Module.to(module, first.device, first.dtype)
     module.load_state_dict(weights)
     return module.train(model.training)
 

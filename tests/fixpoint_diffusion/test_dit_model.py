@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from fixpoint_diffusion import initial_noise
+from fixpoint_diffusion import initial_noise, load_denoiser
 from fixpoint_diffusion.cli import app
 from fixpoint_diffusion.denoisers.schedules import ZERO_SNR_SCHEDULE
 from fixpoint_diffusion.models import DiT, DiTConfig, load_dit, save_dit
@@ -101,15 +101,21 @@ def test_a_trained_model_goes_to_diffusers_and_back(num_classes: int | None, lea
     assert ours.head.linear.bias.any()
 
 
-def test_a_folder_of_diffusers_is_read(tmp_path: Path) -> None:
-    theirs = their_module(in_channels=4)
-    theirs.float().save_pretrained(tmp_path / "transformer")
-    x, t = batch(4)
+@pytest.mark.parametrize("class_name", ["DiTTransformer2DModel", "Transformer2DModel"])
+def test_a_folder_of_diffusers_is_read(tmp_path: Path, class_name: str) -> None:
+    """Also under the name that the class had when the published weights were written."""
+    theirs = their_module(in_channels=4, out_channels=8).float()
+    theirs.save_pretrained(tmp_path / "transformer")
+    file = tmp_path / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "_class_name": class_name}))
+    x, t, y = batch(4)[0].float(), batch(4)[1], torch.tensor([1, 2, 5])
     with torch.no_grad():
-        expected = theirs(x.float(), t, class_labels=torch.tensor([1, 2, 3])).sample
+        expected = theirs(x, t, class_labels=y).sample
         for folder in (tmp_path, tmp_path / "transformer"):
-            ours = DiT.from_diffusers(folder)
-            torch.testing.assert_close(ours(x.float(), t, torch.tensor([1, 2, 3])), expected)
+            torch.testing.assert_close(DiT.from_diffusers(folder)(x, t, y), expected)
+            denoiser = load_denoiser(folder)
+            assert denoiser.conditioning["class_labels"].null_label == 5
+            torch.testing.assert_close(denoiser(x, t, class_labels=y), expected[:, :4])
     with pytest.raises(FileNotFoundError, match=r"expected config\.json"):
         DiT.from_diffusers(tmp_path / "elsewhere")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fixpoint_diffusion.denoisers import embedded
 from fixpoint_diffusion.models import FPDM, DiT, DiTConfig, FPDMConfig, fpdm_layer_problem
 
 SMALL = FPDMConfig(width=16, heads=2)
@@ -130,6 +131,16 @@ def test_the_timestep_reaches_every_block_on_request() -> None:
         # depth=0 hands z0 to the blocks after the layer.
         early, late = (model(x, torch.tensor(t), z0=torch.ones_like(early), depth=0) for t in (0, 999))
         assert torch.equal(early, late) != everywhere
+
+
+def test_the_embedded_model_keeps_the_positions_that_it_was_trained_with() -> None:
+    model = embedded("fpdm-digits").model
+    assert model.config.positions == "row-column"
+    row, column = 3, 1  # the first half encodes the row
+    frequencies = 10000.0 ** (-torch.arange(24) / 24)
+    at = model.positions[row * 4 + column]
+    torch.testing.assert_close(at[:24], (row * frequencies).sin())
+    torch.testing.assert_close(at[48:72], (column * frequencies).sin())
 
 
 def test_the_injection_takes_either_gelu() -> None:
