@@ -107,7 +107,7 @@ def dit_to_diffusers(model: DiT) -> Any:
     for name, tensor in stored.items():
         names, shared = _their_names(name, config.depth)
         parts = [tensor] * len(names) if shared else tensor.chunk(len(names))
-        weights |= {theirs: part.clone() for theirs, part in zip(names, parts, strict=True)}
+        weights |= dict(zip(names, parts, strict=True))
     # By torch's method: that of diffusers warns of modules to be kept in float32, even where there are none.
     nn.Module.to(module, first.device, first.dtype)
     module.load_state_dict(weights)
@@ -136,4 +136,4 @@ def _joined(name: str, depth: int, stored: dict[str, Tensor]) -> Tensor:
                 f"a DiT has one {name.rpartition('.')[0]} for all blocks, but in this module {theirs} differs from "
                 f"{names[0]}"
             )
-    return first.clone()
+    return first

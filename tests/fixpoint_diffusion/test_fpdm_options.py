@@ -143,6 +143,11 @@ def test_the_embedded_model_keeps_the_positions_that_it_was_trained_with() -> No
     torch.testing.assert_close(at[48:72], (column * frequencies).sin())
 
 
+def test_a_timestep_everywhere_leaves_no_vector_for_the_absence_of_classes() -> None:
+    options = {"timestep_everywhere": True, "unconditional_adaln": "linear"}
+    assert FPDM(dataclasses.replace(SMALL, **options)).class_embedding is None
+
+
 def test_the_injection_takes_either_gelu() -> None:
     x, t, _ = batch()
     for name, gelu in {"exact": nn.GELU(), "tanh": nn.GELU(approximate="tanh")}.items():
