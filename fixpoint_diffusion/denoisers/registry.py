@@ -80,7 +80,7 @@ def families() -> dict[str, Family]:
 
     Example:
         >>> sorted(families())
-        ['conditional-unet', 'dit', 'fpdm', 'unet', 'unet-1d', 'unet-3d']
+        ['conditional-unet', 'diffusers-dit', 'dit', 'fpdm', 'unet', 'unet-1d', 'unet-3d']
     """
     return {**_own_families(), **_registered}
 

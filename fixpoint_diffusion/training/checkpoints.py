@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fixpoint_diffusion.files import written_whole
-from fixpoint_diffusion.models.checkpoint import split_w1
+from fixpoint_diffusion.models.checkpoint import in_current_names
 
 FORMAT = "fixpoint-diffusion training state 2"
 PARTS = ("model", "ema", "optimizer")
@@ -75,7 +75,7 @@ def load_state(path: Path) -> TrainingState:
     """
     tensors, header = _read(path)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
-    for key, tensor in split_w1(tensors).items():
+    for key, tensor in in_current_names(tensors).items():
         part, _, name = key.partition("/")
         if part not in parts:
             raise ValueError(f"{path} holds a tensor {key!r}; expected names that begin with {', '.join(PARTS)}")

@@ -20,7 +20,7 @@ from fixpoint_diffusion.training.checkpoints import (
     restore_optimizer,
     save_state,
 )
-from tests.fixpoint_diffusion.earlier import with_whole_w1
+from tests.fixpoint_diffusion.earlier import as_stored_earlier
 
 
 def state(step: int = 3, value: float = 1.0) -> TrainingState:
@@ -64,7 +64,7 @@ def test_state_of_an_fpdm_that_an_earlier_version_left_is_continued(tmp_path: Pa
         optimizer=optimizer_tensors(optimizer, model),
         record={"step": 1},
     )
-    earlier = {part: with_whole_w1(getattr(now, part)) for part in ("model", "ema", "optimizer")}
+    earlier = {part: as_stored_earlier(getattr(now, part)) for part in ("model", "ema", "optimizer")}
     assert len(earlier["optimizer"]) == len(now.optimizer) - 3
     save_state(tmp_path / "c", TrainingState(**earlier, record=now.record))
     found = load_state(tmp_path / "c")
