@@ -14,6 +14,8 @@ from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.problem import InverseProblem, replay, rms
 from fixpoint_diffusion.inversion.result import Found
 
+_PASSES = 3  # most times that the steps of a sample are undone
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepwiseInverse:
@@ -60,29 +62,35 @@ class StepwiseInverse:
 
         Where a callback stops it, the steps that are left are undone as the prior has it.
         """
-        problem, everyone = InverseProblem(chain, x_0), torch.arange(len(x_0), device=x_0.device)
-        before = chain.rounds, chain.evals
-        x, history, met = self.search(problem, everyone, tolerance, progress=progress, callback=callback)
-        counts = chain.rounds - before[0], chain.evals - before[1]
-        stopped = len(history) < chain.steps
-        trajectory = replay(chain, problem.latent(x), everyone)
-        error = rms(trajectory[:, -1] - x_0)
-        # Errors of many steps may add up to more than was taken: such samples are undone once more, each step closer.
-        again = (met & (error > tolerance) & (error < torch.inf)).nonzero().flatten()
-        if len(again) and not stopped:
+        problem, rows = InverseProblem(chain, x_0), torch.arange(len(x_0), device=x_0.device)
+        best, trajectory = x_0.new_empty(0), x_0.new_empty(0)
+        error = torch.full_like(tolerance, torch.inf)
+        asked, history, rounds, evals = tolerance.clone(), list[int](), 0, 0
+        for _ in range(_PASSES):
             before = chain.rounds, chain.evals
-            closer, more, _ = self.search(problem, again, tolerance.square() / (2 * error), progress=progress)
-            counts = counts[0] + chain.rounds - before[0], counts[1] + chain.evals - before[1]
-            history += more
-            path = replay(chain, problem.latent(closer), again)
-            better = rms(path[:, -1] - x_0[again]) < error[again]
-            x[again[better]], trajectory[again[better]] = closer[better], path[better]
-        ended = Status.STOPPED if stopped else Status.MAX_EVALS
+            x, counts, met = self.search(problem, rows, asked, progress=progress, callback=callback)
+            rounds, evals = rounds + chain.rounds - before[0], evals + chain.evals - before[1]
+            history += counts
+            path = replay(chain, problem.latent(x), rows)
+            reached = rms(path[:, -1] - x_0[rows])
+            if len(best):
+                better = reached < error[rows]
+                best[rows[better]], trajectory[rows[better]] = x[better], path[better]
+            else:
+                best, trajectory = x, path
+            error[rows] = torch.minimum(error[rows], reached)
+            # Errors of many steps may add up to more than was taken: such samples are undone again, each step closer.
+            again = met & (reached > tolerance[rows]) & torch.isfinite(reached)
+            stopped = len(counts) < chain.steps
+            if stopped or not bool(again.any()):
+                break
+            rows = rows[again]
+            asked[rows] *= tolerance[rows] / (2 * reached[again])
         return Found(
-            x_T=problem.latent(x),
-            status=torch.full((len(x_0),), int(ended), device=x_0.device),
-            rounds=counts[0],
-            evals=counts[1],
+            x_T=problem.latent(best),
+            status=torch.full((len(x_0),), int(Status.STOPPED if stopped else Status.MAX_EVALS), device=x_0.device),
+            rounds=rounds,
+            evals=evals,
             trajectory=trajectory,
             history=history,
         )

@@ -31,6 +31,7 @@ from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.denoisers.guided import Guided
 from fixpoint_diffusion.inversion import InverseMethod, InverseRound
 from fixpoint_diffusion.inversion.forecast import Forecast
+from fixpoint_diffusion.inversion.problem import InverseProblem, replay, rms
 from fixpoint_diffusion.processes import Clip
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
@@ -420,3 +421,19 @@ def test_a_generated_image_gives_its_own_noise_back() -> None:
     chain = DDIMChain(curved, x_T, SCHEDULE, steps=30)
     inverse = invert(chain, chain.sequential()[:, -1], rtol=1e-8)
     torch.testing.assert_close(inverse.x_T, x_T, rtol=0, atol=1e-5)
+
+
+def test_steps_are_undone_once_more_where_their_errors_add_up() -> None:
+    def growing(x: Tensor, t: Tensor) -> Tensor:
+        a = SCHEDULE.alphas_cumprod.to(x)[t].reshape(-1, 1)
+        return (1 - a).sqrt() * x - 0.3 * torch.sin(2 * x)
+
+    x_0, method = images(3, 5), StepwiseInverse(solver=fixpoint.Picard())
+    chain = DDIMChain(growing, torch.zeros_like(x_0), SCHEDULE, steps=100)
+    once, _, met = method.search(InverseProblem(chain, x_0), torch.arange(3), torch.full((3,), 1e-3))
+    arrived = replay(chain, InverseProblem(chain, x_0).latent(once), torch.arange(3))[:, -1]
+    assert met.all()
+    assert (rms(arrived - x_0) > 1e-3).any()  # each step is as near as it should be, and x_0 is not
+    inverse = invert(chain, x_0, method=method, rtol=0, atol=1e-3)
+    assert inverse.converged.all()
+    assert len(inverse.history) > chain.steps
