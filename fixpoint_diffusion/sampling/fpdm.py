@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fixpoint import Picard, Solution, Solver
-from fixpoint_diffusion.denoisers.modules import compute_dtype
 from fixpoint_diffusion.models.allocation import iterations_per_step
 from fixpoint_diffusion.models.fpdm import FPDM
-from fixpoint_diffusion.processes import NoiseSchedule, Transitions, step_noise, wide
+from fixpoint_diffusion.processes import NoiseSchedule, Transitions
+from fixpoint_diffusion.sampling.fpdm_step import StepFunction
 from fixpoint_diffusion.sampling.iterations import LastIterate, ToTolerance
 
 Reuse = bool | Literal["extrapolate"]
@@ -208,46 +208,14 @@ def follow_transitions(
     Raises:
         ValueError: As :func:`sample_fpdm`.
     """
-    learned, channels = transitions.learned_variance, model.config.in_channels
-    if learned and not model.config.learn_sigma:
-        raise ValueError(
-            f"variance_type={transitions.variance_type!r} needs a model that learned a variance, and this FPDM did not "
-            f"(learn_sigma is False)"
-        )
     if reuse not in (True, False, "extrapolate"):
         raise ValueError(f"reuse must be True, False or 'extrapolate', got {reuse!r}")
-    solves = _solves(iterations, solver, transitions.steps)
-    dtype, noisy = compute_dtype(model, x_T.dtype), learned or bool((transitions.sigma > 0).any())
-    if guidance != 1:
-        if y is None or model.config.num_classes is None:
-            raise ValueError("guidance needs the classes y, and a model that has classes")
-        y = torch.cat([torch.full_like(y, model.config.num_classes), y])
+    take_step = StepFunction(model=model, transitions=transitions, y=y, guidance=guidance)
     latent, z0, before = x_T, None, None
-    for k, how in enumerate(solves):
-        timestep = int(transitions.timesteps[k])
-        inputs = latent if guidance == 1 else torch.cat([latent, latent])
-        output, solution = model(
-            inputs.to(dtype),
-            torch.tensor(timestep, device=latent.device),
-            y,
-            z0,
-            **how,
-            record=record,
-            return_solution=True,
-        )
-        noise = None
-        if noisy:
-            samples = range(first_sample, first_sample + len(x_T))
-            noise = step_noise(seed, samples, [k], x_T.shape[1:], dtype=wide(latent).dtype, device=latent.device)[:, 0]
-        if guidance != 1:
-            # What is said of the variance is that of the rows with a class, as in Guided.
-            without, output = output.chunk(2)
-            guided = without[:, :channels] + guidance * (output[:, :channels] - without[:, :channels])
-            output = torch.cat([guided, output[:, channels:]], dim=1)
-        if not learned:
-            output = output[:, :channels]
-        after = transitions.step(wide(latent), wide(output), k, noise).to(latent.dtype)
-        yield FPDMStep(timestep, latent, z0, solution, after)
+    for k, how in enumerate(_solves(iterations, solver, transitions.steps)):
+        noise = take_step.noise(x_T, [k], seed, first_sample)
+        after, solution = take_step(latent, z0, k, None if noise is None else noise[:, 0], record=record, **how)
+        yield FPDMStep(int(transitions.timesteps[k]), latent, z0, solution, after)
         latent = after
         z0 = solution.value if reuse else None
         if reuse == "extrapolate":
