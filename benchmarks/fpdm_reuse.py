@@ -115,9 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     runs = Runs(options.images, options.seeds)
-    print(
-        f"{options.images} images, mean of {options.seeds} seeds: relative confidence, Frechet distance, last residual\n"
-    )
+    print(f"{options.images} images, mean of {options.seeds} seeds")
+    print("each cell: relative confidence, Frechet distance, last residual\n")
     figures = {
         "starts": starts(runs, QUICK if options.quick else SPLITS),
         "allocations": allocations(runs, *((5, 3) if options.quick else (20, 4))),

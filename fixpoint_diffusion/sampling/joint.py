@@ -123,7 +123,7 @@ def sample_fpdm_jointly(
         rounds, rows = rounds + 1, rows + len(state)
         latent = state[:, :size].unflatten(1, x_T.shape[1:])
         z0 = (state[:, size:] / scale[sample]).reshape(-1, halves, *tokens).transpose(0, 1).flatten(0, 1)
-        after, solution = take_step(latent, z0.contiguous(), k, *(drawn or (None,)), rows=sample, depth=iterations)
+        after, solution = take_step(latent, z0, k, drawn[0] if drawn else None, sample, depth=iterations)
         return torch.cat([after.flatten(1), scale[sample] * _by_image(solution.value, halves)], dim=1)
 
     # The prior says how latents move. Of the tokens nothing is known, and iterating a contraction forgets them.
