@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fixpoint import Anderson, solve
+from fixpoint import Anderson, Picard, solve
 from fixpoint.bench import provenance
 from fixpoint_diffusion import sample
 from fixpoint_diffusion.chains import DDIMChain
@@ -110,7 +110,8 @@ class Case:
         }
 
     def _chain(self, depth: int | None) -> DDIMChain:
-        denoiser = FPDMDenoiser(self.model, depth=depth, rtol=RTOL, prior=self.prior)
+        solver = Anderson() if depth is None else Picard()
+        denoiser = FPDMDenoiser(self.model, depth=depth, rtol=RTOL, prior=self.prior, solver=solver)
         return DDIMChain(denoiser, self.x_T, self.schedule, steps=self.steps, spacing="trailing")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fixpoint import Picard, Solver
 from fixpoint_diffusion.denoisers.modules import compute_dtype, execution_device
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
 from fixpoint_diffusion.models import FPDM, FPDMConfig
@@ -27,6 +28,8 @@ class FPDMDenoiser:
         depth: Iterations of the layer per call; None: solve to ``rtol``.
         rtol: Relative tolerance of the layer's solve, unused with ``depth``.
         max_evals: Bound on evaluations of that solve.
+        solver: Solver of the layer. Plain iteration does not converge for every image: to a tolerance, ``Anderson()``
+            is safer.
         prior: What is known of the images, from which chains predict how latents move; None: a plain guess.
         learned_variance: Whether the output keeps what the model says of the variance, ``(N, 2 C, H, W)``; for a
             model with ``learn_sigma``. False: it is dropped.
@@ -50,6 +53,7 @@ class FPDMDenoiser:
         depth: int | None = None,
         rtol: float = 1e-3,
         max_evals: int = 50,
+        solver: Solver = Picard(),  # noqa: B008 - immutable
         prior: GaussianPrior | None = None,
         learned_variance: bool = False,
     ) -> None:
@@ -64,6 +68,7 @@ class FPDMDenoiser:
         self.depth = depth
         self.rtol = rtol
         self.max_evals = max_evals
+        self.solver = solver
         self.prior = prior
         self.learned_variance = learned_variance
         self.prediction_type: str = model.config.prediction_type
@@ -82,11 +87,11 @@ class FPDMDenoiser:
         """
         inputs = x.to(compute_dtype(self.model, x.dtype))
         if self.depth is not None:
-            output = self.model(inputs, t, class_labels, depth=self.depth)
+            output = self.model(inputs, t, class_labels, depth=self.depth, solver=self.solver)
         elif self.model.training and torch.is_grad_enabled():
-            output = self.model(inputs, t, class_labels)
+            output = self.model(inputs, t, class_labels, solver=self.solver)
         else:
-            output = self.model(inputs, t, class_labels, rtol=self.rtol, max_evals=self.max_evals)
+            output = self.model(inputs, t, class_labels, rtol=self.rtol, max_evals=self.max_evals, solver=self.solver)
         channels = x.shape[1] * (2 if self.learned_variance else 1)
         return output[:, :channels].to(x.dtype)
 

@@ -84,7 +84,11 @@ def test_a_count_below_one_is_refused(x_T: Tensor) -> None:
 def test_the_chain_of_an_fpdm_is_sampled_in_parallel_with_its_layers_solved_inside(x_T: Tensor) -> None:
     """The layer to a tolerance in every evaluation, or by a count: equal to the sampler without reuse."""
     model = small_model()
-    for denoiser, iterations in ((FPDMDenoiser(model, rtol=1e-10), 80), (FPDMDenoiser(model, depth=3), 3)):
+    for denoiser, iterations in (
+        (FPDMDenoiser(model, rtol=1e-10), 80),
+        (FPDMDenoiser(model, rtol=1e-10, solver=fixpoint.Anderson()), 80),
+        (FPDMDenoiser(model, depth=3), 3),
+    ):
         chain = DDIMChain(denoiser, x_T, SCHEDULE, steps=8, spacing="trailing")
         result = sample(chain, rtol=1e-8)
         expected = sample_fpdm(model, x_T, SCHEDULE, steps=8, iterations=iterations, reuse=False)
@@ -100,3 +104,11 @@ def test_the_chain_of_an_fpdm_is_inverted(x_T: Tensor) -> None:
     torch.testing.assert_close(images, chain.sequential()[:, -1])
     inverse = invert(chain, images, rtol=1e-8)
     torch.testing.assert_close(inverse.x_T, x_T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_denoiser_solves_its_layer_by_the_given_solver(x_T: Tensor) -> None:
+    model, t = small_model(), torch.tensor([900, 500, 10])
+    with torch.no_grad():
+        for solver in (fixpoint.Picard(), fixpoint.Anderson()):
+            expected = model(x_T, t, depth=4, solver=solver)
+            assert torch.equal(FPDMDenoiser(model, depth=4, solver=solver)(x_T, t), expected)
