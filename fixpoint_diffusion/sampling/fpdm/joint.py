@@ -10,7 +10,7 @@ from torch import Tensor
 from fixpoint import CausalQuasiNewton, Recurrence, Solution, solve
 from fixpoint_diffusion.models.fpdm import FPDM, fpdm_layer_problem
 from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule, Transitions
-from fixpoint_diffusion.sampling.fpdm_step import StepFunction
+from fixpoint_diffusion.sampling.fpdm.step import StepFunction
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

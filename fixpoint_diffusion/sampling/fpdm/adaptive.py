@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fixpoint_diffusion.models.fpdm import FPDM
 from fixpoint_diffusion.processes import NoiseSchedule
-from fixpoint_diffusion.sampling.fpdm import sample_fpdm
-from fixpoint_diffusion.sampling.iterations import ToTolerance
+from fixpoint_diffusion.sampling.fpdm.iterations import ToTolerance
+from fixpoint_diffusion.sampling.fpdm.sampler import sample_fpdm
 
 _WITHIN = 0.1  # of the budget, what the probe batch may miss it by
 _AIM = 0.02  # at which the search ends early

@@ -14,8 +14,8 @@ from fixpoint import Picard, Solution, Solver
 from fixpoint_diffusion.models.allocation import iterations_per_step
 from fixpoint_diffusion.models.fpdm import FPDM
 from fixpoint_diffusion.processes import NoiseSchedule, Transitions
-from fixpoint_diffusion.sampling.fpdm_step import StepFunction
-from fixpoint_diffusion.sampling.iterations import LastIterate, ToTolerance
+from fixpoint_diffusion.sampling.fpdm.iterations import LastIterate, ToTolerance
+from fixpoint_diffusion.sampling.fpdm.step import StepFunction
 
 Reuse = bool | Literal["extrapolate"]
 
