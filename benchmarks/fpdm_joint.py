@@ -123,7 +123,7 @@ def counted(model: FPDM) -> Iterator[list[int]]:
     def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
         rows.append(len(output))
 
-    hooks = [b.register_forward_hook(note) for b in (*model.pre, *model.post, model.implicit_block)]
+    hooks = [b.attention.register_forward_hook(note) for b in (*model.pre, *model.post, *model.implicit_block.blocks)]
     try:
         yield rows
     finally:

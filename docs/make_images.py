@@ -12,6 +12,7 @@ from types import ModuleType
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.patches import FancyBboxPatch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -159,6 +160,59 @@ def fpdm_samples(path: Path) -> None:
     save_grid(batch.images, path, columns=16, smallest_side=200)
 
 
+def fpdm_architecture(path: Path) -> None:
+    """A DiT and an FPDM beside it, from the patches at the bottom to the prediction at the top."""
+    figure, axes = plt.subplots(figsize=(6.4, 5.0), layout="constrained")
+    axes.set(xlim=(0, 10.6), ylim=(-0.5, 8.3))
+    axes.axis("off")
+
+    def box(x: float, y: float, text: str, colour: str = "#e8e8e8", width: float = 2.4) -> None:
+        style = {"boxstyle": "round,pad=0.15", "facecolor": colour, "edgecolor": "black", "linewidth": 0.8}
+        axes.add_patch(FancyBboxPatch((x - width / 2, y - 0.2), width, 0.4, **style))
+        axes.text(x, y, text, ha="center", va="center", fontsize=8)
+
+    def arrow(*points: tuple[float, float], colour: str = "black") -> None:
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs[:-1], ys[:-1], color=colour, lw=0.9)
+        axes.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 0.9})
+
+    explicit, implicit, told = "#cfe2f3", "#fce5cd", "#b45f06"
+    for x, title in ((2.0, "DiT"), (6.6, "FPDM")):
+        axes.text(x, 8.1, title, ha="center", fontsize=10, weight="bold")
+        box(x, 0.1, "patches + positions")
+        box(x, 7.3, "head")
+    names = ["block 1", "block 2", "...", "block n"]
+    for k, name in enumerate(names):
+        y = 1.6 + 1.4 * k
+        box(2.0, y, name, explicit)
+        arrow((2.0, y - 0.9 if k else 0.6), (2.0, y - 0.5))
+        arrow((4.0, y), (3.5, y), colour=told)
+    arrow((2.0, 6.3), (2.0, 6.8))
+    arrow((4.0, 7.3), (3.5, 7.3), colour=told)
+    axes.plot([4.0, 4.0], [1.6, 7.3], color=told, lw=0.9)
+    axes.text(4.0, 1.1, "$t$, class", ha="center", fontsize=8, color=told)
+
+    box(6.6, 1.2, "pre blocks", explicit)
+    box(9.2, 2.4, r"$u$ = injection", width=1.8)
+    box(6.6, 3.5, r"$W_2\,\mathrm{gelu}(W_1[z; u])$", implicit)
+    box(6.6, 4.6, "block, or a group", implicit)
+    box(6.6, 6.2, "post blocks", explicit)
+    arrow((6.6, 0.6), (6.6, 0.7))
+    arrow((6.6, 1.7), (6.6, 3.0))
+    axes.text(6.5, 2.3, r"$z_0 = x_\mathrm{pre}$", ha="right", fontsize=8)
+    arrow((6.6, 1.75), (9.2, 1.75), (9.2, 2.0))
+    arrow((9.2, 2.8), (9.2, 3.5), (8.15, 3.5))
+    arrow((6.6, 4.0), (6.6, 4.1))
+    arrow((6.6, 5.1), (6.6, 5.7))
+    axes.text(6.75, 5.35, "$z^\\star$", fontsize=8)
+    arrow((6.6, 5.35), (4.9, 5.35), (4.9, 3.5), (5.05, 3.5))
+    axes.text(4.8, 5.5, "again, $k$ times", fontsize=8)
+    arrow((6.6, 6.7), (6.6, 6.8))
+    arrow((8.6, 4.6), (8.15, 4.6), colour=told)
+    axes.text(8.7, 4.6, "$t$, class", va="center", fontsize=8, color=told)
+    figure.savefig(path, dpi=150)
+
+
 def restoration(path: Path) -> None:
     """Digits, what a measurement determines of them, and what is restored: one block of columns for each kind."""
     examples = _load_example("restoration")
@@ -266,6 +320,7 @@ PICTURES = {
     "sweep": sweep,
     "ddim-samples": ddim_samples,
     "fpdm-samples": fpdm_samples,
+    "fpdm-architecture": fpdm_architecture,
     "restoration": restoration,
     "inversion": inversion,
 }

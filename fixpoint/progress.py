@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -9,6 +11,9 @@ import numpy as np
 
 from fixpoint.plotting import EXTRA
 from fixpoint.solution import Progress
+
+# Least time between two lines of a bar in a file.
+LOG_SECONDS = 30.0
 
 
 class ProgressBar:
@@ -36,7 +41,7 @@ class ProgressBar:
 
     def __call__(self, progress: Progress) -> None:
         if self._bar is None:
-            self._bar = _tqdm()(total=progress.max_evals, desc=self._description, unit="eval")
+            self._bar = self.tqdm(total=progress.max_evals, desc=self._description, unit="eval")
         predicted = progress.predicted_error
         name, per_row = ("residual", progress.residual) if predicted is None else ("predicted_error", predicted)
         figures = np.asarray(per_row.tolist())
@@ -45,6 +50,31 @@ class ProgressBar:
         self._bar.update(progress.nfev - self._bar.n)
         if progress.active == 0 or progress.nfev == progress.max_evals:
             self.close()
+
+    @staticmethod
+    def tqdm(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
+        """A tqdm bar for work of any kind, which does not fill a log.
+
+        In a terminal or a notebook it is tqdm's own. Elsewhere, as in the log of a batch job, where every change would
+        become a line, one comes every 30 seconds at most.
+
+        Args:
+            iterable: What to go through; see tqdm.
+            **options: tqdm's own.
+
+        Raises:
+            ModuleNotFoundError: If tqdm is missing.
+
+        Example:
+            >>> import fixpoint
+            >>> [k * k for k in fixpoint.ProgressBar.tqdm(range(3), disable=True)]
+            [0, 1, 4]
+        """
+        kind = _tqdm()
+        notebook = any(base.__module__ == "tqdm.notebook" for base in kind.__mro__)
+        if not notebook and not getattr(options.get("file") or sys.stderr, "isatty", bool)():
+            options = {"mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS, **options}
+        return kind(iterable, **options)
 
     def close(self) -> None:
         """Leave the bar as it stands; a later solve opens another."""

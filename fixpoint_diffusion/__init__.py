@@ -12,13 +12,15 @@ from fixpoint_diffusion.inversion import (
     deq_ddim_inversion_settings,
     invert,
 )
-from fixpoint_diffusion.models import FPDM, FPDMConfig
+from fixpoint_diffusion.models import FPDM, DiT, DiTConfig, FPDMConfig
 from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule, Transitions, initial_noise, step_noise
 from fixpoint_diffusion.sampling import SamplingResult, deq_ddim_settings, sample, sample_fpdm
 
 __all__ = [
     "FPDM",
     "DDIMChain",
+    "DiT",
+    "DiTConfig",
     "DrawnInverse",
     "ExplicitInverse",
     "FPDMConfig",

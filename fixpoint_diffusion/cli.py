@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 try:
@@ -24,12 +26,23 @@ app = typer.Typer(
     help="Sample from diffusion models in parallel or in sequence, train small ones, and look at model folders.",
 )
 
-app.command()(train)
-app.command()(encode)
-app.command()(evaluate)
-app.command()(sample)
-app.command()(info)
-app.command()(invert)
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command; Ctrl-C where it has nothing of its own to say ends in one line too."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **given: Any) -> None:
+        try:
+            command(*args, **given)
+        except KeyboardInterrupt:
+            typer.echo("\nInterrupted.", err=True)  # below a progress bar
+            raise typer.Exit(130) from None
+
+    return run
+
+
+for command in (train, encode, evaluate, sample, info, invert):
+    app.command()(_interruptible(command))
 
 # What a user can put right; anything else is a fault of ours, and its traceback is wanted.
 _USER_ERRORS = (ValueError, OSError, ImportError, ArithmeticError, MemoryError, RecursionError)
@@ -54,7 +67,7 @@ def main() -> None:
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        _stop("not enough memory: take a smaller --batch-size")
+        _stop("not enough memory: take a smaller --batch-size, or smaller images")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+_LITTER = ("Thumbs.db", "desktop.ini", "__MACOSX")
+
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object from a file.
@@ -74,6 +76,11 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
         raise OSError(f"cannot write to {path}: {reason}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def visible_entries(folder: Path) -> list[Path]:
+    """What lies in a folder, but for hidden files and what file managers leave behind; in no order."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in _LITTER]
 
 
 def sha256_of(path: Path) -> str:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fixpoint import IFT, JFB, Phantom
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, embedded
-from fixpoint_diffusion.inversion import Descent, LinearTerm, OptimisedInverse
-from fixpoint_diffusion.inversion.gradients import Gradient
+from fixpoint_diffusion.inversion import Descent, Gradient, LinearTerm, OptimisedInverse
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 COUNT, STEPS, EPOCHS = 4, 10, 31

@@ -14,8 +14,8 @@ from fixpoint.bench import report
 from fixpoint.plotting import EXTRA
 
 try:
+    import tqdm  # noqa: F401 - missed here, before anything is run
     import typer
-    from tqdm import tqdm
 except ModuleNotFoundError as error:
     raise SystemExit(f"the command fixpoint needs {error.name}: {EXTRA}") from None
 
@@ -110,7 +110,7 @@ def report_command(
 
 def _bar(names: Sequence[str]) -> Iterator[str]:
     """A progress bar over the studies that names the one that runs."""
-    with tqdm(total=len(names), unit="study") as bar:
+    with fixpoint.ProgressBar.tqdm(total=len(names), unit="study") as bar:
         for name in names:
             bar.set_description(name)
             yield name

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 AMPLIFIES = 30.0  # up to here, predicted errors were found to be trustworthy as they are
 STRICTER = 10.0  # by how much the tolerance is tightened for a chain that has to go back
+_LARGEST_AMPLIFY = 300.0  # the same where the largest gains that were ever seen are multiplied
 _COUNTS = 0.1  # a change of an input tells what the step amplifies, if it is so much of the tolerance
 _RETRIES = 2  # so often a chain goes back, before it goes on step by step
 _LARGEST_LOG = 700.0  # of what float64 can hold
@@ -23,13 +24,16 @@ _LARGEST_LOG = 700.0  # of what float64 can hold
 class Gains:
     """Of every step of every chain, logarithms of how many times larger a change of its input came out of it.
 
-    A gain is measured from two evaluations of the step, at inputs that differ by enough to count. The larger one
-    of the last two counts: which way the next error will point is not known, and early rounds were far from the
-    solution. Where nothing was measured, the gain is that by which the solver's model enlarged the predicted error.
+    Best is what a twin has measured, see :class:`~fixpoint.chains.twin.Twin`. Before that, a gain is measured from two
+    evaluations of the step, at inputs that differ by enough to count. The larger one of the last two counts: which way
+    the next error will point is not known, and early rounds were far from the solution. Where nothing was measured,
+    the gain is that by which the solver's model enlarged the predicted error.
     """
 
     def __init__(self, rows: int, steps: int) -> None:
+        self._by_twin = np.full((rows, steps), -np.inf)
         self._measured = np.full((2, rows, steps), -np.inf)  # newest first
+        self._largest = np.full((rows, steps), -np.inf)  # of all that were measured
         self._modelled = np.zeros((rows, steps))
 
     def note(self, row: Array, step: Array, measured: Array, modelled: Array) -> None:
@@ -40,33 +44,22 @@ class Gains:
         newest, before = self._measured
         before[row[known], step[known]] = newest[row[known], step[known]]
         newest[row[known], step[known]] = measured[known]
+        self._largest[row[known], step[known]] = np.maximum(self._largest[row[known], step[known]], measured[known])
         known = np.isfinite(modelled)
         self._modelled[row[known], step[known]] = modelled[known]
 
+    def note_twin(self, rows: Array, gains: Array) -> None:
+        """Take in what twins have measured of whole chains, ``(R, T)``; NaN where a step was not."""
+        with np.errstate(all="ignore"):
+            self._by_twin[rows] = np.log(gains)
+
     def of(self, rows: Array) -> Array:
         """``(R, T)``: the logarithm of every step's gain."""
-        measured = self._measured[:, rows].max(axis=0)
-        return np.where(np.isfinite(measured), measured, self._modelled[rows])
+        return first_finite(self._by_twin[rows], self._measured[:, rows].max(axis=0), self._modelled[rows])
 
-    def ahead(self, rows: Array, scale: Array, seen: Array, done: Array) -> Array:
-        """Logarithm of how many times larger later states show the relative error of each state: ``(R, T)``, >= 0.
-
-        Args:
-            rows: ``(R,)``.
-            scale: ``(R, T)``, norms of the states.
-            seen: ``(R,)``: of so many states something is known. Errors are taken to grow beyond them at the pace at
-                which they grew over the states that are done, if they did.
-            done: ``(R,)``, so many states are done.
-        """
-        step = np.arange(scale.shape[1])
-        with np.errstate(all="ignore"):
-            growth = self.of(rows) + np.log(np.concatenate((scale[:, :1], scale[:, :-1]), axis=1) / scale)
-        growth = np.where(np.isfinite(growth) & (step < seen[:, None]), growth, 0)
-        growth[:, :1] = 0  # what starts a chain has no error
-        so_far = np.where(step < done[:, None], growth, 0).sum(axis=1)
-        pace = np.maximum(so_far, 0) / np.maximum(done, 1)
-        total = np.cumsum(np.where(step < seen[:, None], growth, pace[:, None]), axis=1)
-        return np.minimum(np.maximum.accumulate(total[:, ::-1], axis=1)[:, ::-1] - total, _LARGEST_LOG)
+    def largest(self, rows: Array) -> Array:
+        """``(R, T)``: the same, if of all gains that were measured the largest one counts."""
+        return first_finite(self._largest[rows], self._modelled[rows])
 
     def accumulated(self, rows: Array, defects: Array) -> Array:
         """``(R, T)``: the error that states have by their own defects and by those before them.
@@ -82,6 +75,35 @@ class Gains:
         return errors
 
 
+def first_finite(*choices: Array) -> Array:
+    """Entry by entry the first of the arrays that is finite, or else the last."""
+    *others, found = choices
+    for choice in reversed(others):
+        found = np.where(np.isfinite(choice), choice, found)
+    return found
+
+
+def ahead(gains: Array, scale: Array, seen: Array, done: Array) -> Array:
+    """Logarithm of how many times larger later states show the relative error of each state: ``(R, T)``, >= 0.
+
+    Args:
+        gains: ``(R, T)``, logarithms of the steps' gains.
+        scale: ``(R, T)``, norms of the states.
+        seen: ``(R,)``: of so many states something is known. Errors are taken to grow beyond them at the pace at
+            which they grew over the states that are done, if they did.
+        done: ``(R,)``, so many states are done.
+    """
+    step = np.arange(scale.shape[1])
+    with np.errstate(all="ignore"):
+        growth = gains + np.log(np.concatenate((scale[:, :1], scale[:, :-1]), axis=1) / scale)
+    growth = np.where(np.isfinite(growth) & (step < seen[:, None]), growth, 0)
+    growth[:, :1] = 0  # what starts a chain has no error
+    so_far = np.where(step < done[:, None], growth, 0).sum(axis=1)
+    pace = np.maximum(so_far, 0) / np.maximum(done, 1)
+    total = np.cumsum(np.where(step < seen[:, None], growth, pace[:, None]), axis=1)
+    return np.minimum(np.maximum.accumulate(total[:, ::-1], axis=1)[:, ::-1] - total, _LARGEST_LOG)
+
+
 def note_gains(run: ChainRun, row: Array, step: Array, norms: Norms, inside: Array) -> None:
     """Take in what a round has shown of the steps' gains; changes far below the tolerance may be rounding."""
     grown, met, image_change, input_change = (x[inside] for x in norms[2:6])
@@ -91,13 +113,14 @@ def note_gains(run: ChainRun, row: Array, step: Array, norms: Norms, inside: Arr
         run.gains.note(row, step, np.where(input_change > counts, image_change / input_change, np.nan), grown / met)
 
 
-def reconsider(run: ChainRun, rows: Array) -> None:
-    """Chains of which all is done go back to the first state whose error later steps enlarge beyond the tolerance."""
-    ahead = run.ahead(rows)
-    with np.errstate(over="ignore"):
-        wrong = run.error[rows] * np.exp(ahead) > run.bound(rows)
-    late = wrong.any(axis=1) & (ahead.max(axis=1, initial=0) > np.log(AMPLIFIES)) & ~run.in_order[rows]
-    go_back(run, rows[late], np.argmax(wrong[late], axis=1))
+def doubtful(run: ChainRun, rows: Array) -> Array:
+    """``(R,)``: which chains, of which all is done and not exact, may amplify so much that they have to be measured."""
+    if not run.doubts or not rows.size:
+        return np.zeros(len(rows), dtype=bool)
+    largest = ahead(run.gains.largest(rows), run.scale[rows], run.seen[rows], run.done[rows])
+    amplify = run.ahead(rows).max(axis=1, initial=0) > np.log(AMPLIFIES)
+    amplify |= largest.max(axis=1, initial=0) > np.log(_LARGEST_AMPLIFY)
+    return amplify & ~run.in_order[rows] & (run.error[rows] > 0).any(axis=1)
 
 
 def go_back(run: ChainRun, rows: Array, first: Array) -> None:
@@ -107,7 +130,8 @@ def go_back(run: ChainRun, rows: Array, first: Array) -> None:
     run.retries[rows] += 1
     ahead = run.ahead(rows).max(axis=1)
     hopeless = (ahead > run.finest(rows)) & (ahead > np.log(AMPLIFIES))
-    run.in_order[rows] = run.sweeper.single_steps & (hopeless | (run.retries[rows] > _RETRIES) | (run.nfev > run.steps))
+    hopeless |= (run.retries[rows] > _RETRIES) | (run.nfev - run.twin_evals > run.steps)
+    run.in_order[rows] = run.sweeper.single_steps & hopeless
     inexact = np.argmax(run.error[rows] > 0, axis=1)
     run.done[rows] = np.where(run.in_order[rows], np.minimum(first, inexact), first)
     whole = run.width == run.steps

@@ -39,7 +39,10 @@ class CausalQuasiNewton(Solver):
 
     ``Solution.predicted_error`` is the norm of the predicted errors. The residual is not measured, and
     ``Solution.residual`` is NaN. With ``certify`` the whole chain is evaluated once more at the states that are handed
-    over: the residual is measured, and a row has converged only if it meets the tolerance.
+    over: the residual is measured, and a row has converged only if it meets the tolerance. Then it is measured what the
+    steps make of a small displacement (``Solution.amplification``), and the errors that defects become must meet the
+    tolerance, too. That takes about half as many evaluations again. Without ``certify`` this is done for those rows
+    that were seen to amplify errors much.
 
     It serves a :class:`~fixpoint.Recurrence` and any other :class:`~fixpoint.Chain`, of which it evaluates only the
     steps that it needs. Any other f with a state ``(B, T, *shape)`` is evaluated whole in each round (``max_rows`` has
@@ -52,7 +55,8 @@ class CausalQuasiNewton(Solver):
             holds grows with it. None: all.
         max_rows: Most steps evaluated in a round, in all rows of the batch together; rows that find no room wait for
             others to be done. The certificate keeps to it too, in as many evaluations as it takes. None: no limit.
-        certify: Evaluate the whole chain once more at the end, and go on if a state misses the tolerance.
+        certify: Evaluate the whole chain once more at the end, measure what it amplifies, and go on if a state misses
+            the tolerance.
 
     Raises:
         TypeError, ValueError: If an option is out of range, or f's state has no second dimension.

@@ -9,16 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.chains.amplification import AMPLIFIES, STRICTER, go_back
+from fixpoint.chains.amplification import STRICTER, doubtful, go_back
 from fixpoint.chains.run import ChainRun, evaluate
+from fixpoint.chains.twin import Twin
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import tensor_like
 from fixpoint.engine.tolerance import Array, to_host
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
-
-_PROBES = 2  # evaluations that measure what a certified chain amplifies
 
 
 class Findings(NamedTuple):
@@ -41,14 +40,12 @@ class Certificate:
         images: ``(R * T, D)``.
         places: ``(R * T,)``, where the states lie among those of all chains.
         known: how many images have come in.
-        displaced: ``(R * T, D)``, what to add to the states that the steps start from; None: nothing.
     """
 
     rows: Array
     images: Tensor
     places: Array
     known: int = 0
-    displaced: Tensor | None = None
 
     @classmethod
     def empty(cls, states: Tensor, rows: Array, steps: int) -> Certificate:
@@ -70,34 +67,10 @@ class Certificate:
         """Whether all images have come in."""
         return self.known == len(self.places)
 
-    def probe(self, rows: Array, steps: int, size: Array, last: Certificate | None) -> Certificate:
-        """The same evaluation of some of the chains, at states that are displaced by ``size`` ``(R, T)``.
-
-        The first probe displaces every state at random, the same way in every chain. Each further one follows the last
-        one's changes of the images, which have turned towards what the steps amplify most.
-        """
-        like = self.images
-        probe = Certificate.empty(like, rows, steps)
-        generator = torch.Generator().manual_seed(0)
-        direction = torch.randn(steps, like.shape[1], generator=generator, dtype=torch.float64)
-        direction = direction.to(like).repeat(len(rows), 1)
-        if last is not None:
-            change = last.images - self.images[self._position(rows, steps)]
-            turned = torch.isfinite(change).all(dim=1, keepdim=True) & (change != 0).any(dim=1, keepdim=True)
-            direction = torch.where(turned, change, direction)
-        unit = direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
-        probe.displaced = unit * tensor_like(like, size.reshape(-1, 1)).to(like.dtype)
-        return probe
-
-    def changes(self, probe: Certificate, steps: int) -> Array:
-        """``(R, T)``: norms of what a probe has changed the images by."""
-        change = probe.images - self.images[self._position(probe.rows, steps)]
-        return to_host(torch.linalg.vector_norm(change, dim=1)).reshape(len(probe.rows), steps)
-
-    def _position(self, rows: Array, steps: int) -> Tensor:
-        """Where the images of some of the chains lie, ``(R * T,)``."""
-        number = np.searchsorted(self.rows, rows)
-        return tensor_like(self.images, (number[:, None] * steps + np.arange(steps)).ravel())
+    def images_of(self, rows: Array, steps: int) -> Tensor:
+        """Images ``(R, T, D)`` of some of the chains."""
+        every = self.images.reshape(len(self.rows), steps, -1)
+        return every[tensor_like(every, np.searchsorted(self.rows, rows))]
 
     def judge(self, sweeper: CausalSweep, states: Tensor, allowed: tuple[Array, Array]) -> Findings:
         """Compare the images with the states.
@@ -129,65 +102,46 @@ class Certificate:
 def certify(run: ChainRun, f: Map, rows: Array) -> None:
     """Evaluate more of the given chains at the states that are to be handed over; once all is, judge them.
 
-    Where a defect is more than rounding, probes measure what the chain amplifies, before the chain is judged.
+    Where a defect is more than rounding, a twin measures what the chain amplifies, before the chain is judged.
     """
     if run.certificate is None:
         run.certificate = Certificate.empty(run.states, rows, run.steps)
-    part = run.probes[-1] if run.probes else run.certificate
-    pending = part.pending(run.sweeper.options.max_rows)
-    part.take(pending, evaluate(run, f, pending, displaced_states(run, part)))
-    if not part.complete:
+    certificate = run.certificate
+    pending = certificate.pending(run.sweeper.options.max_rows)
+    certificate.take(pending, evaluate(run, f, pending))
+    if not certificate.complete:
         return
-    if run.findings is None:
-        run.findings = run.certificate.judge(run.sweeper, run.states, run.allowed)
-        run.scale[rows] = run.findings.scale
-    else:
-        note_probe(run, run.certificate, part)
+    run.findings = certificate.judge(run.sweeper, run.states, run.allowed)
+    run.scale[rows] = run.findings.scale
     suspects = rows[suspicious(run, rows, run.findings)]
-    if suspects.size and len(run.probes) < _PROBES:
-        size = np.maximum(run.bound(suspects), run.rounding * run.scale[suspects])
-        last = run.probes[-1] if run.probes else None
-        run.probes.append(run.certificate.probe(suspects, run.steps, size, last))
-        return
-    conclude(run, rows, run.findings)
-
-
-def displaced_states(run: ChainRun, part: Certificate) -> Tensor:
-    """The states ``(B, T * D)`` at which a part of a certificate evaluates f."""
-    if part.displaced is None:
-        return run.rows()
-    states = run.states[:-1].clone()
-    states[tensor_like(states, part.places)] += part.displaced
-    return run.sweeper.join(states.reshape(len(run.start), run.steps, -1), run.start)
+    if suspects.size:
+        run.twin = Twin(run, f, suspects, certificate)
+    else:
+        conclude(run, rows, run.findings)
 
 
 def suspicious(run: ChainRun, rows: Array, findings: Findings) -> Array:
-    """``(R,)``: which chains pass by their defects, which are more than rounding."""
-    inexact = (findings.defect > run.rounding * findings.scale).any(axis=1)
+    """``(R,)``: which chains pass by their defects, which may still be large errors of later states."""
+    rounding = np.where(doubtful(run, rows), 0, run.rounding)[:, None]
+    inexact = (findings.defect > rounding * findings.scale).any(axis=1)
     return findings.passed & inexact & ~run.in_order[rows] & run.sweeper.single_steps
 
 
-def note_probe(run: ChainRun, certificate: Certificate, probe: Certificate) -> None:
-    """Take in what a probe has shown: by how much each step enlarged the displacement of its input."""
-    assert probe.displaced is not None
-    size = to_host(torch.linalg.vector_norm(probe.displaced, dim=1)).reshape(len(probe.rows), run.steps)
-    gains = certificate.changes(probe, run.steps)[:, 1:] / size[:, :-1]
-    row, step = np.broadcast_arrays(probe.rows[:, None], np.arange(1, run.steps))
-    run.gains.note(row.ravel(), step.ravel(), gains.ravel(), np.full(gains.size, np.nan))
-
-
-def conclude(run: ChainRun, rows: Array, findings: Findings) -> None:
-    """End the chains that pass; the others go on from their first wrong state."""
+def conclude(run: ChainRun, rows: Array, findings: Findings, measured: Array | None = None) -> None:
+    """End the chains that pass, the others go on. Those that were ``measured`` must pass by their errors, too."""
     run.residual[rows] = findings.residual
-    # A small defect is a large error where the steps after it enlarge it.
-    error = run.gains.accumulated(rows, findings.defect)
-    rough = run.ahead(rows).max(axis=1, initial=0) > np.log(AMPLIFIES)
-    wrong = error > run.bound(rows) / np.where(rough, STRICTER, 1)[:, None]
-    amplified = suspicious(run, rows, findings) & wrong.any(axis=1)
-    first = np.where(amplified, np.argmax(findings.defect > 0, axis=1), findings.first_wrong)
-    passed = findings.passed & ~amplified
+    passed, first = findings.passed.copy(), findings.first_wrong.copy()
+    if measured is not None:
+        # A small defect is a large error where the steps after it enlarge it. It may be enlarged more than the
+        # displacement was, for its direction is another one; the more so, the more the chain enlarges at all.
+        error = run.gains.accumulated(rows, findings.defect)
+        caution = np.minimum(np.exp(run.ahead(rows).max(axis=1, initial=0) / 2), STRICTER)
+        wrong = (error * caution[:, None] > run.bound(rows)).any(axis=1)
+        wrong &= np.isin(rows, measured)
+        passed &= ~wrong
+        first[wrong] = np.argmax(findings.defect[wrong] > 0, axis=1)
     again = ~passed & ~findings.failed
     run.end_rows(rows, findings.failed, passed)
     run.error[rows[again]] = findings.defect[again]
-    run.certificate, run.findings, run.probes = None, None, []
+    run.certificate, run.findings, run.twin = None, None, None
     go_back(run, rows[again], first[again])

@@ -119,11 +119,8 @@ class Recurrence:
 class OneStep:
     """A chain as the map that takes one step from every state, of which single steps can be evaluated."""
 
-    batch_dims = 1
-
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
-        self.z0 = chain.z0
         self.slopes = getattr(chain, "slopes", None)
         self.basis = getattr(chain, "basis", None)
 

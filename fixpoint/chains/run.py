@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.chains.amplification import Gains
+from fixpoint.chains.amplification import Gains, ahead
 from fixpoint.chains.sweep import Past
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, tensor_like
@@ -18,6 +18,7 @@ from fixpoint.engine.tolerance import Array, Status, Tolerance
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
     from fixpoint.chains.certificate import Certificate, Findings
+    from fixpoint.chains.twin import Twin
 
 _ROUNDINGS = 8.0  # so many roundings are no more than rounding; no tolerance is finer
 
@@ -88,8 +89,10 @@ class ChainRun:
         self.evals = np.zeros(rows, dtype=np.int64)
         self.ended_early = Status.MAX_EVALS  # what rows are called that have not ended
         self.certificate: Certificate | None = None
-        self.findings: Findings | None = None  # of the certificate, while probes measure what the chains amplify
-        self.probes: list[Certificate] = []
+        self.findings: Findings | None = None  # of the certificate, while a twin measures what the chains amplify
+        self.twin: Twin | None = None
+        self.twin_evals = 0  # evaluations of twins, part of nfev
+        self.doubts = sweeper.single_steps  # whether chains that may amplify much are measured
         self.nfev = 0
         self.trace: list[Array] = []
 
@@ -128,7 +131,7 @@ class ChainRun:
 
     def ahead(self, rows: Array) -> Array:
         """Logarithm of how many times larger later states show a state's relative error, ``(R, T)``."""
-        return self.gains.ahead(rows, self.scale[rows], self.seen[rows], self.done[rows])
+        return ahead(self.gains.of(rows), self.scale[rows], self.seen[rows], self.done[rows])
 
     @property
     def rounding(self) -> float:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.chains.amplification import STRICTER, note_gains, reconsider
-from fixpoint.chains.certificate import certify
+from fixpoint.chains.amplification import STRICTER, doubtful, note_gains
+from fixpoint.chains.certificate import certify, conclude
 from fixpoint.chains.error_control import Norms, judge
 from fixpoint.chains.run import ChainRun, Windows, evaluate
 from fixpoint.chains.sweep import Past
@@ -20,6 +20,7 @@ from fixpoint.engine.tolerance import Status, Tolerance, to_host
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
+    from fixpoint.chains.twin import Twin
     from fixpoint.engine.tolerance import Array
 
 
@@ -53,6 +54,9 @@ def iterate_windows(
 
 def advance(run: ChainRun, f: Map) -> None:
     """Make one evaluation of ``f``, and whatever follows from it."""
+    if run.twin is not None:
+        follow(run, run.twin)
+        return
     active = np.flatnonzero(run.status == ACTIVE)
     unfinished = active[run.done[active] < run.steps][: run.sweeper.options.max_rows]
     if not unfinished.size:
@@ -61,6 +65,17 @@ def advance(run: ChainRun, f: Map) -> None:
         take_steps(run, f, unfinished)
     else:
         sweep_windows(run, f, open_windows(run, unfinished))
+
+
+def follow(run: ChainRun, twin: Twin) -> None:
+    """Make one evaluation of a twin; once it is solved, judge the chains by what it has shown."""
+    advance(twin.run, twin)
+    run.twin_evals += 1
+    if not twin.run.remaining:
+        assert run.certificate is not None
+        assert run.findings is not None
+        twin.note_gains()
+        conclude(run, run.certificate.rows, run.findings, twin.rows)
 
 
 def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
@@ -159,7 +174,6 @@ def settle(run: ChainRun, windows: Windows, norms: Norms) -> None:
     run.error[row, step] = verdict.error[inside]
     run.residual[rows] = np.nan  # the states are others now
     run.done[rows] += verdict.done
-    if run.sweeper.single_steps:
-        reconsider(run, rows[~verdict.failed & (run.done[rows] == run.steps)])
     finished = (run.done[rows] == run.steps) & (not run.sweeper.options.certify)
+    finished[finished] = ~doubtful(run, rows[finished])
     run.end_rows(rows, verdict.failed, finished)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from fixpoint import ProgressBar
 from fixpoint_diffusion.denoisers.checks import call_checked, check_conditioning, check_fixed_function
 from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import GaussianPrior, Transitions, wide
-
-_PART = 2**20  # entries of latents that are summed at a time
 
 
 class SamplingChain:
@@ -76,8 +75,8 @@ class SamplingChain:
     ) -> None:
         if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
             raise ValueError("x_T must be a floating-point tensor of shape (B, *shape)")
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        if max_rows is not None and (not isinstance(max_rows, Integral) or max_rows < 1):
+            raise ValueError(f"max_rows must be a whole number of at least 1, got {max_rows!r}")
         self.denoiser = denoiser
         self.x_T = x_T
         self.transitions = transitions
@@ -142,7 +141,7 @@ class SamplingChain:
         The same fixed point as that of ``chain(z)``, in the form that sweeps over a chain need.
         """
         x = self.inputs(z)
-        return self.transition(x.flatten(0, 1), *self._all_rows()).reshape(x.shape)
+        return self.transition(x.flatten(0, 1), *all_rows(self._samples(), self.steps)).reshape(x.shape)
 
     def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """Chosen steps of chosen samples, in one round of N denoiser rows.
@@ -171,9 +170,8 @@ class SamplingChain:
             All latents, ``(B, T, *shape)``: what every parallel solution must equal. Without ``trajectory`` the last of
             them, x_0, ``(B, *shape)``.
         """
-        latent, latents = self.x_T, []
-        samples = torch.arange(len(latent), device=latent.device)
-        for k in tqdm(range(self.steps), desc="sequential", disable=not progress):
+        latent, latents, samples = self.x_T, [], self._samples()
+        for k in ProgressBar.tqdm(range(self.steps), desc="sequential", disable=not progress):
             latent = self.transition(latent, samples, torch.full_like(samples, k))
             if trajectory:
                 latents.append(latent)
@@ -191,6 +189,8 @@ class SamplingChain:
 
         Arguments as for :meth:`transition`.
         """
+        if not len(x):  # networks are not made for that
+            return torch.cat([x, x], dim=1) if self.transitions.learned_variance else x
         size = self.max_rows or len(x)
         rows = zip(x.split(size), sample.to(x.device).split(size), step.to(x.device).split(size), strict=True)
         parts = [self._call(*part) for part in rows]
@@ -200,33 +200,21 @@ class SamplingChain:
 
     def denoise_all(self, x: Tensor) -> Tensor:
         """The denoiser's outputs for the inputs of all steps, ``(B, T, *shape)``, in one round."""
-        out = self.denoise(x.flatten(0, 1), *self._all_rows())
+        out = self.denoise(x.flatten(0, 1), *all_rows(self._samples(), self.steps))
         return out.unflatten(0, x.shape[:2])
 
     def accumulate(self, x: Tensor, out: Tensor) -> Tensor:
         """The right-hand side of Eq. 10 from each step's input and denoiser output, both ``(B, T, *shape)``."""
-        # A few samples at a time: the sums are in float64, and a whole batch of such copies would fill the memory.
-        parts = max(1, _PART // max(x[:1].numel(), 1))
-        samples = torch.arange(len(x), device=x.device).split(parts)
-        noise = [None] * len(samples) if self.noise is None else self.noise.split(parts)
-        after = [
-            self.transitions.cumulative(wide(latents), wide(outs), None if drawn is None else wide(drawn), sample).to(
-                x.dtype
-            )
-            for latents, outs, drawn, sample in zip(x.split(parts), out.split(parts), noise, samples, strict=True)
-        ]
-        return after[0] if len(after) == 1 else torch.cat(after) if after else torch.empty_like(x)
+        return self.transitions.cumulative(x, out, self.noise)
 
     def reset_counters(self) -> None:
         """Start counting rounds and evaluations from zero."""
         self.rounds = 0
         self.evals = 0
 
-    def _all_rows(self) -> tuple[Tensor, Tensor]:
-        """Sample and step of every row of a state, sample by sample."""
-        device = self.x_T.device
-        samples, steps = torch.arange(len(self.x_T), device=device), torch.arange(self.steps, device=device)
-        return samples.repeat_interleave(self.steps), steps.repeat(len(self.x_T))
+    def _samples(self) -> Tensor:
+        """The numbers of all samples, ``(B,)``."""
+        return torch.arange(len(self.x_T), device=self.x_T.device)
 
     def _call(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         t = self._timesteps_on(x.device)[step]
@@ -236,10 +224,13 @@ class SamplingChain:
         returned = wanted or describe(self.denoiser).learned_variance
         channels = x.shape[1] * (2 if returned else 1) if x.ndim > 1 else 1
         out = call_checked(self.denoiser, x, t, rows, channels=channels)
-        if self.check_evals == 0 and len(x) and not torch.compiler.is_compiling():
+        if self.check_evals == 0 and not torch.compiler.is_compiling():
             self.check_evals = min(3, self.max_rows or 3)
             out = out.clone()  # the denoiser may use the memory of its output again
-            check_fixed_function(self.denoiser, x.detach(), t, rows, out.detach(), rows=self.check_evals)
+            times = self._timesteps_on(x.device)
+            check_fixed_function(
+                self.denoiser, x.detach(), t, rows, out.detach(), rows=self.check_evals, timesteps=times
+            )
         return out if wanted or x.ndim == 1 else out[:, : x.shape[1]]
 
     def _timesteps_on(self, device: torch.device) -> Tensor:
@@ -260,3 +251,8 @@ class SamplingChain:
                     f"expected {wanted}"
                 )
         return noise
+
+
+def all_rows(samples: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Sample and step of every row of a state, sample by sample: ``(N * T,)`` each, for samples ``(N,)``."""
+    return samples.repeat_interleave(steps), torch.arange(steps, device=samples.device).repeat(len(samples))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from fixpoint_diffusion.chains.chain import all_rows
 from fixpoint_diffusion.chains.ddim import DDIMChain
 from fixpoint_diffusion.processes import NoiseSchedule, wide
 
@@ -76,7 +77,7 @@ class ReversibleChain:
             raise ValueError(f"steps that change the predicted image cannot be reversed: {transitions.x0_hook}")
         if float(transitions.alphas[0]) == 0:
             raise ValueError("the sampler divides by the signal, and this chain starts without (zero terminal SNR)")
-        self.levels = torch.cat((transitions.alphas, transitions.alphas_prev[-1:]))
+        self.levels = torch.cat((transitions.alphas, transitions.alphas_prev[-1:])).to(x_T.device)
         self._pair = x_T if pair else None
 
     @property
@@ -88,7 +89,7 @@ class ReversibleChain:
     def start(self) -> Tensor:
         """The first two latents, ``(B, 2, *shape)``."""
         if self._pair is None:
-            x_T, samples = self.ddim.x_T, torch.arange(len(self.ddim.x_T))
+            x_T, samples = self.ddim.x_T, self._samples()
             self._pair = torch.stack((x_T, self.ddim.transition(x_T, samples, torch.zeros_like(samples))), dim=1)
         return self._pair
 
@@ -101,20 +102,18 @@ class ReversibleChain:
         """Pairs ``(N, 2, *shape)`` one step on."""
         k = step.to(x.device) + 1
         older, newer = wide(x).unbind(1)
-        eps, (before, now, after), (r, h) = self._eps(x[:, 1], sample, k), *self._coefficients(x, k)
+        eps, (before, now, after), (r, h) = self._eps(x[:, 1], sample, k), *self._coefficients(k)
         y = r**2 * older / before + (1 - r**2) * newer / now - (1 + r) * h * eps
         return torch.stack((newer, after * y), dim=1).to(x.dtype)
 
     def __call__(self, z: Tensor) -> Tensor:
         """One step from every pair, ``(B, T - 1, 2, *shape)``."""
         x = torch.cat((self.start.unsqueeze(1), z[:, :-1]), dim=1)
-        sample, step = torch.arange(len(z)), torch.arange(self.steps)
-        rows = sample.repeat_interleave(self.steps), step.repeat(len(z))
-        return self.transition(x.flatten(0, 1), *rows).unflatten(0, z.shape[:2])
+        return self.transition(x.flatten(0, 1), *all_rows(self._samples(), self.steps)).unflatten(0, z.shape[:2])
 
     def sequential(self) -> Tensor:
         """All pairs, one after another: ``(B, T - 1, 2, *shape)``; ``[:, -1, 1]`` is x_0."""
-        pair, pairs, samples = self.start, [], torch.arange(len(self.start))
+        pair, pairs, samples = self.start, [], self._samples()
         for k in range(self.steps):
             pair = self.transition(pair, samples, torch.full_like(samples, k))
             pairs.append(pair)
@@ -126,14 +125,14 @@ class ReversibleChain:
         The latent before x_0, which is not given, is taken from plain DDIM inversion. Whatever it is, the way back is
         exact.
         """
-        samples, last = torch.arange(len(x_0)), self.ddim.steps - 1
+        samples, last = self._samples(), self.ddim.steps - 1
         a, image = self.levels[last], wide(x_0)
         eps = self._eps(x_0, samples, torch.full_like(samples, last))
         newer, newest = a.sqrt() * image + (1 - a).sqrt() * eps, image
         for k in range(last, 0, -1):
             step = torch.full_like(samples, k)
             eps = self._eps(newer.to(x_0.dtype), samples, step)
-            (before, now, after), (r, h) = self._coefficients(x_0, step)
+            (before, now, after), (r, h) = self._coefficients(step)
             older = before * (newest / after - (1 - r**2) * newer / now + (1 + r) * h * eps) / r**2
             newer, newest = older, newer
         return torch.stack((newer, newest), dim=1).to(x_0.dtype)
@@ -143,11 +142,14 @@ class ReversibleChain:
         out = self.ddim.denoise(x, sample, k)
         return self.ddim.transitions.predict(wide(x), wide(out), k.to(x.device), sample)[1]
 
-    def _coefficients(self, like: Tensor, k: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+    def _samples(self) -> Tensor:
+        """The numbers of all samples, ``(B,)``."""
+        return torch.arange(len(self.ddim.x_T), device=self.ddim.x_T.device)
+
+    def _coefficients(self, k: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:
         """``sqrt(a)`` before, at and after the timesteps ``k`` ``(N,)``; ``r`` and ``h``."""
-        levels = self.levels.to(like.device)
         shape = (-1, *[1] * (self.ddim.x_T.ndim - 1))
-        around = [levels[k + offset].reshape(shape) for offset in (-1, 0, 1)]
+        around = [self.levels[k + offset].reshape(shape) for offset in (-1, 0, 1)]
         s = [((1 - a) / a).sqrt() for a in around]
         h = s[1] - s[2]
         return tuple(a.sqrt() for a in around), (h / (s[0] - s[1]), h)

@@ -61,13 +61,9 @@ def _classes(known: ConditioningInput | None) -> str:
 
 
 def _class_names(folder: Path) -> str | None:
-    """The names of the classes by their numbers, if the model was trained here on folders."""
-    from fixpoint_diffusion.files import read_json
-    from fixpoint_diffusion.training.export import TRAINING_FILE
+    from fixpoint_diffusion.training.export import read_class_names
 
-    record = folder / TRAINING_FILE
-    names = read_json(record).get("class_names") if record.is_file() else None
-    return ", ".join(f"{number} {name}" for number, name in enumerate(names)) if isinstance(names, list) else None
+    return ", ".join(f"{number} {name}" for number, name in enumerate(read_class_names(folder))) or None
 
 
 def _sampling(config: Mapping[str, Any] | None) -> dict[str, str]:

@@ -24,7 +24,9 @@ def invert(
     model: Annotated[str, typer.Option(help="An embedded model's name or a model folder.")] = "ddpm-digits",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler that is inverted.")] = 50,
     num_images: Annotated[int, typer.Option(min=1, help="Most images, from the first.")] = 16,
-    class_label: Annotated[int | None, typer.Option("--class", min=0, help="Class that the model is told.")] = None,
+    classes: Annotated[
+        str | None, typer.Option("--class", help="Class of the images, by number or name, or several in turn: 0,cats,7")
+    ] = None,
     guidance: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance; 1 is none.")] = 1.0,
     rtol: Annotated[float, typer.Option(min=1e-12, max=1.0, help="RMS error of a reconstruction / RMS of it.")] = 1e-3,
     max_rounds: Annotated[int, typer.Option(min=1, help="Most rounds (batched model calls).")] = 40,
@@ -45,7 +47,7 @@ def invert(
     """
     if (out / RECORD).exists() and not overwrite:
         raise ValueError(f"{out} holds the results of another run; pass --overwrite to replace them")
-    denoiser, _ = open_model(model, device=device)
+    denoiser, folder = open_model(model, device=device)
 
     import numpy as np
     import torch
@@ -54,25 +56,29 @@ def invert(
     from fixpoint_diffusion.files import write_json
     from fixpoint_diffusion.inversion import ParallelInverse
     from fixpoint_diffusion.inversion import invert as find
+    from fixpoint_diffusion.sampling.job import classes_of, labels_of
     from fixpoint_diffusion.training.data import open_dataset
+    from fixpoint_diffusion.training.export import read_class_names
 
     dataset = open_dataset(images, labels=False)
     if denoiser.sample_shape is not None and tuple(dataset.sample_shape) != tuple(denoiser.sample_shape):
         raise ValueError(f"the model takes images {denoiser.sample_shape}, {images} has {tuple(dataset.sample_shape)}")
     x_0 = torch.stack([dataset[i]["images"] for i in range(min(num_images, len(dataset)))]).to(device)
-    chain, clips = _chain(denoiser, x_0, steps, class_label, guidance)
+    chosen = classes_of(denoiser, classes, guidance, () if classes is None else read_class_names(folder))
+    labels = labels_of(chosen, range(len(x_0)))
+    chain, clips = _chain(denoiser, x_0, steps, labels if labels is None else labels.to(device), guidance)
     out.mkdir(parents=True, exist_ok=True)
     method = ParallelInverse(max_rounds=max_rounds)
     inverse = find(chain, x_0, method=method, rtol=rtol, on_failure="ignore", progress=True)
     np.save(out / NOISE, inverse.x_T.cpu().numpy())
-    names = [Status(int(number)).name for number in inverse.status]
-    rows = [{"error": float(e), "status": name} for e, name in zip(inverse.error, names, strict=True)]
-    settings = {"images": images, "model": model, "steps": steps, "class": class_label, "guidance": guidance}
+    ends = [Status(int(number)).name for number in inverse.status]
+    rows = [{"error": float(e), "status": end} for e, end in zip(inverse.error, ends, strict=True)]
+    settings = {"images": images, "model": model, "steps": steps, "class": classes, "guidance": guidance}
     settings |= {"rtol": rtol, "clipping_left_out": clips}
     write_json(out / RECORD, {**settings, "rounds": inverse.rounds, "evals": inverse.evals, "results": rows})
     written = [NOISE, RECORD, *_pictures(x_0, inverse, out)]
-    for number, (error, name) in enumerate(zip(inverse.error, names, strict=True)):
-        typer.echo(f"image {number:4}  RMS error {float(error):.1e}  {name}")
+    for number, (error, end) in enumerate(zip(inverse.error, ends, strict=True)):
+        typer.echo(f"image {number:4}  RMS error {float(error):.1e}  {end}")
     converged = f"{int(inverse.converged.sum())} of {len(x_0)} inverted"
     typer.echo(f"{converged} in {inverse.rounds} rounds, {inverse.evals} model rows")
     typer.echo(f"written to {out}: {', '.join(written)}")
@@ -84,34 +90,21 @@ def invert(
 
 
 def _chain(
-    denoiser: NetworkDenoiser, x_0: Tensor, steps: int, class_label: int | None, guidance: float
+    denoiser: NetworkDenoiser, x_0: Tensor, steps: int, labels: Tensor | None, guidance: float
 ) -> tuple[SamplingChain, bool]:
     """The deterministic chain of the model's own schedule, without clipping; and whether the schedule would clip."""
     import torch
 
     from fixpoint_diffusion.chains import chain_from_scheduler
-    from fixpoint_diffusion.denoisers import describe
-    from fixpoint_diffusion.denoisers.guided import Guided
     from fixpoint_diffusion.processes import Clip, SamplerConfig
+    from fixpoint_diffusion.sampling.job import with_labels
 
-    about = describe(denoiser)
     if denoiser.schedule_config is None:
         raise ValueError("the model folder has no scheduler_config.json, so its schedule is not known")
-    classes = about.class_labels
-    if classes is None and (class_label is not None or guidance != 1):
-        raise ValueError("--class and --guidance need a model that takes classes, and this one takes none")
-    if guidance != 1 and class_label is None:
-        raise ValueError("--guidance needs --class")
-    conditioning, wrapped = {}, denoiser
-    if classes is not None:
-        label = classes.null_label if class_label is None else class_label
-        if label is None:
-            raise ValueError("this model needs a --class")
-        conditioning["class_labels"] = torch.full((len(x_0),), label)
-        wrapped = denoiser if guidance == 1 else Guided(denoiser, guidance)  # type: ignore[assignment]
     config = SamplerConfig.from_diffusers(denoiser.schedule_config)
+    told, conditioning = with_labels(denoiser, labels, guidance)
     chain = chain_from_scheduler(
-        wrapped,
+        told,
         torch.zeros_like(x_0),
         config,
         steps=steps,

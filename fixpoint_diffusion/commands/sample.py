@@ -48,9 +48,11 @@ def sample(
     from fixpoint_diffusion.denoisers.loading import model_files
     from fixpoint_diffusion.models.autoencoder import LatentDecoder, autoencoder_files, load_autoencoder
     from fixpoint_diffusion.sampling.job import SamplingJob
+    from fixpoint_diffusion.training.export import read_class_names
 
     decoder = None if vae is None else LatentDecoder(load_autoencoder(vae, device=device))
-    job = SamplingJob(denoiser, options, decoder=decoder)
+    names = () if options.classes is None else read_class_names(model_folder)
+    job = SamplingJob(denoiser, options, decoder=decoder, class_names=names)
     settings: dict[str, Any] = {"model": model, "weights_sha256": sha256_of_all(model_files(model_folder))}
     if vae is not None:
         settings |= {"vae": str(vae), "vae_sha256": sha256_of_all(autoencoder_files(vae))}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -72,11 +72,15 @@ def path_option(text: str | Path) -> Path:
     return Path(text)
 
 
-def with_options(options: type[Any]) -> Callable[[F], F]:
-    """Let a command take the fields of a dataclass as options: those that its own signature does not name.
+def with_options(options: type[Any], *, default: str = "{}") -> Callable[[F], F]:
+    """Let a command take the fields of a dataclass that are made by ``option``: those its signature does not name.
 
-    The command gets their values by keyword, in ``**given``. A field's metadata say ``help``, ``low``, ``high`` (the
-    range) and ``flag``, where that is not its name.
+    The command gets their values by keyword, in ``**given``.
+
+    Args:
+        options: the dataclass.
+        default: how help texts tell a field's default. ``"{}"``: it is the option's default too. Otherwise the
+            option's default is None, and whoever gets it knows better.
     """
     hints = get_type_hints(options)
 
@@ -85,14 +89,24 @@ def with_options(options: type[Any]) -> Callable[[F], F]:
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         shared = []
         for field in fields(options):
-            data = field.metadata
+            if "help" not in field.metadata:
+                continue
+            data, hint = field.metadata, hints[field.name]  # the type, as typer is to see it
             names = [data["flag"]] if data["flag"] else []
-            option = typer.Option(*names, help=data["help"], min=data["low"], max=data["high"])
-            annotation: Any = Annotated[hints[field.name], option]
+            about: dict[str, Any] = {"help": data["help"]}
+            if default != "{}":
+                about["show_default"] = default.format(field.default)
+            if data["parser"]:
+                about["parser"] = data["parser"]
+                hint = str  # typer takes no union, and leaves the type to the parser
+            else:
+                about |= {"min": data["low"], "max": data["high"]}
+            if get_origin(hint) is Literal:  # which older versions of typer do not know
+                hint = _choices(field.name, get_args(hint))
+            value = field.default if default == "{}" else None
+            annotation: Any = Annotated[hint | None if value is None else hint, typer.Option(*names, **about)]
             shared.append(
-                inspect.Parameter(
-                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
-                )
+                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
             )
         parameters = [*own, *shared]
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -100,3 +114,7 @@ def with_options(options: type[Any]) -> Callable[[F], F]:
         return command
 
     return decorate
+
+
+def _choices(name: str, values: tuple[str, ...]) -> Any:
+    return StrEnum(name, {value: value for value in values})

@@ -4,40 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
 
-from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device, path_option
+from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device, path_option, with_options
+from fixpoint_diffusion.training.config import TrainingConfig
 
 
-class Weighting(StrEnum):
-    plain = "plain"
-    min_snr = "min-snr"
-
-
-class Precision(StrEnum):
-    no = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-# Each is a field of TrainingConfig by the name of the option.
-_OF_TRAINING = (
-    "steps",
-    "batch_size",
-    "accumulate",
-    "precision",
-    "learning_rate",
-    "weight_decay",
-    "ema_decay",
-    "weighting",
-    "class_dropout",
-    "seed",
-    "checkpoint_every",
-)
-
-
+@with_options(TrainingConfig, default="the model family's, or {}")
 def train(
     context: typer.Context,
     kind: Annotated[
@@ -55,24 +31,11 @@ def train(
     flip: Annotated[bool, typer.Option("--flip", help="Mirror images left and right at random.")] = False,
     latents: Annotated[bool, typer.Option("--latents", help="The .npy file holds latents, of any range.")] = False,
     classes: Annotated[bool, typer.Option("--classes", help="Train a model that is told the data's classes.")] = False,
-    class_dropout: Annotated[
-        float | None, typer.Option(help="Share of the labels replaced by 'no class', for guidance (default: 0.1).")
-    ] = None,
     init: Annotated[
         Path | None,
         typer.Option(parser=path_option, help="Model folder to start from, not random weights.", metavar="FOLDER"),
     ] = None,
     settings: Annotated[Path | None, typer.Option(help="JSON file with settings of the model's architecture.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps in all.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step, over all processes.")] = None,
-    accumulate: Annotated[int | None, typer.Option(min=1, help="Parts that a process takes its images in.")] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Mixed precision (default: no).")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
-    ema_decay: Annotated[float | None, typer.Option(help="Decay of the averaged weights, which are kept.")] = None,
-    weighting: Annotated[Weighting | None, typer.Option(help="Weight of each timestep's loss.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the initial weights and of training.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
     workers: Annotated[
         int, typer.Option(min=0, max=256, help="Processes that read images; 0: the training's own.")
     ] = 0,
@@ -80,6 +43,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out, with its own settings; --steps may be more.")
     ] = False,
+    **options: Any,
 ) -> None:
     """Train a denoiser and write it as a model folder.
 
@@ -107,9 +71,9 @@ def train(
     from fixpoint_diffusion.training.runs import DataOptions, TrainingRun
 
     if resume:
-        run = TrainingRun.resume(out, steps=steps, device=device, workers=workers)
+        run = TrainingRun.resume(out, steps=options["steps"], device=device, workers=workers)
     else:
-        training = {name: _plain(given[name]) for name in _OF_TRAINING if name in given}
+        training = {name: _plain(given[name]) for name in options.keys() & given.keys()}
         run = TrainingRun.start(
             out,
             kind=kind or "unet",
@@ -128,14 +92,15 @@ def train(
         log = run.run()
     except KeyboardInterrupt:
         typer.echo(
-            f"\nInterrupted; checkpoint written. Continue with:\n  fixpoint-diffusion train --resume --out {out}"
+            "\nInterrupted; checkpoint written. Continue with:\n"
+            f"  fixpoint-diffusion train --resume --out {quote(str(out))}"
         )
         raise typer.Exit(130) from None
     told = " --class all" if run.labels is not None else ""
     decoded = " --vae FOLDER" if run.data.is_latent else ""
     typer.echo(
         f"Trained in {log.seconds:.0f} s, written to {out}. Try:\n"
-        f"  fixpoint-diffusion sample --model {out}{told}{decoded}"
+        f"  fixpoint-diffusion sample --model {quote(str(out))}{told}{decoded}"
     )
 
 

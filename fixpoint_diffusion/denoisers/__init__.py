@@ -15,6 +15,7 @@ from fixpoint_diffusion.denoisers.protocol import (
     describe,
 )
 from fixpoint_diffusion.denoisers.registry import Family, families, family, family_of, family_of_class, register_family
+from fixpoint_diffusion.denoisers.transformer import TransformerDenoiser
 
 __all__ = [
     "EMBEDDED_MODELS",
@@ -26,6 +27,7 @@ __all__ = [
     "Family",
     "Guided",
     "NetworkDenoiser",
+    "TransformerDenoiser",
     "describe",
     "embedded",
     "embedded_folder",

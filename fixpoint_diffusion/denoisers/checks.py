@@ -69,37 +69,55 @@ def call_checked(
 
 @torch.no_grad()
 def check_fixed_function(
-    denoiser: Callable[..., Tensor], x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor], out: Tensor, *, rows: int
+    denoiser: Callable[..., Tensor],
+    x: Tensor,
+    t: Tensor,
+    conditioning: Mapping[str, Tensor],
+    out: Tensor,
+    *,
+    rows: int,
+    timesteps: Tensor,
 ) -> None:
     """See that a row's output is a function of that row alone, by one more call.
 
-    The last row of a call that was made is asked for again, beside its double and the first row with its sign turned,
-    which move what rows share: a mean, a maximum, attention. Where that gives something else, two calls more of the
-    same size tell whether it was more than rounding.
+    The last row of a call that was made is asked for again, in second place, beside its double and the first row with
+    its sign turned and at another timestep. That moves what rows share: a mean, a maximum, attention, or the timestep
+    of the first row taken for all. Where it gives something else, two calls more of the same size tell whether it was
+    more than rounding.
 
     Args:
         denoiser: called as ``denoiser(x, t, **conditioning)``.
         x, t, conditioning: ``(N, ...)``, the rows of the call that was made.
         out: what it returned.
         rows: of the further call, from 1 to 3; with 1, where no call ever has two, only chance can be seen.
+        timesteps: ``(T,)``, all that the denoiser will be asked about.
 
     Raises:
         ValueError: If the output depends on chance or on the rows beside it; the message names modules that do so.
     """
-    index = torch.tensor([-1, -1, 0], device=x.device)[:rows]
+    other = timesteps[-1]
+    for one in (timesteps[len(timesteps) // 2], timesteps[0]):
+        other = torch.where((one == t[0]) | (one == t[-1]), other, one)
+    alone = [(x[-1], t[-1], len(x) - 1)] * rows
+    mixed = [(-x[0], other, 0), (x[-1], t[-1], len(x) - 1), (2 * x[-1], t[-1], len(x) - 1)][:rows]
 
-    def ask(*beside: Tensor) -> Tensor:
-        batch = torch.stack([x[-1], *beside])[:rows]
-        return denoiser(batch, t[index], **{name: value[index] for name, value in conditioning.items()})[0].clone()
+    def ask(batch: list[tuple[Tensor, Tensor, int]], place: int) -> Tensor:
+        latents, times, sources = zip(*batch, strict=True)
+        index = torch.tensor(sources, device=x.device)
+        told = {name: value[index] for name, value in conditioning.items()}
+        return denoiser(torch.stack(latents), torch.stack(times), **told)[place].clone()
 
-    first = ask(2 * x[-1], -x[0])
+    beside = (mixed, 1) if rows > 1 else (alone, 0)
+    first = ask(*beside)
     if _close(first, out[-1]):
         return
-    if not _close(ask(2 * x[-1], -x[0]), first):
+    if not _close(ask(*beside), first):
         cause = _in_training(denoiser, _DropoutNd) or "it draws at random or keeps a state"
         raise ValueError(f"the denoiser gives another output for the same input: {cause}")
-    if not _close(ask(x[-1], x[-1]), first):
-        cause = _in_training(denoiser, _BatchNorm) or "steps are solved as one batch, so rows must not see each other"
+    if not _close(ask(alone, 0), first):
+        cause = _in_training(denoiser, _BatchNorm) or (
+            "steps are solved as one batch, so rows must not see each other, nor the timestep of another"
+        )
         raise ValueError(f"the denoiser's output for a row depends on the rows beside it: {cause}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fixpoint_diffusion.denoisers.modules import compute_dtype, execution_device
+from fixpoint_diffusion.denoisers.modules import compute_dtype, execution_device, uncompiled
 from fixpoint_diffusion.denoisers.protocol import ConditioningInput
 from fixpoint_diffusion.denoisers.registry import family_of
 from fixpoint_diffusion.processes import GaussianPrior
@@ -87,6 +87,10 @@ class DiffusersDenoiser:
             )
 
     @property
+    def _class_name(self) -> str:
+        return type(uncompiled(self.model)).__name__
+
+    @property
     def device(self) -> torch.device:
         """Where the model computes; its weights may be elsewhere."""
         return execution_device(self.model)
@@ -118,16 +122,16 @@ class DiffusersDenoiser:
                 continue
             if wanted.null_label is None:
                 raise ValueError(
-                    f"{type(self.model).__name__} needs {name}, one row for each of {len(x)}: give it in inputs or as "
+                    f"{self._class_name} needs {name}, one row for each of {len(x)}: give it in inputs or as "
                     f"conditioning"
                 )
             given[name] = torch.full((len(x),), wanted.null_label, dtype=wanted.dtype, device=x.device)
-        if type(self.model).__name__ == "UNet2DConditionModel":
+        if self._class_name == "UNet2DConditionModel":
             given.setdefault("encoder_hidden_states", None)  # has no default, but a network without prompts uses none
 
     def __repr__(self) -> str:
-        name, kind = type(self.model).__name__, self.prediction_type
-        return f"DiffusersDenoiser({name}, prediction_type={kind!r}, sample_shape={self.sample_shape})"
+        about = f"prediction_type={self.prediction_type!r}, sample_shape={self.sample_shape}"
+        return f"DiffusersDenoiser({self._class_name}, {about})"
 
 
 def image_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,8 +38,8 @@ class Guided:
         per_sample: the scale, if it is one for each sample.
 
     Raises:
-        ValueError: for a scale of another shape; at a call without negative inputs, with one that has no positive
-            counterpart, or with another number of scales than rows.
+        ValueError: for a scale of another shape, or that is no finite number; at a call without negative inputs, with
+            one that has no positive counterpart, or with another number of scales than rows.
 
     Source: Ho and Salimans, "Classifier-Free Diffusion Guidance" (2022), Eq. 6.
 
@@ -54,6 +56,8 @@ class Guided:
     def __init__(self, denoiser: Callable[..., Tensor], scale: float | Tensor, *, rescale: float = 0.0) -> None:
         if isinstance(scale, Tensor) and scale.ndim > 1:
             raise ValueError(f"scale must be a number or hold one for each sample (B,), got {tuple(scale.shape)}")
+        if not isinstance(scale, Tensor) and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+            raise ValueError(f"scale must be a finite number or a tensor with one for each sample (B,), got {scale!r}")
         about = describe(denoiser)
         self.denoiser = denoiser
         self.scale = scale

@@ -39,6 +39,17 @@ def compute_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((tensor.dtype for tensor in tensors if _computes(tensor.dtype)), default)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The network that ``torch.compile`` was given, whose class says what it is; any other network as it is.
+
+    Example:
+        >>> type(uncompiled(torch.compile(nn.Linear(2, 2)))).__name__
+        'Linear'
+    """
+    original = getattr(model, "_orig_mod", None)
+    return original if isinstance(original, nn.Module) else model
+
+
 def execution_device(model: nn.Module) -> torch.device:
     """The device that a network wants its inputs on; that of its hooks where its weights are kept elsewhere.
 

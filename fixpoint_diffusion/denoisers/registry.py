@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fixpoint_diffusion.denoisers.modules import uncompiled
 from fixpoint_diffusion.denoisers.protocol import ConditioningInput, NetworkDenoiser
 
 
@@ -79,7 +80,7 @@ def families() -> dict[str, Family]:
 
     Example:
         >>> sorted(families())
-        ['conditional-unet', 'dit', 'fpdm', 'unet', 'unet-1d', 'unet-3d']
+        ['conditional-unet', 'diffusers-dit', 'dit', 'fpdm', 'unet', 'unet-1d', 'unet-3d']
     """
     return {**_own_families(), **_registered}
 
@@ -98,7 +99,7 @@ def family(name: str) -> Family:
 
 def family_of(model: nn.Module) -> Family | None:
     """The family that a network belongs to, by the name of its class; None for a class that no family claims."""
-    return family_of_class(type(model).__name__)
+    return family_of_class(type(uncompiled(model)).__name__)
 
 
 def family_of_class(class_name: object) -> Family | None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from fixpoint import ProgressBar
 from fixpoint_diffusion.evaluation.extractors import FeatureExtractor
 from fixpoint_diffusion.evaluation.images import Images
 from fixpoint_diffusion.evaluation.statistics import FeatureStatistics, RunningMoments
@@ -85,7 +85,7 @@ def collect_features(
         for block, part in zip(blocks, order.tensor_split(BLOCKS), strict=True):
             block.update(rows[part])
 
-    with torch.no_grad(), tqdm(desc=images.name, unit="image", disable=not progress) as bar:
+    with torch.no_grad(), ProgressBar.tqdm(desc=images.name, unit="image", disable=not progress) as bar:
         for batch in images.batches(batch_size):
             features = extractor(batch.to(device)).detach().to("cpu")
             if tuple(features.shape) != (len(batch), extractor.num_features):

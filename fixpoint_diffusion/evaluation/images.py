@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.sampling.run_folder import IMAGES, ONE_FILE, RECORD
+from fixpoint_diffusion.sampling.run_folder import IMAGES, RECORD, run_files
 from fixpoint_diffusion.training.data import load_digits
 from fixpoint_diffusion.training.data.folders import visible_files
 from fixpoint_diffusion.training.data.pictures import picture_suffixes, read_header, read_picture
@@ -132,9 +132,10 @@ def to_symmetric(images: Tensor, value_range: tuple[float, float], *, name: str)
 
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
     """Picture files and array files at a path, in natural order; of one kind only."""
-    if (path / RECORD).is_file():  # beside its images a sampling run keeps a picture of some of them
-        path = next((path / name for name in (ONE_FILE, IMAGES) if (path / name).exists()), path)
-    if path.is_file():
+    run = path.parent if path.name == IMAGES else path
+    if (run / RECORD).is_file():  # beside its images a sampling run keeps a picture of some of them
+        files = run_files(run)
+    elif path.is_file():
         files = [path]
     elif path.is_dir():
         files = visible_files(path)

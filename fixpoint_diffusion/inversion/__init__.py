@@ -1,13 +1,13 @@
 """Inversion: the noise from which a chain arrives at a given image."""
 
+from fixpoint_diffusion.inversion.descent.gradients import Epoch, Gradient, LinearTerm
+from fixpoint_diffusion.inversion.descent.optimised import Descent, OptimisedInverse
+from fixpoint_diffusion.inversion.descent.settings import deq_ddim_inversion_settings
 from fixpoint_diffusion.inversion.drawn import DrawnInverse
 from fixpoint_diffusion.inversion.explicit import ExplicitInverse, ddim_encoding
-from fixpoint_diffusion.inversion.gradients import Epoch, LinearTerm
 from fixpoint_diffusion.inversion.invert import invert
-from fixpoint_diffusion.inversion.optimised import Descent, OptimisedInverse
 from fixpoint_diffusion.inversion.parallel import ParallelInverse
 from fixpoint_diffusion.inversion.result import Found, Inverse, InverseMethod, InverseRound
-from fixpoint_diffusion.inversion.settings import deq_ddim_inversion_settings
 from fixpoint_diffusion.inversion.stepwise import StepwiseInverse
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Epoch",
     "ExplicitInverse",
     "Found",
+    "Gradient",
     "Inverse",
     "InverseMethod",
     "InverseRound",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,22 +63,18 @@ class DrawnInverse:
             raise ValueError(f"DrawnInverse needs every step but the last to add noise, and {where}")
         before = chain.rounds, chain.evals
         samples = torch.arange(len(x_0), device=x_0.device)
-        ending = float(transitions.sigma[-1]) == 0
         latents = self._draw(chain, x_0)
-        quiet = copy.copy(chain)
-        quiet.noise = None
-        if ending:
-            problem = InverseProblem(quiet, x_0)
-            allowed = tolerance * problem.image.shape[1] ** 0.5 / 2
-            undone, _ = self.last.undo(problem, samples, steps - 1, problem.image, allowed)
+        if float(transitions.sigma[-1]) == 0:
+            problem = InverseProblem(chain, x_0)
+            allowed = tolerance * problem.x_0.shape[1] ** 0.5 / 2
+            undone = self.last.undo(problem, samples, steps - 1, problem.x_0, allowed).value
             latents[:, -1] = problem.from_coordinates(undone)
         after = torch.cat((latents[:, 1:], wide(x_0)[:, None]), dim=1)
         every = slice(None)
-        out = wide(quiet.denoise_all(latents.to(x_0.dtype)))
+        out = wide(chain.denoise_all(latents.to(x_0.dtype)))
         mean = transitions.step(latents, out, every)
         scale = transitions.step(latents, out, every, torch.ones_like(latents)) - mean
         noise = torch.where(scale > 0, (after - mean) / scale, 0)
-        chain.rounds, chain.evals = quiet.rounds, quiet.evals
         return Found(
             x_T=latents[:, 0].to(x_0.dtype),
             status=torch.full((len(x_0),), int(Status.MAX_EVALS), device=x_0.device),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpoint import Status
+from fixpoint import ProgressBar, Status
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.result import Found
 from fixpoint_diffusion.processes import wide
@@ -49,7 +49,7 @@ class ExplicitInverse:
     ) -> Found:
         """See :class:`InverseMethod`; the history is empty."""
         before = chain.rounds, chain.evals
-        x_T, _ = ddim_encoding(chain, x_0)
+        x_T, _ = ddim_encoding(chain, x_0, progress=progress)
         return Found(
             x_T=x_T,
             status=torch.full((len(x_0),), int(Status.MAX_EVALS), device=x_0.device),
@@ -58,11 +58,16 @@ class ExplicitInverse:
         )
 
 
-def ddim_encoding(chain: SamplingChain, x_0: Tensor) -> tuple[Tensor, Tensor]:
+def ddim_encoding(chain: SamplingChain, x_0: Tensor, *, progress: bool = False) -> tuple[Tensor, Tensor]:
     """Plain DDIM inversion: each step undone with the denoiser's output at the latent that it arrived at.
 
     The output is read at the signal level of that latent. Where that is 1 and the denoiser predicts the image, it says
     nothing of the noise there, and is read at the level before the step.
+
+    Args:
+        chain: of B samples and T steps; its x_T plays no part.
+        x_0: the images, ``(B, *shape)``.
+        progress: show a bar.
 
     Returns:
         x_T ``(B, *shape)`` and the latents after each step ``(B, T, *shape)``, the last of them the images.
@@ -74,7 +79,7 @@ def ddim_encoding(chain: SamplingChain, x_0: Tensor) -> tuple[Tensor, Tensor]:
     reading = replace(transitions, alphas=levels, x0_hook=None)
     latents = [x_0]
     with torch.no_grad():
-        for k in reversed(range(chain.steps)):
+        for k in ProgressBar.tqdm(range(chain.steps)[::-1], desc="inverting", unit="step", disable=not progress):
             x = latents[-1]
             step = torch.full_like(samples, k)
             eps = reading.predict(wide(x), wide(chain.denoise(x, samples, step)), k)[1]

@@ -25,29 +25,29 @@ class Forecast:
     def __init__(self, slopes: Tensor) -> None:
         self._slopes = slopes
         self._past: list[tuple[Tensor, Tensor]] = []
-        self._weights: Tensor | None = None
-        self._excess: Tensor | None = None
+        self._secants: tuple[Tensor, Tensor] | None = None
 
     def observe(self, latents: Tensor, images: Tensor) -> None:
         """Learn from latents and images ``(B, T, D)`` of a round."""
-        self._weights, self._excess = self._secants(latents, images)
+        self._secants = self._learned(latents, images)
         # Copies: the search writes the next round into the same memory.
         self._past = [(latents.clone(), images.clone()), *self._past][:_MEMORY]
 
     def error(self, misses: Tensor) -> Tensor:
-        """RMS error ``(B,)`` that follows from misses ``(B, T, D)``."""
-        weights, excess = self._weights, self._excess
-        e = torch.zeros_like(misses[:, 0])
-        for k in range(misses.shape[1]):
+        """RMS errors ``(n, B)`` that follow from n sorts of misses ``(n, B, T, D)``."""
+        e = torch.zeros_like(misses[:, :, 0])
+        for k in range(misses.shape[2]):
             grown = self._slopes[k] * e
-            if weights is not None and excess is not None:
-                grown = grown + torch.einsum("bm,bmd->bd", torch.einsum("bmd,bd->bm", weights[:, k], e), excess[:, k])
-            e = grown + misses[:, k]
-        return e.square().mean(dim=1).sqrt()
+            if self._secants is not None:
+                weights, excess = (x[:, k] for x in self._secants)
+                grown = grown + torch.einsum("nbm,bmd->nbd", torch.einsum("bmd,nbd->nbm", weights, e), excess)
+            e = grown + misses[:, :, k]
+        return e.square().mean(dim=2).sqrt()
 
-    def _secants(self, latents: Tensor, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _learned(self, latents: Tensor, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Of every step, coefficients of a change of its input, and what they add to what the slope makes of it."""
         if not self._past:
-            return None, None
+            return None
         rounds = [(latents, images), *self._past]
         pairs = list(pairwise(rounds))
         moved = torch.stack([new[0] - old[0] for new, old in pairs], dim=2)
@@ -56,4 +56,7 @@ class Forecast:
         size = gram.diagonal(dim1=2, dim2=3).mean(dim=2)[..., None, None]
         unit = torch.eye(len(pairs), dtype=gram.dtype, device=gram.device)
         weights = torch.linalg.solve_ex(torch.where(size > 0, gram + _RIDGE * size * unit, unit), moved)[0]
-        return torch.nan_to_num(weights), torch.nan_to_num(seen - self._slopes[:, None] * moved)
+        excess = seen - self._slopes[:, None] * moved
+        # A round that was not finite has shown nothing of its steps.
+        sound = (torch.isfinite(weights) & torch.isfinite(excess)).all(dim=3, keepdim=True)
+        return torch.where(sound, weights, 0), torch.where(sound, excess, 0)

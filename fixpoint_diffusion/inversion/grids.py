@@ -38,13 +38,15 @@ def step_grids(timesteps: Tensor, device: torch.device) -> list[StepGrid]:
     """Grids for a chain, from coarse to fine: each has the steps of the one before and one more between any two.
 
     Args:
-        timesteps: ``(T,)``, falling; outputs are interpolated along them, by cubic splines.
+        timesteps: ``(T,)``; outputs are interpolated along them, by cubic splines.
         device: of the grids.
 
     Returns:
-        An empty list for a chain that is too short.
+        An empty list for a chain that is too short, or some of whose timesteps are the same.
     """
     count, grids = len(timesteps), list[StepGrid]()
+    if not bool((timesteps.diff() < 0).all()):
+        return []
     place = timesteps.double().cpu().numpy()[::-1]  # splines want rising places
 
     def spline(steps: Tensor) -> Tensor:

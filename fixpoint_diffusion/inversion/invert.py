@@ -13,7 +13,7 @@ from torch import Tensor
 from fixpoint import Backward, ConvergenceError, ConvergenceWarning, Status, attach
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.parallel import ParallelInverse
-from fixpoint_diffusion.inversion.problem import InverseProblem, replay, rms
+from fixpoint_diffusion.inversion.problem import InverseProblem, check_images, replay, rms
 from fixpoint_diffusion.inversion.result import Inverse, InverseMethod
 
 
@@ -46,8 +46,9 @@ def invert(
             the denoiser depends on. It is right as far as the sample has converged. None: no gradient.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"`` when samples do not converge.
         progress: show a bar.
-        callback: called with every entry of the history, an :class:`InverseRound` for ``ParallelInverse``; returning
-            something true stops the run.
+        callback: called with an :class:`InverseRound` after every round of ``ParallelInverse``, with the evaluations of
+            every step of ``StepwiseInverse``, with a :class:`~fixpoint_diffusion.inversion.Descent` after every epoch
+            of ``OptimisedInverse``; returning something true stops the run.
 
     Raises:
         ValueError: x_0 of another shape or device than x_T, or not finite; for the methods that solve steps
@@ -62,7 +63,7 @@ def invert(
         >>> bool(inverse.converged), torch.allclose(inverse.x_T, chain.x_T, rtol=1e-3)
         (True, True)
     """
-    _check(chain, x_0)
+    check_images(chain, x_0)
     if on_failure not in ("warn", "raise", "ignore"):
         raise ValueError(f"on_failure must be 'warn', 'raise' or 'ignore', got {on_failure!r}")
     given, x_0 = x_0, x_0.detach()
@@ -100,17 +101,6 @@ def invert(
     return inverse
 
 
-def _check(chain: SamplingChain, x_0: Tensor) -> None:
-    if not isinstance(x_0, Tensor) or x_0.shape != chain.x_T.shape or not x_0.is_floating_point():
-        found = f"{x_0.dtype} {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else type(x_0).__name__
-        raise ValueError(f"x_0 must be a float tensor of the shape of x_T, {tuple(chain.x_T.shape)}, got {found}")
-    if x_0.device != chain.x_T.device:
-        raise ValueError(f"x_0 must be on the device of x_T, {chain.x_T.device}, got {x_0.device}")
-    bad = (~torch.isfinite(x_0)).flatten(1).any(dim=1).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"x_0 must be finite; it is not in sample {bad[0]}" + (" and others" if len(bad) > 1 else ""))
-
-
 def _with_noise(chain: SamplingChain, noise: Tensor | None) -> SamplingChain:
     if noise is None:
         return chain
@@ -134,22 +124,15 @@ def _report(inverse: Inverse, on_failure: str) -> None:
     warnings.warn(message, ConvergenceWarning, stacklevel=3)
 
 
-def _attached(
-    chain: SamplingChain,
-    x_0: Tensor,
-    x_T: Tensor,
-    trajectory: Tensor,
-    backward: Backward,
-) -> Tensor:
+def _attached(chain: SamplingChain, x_0: Tensor, x_T: Tensor, trajectory: Tensor, backward: Backward) -> Tensor:
     """x_T with the gradient of the solution of all steps, by the fixed point that the sweep from the image end has."""
     problem = InverseProblem(chain, x_0.detach())
     samples = torch.arange(len(x_0), device=x_0.device)
     latents = problem.to_coordinates(torch.cat((x_T[:, None], trajectory[:, :-1]), dim=1))
 
-    def swept(latents: Tensor, image: Tensor) -> Tensor:
-        problem.image = problem.to_coordinates(image)
-        misses = problem.images(latents, samples) - problem.after(latents, samples)
-        return problem.latents(problem.sources(latents, samples) - misses, samples)
+    def swept(latents: Tensor, x_0: Tensor) -> Tensor:
+        sources = problem.slopes * latents - problem.images(latents, samples)  # U - F
+        return problem.from_sources(sources, problem.to_coordinates(x_0))
 
     solved = attach(swept, latents, (x_0,), backward, batch_dims=1)
     return problem.latent(solved[:, 0])

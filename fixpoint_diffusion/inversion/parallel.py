@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fixpoint import Anderson, Solver, Status
+from fixpoint import Anderson, ProgressBar, Solver, Status
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.forecast import Forecast
 from fixpoint_diffusion.inversion.grids import StepGrid
@@ -22,6 +21,7 @@ _ACTIVE = -1
 _PATIENCE = 15
 # Cubic splines on twice as many steps are up to 16 times as accurate; so much better is each grid taken to be.
 _GAIN = 4.0
+_MOST_GAIN = 16.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class ParallelInverse:
     ) -> Found:
         """See :class:`InverseMethod`; the history holds an :class:`InverseRound` for each round."""
         search = _Search(InverseProblem(chain, x_0), tolerance, self.solver)
-        with tqdm(total=self.max_rounds, desc="inverting", unit="round", disable=not progress) as bar:
+        with ProgressBar.tqdm(total=self.max_rounds, desc="inverting", unit="round", disable=not progress) as bar:
             for grid in (*search.problem.grids, None):
                 search.begin(grid)
                 while len(search.history) < self.max_rounds and search.work_left():
@@ -81,11 +81,11 @@ class ParallelInverse:
                     bar.update()
                     if callback is not None and callback(latest):
                         search.end(Status.STOPPED)
-        stopped = search.end(Status.MAX_EVALS)
-        failed = (search.status != Status.CONVERGED).nonzero().flatten()
-        again = failed[search.status[failed] != Status.STOPPED]
-        if self.second_try is not None and len(again) and not stopped:
-            search.consider(again, self.second_try.search(search.problem, again, tolerance))
+        stopped = bool((search.status == Status.STOPPED).any())
+        search.end(Status.MAX_EVALS)
+        failed = search.measure_failed()
+        if self.second_try is not None and len(failed) and not stopped:
+            search.consider(failed, self.second_try.search(search.problem, failed, tolerance)[0])
         return search.found()
 
 
@@ -98,7 +98,7 @@ class _Search:
 
     def __init__(self, problem: InverseProblem, tolerance: Tensor, solver: Solver) -> None:
         self.problem, self.tolerance, self.solver = problem, tolerance, solver
-        samples, device = len(problem.image), problem.image.device
+        samples, device = len(problem.x_0), problem.x_0.device
         self._latents = problem.guess()
         self._forecast = Forecast(problem.slopes)
         self.status = torch.full((samples,), _ACTIVE, device=device)
@@ -106,6 +106,7 @@ class _Search:
         self._best = self._latents[:, 0].clone()
         self._least = torch.full((samples,), torch.inf, dtype=torch.float64, device=device)
         self._error = torch.full_like(self._least, torch.nan)  # as measured
+        self._doubt = torch.zeros_like(self._least)
         self._trajectory = problem.latent(self._latents).clone()
         self._start = problem.chain.rounds, problem.chain.evals
         self._replays = [0, 0]
@@ -115,9 +116,11 @@ class _Search:
         self._grid, self._everyone = grid, torch.arange(len(self.status), device=self.status.device)
         self._sources = self.problem.sources(self._latents, self._everyone)
         self._images, self._misses = self._latents.clone(), torch.zeros_like(self._sources)
-        self._doubts, self._doubt = torch.zeros_like(self._sources), torch.zeros_like(self._least)
         self._state = self.solver.init(self._sources.flatten(1))
-        self._working = self.status == _ACTIVE
+        # Where the next grid will not do either, a sample rests until there is one that may.
+        skipped = (self._doubt > _MOST_GAIN * self.tolerance) & (not self._finest)
+        self._doubt = torch.where(skipped, self._doubt / _MOST_GAIN, 0)
+        self._working = (self.status == _ACTIVE) & ~skipped
         self._improved = torch.full_like(self.status, len(self.history))
         # By how much the ordinary sampler was seen to end farther off than predicted.
         self._factor = torch.ones_like(self._least)
@@ -140,15 +143,21 @@ class _Search:
         problem, active = self.problem, self._working.nonzero().flatten()
         before = problem.chain.evals
         latents = self._latents[active]
+        doubts = None
         if self._grid is None:
             self._images[active] = problem.images(latents, active)
         else:
-            self._images[active], self._doubts[active] = problem.interpolated(latents, active, self._grid)
+            doubts = torch.zeros_like(self._misses)
+            self._images[active], doubts[active] = problem.interpolated(latents, active, self._grid)
         self._misses.zero_()
         self._misses[active] = self._images[active] - problem.after(latents, active)
         self._forecast.observe(self._latents, self._images)
-        missed, doubt = self._forecast.error(self._misses), self._forecast.error(self._doubts) / _GAIN
-        self._doubt = torch.where(self._working, doubt, self._doubt)
+        if doubts is None:
+            missed, doubt = self._forecast.error(self._misses[None])[0], self._doubt
+        else:
+            missed, doubt = self._forecast.error(torch.stack((self._misses, doubts)))
+            doubt = doubt / _GAIN
+            self._doubt = torch.where(self._working, doubt, self._doubt)
         nan = torch.full_like(missed, torch.nan)
         latest = InverseRound(
             predicted_error=torch.where(self._working, missed + doubt, nan),
@@ -163,7 +172,7 @@ class _Search:
         moved, self._state = self.solver.step(sources, sources - self._misses.flatten(1), self._state)
         self._sources = torch.where(self._working[:, None, None], moved.reshape(self._sources.shape), self._sources)
         rows = self._working.nonzero().flatten()
-        self._latents[rows] = problem.latents(self._sources[rows], rows)
+        self._latents[rows] = problem.from_sources(self._sources[rows], problem.x_0[rows])
         return latest
 
     def _judge(self, missed: Tensor, doubt: Tensor) -> None:
@@ -184,7 +193,9 @@ class _Search:
             self.status[working & sane & stuck & ~done] = int(Status.STAGNATED)
         else:
             self._working &= ~(missed < doubt)
-            self._latents[working & ~sane] = self.problem.guess()[working & ~sane]
+            lost = working & ~sane
+            if bool(lost.any()):  # and starts anew on the next grid
+                self._latents[lost] = self.problem.guess()[lost]
         self._misses[~sane] = 0
         self._images[~sane] = 0
 
@@ -206,7 +217,7 @@ class _Search:
         trajectory = replay(chain, self.problem.latent(latents), samples)
         self._replays[0] += chain.rounds - before[0]
         self._replays[1] += chain.evals - before[1]
-        image = self.problem.from_coordinates(self.problem.image[samples])
+        image = self.problem.from_coordinates(self.problem.x_0[samples])
         error = rms(trajectory[:, -1] - image.to(trajectory))
         better = torch.isnan(self._error[samples]) | (error < self._error[samples])
         rows = samples[better]
@@ -214,20 +225,17 @@ class _Search:
         self.status[samples[error <= self.tolerance[samples]]] = int(Status.CONVERGED)
         return error
 
-    def end(self, status: Status) -> bool:
-        """End all samples, and measure those that have not converged; whether a callback had ended them."""
-        stopped = bool((self.status == Status.STOPPED).any())
+    def end(self, status: Status) -> None:
+        """End all samples that have not ended."""
         self.status[self.status == _ACTIVE] = int(status)
         self._working = torch.zeros_like(self._working)
-        if status != Status.STOPPED:
-            self.consider_best()
-        return stopped
 
-    def consider_best(self) -> None:
-        """Measure the best x_T of the samples that have not converged."""
+    def measure_failed(self) -> Tensor:
+        """Measure the best x_T of the samples that have not converged; those that then still have not ``(N,)``."""
         rows = (self.status != Status.CONVERGED).nonzero().flatten()
         if len(rows):
             self.consider(rows, self._best[rows])
+        return rows[self.status[rows] != Status.CONVERGED]
 
     def found(self) -> Found:
         """The best that was found."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fixpoint_diffusion.chains import SamplingChain
+from fixpoint_diffusion.chains.chain import all_rows
 from fixpoint_diffusion.inversion.grids import StepGrid, step_grids
 from fixpoint_diffusion.processes import Clip, wide
 
@@ -43,10 +44,15 @@ class InverseProblem:
         self.chain = chain
         self.shape = x_0.shape[1:]
         self.dtype = x_0.dtype
-        self.image = self.to_coordinates(x_0)
+        self.x_0 = self.to_coordinates(x_0)
         self.slopes = wide(chain.slopes.to(x_0.device)).clamp(min=_SMALLEST_SLOPE)
-        # Noise makes latents rough along the chain, and the denoiser's outputs with them.
-        self.grids = step_grids(chain.transitions.timesteps, x_0.device) if chain.noise is None else []
+
+    @property
+    def grids(self) -> list[StepGrid]:
+        """From coarse to fine, at whose steps the denoiser may be asked before it is asked at all of them."""
+        if self.chain.noise is not None:  # makes latents rough along the chain, and the denoiser's outputs with them
+            return []
+        return step_grids(self.chain.transitions.timesteps, self.x_0.device)
 
     @property
     def steps(self) -> int:
@@ -71,12 +77,12 @@ class InverseProblem:
 
         ``x`` ``(B, D)`` and ``steps`` are given where the latent after so many steps is known; else they are all steps.
         """
-        transitions, device = self.chain.transitions, self.image.device
+        transitions, device = self.chain.transitions, self.x_0.device
         prior = self.chain.prior
-        mean = prior.to_coordinates(prior.mean.to(device).expand(1, self.image.shape[1]))
+        mean = prior.to_coordinates(prior.mean.to(device).expand(1, self.x_0.shape[1]))
         before, after = wide(transitions.alphas.sqrt().to(device)), wide(transitions.alphas_prev.sqrt().to(device))
         sigma = wide(transitions.sigma.to(device))
-        x, latents = self.image if x is None else x, []
+        x, latents = self.x_0 if x is None else x, []
         for k in reversed(range(self.steps if steps is None else steps)):
             if self.chain.noise is not None:
                 x = x - sigma[k] * self.to_coordinates(self.chain.noise[:, k])
@@ -86,7 +92,7 @@ class InverseProblem:
 
     def images(self, latents: Tensor, samples: Tensor) -> Tensor:
         """What every step makes of its latent, ``(N, T, D)`` to the same shape, for N samples ``(N,)`` of the batch."""
-        return self.step(*self._all_rows(latents, samples)).reshape(latents.shape)
+        return self.step(latents.flatten(0, 1), *all_rows(samples, self.steps)).reshape(latents.shape)
 
     def interpolated(self, latents: Tensor, samples: Tensor, grid: StepGrid) -> tuple[Tensor, Tensor]:
         """As ``images``, but the denoiser is asked at the steps of a grid alone.
@@ -95,43 +101,51 @@ class InverseProblem:
             The images ``(N, T, D)``, and by how much those of the next coarser grid would differ from them.
         """
         row, step = samples.repeat_interleave(len(grid.steps)), grid.steps.repeat(len(samples))
-        x = self.from_coordinates(latents[:, grid.steps].flatten(0, 1)).to(self.dtype)
-        out = wide(self.chain.denoise(x, row, step)).unflatten(0, (len(samples), -1))
-        where = self._all_rows(latents, samples)
-        fine, coarse = (self._arrive(*where, filled.flatten(0, 1)).reshape(latents.shape) for filled in grid.fill(out))
-        return fine, fine - coarse
+        x = self.from_coordinates(latents)
+        out = self.chain.denoise(x[:, grid.steps].flatten(0, 1).to(self.dtype), row, step)
+        filled = grid.fill(wide(out).unflatten(0, (len(samples), -1)))
+        sample, step = all_rows(samples, self.steps)
+        fine, coarse = (self._arrive(x.flatten(0, 1), sample, step, every.flatten(0, 1)) for every in filled)
+        return fine.reshape(latents.shape), (fine - coarse).reshape(latents.shape)
 
     def step(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """Chosen steps of latents ``(N, D)``, in one round; only the denoiser computes in less than ``wide``."""
-        out = self.chain.denoise(self.from_coordinates(x).to(self.dtype), sample, step)
-        return self._arrive(x, sample, step, wide(out))
+        x = self.from_coordinates(x)
+        return self._arrive(x, sample, step, wide(self.chain.denoise(x.to(self.dtype), sample, step)))
 
     def _arrive(self, x: Tensor, sample: Tensor, step: Tensor, out: Tensor) -> Tensor:
-        """Where chosen steps take latents ``(N, D)``, given the denoiser's outputs ``(N, *)``."""
+        """Where chosen steps take latents ``(N, *shape)``, given the denoiser's outputs; as coordinates ``(N, D)``."""
         chain = self.chain
         noise = None if chain.noise is None else wide(chain.noise[sample, step])
-        return self.to_coordinates(chain.transitions.step(self.from_coordinates(x), out, step, noise, sample))
-
-    def _all_rows(self, latents: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents ``(N, T, D)`` as rows, with the sample and the step of each."""
-        step = torch.arange(self.steps, device=latents.device).repeat(len(samples))
-        return latents.flatten(0, 1), samples.repeat_interleave(self.steps), step
+        return self.to_coordinates(chain.transitions.step(x, out, step, noise, sample))
 
     def after(self, latents: Tensor, samples: Tensor) -> Tensor:
         """What every step should arrive at: the next latent, and after the last the image."""
-        return torch.cat((latents[:, 1:], self.image[samples, None]), dim=1)
+        return torch.cat((latents[:, 1:], self.x_0[samples, None]), dim=1)
 
     def sources(self, latents: Tensor, samples: Tensor) -> Tensor:
         """``U`` of latents ``(N, T, D)``."""
         return self.slopes * latents - self.after(latents, samples)
 
-    def latents(self, sources: Tensor, samples: Tensor) -> Tensor:
-        """The latents of sources ``(N, T, D)``, by a sweep from the image end."""
-        x, latents = self.image[samples], []
+    def from_sources(self, sources: Tensor, x_0: Tensor) -> Tensor:
+        """The latents of sources ``(N, T, D)`` of images ``(N, D)``, by a sweep from the image end."""
+        x, latents = x_0, []
         for k in reversed(range(self.steps)):
             x = (sources[:, k] + x) / self.slopes[k]
             latents.append(x)
         return torch.stack(latents[::-1], dim=1)
+
+
+def check_images(chain: SamplingChain, x_0: Tensor) -> None:
+    """Refuse images that are not finite, or not of the shape and on the device of the chain's x_T."""
+    if not isinstance(x_0, Tensor) or x_0.shape != chain.x_T.shape or not x_0.is_floating_point():
+        found = f"{x_0.dtype} {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else type(x_0).__name__
+        raise ValueError(f"x_0 must be a float tensor of the shape of x_T, {tuple(chain.x_T.shape)}, got {found}")
+    if x_0.device != chain.x_T.device:
+        raise ValueError(f"x_0 must be on the device of x_T, {chain.x_T.device}, got {x_0.device}")
+    bad = (~torch.isfinite(x_0)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"x_0 must be finite; it is not in sample {bad[0]}" + (" and others" if len(bad) > 1 else ""))
 
 
 def replay(chain: SamplingChain, x_T: Tensor, samples: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Found:
         status: ``(B,)`` numbers of ``fixpoint.Status``. Whether a sample has converged is measured afterwards.
         rounds, evals: batched denoiser calls and denoiser rows of the search, without those that measured the error.
         trajectory: ``(B, T, *shape)`` of the ordinary sampler from x_T, if it was run; None: it has yet to be.
-        history: one entry a round or epoch.
+        history: one entry a round, step or epoch.
         noise: ``(B, T, *shape)``, from a method that finds the steps' noise too.
     """
 
@@ -70,7 +70,7 @@ class InverseMethod(Protocol):
             x_0: ``(B, *shape)``, finite.
             tolerance: ``(B,)`` float64, the RMS error of x_0 at which a sample is done.
             progress: show a bar.
-            callback: called with each entry of the history; something true stops the run.
+            callback: called after each round, step or epoch with what there is to tell; something true stops the run.
         """
 
 
@@ -87,7 +87,7 @@ class Inverse:
         status: ``(B,)`` numbers of ``fixpoint.Status``, why each sample ended.
         rounds: batched denoiser calls of the search. Each reconstruction takes T more.
         evals: denoiser rows of the search.
-        history: figures by round or epoch: of ``ParallelInverse`` an :class:`InverseRound` each.
+        history: figures by round, step or epoch: of ``ParallelInverse`` an :class:`InverseRound` each.
         noise: ``(B, T, *shape)``, of the steps, where the method has found it too (``DrawnInverse``); else None.
     """
 

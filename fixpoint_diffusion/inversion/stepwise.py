@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fixpoint import Anderson, Solver, Status, solve
+from fixpoint import Anderson, ProgressBar, Solution, Solver, Status, solve
 from fixpoint_diffusion.chains import SamplingChain
-from fixpoint_diffusion.inversion.problem import InverseProblem
+from fixpoint_diffusion.inversion.problem import InverseProblem, replay, rms
 from fixpoint_diffusion.inversion.result import Found
 
 
@@ -60,16 +60,30 @@ class StepwiseInverse:
 
         Where a callback stops it, the steps that are left are undone as the prior has it.
         """
+        problem, everyone = InverseProblem(chain, x_0), torch.arange(len(x_0), device=x_0.device)
         before = chain.rounds, chain.evals
-        problem, history = InverseProblem(chain, x_0), list[int]()
-        everyone = torch.arange(len(x_0), device=x_0.device)
-        x_T = problem.latent(self.search(problem, everyone, tolerance, history=history, callback=callback))
-        ended = Status.MAX_EVALS if len(history) == chain.steps else Status.STOPPED
+        x, history, met = self.search(problem, everyone, tolerance, progress=progress, callback=callback)
+        counts = chain.rounds - before[0], chain.evals - before[1]
+        stopped = len(history) < chain.steps
+        trajectory = replay(chain, problem.latent(x), everyone)
+        error = rms(trajectory[:, -1] - x_0)
+        # Errors of many steps may add up to more than was taken: such samples are undone once more, each step closer.
+        again = (met & (error > tolerance) & (error < torch.inf)).nonzero().flatten()
+        if len(again) and not stopped:
+            before = chain.rounds, chain.evals
+            closer, more, _ = self.search(problem, again, tolerance.square() / (2 * error), progress=progress)
+            counts = counts[0] + chain.rounds - before[0], counts[1] + chain.evals - before[1]
+            history += more
+            path = replay(chain, problem.latent(closer), again)
+            better = rms(path[:, -1] - x_0[again]) < error[again]
+            x[again[better]], trajectory[again[better]] = closer[better], path[better]
+        ended = Status.STOPPED if stopped else Status.MAX_EVALS
         return Found(
-            x_T=x_T,
+            x_T=problem.latent(x),
             status=torch.full((len(x_0),), int(ended), device=x_0.device),
-            rounds=chain.rounds - before[0],
-            evals=chain.evals - before[1],
+            rounds=counts[0],
+            evals=counts[1],
+            trajectory=trajectory,
             history=history,
         )
 
@@ -79,25 +93,31 @@ class StepwiseInverse:
         samples: Tensor,
         tolerance: Tensor,
         *,
-        history: list[int] | None = None,
+        progress: bool = False,
         callback: Callable[[int], object] | None = None,
-    ) -> Tensor:
-        """x_T of some samples, as coordinates ``(N, D)``."""
-        x = problem.image[samples]
+    ) -> tuple[Tensor, list[int], Tensor]:
+        """Undo the steps of some samples ``(N,)``.
+
+        Returns:
+            x_T as coordinates ``(N, D)``, the evaluations of each step, and whether all steps of a sample ``(N,)`` were
+            undone as closely as asked.
+        """
+        x, history = problem.x_0[samples], list[int]()
+        met = torch.ones(len(samples), dtype=torch.bool, device=x.device)
         # Errors of T steps, taken to be independent, add up to half of the tolerance.
         allowed = tolerance[samples] * math.sqrt(x.shape[1] / problem.steps) / 2
-        for k in reversed(range(problem.steps)):
-            x, evals = self.undo(problem, samples, k, x, allowed)
-            if history is not None:
-                history.append(evals)
-            if callback is not None and callback(evals):
-                return problem.guess(x, k)[:, 0] if k else x
-        return x
+        steps = range(problem.steps)[::-1]
+        for k in ProgressBar.tqdm(steps, desc="inverting", unit="step", disable=not progress):
+            undone = self.undo(problem, samples, k, x, allowed)
+            x, met = undone.value, met & undone.converged
+            history.append(undone.nfev)
+            if callback is not None and callback(undone.nfev):
+                x = problem.guess(x, k)[:, 0] if k else x
+                break
+        return x, history, met
 
-    def undo(
-        self, problem: InverseProblem, samples: Tensor, k: int, after: Tensor, allowed: Tensor
-    ) -> tuple[Tensor, int]:
-        """The latents ``(N, D)`` before step k that lead to ``after``, and the evaluations that it took.
+    def undo(self, problem: InverseProblem, samples: Tensor, k: int, after: Tensor, allowed: Tensor) -> Solution:
+        """Solve for the latents ``(N, D)`` before step k that lead to ``after``.
 
         ``allowed`` ``(N,)`` is the norm of what they may miss ``after`` by, divided by the slopes.
         """
@@ -106,7 +126,7 @@ class StepwiseInverse:
         def closer(x: Tensor, target: Tensor, sample: Tensor) -> Tensor:
             return x + (target - problem.step(x, sample, torch.full_like(sample, k))) / slopes
 
-        solution = solve(
+        return solve(
             closer,
             after,
             (after, samples),
@@ -119,4 +139,3 @@ class StepwiseInverse:
             on_failure="ignore",
             compact=True,
         )
-        return solution.value, solution.nfev

@@ -1,4 +1,4 @@
-"""Transformer parts of FPDM: embeddings, the DiT block with adaLN-Zero, the implicit block and the head.
+"""Transformer parts of DiT and FPDM: embeddings, the block with adaLN-Zero, the fixed point map and the head.
 
 Tokens are ``(N, L, D)``: N images, L patches, width D. A modulation is ``(N, k*D)``, or ``(1, k*D)`` when nothing
 conditions it.
@@ -13,26 +13,39 @@ Bai and Melas-Kyriazi, "Fixed Point Diffusion Models", CVPR 2024, Sec. 3.2 (impl
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
 
+from fixpoint_diffusion.models.transformer_config import PositionOrder
 
-def sincos_positions(side: int, width: int) -> Tensor:
-    """Fixed 2-D positions ``(side*side, width)``: sines and cosines of the row, then of the column."""
+
+def sincos_positions(side: int, width: int, order: PositionOrder = "column-row") -> Tensor:
+    """Fixed 2-D positions ``(side*side, width)``: sines and cosines of one coordinate, then of the other.
+
+    ``"column-row"`` is DiT's order.
+    """
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
     rows = axis[:, None].expand(side, side, -1)
     columns = axis[None, :].expand(side, side, -1)
-    return torch.cat([rows, columns], dim=-1).reshape(side * side, width).float()
+    both = [columns, rows] if order == "column-row" else [rows, columns]
+    return torch.cat(both, dim=-1).reshape(side * side, width).float()
 
 
-def timestep_features(t: Tensor, features: int = 256, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal features ``(N, features)`` of the timesteps ``t`` ``(N,)``: cosines, then sines."""
+def timestep_features(t: Tensor, features: int = 256, max_period: float = 10000.0, *, freq_shift: int = 0) -> Tensor:
+    """Sinusoidal features ``(N, features)`` of the timesteps ``t`` ``(N,)``: cosines, then sines.
+
+    ``freq_shift`` as in :class:`~fixpoint_diffusion.models.TransformerConfig`.
+    """
     half = features // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    # In this order the rounding of float32 is that of DiT's own code and of diffusers.
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(exponents / (half - freq_shift))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -53,15 +66,16 @@ class PatchEmbedding(nn.Conv2d):
 class TimestepEmbedding(nn.Module):
     """Timesteps ``(N,)`` to conditioning vectors ``(N, D)``: 256 sinusoidal features through a small MLP."""
 
-    def __init__(self, width: int, features: int = 256) -> None:
+    def __init__(self, width: int, features: int = 256, *, freq_shift: int = 0) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.freq_shift = features, freq_shift
         self.linear1 = nn.Linear(features, width)
         self.linear2 = nn.Linear(width, width)
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """``dtype`` is the one that the network computes in."""
-        return self.linear2(silu(self.linear1(timestep_features(t, self.features).to(dtype))))
+        features = timestep_features(t, self.features, freq_shift=self.freq_shift)
+        return self.linear2(silu(self.linear1(features.to(dtype))))
 
 
 class Modulation(nn.Module):
@@ -90,8 +104,8 @@ class Modulation(nn.Module):
         return self.linear(silu(condition))
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    normalised = layer_norm(x, x.shape[-1:], eps=1e-6)
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    normalised = layer_norm(x, x.shape[-1:], eps=eps)
     return normalised * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -114,11 +128,13 @@ class Attention(nn.Module):
 class DiTBlock(nn.Module):
     """Attention and MLP, each after a modulated layer norm, each added through a gate.
 
-    The modulation can be computed apart (:attr:`modulation`, :meth:`transform`), once for many calls.
+    The modulation can be computed apart (:attr:`modulation`, :meth:`transform`), once for many calls. ``norm_eps`` is
+    that of the norm before the MLP.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, *, conditional: bool) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, conditional: bool, norm_eps: float = 1e-6) -> None:
         super().__init__()
+        self.norm_eps = norm_eps
         hidden = int(width * mlp_ratio)
         self.attention = Attention(width, heads)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
@@ -133,31 +149,46 @@ class DiTBlock(nn.Module):
         # Without conditioning the modulation is a parameter, and may be kept in a wider dtype than x.
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.to(x.dtype).chunk(6, dim=1)
         x = x + gate_a[:, None] * self.attention(_modulate(x, shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(_modulate(x, shift_m, scale_m))
+        return x + gate_m[:, None] * self.mlp(_modulate(x, shift_m, scale_m, self.norm_eps))
 
 
 class ImplicitBlock(nn.Module):
-    """The fixed point map ``f(z) = DiTBlock(W2 gelu(W1 [z; u]), c)`` with ``W1: 2D -> 2D`` and ``W2: 2D -> D``.
+    """The fixed point map ``f(z) = B(W2 gelu(W1 [z; u]), c)`` with ``W1: 2D -> 2D`` and ``W2: 2D -> D``.
 
-    ``W1 [z; u] = Wz z + Wu u``, and neither ``Wu u`` nor the modulation depends on z. :meth:`prepare` computes both
+    B is one :class:`DiTBlock`, or a group of them, one after the other.
+
+    ``W1 [z; u] = Wz z + Wu u``, and neither ``Wu u`` nor the modulations depend on z. :meth:`prepare` computes them
     once; :meth:`forward` takes them as inputs and costs what depends on z alone. ``w1_z`` and ``w1_u`` hold the two
     halves of W1.
+
+    Args:
+        width: D.
+        blocks: The blocks of B, which are conditional.
+        gelu: ``"exact"``, or ``"tanh"`` for its approximation.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, width: int, blocks: nn.ModuleList, *, gelu: str = "exact") -> None:
         super().__init__()
         self.w1_z = nn.Linear(width, 2 * width, bias=False)
         self.w1_u = nn.Linear(width, 2 * width)
         self.w2 = nn.Linear(2 * width, width)
-        self.block = DiTBlock(width, heads, mlp_ratio, conditional=True)
+        self.blocks = blocks
+        self.approximate = "tanh" if gelu == "tanh" else "none"
 
     def prepare(self, u: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Injection ``u`` ``(N, L, D)`` and conditioning ``(N, D)`` to ``Wu u + b`` and the modulation."""
-        return self.w1_u(u), self.block.modulation(condition)
+        """Injection ``u`` ``(N, L, D)`` and conditioning ``(N, D)`` to ``Wu u + b`` and modulations ``(N, k*6D)``."""
+        return self.w1_u(u), torch.cat([block.modulation(condition) for block in self._group], dim=1)
 
     def forward(self, z: Tensor, projected: Tensor, modulation: Tensor) -> Tensor:
         """One application of f to ``z`` ``(N, L, D)``, given what :meth:`prepare` returned."""
-        return self.block.transform(self.w2(gelu(self.w1_z(z) + projected)), modulation)
+        z = self.w2(gelu(self.w1_z(z) + projected, approximate=self.approximate))
+        for block, part in zip(self._group, modulation.chunk(len(self._group), dim=1), strict=True):
+            z = block.transform(z, part)
+        return z
+
+    @property
+    def _group(self) -> Sequence[DiTBlock]:
+        return cast("Sequence[DiTBlock]", self.blocks)
 
     @torch.no_grad()
     def initialise_w1(self) -> None:

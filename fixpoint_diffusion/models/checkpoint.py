@@ -1,26 +1,28 @@
-"""FPDM on disk: safetensors and JSON."""
+"""FPDM and DiT on disk: safetensors and JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fixpoint_diffusion.files import read_json, write_json
+from fixpoint_diffusion.models.dit import DiT
+from fixpoint_diffusion.models.dit_config import DiTConfig
 from fixpoint_diffusion.models.fpdm import FPDM
 from fixpoint_diffusion.models.fpdm_config import FPDMConfig
 from fixpoint_diffusion.models.weights import StoredTensor, build_on_meta, check_fit, check_values, read_headers
 
-CLASS_NAME = "FPDM"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 Stored = TypeVar("Stored", Tensor, StoredTensor)
+Model = TypeVar("Model", FPDM, DiT)
 
 
 def save_fpdm(model: FPDM, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
@@ -34,12 +36,12 @@ def save_fpdm(model: FPDM, folder: str | Path, *, dtype: torch.dtype | None = No
     Returns:
         The folder.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG_FILE, {"_class_name": CLASS_NAME, **model.config.to_dict()})
-    weights = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_FILE)
-    return folder
+    return _save(model, folder, dtype)
+
+
+def save_dit(model: DiT, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """As :func:`save_fpdm`, for a :class:`DiT`; ``model.to_diffusers().save_pretrained`` writes it for diffusers."""
+    return _save(model, folder, dtype)
 
 
 def load_fpdm(
@@ -60,35 +62,65 @@ def load_fpdm(
         ValueError: If the configuration is of another class or has unknown keys, or the weights do not fit it, are of
             a dtype that is no floating-point one, or are not finite.
     """
+
+    def config(values: dict[str, Any]) -> FPDMConfig:
+        # Before there was a choice, positions were in the other order.
+        return FPDMConfig.from_dict({"positions": "row-column", **values})
+
+    return _load(folder, FPDM, config, dtype, device)
+
+
+def load_dit(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> DiT:
+    """As :func:`load_fpdm`, for what :func:`save_dit` wrote; :meth:`DiT.from_diffusers` reads diffusers' own."""
+    return _load(folder, DiT, DiTConfig.from_dict, dtype, device)
+
+
+def _save(model: FPDM | DiT, folder: str | Path, dtype: torch.dtype | None) -> Path:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG_FILE, {"_class_name": type(model).__name__, **model.config.to_dict()})
+    weights = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS_FILE)
+    return folder
+
+
+def _load(
+    folder: str | Path,
+    cls: type[Model],
+    config_of: Callable[[dict[str, Any]], Any],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Model:
     folder = Path(folder)
     values = read_json(folder / CONFIG_FILE)
     name = values.pop("_class_name", None)
-    if name != CLASS_NAME:
-        raise ValueError(f"{folder / CONFIG_FILE} describes a {name!r}, expected {CLASS_NAME!r}")
-    config = FPDMConfig.from_dict({key: value for key, value in values.items() if not key.startswith("_")})
+    if name != cls.__name__:
+        raise ValueError(f"{folder / CONFIG_FILE} describes a {name!r}, expected {cls.__name__!r}")
+    config = config_of({key: value for key, value in values.items() if not key.startswith("_")})
     path, dtype = folder / WEIGHTS_FILE, dtype or torch.float32
-    stored = split_w1(read_headers([path]))
-    expected = build_on_meta(lambda: FPDM(config), len(stored), folder / CONFIG_FILE)
+    stored = in_current_names(read_headers([path]))
+    expected = build_on_meta(lambda: cls(config), len(stored), folder / CONFIG_FILE)
     check_fit(expected, stored, folder, dtype=dtype)
     # Building the model draws initial weights that the stored ones replace: keep that out of the caller's random state.
     with torch.random.fork_rng(devices=[]):
-        model = FPDM(config).to(dtype)
-    model.load_state_dict(split_w1(load_file(path)))
+        model = cls(config).to(dtype)
+    model.load_state_dict(in_current_names(load_file(path)))
     check_values(model.named_parameters(), folder)
     return model.to(device or "cpu").eval()
 
 
-def split_w1(stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """What is stored of an FPDM, or for each of its parameters, under today's names.
+def in_current_names(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """What is stored of a network, or for each of its parameters, under today's names.
 
-    In earlier versions W1 of the implicit block was one matrix, ``[Wz, Wu]``.
+    In earlier versions W1 of an FPDM's implicit block was one matrix, ``[Wz, Wu]``, and there was one block after it.
 
     Args:
         stored: Tensors or their descriptions, by names that end as those of the model's parameters do. Matrices are
             halved; numbers, such as an optimiser's count of steps, go to both halves.
     """
     found: dict[str, Stored] = {}
-    for name, value in stored.items():
+    for old, value in stored.items():
+        name = old.replace("implicit.f.block.", "implicit.f.blocks.0.")
         stem, whole, kind = name.rpartition("implicit.f.w1.")
         if whole and kind == "weight":
             found[f"{stem}implicit.f.w1_z.weight"], found[f"{stem}implicit.f.w1_u.weight"] = _halves(value)

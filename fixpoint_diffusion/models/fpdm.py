@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fixpoint import Backward, FixedPointLayer, Picard, Solution, Solver, StochasticJFB, Unroll
-from fixpoint_diffusion.models.blocks import (
-    DiTBlock,
-    Head,
-    ImplicitBlock,
-    Modulation,
-    PatchEmbedding,
-    TimestepEmbedding,
-    sincos_positions,
-)
+from fixpoint_diffusion.models.blocks import ImplicitBlock
+from fixpoint_diffusion.models.dit import DiT
 from fixpoint_diffusion.models.fpdm_config import FPDMConfig
+from fixpoint_diffusion.models.fpdm_from_dit import config_from_dit, copy_from_dit
+from fixpoint_diffusion.models.transformer import PatchTransformer, condition_of
 
 
-class FPDM(nn.Module):
+class FPDM(PatchTransformer):
     """A diffusion transformer whose middle is one fixed point layer (FPDM).
 
     Patches with fixed positions pass ``n_pre`` explicit blocks and give ``x_pre``. The layer solves
@@ -28,7 +24,8 @@ class FPDM(nn.Module):
     ``z = f(z, u, t)``, ``f(z, u, t) = DiTBlock(W2 gelu(W1 [z; u]), c(t))``, ``u = Linear(x_pre)``,
 
     from ``z0 = x_pre`` or from a state the caller passes; ``n_post`` explicit blocks and a head turn the solution into
-    the prediction. The timestep enters f alone. With ``num_classes``, the class enters every block.
+    the prediction. The timestep enters f alone, unless ``timestep_everywhere``. With ``num_classes``, the class enters
+    every block. With ``implicit_blocks`` f has several blocks.
 
     Nothing about a call stays on the module: depth, solver and starting state are arguments of :meth:`forward`.
 
@@ -45,33 +42,23 @@ class FPDM(nn.Module):
     (torch.Size([3, 1, 8, 8]), torch.Size([3, 16, 16]), 4)
     """
 
-    positions: Tensor
+    config: FPDMConfig
 
     def __init__(self, config: FPDMConfig) -> None:
-        super().__init__()
-        self.config = config
-        width, heads, ratio = config.width, config.heads, config.mlp_ratio
-        conditional = config.num_classes is not None
-
-        def explicit_blocks(count: int) -> nn.ModuleList:
-            return nn.ModuleList(DiTBlock(width, heads, ratio, conditional=conditional) for _ in range(count))
-
-        patch = config.patch_size
-        self.patch_embedding = PatchEmbedding(config.in_channels, width, patch)
-        self.register_buffer("positions", sincos_positions(config.sample_size // patch, width), persistent=False)
-        self.time_embedding = TimestepEmbedding(width)
-        # The row after the last class stands for "no class".
-        self.class_embedding = nn.Embedding(config.num_classes + 1, width) if config.num_classes is not None else None
-        self.pre = explicit_blocks(config.n_pre)
-        self.injection = nn.Linear(width, width)
+        super().__init__(config, label=config.has_label)
+        conditional = config.has_label or config.timestep_everywhere
+        self.pre = self._blocks(config.n_pre, conditional=conditional)
+        self.injection = nn.Linear(config.width, config.width)
+        blocks = self._blocks(config.implicit_blocks, conditional=True)
         self.implicit = FixedPointLayer(
-            ImplicitBlock(width, heads, ratio),
+            ImplicitBlock(config.width, blocks, gelu=config.injection_gelu),
             solver=Picard(),
             backward=StochasticJFB(max_no_grad=config.max_no_grad, max_grad=config.max_grad, attach_start=True),
         )
-        self.post = explicit_blocks(config.n_post)
-        self.head = Head(width, patch, config.out_channels, conditional=conditional)
+        self.post = self._blocks(config.n_post, conditional=conditional)
+        self.head = self._head(conditional=conditional)
         self._initialise()
+        self.implicit_block.initialise_w1()
 
     def forward(
         self,
@@ -112,7 +99,7 @@ class FPDM(nn.Module):
         Raises:
             ValueError: If a shape, or ``y`` for an unconditional model, does not fit the configuration.
         """
-        state, inputs, label = self._before_layer(x, t, y)
+        state, inputs, condition = self._before_layer(x, t, y)
         if z0 is not None:
             if z0.shape != state.shape:
                 raise ValueError(f"z0 must have shape {tuple(state.shape)} (N, L, D), got {tuple(z0.shape)}")
@@ -124,41 +111,53 @@ class FPDM(nn.Module):
         solution = self.implicit(*inputs, z0=state, return_solution=True, record=record, **options)
         tokens = solution.value
         for block in self.post:
-            tokens = block(tokens, label)
-        prediction = self.head(tokens, label)
+            tokens = block(tokens, condition)
+        prediction = self.head(tokens, condition)
         return (prediction, solution) if return_solution else prediction
 
     def _before_layer(
         self, x: Tensor, t: Tensor, y: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-        """``x_pre``, what the implicit block takes beside z, and the class embedding."""
-        if x.ndim != 4 or x.shape[1:] != self.config.sample_shape:
-            raise ValueError(f"x must have shape (N, *{self.config.sample_shape}), got {tuple(x.shape)}")
-        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, x.shape[0])):
-            raise ValueError(f"t must be one timestep or one for each of {x.shape[0]} images, got {tuple(t.shape)}")
-        label = self._label(x, y)
-        tokens = self.patch_embedding(x)
-        # The positions stay in float32, and on one device when the parts of a model are spread over several.
-        tokens = (tokens + self.positions.to(tokens.device)).to(x.dtype)
+        """``x_pre``, what the fixed point map takes beside z, and what conditions the explicit blocks."""
+        tokens, time, label = self._embed(x, t, y)
+        both = condition_of(time, label)
+        explicit = both if self.config.timestep_everywhere else label
         for block in self.pre:
-            tokens = block(tokens, label)
-        condition = self.time_embedding(t.expand(x.shape[0]), x.dtype)
-        if label is not None:
-            condition = condition + label
-        return tokens, self.implicit_block.prepare(self.injection(tokens), condition), label
+            tokens = block(tokens, explicit)
+        return tokens, self.implicit_block.prepare(self.injection(tokens), both), explicit
 
-    def _label(self, x: Tensor, y: Tensor | None) -> Tensor | None:
-        if self.class_embedding is None:
-            if y is not None:
-                raise ValueError("this FPDM is unconditional (num_classes is None), but classes y were given")
-            return None
-        if y is None:
-            null_class = self.config.num_classes
-            assert null_class is not None
-            y = torch.full((x.shape[0],), null_class, device=x.device)
-        if y.shape != x.shape[:1]:
-            raise ValueError(f"y must hold one class for each of {x.shape[0]} images, got shape {tuple(y.shape)}")
-        return self.class_embedding(y).to(x.dtype)
+    @classmethod
+    def from_dit(cls, dit: DiT, pre: int = 1, post: int = 1, **options: Any) -> FPDM:
+        """An FPDM with the weights of a trained DiT, as a start for training.
+
+        The first ``pre`` and the last ``post`` blocks become the explicit ones, and the middle of the others the fixed
+        point map, whose injection starts as the mean of z and ``x_pre``. One iteration then passes ``x_pre`` through
+        that middle, so that a DiT of just these blocks, with ``timestep_everywhere=True``, is met exactly by
+        ``depth=1``. Otherwise the explicit blocks are conditioned on the mean of the DiT's vectors for timesteps 0 to
+        999 in place of the timestep's own.
+
+        Args:
+            dit: The DiT; it is not changed.
+            pre: Explicit blocks before the layer.
+            post: Explicit blocks after it.
+            **options: Further fields of ``FPDMConfig`` that a ``DiTConfig`` does not have.
+
+        Raises:
+            ValueError: If the DiT has fewer blocks than that.
+
+        >>> from fixpoint_diffusion.models import DiT, DiTConfig
+        >>> dit = DiT(DiTConfig(width=16, heads=2, depth=6))
+        >>> model = FPDM.from_dit(dit, pre=1, post=1, implicit_blocks=2)
+        >>> model.config.block_passes(10)
+        22
+        """
+        config = config_from_dit(dit, pre, post, **options)
+        weight = dit.patch_embedding.weight
+        # Building the model draws weights that are replaced: keep that out of the caller's random state.
+        with torch.random.fork_rng(devices=[]):
+            model = cls(config).to(weight.device, weight.dtype)
+        copy_from_dit(model, dit)
+        return model.train(dit.training)
 
     @property
     def implicit_block(self) -> ImplicitBlock:
@@ -166,27 +165,6 @@ class FPDM(nn.Module):
         block = self.implicit.f
         assert isinstance(block, ImplicitBlock)
         return block
-
-    def _initialise(self) -> None:
-        """DiT's: Xavier for linear maps, small normals for embeddings, zero for modulations and the head's output."""
-        block = self.implicit_block
-        for module in self.modules():
-            if module is block:
-                block.initialise_w1()
-            elif module in (block.w1_z, block.w1_u):
-                continue
-            elif isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, Modulation):
-                module.zero()
-        nn.init.normal_(self.time_embedding.linear1.weight, std=0.02)
-        nn.init.normal_(self.time_embedding.linear2.weight, std=0.02)
-        nn.init.zeros_(self.head.linear.weight)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def check_fit(expected: nn.Module, stored: Mapping[str, StoredTensor], source: P
         )
     wider = [name for name in both if (kind := stored[name].dtype) and torch.finfo(kind).bits > torch.finfo(dtype).bits]
     if torch.float64 in {stored[name].dtype for name in wider}:
-        warnings.warn(f"weights stored in float64 are loaded as {dtype}: ask for dtype=torch.float64", stacklevel=3)
+        warnings.warn(f"weights stored in float64 are loaded as {dtype}: ask for dtype=torch.float64", stacklevel=4)
 
 
 def check_values(tensors: Iterable[tuple[str, Tensor]], source: Path) -> None:

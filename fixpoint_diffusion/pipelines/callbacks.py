@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CANNOT_CHANGE = "a callback can look at a parallel solve and stop it, but not change it: all steps are solved at once"
-# What a callback may set: the request to stop, and how the bar looks.
-_MAY_BE_SET = ("_interrupt", "_progress_bar_config")
+# What a callback may set: the request to stop, and how the bar looks. The last is set with every component.
+_MAY_BE_SET = ("_interrupt", "_progress_bar_config", "_internal_dict")
 # The pipelines whose callback is running in this thread.
 _READ_ONLY: ContextVar[tuple[Any, ...]] = ContextVar("read_only_pipelines", default=())
 
@@ -45,6 +47,13 @@ def check_assignment(pipeline: Any, name: str, value: Any) -> None:
         raise ValueError(f"the callback set {name} of the pipeline; {CANNOT_CHANGE}")
 
 
+def state_of(scheduler: Any, network: nn.Module) -> dict[str, Any]:
+    """What a change in place of a scheduler, or of a network's weights, shows in; for :func:`check_unchanged`."""
+    state = {f"scheduler.{name}": _copy(value) for name, value in vars(scheduler).items()}
+    tensors = (tensor for tensor in chain(network.parameters(), network.buffers()) if not tensor.is_inference())
+    return state | {"the network's weights": [(id(tensor), tensor._version) for tensor in tensors]}
+
+
 def check_unchanged(values: Mapping[str, Any], found: Mapping[str, Any], *, how: str) -> None:
     """Compare what a run works with, by name, with what a callback left of it or returned.
 
@@ -70,6 +79,10 @@ def check_returned(values: Mapping[str, Any], returned: Any) -> None:
     if not isinstance(returned, Mapping | None):
         raise ValueError(f"the callback must return a dict of tensors or None, got {type(returned).__name__}")
     check_unchanged(values, returned or {}, how="returned another")
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy(value)
 
 
 def _equal(one: Any, other: Any) -> bool:

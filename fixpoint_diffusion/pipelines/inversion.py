@@ -89,9 +89,9 @@ class InversionMixin(ParallelPipeline):
         given = {**_defaults(original, call, len(x_0)), **call, "generator": drawn, "return_dict": True}
         found: list[Inverse] = []
 
-        def solve(run: Call) -> Tensor:
-            chain = run.chain
-            if chain.noise is not None and (run.generator is None or call.get("generator") is None):
+        def solve(loop: Call) -> Tensor:
+            chain = loop.chain
+            if chain.noise is not None and (loop.generator is None or call.get("generator") is None):
                 raise ValueError("this sampler adds noise, and no generator says which: pass generator=, or eta=0")
             found.append(
                 invert(

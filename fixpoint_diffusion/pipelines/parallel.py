@@ -107,8 +107,8 @@ class ParallelPipeline(DiffusionPipeline):
             ``return_dict=False``.
 
         Raises:
-            ValueError: a scheduler that cannot be served, latents of another shape than the call makes, or whatever
-                the original refuses.
+            ValueError: a scheduler that cannot be served, latents that are no tensor or of another shape than the call
+                makes, or whatever the original refuses.
         """
         results: list[SamplingResult] = []
 
@@ -139,6 +139,8 @@ class ParallelPipeline(DiffusionPipeline):
             The original's output, the attributes of the copy before the call, and the copy.
         """
         check_scheduler(self.scheduler)
+        if latents is not None and not isinstance(latents, Tensor):
+            raise ValueError(f"latents must be a tensor (B, *shape), got {type(latents).__name__}")
         run = copy.copy(self)
         before = dict(vars(run))
         real = {"scheduler": copy.copy(self.scheduler), self._network: getattr(self, self._network)}
@@ -244,7 +246,7 @@ class ParallelPipeline(DiffusionPipeline):
         rtol: float,
         after_round: Callable[[int, Tensor], bool] | None,
     ) -> SamplingResult:
-        """Solve the chain, with the pipeline's own progress bar over rounds, of which there are at most T + 1."""
+        """Solve the chain, with the pipeline's own progress bar over rounds, out of those of plain iteration."""
         with super().progress_bar(total=chain.steps + 1) as bar:
 
             def report(progress: Progress) -> bool:

@@ -14,7 +14,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 
 from fixpoint import Solution
-from fixpoint_diffusion.pipelines.callbacks import CANNOT_CHANGE, check_returned, check_unchanged, read_only
+from fixpoint_diffusion.pipelines.callbacks import CANNOT_CHANGE, check_returned, check_unchanged, read_only, state_of
 from fixpoint_diffusion.pipelines.inversion import InversionMixin
 from fixpoint_diffusion.pipelines.parallel import AfterRound, Guidance
 
@@ -45,8 +45,8 @@ class ParallelStableDiffusionPipeline(InversionMixin, StableDiffusionPipeline):
     Raises:
         ValueError: at a call with an image for an IP adapter, with one of diffusers' own callbacks, which change the
             guidance of later steps, or with a callback that sets ``pipe._guidance_scale``, another setting of the run
-            or a component, that changes in place a tensor it was given or the ``cross_attention_kwargs``, or that
-            returns another tensor.
+            or a component, that changes in place a tensor it was given, the ``cross_attention_kwargs``, the
+            scheduler or the network's weights, or that returns another tensor.
 
     Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CVPR 2022).
     """
@@ -77,9 +77,11 @@ class ParallelStableDiffusionPipeline(InversionMixin, StableDiffusionPipeline):
                 tensors = self._tensors(inputs["encoder_hidden_states"], latents)
                 given = {name: None if tensors[name] is None else tensors[name].clone() for name in names}
                 settings = {name: copy(value) for name, value in inputs.items() if not isinstance(value, Tensor)}
+                before = state_of(self.scheduler, self.unet)
                 with read_only(self, shared):
                     returned = callback(self, index, self.scheduler.timesteps[-1], dict(given))
-                check_unchanged(tensors | settings, {**given, **inputs}, how="changed in place")
+                after = {**given, **inputs, **state_of(self.scheduler, self.unet)}
+                check_unchanged(tensors | settings | before, after, how="changed in place")
                 check_returned(tensors, returned)
             return bool(self.interrupt or shared.interrupt)
 

@@ -91,15 +91,16 @@ class GaussianPrior:
                 sample is known in part is more even than that of the data.
 
         Raises:
-            ValueError: fewer than two images, or a shrinkage outside [0, 1].
+            ValueError: fewer than two images, images of several shapes or with NaN, or a shrinkage outside [0, 1].
         """
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage must lie in [0, 1], got {shrinkage}")
         batches = images.split(_BATCH) if isinstance(images, Tensor) else images
         moments: _Moments | None = None
         for batch in batches:
-            moments = moments or _Moments(batch)
-            moments.add(batch)
+            if len(batch):
+                moments = moments or _Moments(batch)
+                moments.add(batch)
         if moments is None or moments.count < 2:
             raise ValueError(f"a prior needs at least two images, got {moments.count if moments else 0}")
         variances, basis = moments.axes()
@@ -246,6 +247,7 @@ class _Moments:
 
     def __init__(self, first: Tensor) -> None:
         shape, self.count = first.shape[1:], 0
+        self.given = shape
         small = shape.numel() <= _LARGEST_BASIS
         # Neither small nor to be transformed: its entries alone, for its axes are too many.
         self.alone = not small and (len(shape) == 1 or max(shape) > _LONGEST)
@@ -260,6 +262,10 @@ class _Moments:
             self.products = torch.zeros(rest, channels, channels, dtype=torch.float64)
 
     def add(self, batch: Tensor) -> None:
+        if batch.shape[1:] != self.given:
+            raise ValueError(f"a prior's images must have one shape, got {tuple(self.given)}, {tuple(batch.shape[1:])}")
+        if not bool(torch.isfinite(batch).all()):
+            raise ValueError("a prior's images must be finite, got NaN or infinity")
         flat = batch.flatten(1).to("cpu", torch.float64) - self.shift
         self.count += len(flat)
         self.sum += flat.sum(dim=0)

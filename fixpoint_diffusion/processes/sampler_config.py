@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -180,13 +181,14 @@ def _read_config(scheduler: Any) -> tuple[Mapping[str, Any], str]:
         name = config.get("_class_name") if config is scheduler else type(scheduler).__name__
     name = _guess_class(config) if name is None else name
     if not isinstance(name, str) or name not in CLASSES:
-        what = next((what for start, what in OTHER_PROCESSES.items() if str(name).startswith(start)), None)
-        raise ValueError(
-            f"the scheduler {name} {'describes ' + what if what else 'is not known'}, and is not read. Sample this "
-            "model with its own diffusers pipeline; if it was trained with betas, pass their configuration, such as "
-            '{"_class_name": "DDIMScheduler", "beta_schedule": "linear", "clip_sample": false}. '
-            f"These are read: {', '.join(CLASSES)}"
-        )
+        shown = str(name)[:60]
+        what = next((what for start, what in OTHER_PROCESSES.items() if shown.startswith(start)), None)
+        close = get_close_matches(shown, CLASSES, n=2, cutoff=0.8)
+        if what:
+            reason = f"describes {what}: sample with the model's own diffusers pipeline"
+        else:
+            reason = "is not known" + (f"; known ones with such a name are {', '.join(close)}" if close else "")
+        raise ValueError(f"the scheduler {shown} {reason}. The docs list those that are read: Schedulers of diffusers")
     return config, name
 
 

@@ -13,6 +13,8 @@ from fixpoint_diffusion.processes.x0_hooks import X0Hook
 # In diffusers' words. The first is DDIM's own, the others are DDPM's, with eta = 1.
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
+_PART = 2**18  # entries of latents that are summed at a time: 2 MiB
+
 
 def wide(x: Tensor) -> Tensor:
     """x in float64 (float32 on devices without it): sums over a chain cancel, 1 / sqrt(alpha_T) is about 157."""
@@ -260,7 +262,8 @@ class Transitions:
 
         A step is ``x' = sqrt(a' / a) x + change``. Divided by the product of all those factors so far, it is
         ``y' = y + change / product``: the equations are one cumulative sum. It starts after the first step, whose
-        input x_T is known, because that factor is infinite where there is no signal.
+        input x_T is known, because that factor is infinite where there is no signal. The sum is taken in ``wide``, of
+        a few steps at a time: copies of all in float64 would be most of what a solver holds.
 
         Args:
             x: the latents that each step starts from, ``(B, T, *shape)``; the first is x_T.
@@ -269,13 +272,25 @@ class Transitions:
             sample: for the hook, the numbers of the samples ``(B,)``; None: 0, 1, 2, ...
 
         Returns:
-            The latents after each step, ``(B, T, *shape)``.
+            The latents after each step, ``(B, T, *shape)`` in the dtype of x.
         """
-        every, rest = slice(None), slice(1, None)
-        product = self._like("product", x, every)
-        after = self.step(x, out, every, noise, sample)
-        change = after[:, rest] - self._like("factor", x, rest) * x[:, rest]
-        return product * (torch.cat([after[:, :1], change], dim=1) / product).cumsum(dim=1)
+        size = max(1, _PART // max(x[:, :1].numel(), 1))
+        latents, total = list[Tensor](), None
+        for first in range(0, self.steps, size):
+            k = slice(first, first + size)
+            before, outputs = wide(x[:, k]), wide(out[:, k])
+            after = self.step(before, outputs, k, None if noise is None else wide(noise[:, k]), sample)
+            known = int(first == 0)
+            changed = slice(first + known, first + size)
+            change = after[:, known:] - self._like("factor", before, changed) * before[:, known:]
+            product = self._like("product", before, k)
+            sums = torch.cat([after[:, :known], change], dim=1) / product
+            if total is not None:
+                sums = torch.cat([sums[:, :1] + total, sums[:, 1:]], dim=1)
+            sums = sums.cumsum(dim=1)
+            total = sums[:, -1:]
+            latents.append((product * sums).to(x.dtype))
+        return latents[0] if len(latents) == 1 else torch.cat(latents, dim=1)
 
     def _apply_hook(self, x_0: Tensor, k: int | slice | Tensor, sample: Tensor | None) -> Tensor:
         """The hook on one row after another, whatever the shape of x_0."""

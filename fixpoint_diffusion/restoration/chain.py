@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.chains import SamplingChain
-from fixpoint_diffusion.denoisers.protocol import describe
-from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule, Transitions, step_noise, wide
+from fixpoint_diffusion.chains import DDIMChain
+from fixpoint_diffusion.chains.chain import all_rows
+from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule, step_noise, wide
 from fixpoint_diffusion.restoration.degradations import Degradation, check_degradation, project
 
 # Share of the prior's variance that a latent and a measurement leave open, about; found on the digits. From 0.1 to 1,
@@ -19,7 +19,7 @@ from fixpoint_diffusion.restoration.degradations import Degradation, check_degra
 _LEFT = 0.5
 
 
-class RestorationChain(SamplingChain):
+class RestorationChain(DDIMChain):
     r"""The latents of a sampler whose every predicted x_0 is made to agree with a measurement ``y = A x``.
 
     Step k predicts x_0 and eps, replaces what the measurement determines of x_0, and arrives at::
@@ -75,20 +75,22 @@ class RestorationChain(SamplingChain):
     ) -> None:
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is a share of the noise and must lie in [0, 1], got {eta}")
-        if timesteps is not None and (steps is not None or spacing is not None):
-            raise ValueError("pass either timesteps, or steps and spacing")
-        if timesteps is None:
-            timesteps = schedule.timesteps(25 if steps is None else steps, spacing)
-        if prediction_type is None:
-            prediction_type = describe(denoiser).prediction_type or schedule.prediction_type
         self.degradation, self.measurement = degradation, measurement
         self._hook_before = schedule.x0_hook
-        transitions = Transitions.of(
-            schedule, timesteps, prediction_type=prediction_type, x0_hook=self._fit_measurement
+        super().__init__(
+            denoiser,
+            x_T,
+            schedule,
+            steps=25 if steps is None and timesteps is None else steps,
+            timesteps=timesteps,
+            spacing=spacing,
+            prediction_type=prediction_type,
+            x0_hook=self._fit_measurement,
+            conditioning=conditioning,
+            max_rows=max_rows,
         )
-        level = (1 - transitions.alphas_prev).sqrt()
-        transitions = replace(transitions, sigma=eta * level, direction=(1 - eta**2) ** 0.5 * level)
-        super().__init__(denoiser, x_T, transitions, conditioning=conditioning, max_rows=max_rows)
+        level = (1 - self.transitions.alphas_prev).sqrt()
+        self.transitions = replace(self.transitions, sigma=eta * level, direction=(1 - eta**2) ** 0.5 * level)
         check_degradation(degradation, x_T)
         with torch.no_grad():
             expected = degradation.apply(x_T)
@@ -166,8 +168,7 @@ class SplitChain:
 
     def __call__(self, z: Tensor) -> Tensor:
         x = torch.cat((self.start.unsqueeze(1), z[:, :-1]), dim=1)
-        sample, step = torch.arange(len(z), device=z.device), torch.arange(self.steps, device=z.device)
-        rows = sample.repeat_interleave(self.steps), step.repeat(len(z))
+        rows = all_rows(torch.arange(len(z), device=z.device), self.steps)
         return self.transition(x.flatten(0, 1), *rows).unflatten(0, z.shape[:2])
 
     def _split(self, x: Tensor) -> Tensor:

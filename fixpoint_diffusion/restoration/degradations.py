@@ -221,11 +221,10 @@ def check_degradation(degradation: Degradation, like: Tensor) -> None:
         seen, other_seen = project(degradation, x), project(degradation, other)
         if seen.shape != x.shape:
             raise ValueError(f"pinv(apply(x)) must have the shape of x, {tuple(x.shape)}, got {tuple(seen.shape)}")
-        twice = float((project(degradation, seen) - seen).norm() / x.norm())
-        if not twice <= _OFF * max(1.0, float(seen.norm() / x.norm())):
-            share = float((project(degradation, seen) - seen).norm() / seen.norm())
+        off = float((project(degradation, seen) - seen).norm())
+        if not off <= _OFF * max(float(x.norm()), float(seen.norm())):
             raise ValueError(
-                f"pinv(apply(x)) is no projection, applied twice it differs by {share:.2g}: "
+                f"pinv(apply(x)) is no projection, applied twice it differs by {off / float(seen.norm()):.2g}: "
                 "pass the Moore-Penrose inverse"
             )
         skew = float((seen * other).sum() - (x * other_seen).sum()) / float(x.norm() * other.norm())

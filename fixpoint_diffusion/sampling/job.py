@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, Solver
+from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, ProgressBar, Solver
 from fixpoint_diffusion.chains import SamplingChain, chain_from_scheduler
 from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided, NetworkDenoiser, describe, family_of
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
 from fixpoint_diffusion.models import FPDM
 from fixpoint_diffusion.processes import SamplerConfig, initial_noise
 from fixpoint_diffusion.sampling.fpdm import follow_transitions
-from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, parse_classes
+from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, check_guidance, parse_classes
 from fixpoint_diffusion.sampling.sample import sample
 
 if TYPE_CHECKING:
@@ -42,12 +41,14 @@ class SampleBatch:
         labels: their classes, ``(N,)`` int64; None where no class was asked for.
         counts: what they cost, to be added up over batches: ``rounds`` and ``evals`` of the model, and how many
             ``converged``.
+        rows_per_round: the most rows of the model in a round, where that was chosen by timing the model.
     """
 
     first: int
     images: Tensor
     labels: Tensor | None
     counts: dict[str, int]
+    rows_per_round: int | None = None
 
 
 class SamplingJob:
@@ -57,6 +58,7 @@ class SamplingJob:
         denoiser: what ``load_denoiser`` returns: it knows its schedule and the shape of its samples.
         options: what to sample and how.
         decoder: turns latents into images; None: the samples are the images.
+        class_names: names of the model's classes by their numbers, which the options may use.
 
     Attributes:
         image_shape: shape of one image, ``(C, H, W)``, after decoding.
@@ -79,6 +81,7 @@ class SamplingJob:
         options: SamplingOptions,
         *,
         decoder: LatentDecoder | None = None,
+        class_names: Sequence[str] = (),
     ) -> None:
         if denoiser.schedule_config is None or denoiser.sample_shape is None:
             missing = "scheduler_config.json" if denoiser.schedule_config is None else "sample_size in its config.json"
@@ -91,15 +94,13 @@ class SamplingJob:
         self._config = SamplerConfig.from_diffusers(denoiser.schedule_config)
         self._device = denoiser.device
         self._denoiser = self._prepare(denoiser)
-        self._prepare_classes(denoiser)
+        self.classes = classes_of(denoiser, options.classes, options.guidance, class_names)
         # A chain of one image that is not run: whatever does not fit is said before anything is written.
         self._chain(range(1), eta=0.0)
 
     def labels(self, samples: range) -> Tensor | None:
         """The classes of these images, ``(N,)``: they repeat in the given order."""
-        if self.classes is None:
-            return None
-        return torch.tensor([self.classes[i % len(self.classes)] for i in samples])
+        return labels_of(self.classes, samples)
 
     def batches(self, first: int = 0, *, progress: bool = True) -> Iterator[SampleBatch]:
         """Sample images ``first`` to ``num_images - 1``; no more than a batch is held.
@@ -113,7 +114,7 @@ class SamplingJob:
         """
         total, size = self.options.num_images, self.options.batch_size
         single = total - first <= size
-        with tqdm(
+        with ProgressBar.tqdm(
             total=total, initial=first, desc="sampling", unit="image", disable=single or not progress, smoothing=0
         ) as bar:
             for start in range(first, total, size):
@@ -123,11 +124,11 @@ class SamplingJob:
 
     @torch.no_grad()
     def _sample(self, samples: range, *, progress: bool) -> SampleBatch:
-        counts: dict[str, int] = {}
+        counts, rows = dict[str, int](), None
         if isinstance(self._denoiser, FPDMDenoiser) and self.options.solver == SolverName.sequential:
             images = self._sample_fpdm(self._denoiser.model, samples, progress=progress)
         else:
-            images, counts = self._sample_chain(samples, progress=progress)
+            images, counts, rows = self._sample_chain(samples, progress=progress)
         if self._decoder is not None:
             images = self._decoder(images)
         if not bool(images.isfinite().all()):
@@ -136,11 +137,15 @@ class SamplingJob:
                 f"{wrong} of images {samples[0]} to {samples[-1]} are not finite: the model gives infinities or NaNs"
             )
         return SampleBatch(
-            first=samples[0], images=images.to("cpu", torch.float32), labels=self.labels(samples), counts=counts
+            first=samples[0],
+            images=images.to("cpu", torch.float32),
+            labels=self.labels(samples),
+            counts=counts,
+            rows_per_round=rows,
         )
 
-    def _sample_chain(self, samples: range, *, progress: bool) -> tuple[Tensor, dict[str, int]]:
-        options = self.options
+    def _sample_chain(self, samples: range, *, progress: bool) -> tuple[Tensor, dict[str, int], int | None]:
+        options, rows = self.options, None
         chain = self._chain(samples, eta=options.eta)
         if options.solver == SolverName.sequential:
             images, outcome = chain.sequential(trajectory=False, progress=progress), {}
@@ -155,7 +160,9 @@ class SamplingJob:
                 progress=progress,
             )
             images, outcome = result.images, {"converged": int(result.solution.converged.sum())}
-        return images, {"rounds": chain.rounds, "evals": chain.evals, **outcome}
+            if options.max_rows == "auto":
+                rows = result.max_rows or len(samples) * options.steps  # no bound: all rows at once
+        return images, {"rounds": chain.rounds, "evals": chain.evals, **outcome}, rows
 
     def _sample_fpdm(self, model: FPDM, samples: range, *, progress: bool) -> Tensor:
         """The same steps as those of the chain, in which the layer may start at the last step's solution."""
@@ -172,22 +179,18 @@ class SamplingJob:
             first_sample=samples[0],
         )
         images = torch.empty(0)
-        for step in tqdm(run, total=options.steps, desc="sampling", unit="step", disable=not progress):
+        for step in ProgressBar.tqdm(run, total=options.steps, desc="sampling", unit="step", disable=not progress):
             images = step.after
         return images
 
     def _chain(self, samples: range, *, eta: float) -> SamplingChain:
-        x_T, steps, conditioning = self._noise(samples), self.options.steps, {}
-        denoiser: Any = self._denoiser
-        if (labels := self._labels_on_device(samples)) is not None:
-            conditioning[CLASS_LABELS] = labels
-            if self.options.guidance != 1:
-                denoiser = Guided(denoiser, self.options.guidance)
+        labels = self._labels_on_device(samples)
+        denoiser, conditioning = with_labels(self._denoiser, labels, self.options.guidance)
         return chain_from_scheduler(
             denoiser,
-            x_T,
+            self._noise(samples),
             self._config,
-            steps=steps,
+            steps=self.options.steps,
             eta=eta,
             seed=self.options.seed,
             first_sample=samples[0],
@@ -212,7 +215,7 @@ class SamplingJob:
         iterations = options.iterations or DEFAULT_ITERATIONS
         reuse = options.reuse is not False and options.solver == SolverName.sequential
         config = denoiser.model.config
-        passes = options.steps * (config.n_pre + iterations + config.n_post)
+        passes = options.steps * config.block_passes(iterations)
         self.settings = {"iterations": iterations, "reuse": reuse, "block_passes": passes}
         return FPDMDenoiser(
             denoiser.model,
@@ -222,22 +225,45 @@ class SamplingJob:
             learned_variance=variance,
         )
 
-    def _prepare_classes(self, denoiser: NetworkDenoiser) -> None:
-        about = describe(denoiser)
-        if unknown := [name for name in about.conditioning if name != CLASS_LABELS]:
-            raise ValueError(f"this model takes {', '.join(unknown)}, which cannot be given here: sample by a pipeline")
-        known = about.class_labels
-        count = 0 if known is None else known.num_classes or 0
-        null_label = None if known is None else known.null_label
-        self.classes: tuple[int, ...] | None = None
-        if self.options.classes is not None:
-            if known is None:
-                raise ValueError("--class is for models with classes, and this model has none")
-            self.classes = parse_classes(self.options.classes, count)
-            if self.options.guidance != 1 and null_label is None:
-                raise ValueError("--guidance needs a model that was also trained without labels, and this one was not")
-        elif known is not None and null_label is None:
-            raise ValueError(f"this model has {count} classes and must be told one: --class 0, or --class all")
+
+def classes_of(
+    denoiser: NetworkDenoiser, text: str | None, guidance: float, names: Sequence[str] = ()
+) -> tuple[int, ...] | None:
+    """The classes that ``--class`` means for a model; None where it was not given, for "no class".
+
+    Raises:
+        ValueError: for classes or guidance that do not go with the model; a model that must be told more than a class.
+    """
+    about = describe(denoiser)
+    if unknown := [name for name in about.conditioning if name != CLASS_LABELS]:
+        raise ValueError(f"this model takes {', '.join(unknown)}, which cannot be given here: use a pipeline")
+    known = about.class_labels
+    if text is not None and known is None:
+        raise ValueError("--class is for models with classes, and this model has none")
+    check_guidance(guidance, text)
+    if known is None:
+        return None
+    count = known.num_classes or 0
+    classes = None if text is None else parse_classes(text, count, names)
+    if known.null_label is None and guidance != 1:
+        raise ValueError("--guidance needs a model that was also trained without labels, and this one was not")
+    if known.null_label is None and classes is None:
+        raise ValueError(f"this model has {count} classes and must be told one: --class 0, or --class all")
+    return classes
+
+
+def labels_of(classes: Sequence[int] | None, samples: range) -> Tensor | None:
+    """The classes of these images, ``(N,)``: they repeat in the given order. None where there are none."""
+    return None if classes is None else torch.tensor([classes[i % len(classes)] for i in samples])
+
+
+def with_labels(
+    denoiser: NetworkDenoiser, labels: Tensor | None, guidance: float
+) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+    """The denoiser and the conditioning of a chain of images with these labels."""
+    if labels is None:
+        return denoiser, {}
+    return denoiser if guidance == 1 else Guided(denoiser, guidance), {CLASS_LABELS: labels}
 
 
 def _with_variance(denoiser: NetworkDenoiser) -> NetworkDenoiser:

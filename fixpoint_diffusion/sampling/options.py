@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 _WORD = 2**64 - 1
 
@@ -20,8 +22,38 @@ class SolverName(StrEnum):
     broyden = "broyden"
 
 
-def _option(default: Any, help: str, *, low: float | None = None, high: float | None = None, flag: str = "") -> Any:
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag})
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    flag: str = "",
+    parser: Callable[[str], Any] | None = None,
+) -> Any:
+    """A field of a dataclass that is an option of a command: its default, its range, and what the command says of it.
+
+    Args:
+        default: of the field, and of the option.
+        help: the option's help text.
+        low: the least value.
+        high: the largest.
+        flag: how the option is spelt, where that is not the field's name.
+        parser: what reads it, where it takes more than one kind of value.
+    """
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag, "parser": parser})
+
+
+def rows_or_auto(text: str) -> int | Literal["auto"]:
+    """A number of rows, or ``"auto"``.
+
+    >>> rows_or_auto("512"), rows_or_auto("auto")
+    (512, 'auto')
+    """
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise ValueError(f"expected a number or auto, got {text[:40]!r}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,45 +72,51 @@ class SamplingOptions:
     ValueError: --eta must be from 0.0 to 1.0, got nan
     """
 
-    num_images: int = _option(16, "How many images.", low=1, high=_WORD)
-    batch_size: int = _option(256, "Most images at once; it does not change them.", low=1, high=100_000)
-    steps: int = _option(50, "Sampling steps.", low=1)
-    eta: float = _option(0.0, "Noise per step: 0 is DDIM, 1 as DDPM.", low=0.0, high=1.0)
-    seed: int = _option(0, "Seed of all noise.", low=0, high=_WORD)
-    classes: str | None = _option(
-        None, "Classes, such as 7 or 0,3,7 or all: image i gets the i-th, then they repeat.", flag="--class"
+    num_images: int = option(16, "How many images.", low=1, high=_WORD)
+    batch_size: int = option(256, "Most images at once; it does not change them.", low=1, high=100_000)
+    steps: int = option(50, "Sampling steps.", low=1)
+    eta: float = option(0.0, "Noise per step: 0 is DDIM, 1 as DDPM.", low=0.0, high=1.0)
+    seed: int = option(0, "Seed of all noise.", low=0, high=_WORD)
+    classes: str | None = option(
+        None,
+        "Classes by number or name, such as 7 or 0,3,7 or cats or all: image i gets the i-th, then they repeat.",
+        flag="--class",
     )
-    guidance: float = _option(1.0, "Classifier-free guidance; 1 is none, more is more of it.", low=0.0)
-    solver: SolverName = _option(  # noqa: RUF009 - it returns a field
+    guidance: float = option(1.0, "Classifier-free guidance; 1 is none, more is more of it.", low=0.0)
+    solver: SolverName = option(  # noqa: RUF009 - it returns a field
         SolverName.sequential, "sequential: step after step; others solve all steps at once."
     )
-    rtol: float = _option(1e-3, "Parallel solvers: relative tolerance.", low=1e-12, high=1.0)
-    max_rounds: int | None = _option(
+    rtol: float = option(1e-3, "Parallel solvers: relative tolerance.", low=1e-12, high=1.0)
+    max_rounds: int | None = option(
         None, "Parallel solvers: most rounds (batched model calls) (default: steps + 1).", low=1, high=10**6
     )
-    max_rows: int | None = _option(
-        None, "causal: most model rows in a round (default: a rule of the solver).", low=1, high=10**9
+    max_rows: int | Literal["auto"] | None = option(
+        None,
+        "causal: most model rows in a round, or auto: time the model (default: a rule of the solver).",
+        low=1,
+        high=10**9,
+        parser=rows_or_auto,
     )
-    iterations: int | None = _option(None, "FPDM: iterations per step (default: 4).", low=1, high=10**4)
-    reuse: bool | None = _option(
+    iterations: int | None = option(None, "FPDM: iterations per step (default: 4).", low=1, high=10**4)
+    reuse: bool | None = option(
         None, "FPDM: start at the last step's solution (default: reuse).", flag="--reuse/--no-reuse"
     )
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            value, low, high = getattr(self, option.name), option.metadata["low"], option.metadata["high"]
-            if value is None or (low is None and high is None):
+        for each in fields(self):
+            value, low, high = getattr(self, each.name), each.metadata["low"], each.metadata["high"]
+            by_itself = value == "auto" and each.metadata["parser"] is rows_or_auto
+            if value is None or by_itself or (low is None and high is None):
                 continue
             least, most = -math.inf if low is None else low, math.inf if high is None else high
             if not (least <= value <= most and math.isfinite(value)):  # NaN fails every comparison
                 bound = f"at least {low} and finite" if high is None else f"from {low} to {high}"
-                raise ValueError(f"{flag(option.name)} must be {bound}, got {value}")
+                raise ValueError(f"{flag(each.name)} must be {bound}, got {value}")
         if self.max_rows is not None and self.solver != SolverName.causal:
             raise ValueError(f"--max-rows is for --solver causal, not for --solver {self.solver}")
         if self.reuse and self.solver != SolverName.sequential:
             raise ValueError("--reuse needs steps that follow each other: leave it out, or use --solver sequential")
-        if self.guidance != 1 and self.classes is None:
-            raise ValueError("--guidance needs --class: it strengthens the difference that a class makes")
+        check_guidance(self.guidance, self.classes)
 
 
 def flag(name: str) -> str:
@@ -87,28 +125,59 @@ def flag(name: str) -> str:
     >>> flag("num_images"), flag("classes")
     ('--num-images', '--class')
     """
-    given = {option.name: option.metadata["flag"] for option in fields(SamplingOptions)}[name]
+    given = {each.name: each.metadata["flag"] for each in fields(SamplingOptions)}[name]
     return given.partition("/")[0] or "--" + name.replace("_", "-")
 
 
-def parse_classes(text: str, num_classes: int) -> tuple[int, ...]:
-    """The classes that ``"7"``, ``"0,3,7"`` or ``"all"`` means for a model of so many.
+def check_guidance(guidance: float, classes: str | None) -> None:
+    """Refuse guidance without a class, or one that is not finite."""
+    if not math.isfinite(guidance):
+        raise ValueError(f"--guidance must be finite, got {guidance}")
+    if guidance != 1 and classes is None:
+        raise ValueError("--guidance needs --class: it strengthens the difference that a class makes")
+
+
+def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> tuple[int, ...]:
+    """The classes that ``"7"``, ``"0,cats,7"`` or ``"all"`` means for a model of so many.
+
+    Args:
+        text: numbers and names, with commas; or a single name, which may hold commas itself.
+        num_classes: how many classes the model has.
+        names: their names by number, if it has any. Where a name is the number of another class, names alone are taken.
 
     Raises:
         ValueError: for anything else, or a class that the model does not have.
 
-    >>> parse_classes("all", 3), parse_classes("2,0", 3)
-    ((0, 1, 2), (2, 0))
+    >>> parse_classes("all", 3), parse_classes("2,0", 3), parse_classes("dogs,0", 2, ["cats", "dogs"])
+    ((0, 1, 2), (2, 0), (1, 0))
     """
     if text.strip() == "all":
         return tuple(range(num_classes))
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
-        raise ValueError(
-            "--class takes the number of a class, several with commas, or all, such as 7 or 0,3,7; "
-            f"got {text[:40]!r}; info shows the numbers of named classes"
-        )
-    classes = tuple(map(int, parts))
+    numbers = {name: number for number, name in enumerate(names)}
+    confusing = any(_is_number(name) and int(name) != number for name, number in numbers.items())
+    parts = [text.strip()] if text.strip() in numbers else [part.strip() for part in text.split(",")]
+    classes = []
+    for part in parts:
+        if part in numbers:
+            classes.append(numbers[part])
+        elif _is_number(part) and not confusing:
+            classes.append(int(part))
+        elif names:
+            close = get_close_matches(part, names, n=10, cutoff=0.5) or names
+            listed = ", ".join(name[:40] for name in close[:10]) + (", ..." if len(names) > 10 else "")
+            raise ValueError(
+                f"--class: no class {part[:40]!r} among the {len(names)} of this model: {listed}"
+                + ("; numbers are not taken, since they are names here" if confusing else "")
+            )
+        else:
+            raise ValueError(
+                "--class takes the number of a class, several with commas, or all, such as 7 or 0,3,7; "
+                f"got {text[:40]!r}; this model folder holds no names of classes"
+            )
     if wrong := [number for number in classes if number >= num_classes]:
         raise ValueError(f"--class {wrong[0]}: the model's classes are 0 to {num_classes - 1}")
-    return classes
+    return tuple(classes)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.files import map_array, read_json, write_json, written_whole
+from fixpoint_diffusion.files import map_array, read_json, visible_entries, write_json, written_whole
 from fixpoint_diffusion.sampling.grids import to_pixels
 from fixpoint_diffusion.sampling.job import SampleBatch
 
 RECORD, GRID, ONE_FILE, IMAGES = "sample.json", "grid.png", "images.npy", "images"
 _FILE = re.compile(r"(\d{8,})(?:-class\d+)?\.(npy|png)")
 # What the record says of progress and cost; the rest of it are settings, which a continued run must share.
-_PROGRESS = ("num_images", "images_done", "seconds", "rounds", "evals", "converged")
+_PROGRESS = ("num_images", "images_done", "seconds", "rounds", "evals", "converged", "rows_per_round")
 
 
 class ImageFormat(StrEnum):
@@ -55,7 +56,7 @@ class RunFolder:
         totals: what they cost so far.
 
     Raises:
-        FileExistsError: if the folder holds another run, or images without a record.
+        FileExistsError: if the folder holds another run, images without a record, or files that no run writes there.
         OSError: if it cannot be written, or the disk has no room for the images.
         ValueError: if the images do not fit the format, or the record or a file of images is damaged or of another run.
     """
@@ -80,7 +81,7 @@ class RunFolder:
         self._image_shape = tuple(image_shape)
         record = self._read_record(overwrite=overwrite)
         self.totals = {name: record[name] for name in _PROGRESS[2:] if name in record}
-        self.done, to_delete = (0, self._files()) if overwrite else self._count()
+        self.done, to_delete = (0, [path for _, path in _numbered(self.folder)]) if overwrite else self._count()
         self.num_images = max(num_images, self.done)
         self._one_file = format == ImageFormat.npy and self.done == 0 and num_images <= batch_size
         self._check_room(to_delete)
@@ -122,6 +123,8 @@ class RunFolder:
         self.done += len(batch.images)
         for name, count in {**batch.counts, "seconds": round(seconds, 3)}.items():
             self.totals[name] = round(self.totals.get(name, 0) + count, 3)
+        if batch.rows_per_round is not None:
+            self.totals["rows_per_round"] = max(self.totals.get("rows_per_round", 0), batch.rows_per_round)
         self._write_record()
 
     def discard_empty(self) -> None:
@@ -137,12 +140,12 @@ class RunFolder:
         if self.format == ImageFormat.png:
             from PIL import Image
 
-            for path in self._files()[:count]:
+            for path in run_files(self.folder)[:count]:
                 with Image.open(path) as picture:
                     pixels = torch.from_numpy(np.array(picture)).to(torch.float32).div(127.5).sub(1)
                 parts.append(pixels[None, None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)[None])
             return torch.cat(parts)
-        for path in self._files():
+        for path in run_files(self.folder):
             have = sum(map(len, parts))
             if have == count:
                 break
@@ -188,18 +191,12 @@ class RunFolder:
                 )
         return record
 
-    def _files(self) -> list[Path]:
-        """The files with images, in the order of these."""
-        if (self.folder / ONE_FILE).is_file():
-            return [self.folder / ONE_FILE]
-        folder = self.folder / IMAGES
-        named = [(match, path) for path in folder.glob("*") if (match := _FILE.fullmatch(path.name))]
-        return [path for match, path in sorted(named, key=lambda pair: int(pair[0][1]))]
-
     def _count(self) -> tuple[int, list[Path]]:
         """How many images are there without a gap, and array files behind a gap, which are to be made again."""
         count, behind_gap = 0, list[Path]()
-        for path in self._files():
+        for path in run_files(self.folder):
+            if path.suffix != f".{self.format.value}":
+                raise FileExistsError(f"{path} is not of this run, which writes {self.format.value}: move it away")
             match = _FILE.fullmatch(path.name)
             if behind_gap or (match is not None and int(match[1]) != count):
                 behind_gap.append(path)
@@ -240,6 +237,31 @@ class RunFolder:
                 f"{self.num_images} images of {'x'.join(map(str, self._image_shape))} need at least "
                 f"{need / 1e9:,.3f} GB, and the disk of {self.folder} has {free / 1e9:,.3f} GB left"
             )
+
+
+def run_files(folder: Path) -> list[Path]:
+    """The files with images in the folder of a sampling run, in the order of the images.
+
+    Raises:
+        FileExistsError: if a file is there that no run writes, or two hold the same image: one of them is of another
+            run, and nobody can tell which.
+    """
+    files = _numbered(folder)
+    for (number, path), (other, second) in pairwise(files):
+        if number == other:
+            raise FileExistsError(f"{path} and {second.name} both hold image {number}: delete the wrong one of them")
+    return [path for _, path in files]
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """The same, each behind the number of its first image; files of the same image stand side by side."""
+    files = [(0, folder / ONE_FILE)] if (folder / ONE_FILE).is_file() else []
+    for path in visible_entries(folder / IMAGES) if (folder / IMAGES).is_dir() else ():
+        match = _FILE.fullmatch(path.name)
+        if match is None or not path.is_file() or match[1] != f"{int(match[1]):08d}":
+            raise FileExistsError(f"{path} is of no sampling run: move it out of the folder of images")
+        files.append((int(match[1]), path))
+    return sorted(files)
 
 
 def _write_png(path: Path, image: Tensor) -> None:

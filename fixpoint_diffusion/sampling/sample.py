@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fixpoint import Anderson, Blockwise, CausalQuasiNewton, Progress, Solution, Solver, solve
+from fixpoint import Anderson, Blockwise, CausalQuasiNewton, Progress, ProgressBar, Solution, Solver, solve
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.sampling.batch_cost import BatchCost, usual_rows
 
@@ -74,7 +73,7 @@ def sample(
             with ``CausalQuasiNewton``, when every latent's predicted error is at most ``atol + rtol ||latent||``.
         max_evals: most evaluations of the chain; by default T + 1, enough for plain iteration to be exact and know it,
             and as often T as samples have to take turns under ``max_rows``, and a certificate in as many parts. For
-            ``CausalQuasiNewton`` three times that, for samples that are solved anew.
+            ``CausalQuasiNewton`` six times that, for samples that amplify errors: these are measured and solved anew.
         max_rows: for ``CausalQuasiNewton`` without a window and a budget of its own: most rows in a round. None: by the
             rule of :func:`~fixpoint_diffusion.sampling.batch_cost.usual_rows`, from the type of device, the number of
             samples and their size. ``"auto"``: the denoiser is timed on growing batches, and the budget is taken that
@@ -115,7 +114,7 @@ def sample(
     max_evals = limit if max_evals is None else max_evals
     settled = _Settled()
     latents = samples * chain.steps
-    with torch.no_grad(), tqdm(total=latents, desc="sampling", unit="latent", disable=not progress) as bar:
+    with torch.no_grad(), ProgressBar.tqdm(total=latents, desc="sampling", unit="latent", disable=not progress) as bar:
 
         def report(state: Progress) -> object:
             if progress:
@@ -246,12 +245,12 @@ def _with_budget(
 
 
 def _most_rounds(solver: CausalQuasiNewton, samples: int, steps: int) -> int:
-    """Rounds that always do: samples that take turns, go back once and then go on step by step, with certificates."""
+    """Rounds that always do: samples take turns, are solved anew, go on step by step, and are measured in between."""
     waves = parts = 1
     if solver.max_rows and samples:
         waves = math.ceil(samples / solver.max_rows)
         parts = math.ceil(samples * steps / solver.max_rows)
-    return 3 * waves * steps + (12 * parts if solver.certify else 1)
+    return 6 * waves * steps + 4 * parts
 
 
 def _start(chain: SamplingChain, init: str | Tensor | None) -> Tensor:

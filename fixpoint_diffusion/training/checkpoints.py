@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fixpoint_diffusion.files import written_whole
-from fixpoint_diffusion.models.checkpoint import split_w1
+from fixpoint_diffusion.models.checkpoint import in_current_names
 
 FORMAT = "fixpoint-diffusion training state 2"
 PARTS = ("model", "ema", "optimizer")
@@ -75,7 +75,7 @@ def load_state(path: Path) -> TrainingState:
     """
     tensors, header = _read(path)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
-    for key, tensor in split_w1(tensors).items():
+    for key, tensor in in_current_names(tensors).items():
         part, _, name = key.partition("/")
         if part not in parts:
             raise ValueError(f"{path} holds a tensor {key!r}; expected names that begin with {', '.join(PARTS)}")
@@ -98,9 +98,10 @@ def _check(state: TrainingState, path: Path) -> None:
         weights = [tensor for tensor in getattr(state, part).values() if tensor.is_floating_point()]
         if not any(bool(tensor.any()) for tensor in weights):
             raise ValueError(f"{path} is damaged: all weights of its {part} are zero")
-    taken = {int(value) for key, value in state.optimizer.items() if key.startswith("step/")}
-    if not taken or min(taken) < 1 or max(taken) > step:
-        raise ValueError(f"{path} is of step {step}, its optimiser state of steps {sorted(taken)}")
+    taken = [float(value) for key, value in state.optimizer.items() if key.startswith("step/")]
+    wrong = sorted({f"{value:g}" for value in taken if not 1 <= value <= step})
+    if not taken or wrong:
+        raise ValueError(f"{path} is of step {step}, its optimiser state of {', '.join(wrong) or 'none'}")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

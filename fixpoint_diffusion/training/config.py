@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fixpoint_diffusion.sampling.options import option
+
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Weighting = Literal["plain", "min-snr"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -19,6 +21,8 @@ _NOT_NEGATIVE = ("final_learning_rate", "warmup_steps", "weight_decay", "seed")
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How to train; a run is a function of this, the initial weights, the images and the schedule.
+
+    A model family may have other defaults. What is an ``option`` can be set on the command line.
 
     Attributes:
         steps: optimiser steps in all.
@@ -45,23 +49,23 @@ class TrainingConfig:
         ValueError: if a value is out of range; the message names it.
     """
 
-    steps: int = 10_000
-    batch_size: int = 64
-    accumulate: int = 1
-    precision: Precision = "no"
-    learning_rate: float = 1e-3
+    steps: int = option(10_000, "Optimiser steps in all.", low=1)
+    batch_size: int = option(64, "Images per step, over all processes.", low=1)
+    accumulate: int = option(1, "Parts that a process takes its images in.", low=1)
+    precision: Precision = option("no", "Mixed precision.")  # noqa: RUF009 - it returns a field
+    learning_rate: float = option(1e-3, "Peak learning rate.")
     final_learning_rate: float = 1e-5
     warmup_steps: int = 200
-    weight_decay: float = 0.01
+    weight_decay: float = option(0.01, "Weight decay.")
     max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
+    ema_decay: float = option(0.999, "Decay of the averaged weights, which are kept.")
     prediction_type: PredictionType = "epsilon"
-    weighting: Weighting = "plain"
+    weighting: Weighting = option("plain", "Weight of each timestep's loss.")  # noqa: RUF009
     min_snr_gamma: float = 5.0
-    class_dropout: float = 0.1
-    seed: int = 0
+    class_dropout: float = option(0.1, "Share of the labels replaced by 'no class', for guidance.")
+    seed: int = option(0, "Seed of the initial weights and of training.", low=0)
     log_every: int = 50
-    checkpoint_every: int = 1000
+    checkpoint_every: int = option(1000, "Steps between checkpoints.", low=1)
 
     def __post_init__(self) -> None:
         for name in _COUNTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fixpoint import ProgressBar
 from fixpoint_diffusion.files import map_array, sha256_of_all, write_json, written_whole
 from fixpoint_diffusion.models.autoencoder import LatentEncoder, autoencoder_folder, load_autoencoder
 from fixpoint_diffusion.processes.noise import initial_noise
@@ -81,10 +83,7 @@ def encode(
     folder = Path(folder)
     encoder = LatentEncoder(load_autoencoder(vae, device=options.device))
     info = _describe(dataset, vae, encoder, options, source)
-    _prepare(folder, info, dataset)
-    from tqdm.auto import tqdm
-
-    with tqdm(total=info.rows, unit="image", disable=not progress) as bar:
+    with _prepared(folder, info, dataset), ProgressBar.tqdm(total=info.rows, unit="image", disable=not progress) as bar:
         for number, (file, count) in enumerate(info.shards(folder)):
             if _is_whole(file, count, info):
                 bar.update(count)
@@ -118,6 +117,23 @@ def _describe(
         num_classes=dataset.num_classes,
         class_names=None if dataset.class_names is None else list(dataset.class_names),
     )
+
+
+@contextlib.contextmanager
+def _prepared(folder: Path, info: LatentsInfo, dataset: ImageDataset) -> Iterator[None]:
+    """Write what stands beside the shards, and take it away again where it is left without any."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    _prepare(folder, info, dataset)
+    try:
+        yield
+    except BaseException:
+        if not any(file.exists() for file, _ in info.shards(folder)):
+            for name in (INFO_FILE, LABELS_FILE):
+                (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else is in there
+                for path in made:
+                    path.rmdir()
+        raise
 
 
 def _prepare(folder: Path, info: LatentsInfo, dataset: ImageDataset) -> None:

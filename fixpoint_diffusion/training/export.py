@@ -14,7 +14,7 @@ from torch import nn
 
 from fixpoint_diffusion.denoisers.checksums import write_checksums
 from fixpoint_diffusion.denoisers.registry import Family
-from fixpoint_diffusion.files import write_json
+from fixpoint_diffusion.files import read_json, write_json
 from fixpoint_diffusion.processes import GaussianPrior
 from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.training.data import ImageDataset
@@ -22,6 +22,21 @@ from fixpoint_diffusion.training.logs import LOG_FILE, TrainingLog
 
 TRAINING_FILE = "training_config.json"
 _PRIOR_IMAGES = 4096
+
+
+def read_class_names(folder: Path) -> tuple[str, ...]:
+    """The names of a model folder's classes by their numbers; empty where it was not trained here on class folders.
+
+    Raises:
+        ValueError: if the file that holds them is damaged.
+    """
+    file = folder / TRAINING_FILE
+    names = read_json(file).get("class_names") if file.is_file() else None
+    if names is None:
+        return ()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: class_names must be a list of names, got {repr(names)[:80]}")
+    return tuple(names)
 
 
 def export(

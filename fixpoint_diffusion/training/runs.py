@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from psutil import virtual_memory
 from torch import nn
 
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
@@ -128,10 +130,12 @@ class TrainingRun:
             given.setdefault("prediction_type", schedule_config["prediction_type"])
             config = TrainingConfig(**{**its_family.training, **given})
             opened = (data or DataOptions()).open(seed=config.seed)
+            _check_batch(opened, config)
         else:
             its_family = family(kind)
             config = TrainingConfig(**{**its_family.training, **given})
             opened = (data or DataOptions()).open(seed=config.seed)
+            _check_batch(opened, config)
             if classes and opened.num_classes is None:
                 raise ValueError("the data has no classes: put images into one subfolder a class")
             network = build_network(its_family, opened, classes=classes, settings=settings or {}, seed=config.seed)
@@ -280,3 +284,15 @@ class TrainingRun:
                     prior=prior_of(self.data),
                 )
         return log
+
+
+def _check_batch(data: ImageDataset, config: TrainingConfig) -> None:
+    """Refuse a batch that this machine cannot hold, before a network is built for such images."""
+    count = max(config.batch_size // config.accumulate // int(os.environ.get("WORLD_SIZE", "1")), 1)
+    need, have = 4 * count * math.prod(data.sample_shape), virtual_memory().total
+    if need > have:
+        shape = "x".join(map(str, data.sample_shape))
+        raise ValueError(
+            f"{count} samples of {shape} at once would take {need / 1e9:,.0f} GB, and this machine has "
+            f"{have / 1e9:,.0f} GB: take a smaller --batch-size, more parts (--accumulate) or a smaller --size"
+        )

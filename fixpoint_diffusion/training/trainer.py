@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from fixpoint import ProgressBar
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
 from fixpoint_diffusion.training.batches import Share, StepSampler, draw, seed_of
 from fixpoint_diffusion.training.checkpoints import (
@@ -130,7 +130,9 @@ def _loop(
 
     with (
         _interrupts() as interrupted,
-        tqdm(total=config.steps, initial=start, desc="training", unit="step", disable=not (progress and main)) as bar,
+        ProgressBar.tqdm(
+            total=config.steps, initial=start, desc="training", unit="step", disable=not (progress and main)
+        ) as bar,
     ):
         for step in range(start, config.steps):
             loss, stop = run.step(batches, step, interrupted)

@@ -8,6 +8,8 @@ from torch.testing import assert_close
 
 import fixpoint
 from fixpoint import CausalQuasiNewton, Recurrence
+from fixpoint.chains import recurrence
+from tests.fixpoint.chains import Counted
 
 
 def solve(problem, solver=None, **options):
@@ -74,12 +76,124 @@ def test_too_few_evaluations_are_no_convergence():
     assert (error[solution.converged] < 2e-3).all()
 
 
-def test_probes_do_not_depend_on_the_other_rows():
+def test_a_twin_does_not_depend_on_the_other_rows():
     problem = logistic()
     together = solve(problem, CausalQuasiNewton(certify=True))
     for row in range(4):
         alone = Recurrence(problem.step, problem.start[row : row + 1], steps=problem.steps)
-        assert_close(solve(alone, CausalQuasiNewton(certify=True)).value[0], together.value[row], rtol=1e-12, atol=0)
+        found = solve(alone, CausalQuasiNewton(certify=True))
+        assert_close(found.value[0], together.value[row], rtol=1e-12, atol=0)
+        assert_close(found.amplification[0], together.amplification[row], rtol=1e-6, atol=0)
+
+
+def lorenz(steps: int) -> Recurrence:
+    """Errors grow by nine in a thousand in a step, in a direction that takes a hundred steps to emerge."""
+
+    def step(x):
+        a, b, c = x.unbind(dim=1)
+        return x + 0.01 * torch.stack((10 * (b - a), a * (28 - c) - b, a * b - 8 / 3 * c), dim=1)
+
+    start = torch.tensor([[1.0, 1.0, 20.0], [-5.0, -7.0, 22.0], [3.0, 2.0, 15.0]], dtype=torch.float64)
+    return Recurrence(step, start, steps=steps)
+
+
+def linear(dim: int, radius: float, shear: float, steps: int, samples: int = 3) -> Recurrence:
+    """``x' = A x + u`` about states of size 1; A has eigenvalues of up to ``radius`` and is far from normal."""
+    generator = torch.Generator().manual_seed(dim)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    eigenvalues = radius * torch.linspace(0.7, 1, dim, dtype=torch.float64)
+    basis = torch.linalg.qr(normal(samples, dim, dim))[0]
+    a = basis @ (eigenvalues.diag() + shear * normal(samples, dim, dim).triu(1) / dim**0.5) @ basis.mT
+    a = a[:, None].expand(-1, steps, -1, -1)
+    path = 1 + 0.3 * normal(samples, steps + 1, dim)
+    u = path[:, 1:] - (a @ path[:, :-1, :, None])[..., 0]
+    return Recurrence(lambda x, a, u: (a @ x[..., None])[..., 0] + u, path[:, 0], inputs=(a, u))
+
+
+def tanh_cells(gain: float, steps: int = 100, dim: int = 6, samples: int = 4) -> Recurrence:
+    generator = torch.Generator().manual_seed(0)
+    weights = gain * torch.randn(samples, 1, dim, dim, generator=generator, dtype=torch.float64) / dim**0.5
+    push = 0.5 * torch.randn(samples, steps, dim, generator=generator, dtype=torch.float64)
+    start = torch.zeros(samples, dim, dtype=torch.float64)
+    inputs = (weights.expand(-1, steps, -1, -1), push)
+    return Recurrence(lambda x, a, u: torch.tanh((a @ x[..., None])[..., 0] + u), start, inputs=inputs)
+
+
+def amplification(problem: Recurrence) -> torch.Tensor:
+    """By products of the steps' exact Jacobians: what becomes at most of a state's relative error, on average over its
+    directions."""
+    states = problem.sequential()
+    before = torch.cat((problem.start[:, None], states), dim=1)[:, : problem.steps]
+    sample, step = recurrence.all_pairs(len(states), problem.steps, states.device)
+
+    def one(x, sample, step):
+        return problem.transition(x[None], sample[None], step[None])[0]
+
+    jacobians = torch.func.vmap(torch.func.jacrev(one))(before.flatten(0, 1), sample, step)
+    jacobians = jacobians.unflatten(0, states.shape[:2])
+    size, dim = states.norm(dim=2), states.shape[2]
+    largest = torch.ones(len(states), dtype=states.dtype)
+    products = torch.zeros(len(states), problem.steps, dim, dim, dtype=states.dtype)
+    for k in range(problem.steps):
+        products[:, :k] = jacobians[:, k, None] @ products[:, :k]
+        products[:, k] = torch.eye(dim, dtype=states.dtype)
+        growth = products[:, : k + 1].flatten(2).norm(dim=2) / dim**0.5 * size[:, : k + 1] / size[:, k, None]
+        largest = torch.maximum(largest, growth.amax(dim=1))
+    return largest
+
+
+CHAINS = {
+    "lorenz": (lambda: lorenz(400), 1e-4),
+    "growing": (lambda: linear(4, 1.04, 0.3, steps=150), 1e-4),
+    "growing, in sixteen dimensions": (lambda: linear(16, 1.05, 0.2, steps=150), 1e-4),
+    "not normal": (lambda: linear(4, 0.9, 1.5, steps=60), 1e-4),
+    "contraction": (lambda: linear(4, 0.6, 0.0, steps=60), 1e-4),
+    "cells": (lambda: tanh_cells(1.5), 1e-4),
+}
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("name", CHAINS)
+def test_what_a_chain_amplifies_is_measured(name, window):
+    make, rtol = CHAINS[name]
+    problem = make()
+    solution = solve(problem, CausalQuasiNewton(certify=True, window=window), rtol=rtol)
+    assert solution.converged.all()
+    ratio = solution.amplification / amplification(problem)
+    assert 1 / 3 < float(ratio.median()) < 3
+    assert (ratio > 1 / 10).all()
+    assert (ratio < 10).all()
+    assert (worst_errors(problem, solution) < 2 * rtol).all()
+
+
+def test_a_long_slowly_growing_chain_meets_the_tolerance_without_being_asked_to():
+    problem = lorenz(1000)
+    solution = solve(problem, CausalQuasiNewton(window=50), rtol=1e-6, max_evals=1001)
+    assert solution.converged.all()
+    assert (solution.amplification > 1e3).all()
+    assert float(worst_errors(problem, solution).max()) < 2e-6
+
+
+def test_a_twin_is_counted_and_keeps_to_the_budget_of_rows():
+    problem = lorenz(300)
+    counted = Counted(problem.step, problem.start, steps=300)
+    shown: list[int] = []
+    solver = CausalQuasiNewton(certify=True, max_rows=40)
+    solution = solve(counted, solver, rtol=1e-4, record=True, callback=lambda progress: shown.append(progress.nfev))
+    assert solution.converged.all()
+    assert solution.nfev == len(counted.asked) == len(solution.trace) == len(shown)
+    assert max(len(asked) for asked in counted.asked) <= 40
+
+
+def test_what_forgets_is_not_measured_without_being_asked_to():
+    problem = linear(4, 0.6, 0.0, steps=60)
+    counted = Counted(problem.step, problem.start, inputs=problem.inputs)
+    solution = solve(counted, CausalQuasiNewton(window=20))
+    assert solution.residual.isnan().all()  # no certificate, so no twin
+    assert_close(solution.amplification, torch.ones(3, dtype=torch.float64), rtol=0, atol=2)
 
 
 def test_a_basis_may_be_given_by_its_factors():

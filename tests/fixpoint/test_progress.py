@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import numpy as np
@@ -68,6 +69,48 @@ def test_arrays_and_batch_shapes_are_shown_too(capsys):
     bar(Progress(nfev=1, max_evals=9, residual=torch.ones(2, 3), active=6, value=None))
     bar.close()
     assert "1/9" in last_line(capsys)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def lines_of_a_bar(stream, monkeypatch, *, seconds, steps):
+    """How often a bar is drawn by so many steps that take so long, by tqdm's own clock."""
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with fixpoint.ProgressBar.tqdm(total=steps, file=stream) as bar:
+        for _ in range(steps):
+            now[0] += seconds / steps
+            bar.update()
+    assert f"{steps}/{steps}" in stream.getvalue()
+    return stream.getvalue().count("\r")
+
+
+def test_a_log_gets_a_line_every_half_minute_at_most(monkeypatch):
+    assert 4 <= lines_of_a_bar(io.StringIO(), monkeypatch, seconds=150, steps=1000) <= 8
+    assert lines_of_a_bar(Terminal(), monkeypatch, seconds=150, steps=1000) > 100
+
+
+def test_a_bar_of_a_solve_goes_to_a_log_in_few_lines(capsys, monkeypatch):
+    now = iter(range(10_000))
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(now)))
+    with ProgressBar() as bar:
+        for nfev in range(1, 100):
+            bar(Progress(nfev=nfev, max_evals=100, residual=torch.ones(1), active=1, value=None))
+    assert capsys.readouterr().err.count("\r") <= 10
+
+
+def test_notebooks_have_their_own_bar(monkeypatch):
+    class Widget:
+        __module__ = "tqdm.notebook"
+
+        def __init__(self, iterable, **options):
+            self.options = options
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Widget)
+    assert fixpoint.ProgressBar.tqdm(total=3).options == {"total": 3}
 
 
 def test_without_tqdm_the_extra_is_named(monkeypatch):

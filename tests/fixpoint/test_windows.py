@@ -98,9 +98,11 @@ class Forgetful(Recurrence):
 
 
 def test_a_certificate_is_an_evaluation_of_everything():
-    problem = pendulum()
-    plain, certified = solve(problem), solve(problem, CausalQuasiNewton(certify=True))
-    assert certified.nfev == plain.nfev + 1 + 2  # and two probes of what errors become
+    problem, counted = pendulum(), pendulum(kind=Counted)
+    plain, certified = solve(problem), solve(counted, CausalQuasiNewton(certify=True))
+    assert len(counted.asked) == certified.nfev
+    assert len(counted.asked[plain.nfev]) == 3 * 400
+    assert plain.nfev + 1 < certified.nfev <= plain.nfev + 1 + 6  # and a twin, to see what errors become
     assert (certified.evals == certified.nfev).all()
     defect = (problem(certified.value) - certified.value).flatten(1).norm(dim=1)
     assert_close(certified.residual, defect, rtol=1e-6, atol=1e-12)
@@ -218,7 +220,7 @@ def test_a_certificate_that_is_not_finite_loses_the_row():
 
     problem.step = lost_at_the_end
     solution = solve(problem, CausalQuasiNewton(certify=True), on_failure="ignore")
-    assert solution.nfev == rounds + 1 + 2
+    assert solution.nfev > rounds + 1  # the other two are measured
     assert solution.status.tolist() == [Status.CONVERGED, Status.CONVERGED, Status.NON_FINITE]
 
 

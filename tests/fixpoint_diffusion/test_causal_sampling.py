@@ -11,7 +11,15 @@ from torch.testing import assert_close
 
 import fixpoint
 from fixpoint import CausalQuasiNewton, Status
-from fixpoint_diffusion import DDIMChain, NoiseSchedule, StochasticDDIMChain, initial_noise, sample
+from fixpoint_diffusion import (
+    DDIMChain,
+    NoiseSchedule,
+    SamplingChain,
+    StochasticDDIMChain,
+    Transitions,
+    initial_noise,
+    sample,
+)
 from fixpoint_diffusion.experiments.chains import embedded_chain
 
 LINEAR = NoiseSchedule.linear()
@@ -277,3 +285,16 @@ def test_no_sample_at_all(mixture):
     result = sample(mixture_chain(mixture, samples=0, steps=10))
     assert result.images.shape == (0, 3)
     assert result.solution.nfev == 0
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned"])
+def test_a_network_is_not_called_for_no_sample(variance_type):
+    def network(x, t):
+        return x.reshape(len(x), -1, 3)  # which raises for an empty batch
+
+    transitions = Transitions.of(LINEAR, LINEAR.timesteps(4), eta=1.0, variance_type=variance_type)
+    chain = SamplingChain(network, torch.zeros(0, 2, 3), transitions, noise=torch.zeros(0, 4, 2, 3))
+    assert chain.sequential().shape == chain(chain.z0).shape == (0, 4, 2, 3)
+    for solver in (fixpoint.CausalQuasiNewton(), fixpoint.Picard()):
+        assert sample(chain, solver=solver).images.shape == (0, 2, 3)
+    assert (chain.rounds, chain.evals) == (0, 0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -8,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from fixpoint_diffusion.cli import app, main
+from fixpoint_diffusion.denoisers import family
+from fixpoint_diffusion.sampling.options import SamplingOptions
+from fixpoint_diffusion.training import TrainingConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL_UNET = {"block_out_channels": [8, 8], "norm_num_groups": 4, "attention_head_dim": 4}
@@ -47,6 +52,34 @@ def test_help_explains_with_an_example(command: tuple[str, ...]) -> None:
     assert result.exit_code == 0
     if command:
         assert f"Example: fixpoint-diffusion {command[0]}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "own"), [("train", TrainingConfig, False), ("sample", SamplingOptions, True)]
+)
+def test_options_that_a_dataclass_has_are_its_fields_with_its_defaults(command: str, options: type, own: bool) -> None:
+    """``train`` passes on what is typed alone, since model families have defaults of their own, and says both."""
+    taken = {p.name: p for p in typer.main.get_command(app).commands[command].params}
+    fields = {field.name: field for field in dataclasses.fields(options) if "help" in field.metadata}
+    assert len(fields) >= 10
+    for name, field in fields.items():
+        option = taken.pop(name)
+        assert option.help == field.metadata["help"]
+        if own:
+            assert option.default == field.default
+        else:
+            assert option.default is None
+            assert option.show_default == f"the model family's, or {field.default}"
+    assert not taken.keys() & {field.name for field in dataclasses.fields(options)}
+
+
+def test_what_is_typed_reaches_the_training_and_the_rest_is_the_familys(tmp_path: Path, settings: Path) -> None:
+    train(settings, tmp_path / "out", "--steps", 1, "--ema-decay", 0.5, "--checkpoint-every", 7, kind="fpdm")
+    about = json.loads((tmp_path / "out" / "training_config.json").read_text())
+    expected = TrainingConfig(
+        **{**family("fpdm").training, "steps": 1, "batch_size": 4, "ema_decay": 0.5, "checkpoint_every": 7}
+    )
+    assert {name: about[name] for name in dataclasses.asdict(expected)} == dataclasses.asdict(expected)
 
 
 def test_help_does_not_import_diffusers() -> None:
@@ -99,6 +132,9 @@ def test_values_out_of_range_are_usage_errors(arguments: tuple[str, ...]) -> Non
         (("sample", "--iterations", "2"), "--iterations"),
         (("sample", "--max-rows", "9"), "--max-rows is for --solver causal, not for --solver sequential"),
         (("sample", "--max-rows", "9", "--solver", "anderson"), "--max-rows is for --solver causal"),
+        (("sample", "--max-rows", "auto"), "--max-rows is for --solver causal, not for --solver sequential"),
+        (("sample", "--max-rows", "some", "--solver", "causal"), "expected a number or auto, got 'some'"),
+        (("sample", "--max-rows", "0", "--solver", "causal"), "--max-rows must be from 1 to 1000000000, got 0"),
         (("sample", "--steps", "2000"), "1000 timesteps"),
     ],
 )
@@ -123,6 +159,15 @@ def test_missing_library_names_the_extra_to_install(
     monkeypatch.chdir(tmp_path)
     assert run_main(monkeypatch, *command) == 2
     assert "pip install 'fixpoint[diffusion]'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_ctrl_c_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fixpoint_diffusion.commands.info.open_model", interrupted)
+    assert run_main(monkeypatch, "info") == 130
+    assert capsys.readouterr().err.strip() == "Interrupted."
 
 
 def test_info_lists_the_embedded_models() -> None:
@@ -174,6 +219,22 @@ def test_budget_of_rows_bounds_every_round_and_changes_no_image(tmp_path: Path) 
     np.testing.assert_allclose(images, expected, atol=1e-4)
     assert figures["converged"] == 3
     assert figures["evals"] <= 4 * figures["rounds"]
+
+
+def test_budget_of_rows_by_timing_is_named_in_what_the_run_says(tmp_path: Path, monkeypatch) -> None:
+    seconds = {3: 0.1, 12: 0.11}  # more rows cost nothing, then much
+    monkeypatch.setattr(
+        "fixpoint_diffusion.sampling.batch_cost._seconds", lambda chain, rows, calls=1: seconds.get(rows, 10.0)
+    )
+    options = ("--num-images", 3, "--steps", 200, "--solver", "causal", "--max-rows", "auto", "--out", tmp_path)
+    result = invoke("sample", *options)
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "sample.json").read_text())
+    assert figures["max_rows"] == "auto"
+    assert figures["rows_per_round"] == 12
+    assert re.search(r"rows_per_round +12\n", result.output)
+    assert figures["evals"] <= 12 * figures["rounds"]
+    assert "3 images are there already" in invoke("sample", *options).output
 
 
 def test_bar_ends_with_all_latents_and_shows_rounds_samples_and_rows(tmp_path: Path) -> None:

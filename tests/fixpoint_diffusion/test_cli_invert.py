@@ -90,7 +90,7 @@ def test_classes_and_guidance_are_those_of_the_sampler(tmp_path: Path, condition
         result = invoke("digits", *options, "--model", conditional_model, "--steps", 2, "--num-images", 1, "--out", out)
         assert result.exit_code == 0, result.output
         record = json.loads((out / "invert.json").read_text())
-        assert [record["class"], record["guidance"]] == [1 if options else None, 2.0 if len(options) > 2 else 1.0]
+        assert [record["class"], record["guidance"]] == ["1" if options else None, 2.0 if len(options) > 2 else 1.0]
         found.append(np.load(out / "x_T.npy"))
         denoiser = load_denoiser(conditional_model)
         label = describe(denoiser).class_labels.null_label if not options else 1
@@ -110,12 +110,27 @@ def test_classes_and_guidance_are_those_of_the_sampler(tmp_path: Path, condition
 
 
 @pytest.mark.parametrize(
+    ("options", "message"), [((), "must be told one"), (("--class", 1, "--guidance", 2), "trained without labels")]
+)
+def test_a_model_without_a_label_for_no_class_is_told_one_and_not_guided(
+    tmp_path: Path, conditional_model: Path, options: tuple[object, ...], message: str
+) -> None:
+    config = json.loads((conditional_model / "config.json").read_text())
+    del config["_null_label"]
+    (conditional_model / "config.json").write_text(json.dumps(config))
+    result = invoke("digits", "--model", conditional_model, "--num-images", 1, "--out", tmp_path / "out", *options)
+    assert message in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("nowhere",), "nowhere"),
         (("digits", "--model", "nothing"), "no model folder"),
-        (("digits", "--class", "3"), "takes none"),
-        (("digits", "--guidance", "2"), "takes none"),
+        (("digits", "--class", "3"), "this model has none"),
+        (("digits", "--guidance", "2"), "--guidance needs --class"),
+        (("digits", "--guidance", "inf"), "--guidance must be finite"),
         (("digits", "--steps", "5000"), "5000"),
         (("digits", "--rtol", "nan"), "rtol"),
     ],

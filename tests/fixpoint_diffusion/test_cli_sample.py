@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from fixpoint_diffusion.cli import app, main
@@ -31,7 +32,9 @@ from fixpoint_diffusion.processes import NoiseSchedule, initial_noise, step_nois
 from fixpoint_diffusion.sampling.fpdm import sample_fpdm
 from fixpoint_diffusion.sampling.grids import to_pixels
 from fixpoint_diffusion.sampling.job import SamplingJob
-from fixpoint_diffusion.sampling.options import SamplingOptions
+from fixpoint_diffusion.sampling.options import SamplingOptions, parse_classes
+from fixpoint_diffusion.training import TrainingRun
+from fixpoint_diffusion.training.logs import TrainingLog
 
 SCHEDULE = {"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "epsilon"}
 
@@ -276,6 +279,48 @@ def test_damaged_run_is_named_and_left_as_it_is(tmp_path: Path, damage: Callable
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("00000001-class0.png", "both hold image 1"),
+        ("000000001.png", "is of no sampling run"),
+        ("1.png", "is of no sampling run"),
+        ("more/00000001.png", "more is of no sampling run"),
+        ("00000003.npy", "is not of this run, which writes png"),
+        ("../images.npy", "both hold image 0"),
+    ],
+)
+def test_pictures_that_are_not_of_this_run_are_named_and_nothing_is_done(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    sampled(tmp_path, "--num-images", 3, "--format", "png")
+    other = tmp_path / "images" / name
+    other.parent.mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "images" / "00000001.png", other)
+    (tmp_path / "images" / ".DS_Store").touch()
+    (tmp_path / "images" / "Thumbs.db").touch()
+    before = contents(tmp_path)
+    code, error = run_main("sample", "--steps", 3, "--out", tmp_path, "--num-images", 5, "--format", "png")
+    assert code == 2
+    assert message in error
+    assert contents(tmp_path) == before
+    other.unlink()
+    if other.parent.name == "more":
+        other.parent.rmdir()
+    sampled(tmp_path, "--num-images", 5, "--format", "png")
+
+
+def test_overwrite_deletes_images_of_any_run_and_nothing_else(tmp_path: Path) -> None:
+    sampled(tmp_path, "--num-images", 3, "--format", "png")
+    shutil.copy(tmp_path / "images" / "00000001.png", tmp_path / "images" / "00000001-class0.png")
+    sampled(tmp_path, "--num-images", 2, "--overwrite", "--batch-size", 1)
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["00000000.npy", "00000001.npy"]
+    (tmp_path / "images" / "mine.txt").touch()
+    code, error = run_main("sample", "--steps", 3, "--num-images", 2, "--out", tmp_path, "--overwrite", "--seed", 1)
+    assert code == 2
+    assert "mine.txt is of no sampling run" in error
+
+
 def test_empty_picture_is_not_counted(tmp_path: Path) -> None:
     sampled(tmp_path, "--num-images", 3, "--format", "png")
     (tmp_path / "images" / "00000001.png").write_bytes(b"")
@@ -321,6 +366,44 @@ def test_pictures_are_the_rounded_images_named_by_number_and_class(tmp_path: Pat
     for name, pixels in zip(names, expected, strict=True):
         with Image.open(tmp_path / "png" / "images" / name) as picture:
             np.testing.assert_array_equal(np.asarray(picture), pixels[0].numpy())
+
+
+def named(folder: Path, names: object) -> Path:
+    (folder / "training_config.json").write_text(json.dumps({"class_names": names}))
+    return folder
+
+
+def test_classes_are_taken_by_name_or_number_and_are_the_same_run(tmp_path: Path, conditional_unet: Path) -> None:
+    model = named(conditional_unet, ["ant", "bee", "cat, small", "dog é"])
+    options = ("--model", model, "--num-images", 2)
+    assert sampled(tmp_path / "out", *options, "--class", "dog é,1")["classes"] == [3, 1]
+    assert sampled(tmp_path / "out", *options, "--class", "3, bee")["classes"] == [3, 1]
+    assert sampled(tmp_path / "one", *options, "--class", "cat, small")["classes"] == [2]
+    assert "names      0 ant, 1 bee, 2 cat, small, 3 dog é" in CliRunner().invoke(app, ["info", str(model)]).output
+
+
+def test_unknown_class_is_answered_with_at_most_ten_names() -> None:
+    names = [f"breed{number}" for number in range(30)]
+    with pytest.raises(ValueError, match="no class 'bred7' among the 30 of this model: breed7, ") as caught:
+        parse_classes("bred7", 30, names)
+    assert str(caught.value).count("breed") == 10
+    with pytest.raises(ValueError, match=r"no class 'x' among the 2 of this model: cats, dogs$"):
+        parse_classes("cats,x", 2, ["cats", "dogs"])
+
+
+def test_names_that_are_numbers_of_other_classes_stand_for_themselves() -> None:
+    assert parse_classes("1,3", 3, ["1", "2", "3"]) == (0, 2)
+    assert parse_classes("1,2", 3, ["0", "1", "2"]) == (1, 2)
+    with pytest.raises(ValueError, match=r"no class '0' .* numbers are not taken, since they are names here"):
+        parse_classes("0", 3, ["1", "2", "3"])
+
+
+@pytest.mark.parametrize("names", ["ant", [1, 2], {"a": 1}])
+def test_damaged_names_of_classes_are_refused(tmp_path: Path, conditional_unet: Path, names: object) -> None:
+    model = named(conditional_unet, names)
+    code, error = run_main("sample", "--model", model, "--class", "ant", "--out", tmp_path / "out")
+    assert code == 2
+    assert "training_config.json: class_names must be a list of names" in error
 
 
 def oracle(model, x_T: torch.Tensor, labels: torch.Tensor, guidance: float, null: int, scheduler=None) -> torch.Tensor:
@@ -567,27 +650,45 @@ def test_info_says_what_a_model_takes(conditional_unet: Path, dit: Path) -> None
     assert re.search(r"clipping +none", facts)
 
 
-ODD = ["", " ", "nan", "inf", "-inf", "-1", "0", "1", "1e999", "9" * 20, "0x1", "é", "a\nb", "--", "-", "."]
-FLAGS = [
-    *("--model", "--vae", "--device", "--out", "--format", "--num-images", "--batch-size", "--steps", "--eta"),
-    *("--seed", "--class", "--guidance", "--solver", "--rtol", "--max-rounds", "--max-rows", "--iterations"),
-    *("--reuse", "--no-reuse", "--overwrite", "--settings", "--data", "--no-such"),
+ODD = [
+    "digits",
+    "ddpm-digits",
+    "",
+    " ",
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "0",
+    "1",
+    "1e999",
+    "9" * 20,
+    "0x1",
+    "é",
+    "a\nb",
+    "--",
+    "-",
+    ".",
 ]
+COMMANDS = ("sample", "sample", "train", "encode", "evaluate", "invert", "info", "no-such")
+FLAGS = [*sorted({name for c in get_command(app).commands.values() for p in c.params for name in p.opts}), "--no-such"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    command=st.sampled_from(["sample", "sample", "sample", "info", "no-such"]),
+    command=st.sampled_from(COMMANDS),
     words=st.lists(st.one_of(st.sampled_from(FLAGS), st.sampled_from(ODD), st.text(max_size=4)), max_size=6),
 )
 def test_no_command_line_ends_in_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, words: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # Sampling itself is left out: this is about what is typed.
+    # The work itself is left out: this is about what is typed.
     monkeypatch.setattr(SamplingJob, "batches", lambda self, first: iter(()))
+    monkeypatch.setattr(TrainingRun, "run", lambda self: TrainingLog())
     monkeypatch.setattr("fixpoint_diffusion.commands.sample._judge", lambda *_: {})
     monkeypatch.setattr("fixpoint_diffusion.commands.sample._save_grid", lambda *_: None)
+    monkeypatch.setattr("fixpoint_diffusion.inversion.invert", lambda *_, **__: sys.exit(0))
     code, error = run_main(command, *words)
     assert code in (0, 2)
     if code == 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
@@ -111,6 +113,12 @@ def test_inputs_without_a_negative_are_the_same_in_both_halves() -> None:
 def test_guidance_without_two_sides_is_refused(inputs: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match="guidance needs inputs NAME and negative_NAME"):
         Guided(denoiser, 2.0)(X_T, T, **inputs)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), "3", [1.0, 3.0], None])
+def test_a_scale_that_is_no_number_is_refused(scale: Any) -> None:
+    with pytest.raises(ValueError, match="scale must be a finite number or a tensor with one for each sample"):
+        Guided(denoiser, scale)
 
 
 def test_guided_chain_equals_its_sequential_run_and_keeps_the_prediction_type() -> None:

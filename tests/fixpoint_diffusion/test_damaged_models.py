@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fixpoint_diffusion.cli import main
 from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded_folder, load_denoiser
 from fixpoint_diffusion.files import read_json
 
@@ -81,6 +82,37 @@ def test_whatever_is_damaged_ends_in_one_line_or_in_a_model_that_works(folder: P
             assert bool(torch.isfinite(out).all()), done
         assert "\n" not in message, done
         assert len(message) < 900, done
+    assert refused > 0
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_commands_on_damaged_folders_end_in_one_line_and_write_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
+    rng = random.Random(seed)
+    out, refused = tmp_path / "out", 0
+    commands = [
+        ["info", folder],
+        ["sample", "--model", folder, "--steps", 2, "--num-images", 1, "--out", out],
+        ["sample", "--model", folder, "--steps", 2, "--num-images", 1, "--class", "cats", "--out", out],
+        ["train", "--init", folder, "--steps", 1, "--batch-size", 1, "--out", out],
+        ["invert", "digits", "--model", folder, "--steps", 1, "--num-images", 1, "--max-rounds", 1, "--out", out],
+    ]
+    for command in commands * 3:
+        shutil.rmtree(folder)
+        shutil.copytree(embedded_folder(folder.name), folder)
+        done = damage(folder, rng)
+        monkeypatch.setattr("sys.argv", ["fixpoint-diffusion", *map(str, command)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code in (0, 2), done
+        errors = capsys.readouterr().err
+        if stop.value.code == 2:
+            refused += 1
+            assert errors.splitlines()[-1].startswith("Error: "), done
+            assert "Traceback" not in errors, done
+            assert not out.exists(), done
+        shutil.rmtree(out, ignore_errors=True)
     assert refused > 0
 
 

@@ -186,7 +186,8 @@ def test_values_that_are_not_finite_are_refused_by_image(pictures: Path, tmp_pat
     model.encoder.conv_out.bias.data[0] = float("nan")
     model.save_pretrained(tmp_path / "vae")
     with pytest.raises(ValueError, match="not finite for image 0"):
-        run(pictures, tmp_path / "vae", tmp_path / "out")
+        run(pictures, tmp_path / "vae", tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -150,7 +150,7 @@ def test_pictures_of_other_modes_are_read_as_for_training(tmp_path: Path, mode: 
     torch.testing.assert_close(read(tmp_path), torch.full((1, channels, 4, 4), expected))
 
 
-@pytest.mark.parametrize("place", ["images.npy", "images/0.npy", "images/0.png"])
+@pytest.mark.parametrize("place", ["images.npy", "images/00000000.npy", "images/00000000-class3.png"])
 def test_a_folder_that_sample_wrote_holds_its_images_and_a_grid_of_some(tmp_path: Path, place: str) -> None:
     file = tmp_path / place
     file.parent.mkdir(exist_ok=True)
@@ -161,6 +161,13 @@ def test_a_folder_that_sample_wrote_holds_its_images_and_a_grid_of_some(tmp_path
     Image.new("L", (40, 40)).save(tmp_path / "grid.png")
     (tmp_path / "sample.json").write_text("{}")
     assert read(tmp_path).shape == (1, 1, 4, 4)
+    if file.parent != tmp_path:
+        assert read(file.parent).shape == (1, 1, 4, 4)
+        second = file.with_name("00000000.png" if file.suffix == ".png" else "0000000.npy")
+        second.write_bytes(file.read_bytes())
+        for path in (tmp_path, file.parent):
+            with pytest.raises(FileExistsError, match=r"both hold image 0|is of no sampling run"):
+                read(path)
 
 
 def truncated_npy(path: Path) -> None:

@@ -35,7 +35,8 @@ TINY: dict[str, tuple[tuple[int, ...], int | None, dict[str, Any]]] = {
     "unet-1d": ((2, 16), None, {"block_out_channels": (32, 32)}),
     "unet-3d": ((2, 2, 8, 8), None, {"block_out_channels": (8, 8), "attention_head_dim": 4, "cross_attention_dim": 8}),
     "conditional-unet": ((4, 8, 8), 3, {"block_out_channels": (16, 16)}),
-    "dit": ((1, 8, 8), 3, {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}),
+    "diffusers-dit": ((1, 8, 8), 3, {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}),
+    "dit": ((1, 8, 8), 3, {"width": 16, "heads": 2, "depth": 2}),
     "fpdm": ((1, 8, 8), 3, {"width": 16, "heads": 2}),
 }
 
@@ -95,6 +96,16 @@ def test_family_samples_in_parallel_what_the_ordinary_sampler_does(name: str) ->
     torch.testing.assert_close(result.images, chain.sequential()[:, -1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in TINY if name != "fpdm"])
+def test_a_compiled_network_is_of_the_same_family(name: str) -> None:
+    model = build(name)
+    compiled: Any = torch.compile(model, backend="eager")  # only compiled once it is called
+    assert family_of(compiled) is family(name)
+    denoiser = DiffusersDenoiser(compiled)
+    assert describe(denoiser) == describe(DiffusersDenoiser(model))
+    assert repr(denoiser) == repr(DiffusersDenoiser(model))
+
+
 @pytest.mark.parametrize("name", [name for name, (_, classes, _) in TINY.items() if classes])
 def test_class_labels_reach_the_network_and_no_class_is_the_null_label(name: str) -> None:
     denoiser = family(name).denoiser(build(name))
@@ -149,8 +160,8 @@ def test_inputs_that_are_missing_are_named() -> None:
 
 
 def test_learned_variance_is_kept_on_request_and_guided_from_the_positive_half() -> None:
-    settings = TINY["dit"][2] | {"out_channels": 2}
-    model = shaken(family("dit").build((1, 8, 8), 3, settings))
+    settings = TINY["diffusers-dit"][2] | {"out_channels": 2}
+    model = shaken(family("diffusers-dit").build((1, 8, 8), 3, settings))
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([10, 900]), torch.tensor([0, 1])
     both = DiffusersDenoiser(model, learned_variance=True)
     assert describe(both).learned_variance
@@ -218,5 +229,5 @@ def test_registered_family_is_known_to_the_loader(tmp_path: Path) -> None:
 
 
 def test_unknown_family_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="no model family 'u-net'; there are conditional-unet, dit, fpdm"):
+    with pytest.raises(ValueError, match="no model family 'u-net'; there are conditional-unet, diffusers-dit, dit"):
         family("u-net")

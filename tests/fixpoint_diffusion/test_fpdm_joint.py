@@ -64,13 +64,13 @@ def test_guidance_and_learned_variance_equal_the_sequential_run(x_T: Tensor) -> 
 
 
 def test_cost_counts_every_block(x_T: Tensor) -> None:
-    model, rows = small_model(n_pre=2, n_post=3), []
+    model, rows = small_model(n_pre=2, n_post=3, implicit_blocks=2), []
 
     def count(module: object, inputs: object, output: Tensor) -> None:
         rows.append(len(output))
 
-    for block in (*model.pre, *model.post, model.implicit_block):
-        block.register_forward_hook(count)
+    for block in (*model.pre, *model.post, *model.implicit_block.blocks):  # of which only parts may be called
+        block.attention.register_forward_hook(count)
     joint = sample_fpdm_jointly(model, x_T, SCHEDULE, steps=6, iterations=2)
     assert joint.serial_block_passes == len(rows)
     assert joint.block_passes == pytest.approx(sum(rows) / 3)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import fixpoint
 from fixpoint_diffusion.denoisers import FPDMDenoiser, load_denoiser
@@ -20,8 +20,8 @@ from fixpoint_diffusion.models import (
     load_fpdm,
     save_fpdm,
 )
-from fixpoint_diffusion.models.blocks import ImplicitBlock, sincos_positions, timestep_features
-from tests.fixpoint_diffusion.earlier import with_whole_w1
+from fixpoint_diffusion.models.blocks import DiTBlock, ImplicitBlock, sincos_positions, timestep_features
+from tests.fixpoint_diffusion.earlier import EARLIER_FIELDS, as_stored_earlier
 
 SMALL = FPDMConfig(sample_size=8, patch_size=2, width=16, heads=2)
 
@@ -57,6 +57,10 @@ def test_pre_and_post_blocks_add_the_published_number_of_parameters(blocks: int,
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
 
 
+def implicit_block() -> ImplicitBlock:
+    return ImplicitBlock(16, nn.ModuleList([DiTBlock(16, 2, 4.0, conditional=True)]))
+
+
 def unsplit(block: ImplicitBlock, z: Tensor, u: Tensor) -> Tensor:
     """``W2 gelu(W1 [z; u] + b)`` with W1 as one matrix."""
     w1 = torch.cat([block.w1_z.weight, block.w1_u.weight], dim=1)
@@ -66,17 +70,17 @@ def unsplit(block: ImplicitBlock, z: Tensor, u: Tensor) -> Tensor:
 
 def test_split_projection_equals_the_concatenated_one() -> None:
     torch.manual_seed(0)
-    block = ImplicitBlock(16, 2, 4.0).double()
+    block = implicit_block().double()
     z, u = torch.randn(2, 3, 5, 16, dtype=torch.float64)
     condition = torch.randn(3, 16, dtype=torch.float64)
-    torch.nn.init.normal_(block.block.modulation.linear.weight)
+    torch.nn.init.normal_(block.blocks[0].modulation.linear.weight)
 
-    expected = block.block(unsplit(block, z, u), condition)
+    expected = block.blocks[0](unsplit(block, z, u), condition)
     torch.testing.assert_close(block(z, *block.prepare(u, condition)), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_fresh_implicit_block_is_its_projection_alone() -> None:
-    block = ImplicitBlock(16, 2, 4.0)
+    block = implicit_block()
     z, u, condition = torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.randn(3, 16)
     torch.testing.assert_close(block(z, *block.prepare(u, condition)), unsplit(block, z, u))
 
@@ -255,7 +259,7 @@ def test_timestep_and_class_condition_the_implicit_block_as_a_sum() -> None:
     y = torch.tensor([2, 0, 9])
     with torch.no_grad():
         condition = model.time_embedding(t, x.dtype) + model.class_embedding(y)
-        expected = model.implicit_block.block.modulation(condition)
+        expected = model.implicit_block.blocks[0].modulation(condition)
     torch.testing.assert_close(fpdm_layer_problem(model, x, t, y=y).modulation, expected)
 
 
@@ -271,7 +275,7 @@ def test_learned_variance_doubles_the_channels_and_the_denoiser_drops_it() -> No
 def test_patches_return_to_where_they_came_from() -> None:
     """A change in one patch of the input, with attention and positions idle, changes that patch of the output alone."""
     model = lively()
-    for block in (*model.pre, *model.post, model.implicit_block.block):
+    for block in (*model.pre, *model.post, *model.implicit_block.blocks):
         torch.nn.init.zeros_(block.attention.out.weight)
     x, t = batch(n=1)
     changed = x.clone()
@@ -284,11 +288,12 @@ def test_patches_return_to_where_they_came_from() -> None:
 
 
 def test_positions_and_timestep_features_have_their_closed_form() -> None:
-    positions = sincos_positions(3, 8)
-    assert positions.shape == (9, 8)
     row, column = 2, 1
-    closed_form = [f(p * w) for p in (row, column) for f in (math.sin, math.cos) for w in (1.0, 0.01)]
-    torch.testing.assert_close(positions[row * 3 + column], torch.tensor(closed_form))
+    for order, coordinates in {"column-row": (column, row), "row-column": (row, column)}.items():
+        closed_form = [f(p * w) for p in coordinates for f in (math.sin, math.cos) for w in (1.0, 0.01)]
+        positions = sincos_positions(3, 8, order)
+        assert positions.shape == (9, 8)
+        torch.testing.assert_close(positions[row * 3 + column], torch.tensor(closed_form))
     features = timestep_features(torch.tensor([0, 7]), features=4)
     angles = torch.tensor([7.0, 0.07])
     torch.testing.assert_close(
@@ -306,12 +311,22 @@ def test_checkpoint_returns_the_same_model(tmp_path) -> None:
 
 
 def test_weights_of_earlier_versions_are_read(tmp_path) -> None:
-    model = lively(dataclasses.replace(SMALL, num_classes=10)).float()
+    model = lively(dataclasses.replace(SMALL, num_classes=10, positions="row-column")).float()
     path = save_fpdm(model, tmp_path) / "diffusion_pytorch_model.safetensors"
-    earlier = with_whole_w1(load_file(path))
+    written = json.loads((tmp_path / "config.json").read_text())
+    config = {key: written[key] for key in ("_class_name", *EARLIER_FIELDS)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    earlier = as_stored_earlier(load_file(path))
     assert earlier["implicit.f.w1.weight"].shape == (32, 32)
+    assert "implicit.f.block.mlp.0.weight" in earlier
     save_file(earlier, path)
     loaded = load_fpdm(tmp_path)
+    assert loaded.config == model.config
+    x, t = batch()
+    with torch.no_grad():
+        assert torch.equal(loaded(x.float(), t, depth=2), model(x.float(), t, depth=2))
+        now = lively(dataclasses.replace(model.config, positions="column-row")).float()
+        assert not torch.allclose(now(x.float(), t, depth=2), model(x.float(), t, depth=2))
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     save_file({**earlier, "implicit.f.w1.weight": torch.zeros(32, 33)}, path)

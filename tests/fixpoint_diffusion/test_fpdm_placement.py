@@ -132,7 +132,7 @@ def test_every_module_with_parameters_is_called_and_the_injection_once_a_solve(n
             module.register_forward_hook(lambda *_, name=name: calls.update([name]))
             calls[name] = 0
     fpdm(X, T, depth=7)
-    repeated = ("implicit.f.w1_z", "implicit.f.w2", "implicit.f.block.attention.", "implicit.f.block.mlp.")
+    repeated = ("implicit.f.w1_z", "implicit.f.w2", "implicit.f.blocks.0.attention.", "implicit.f.blocks.0.mlp.")
     assert calls == {name: 7 if name.startswith(repeated) else 1 for name in calls}
 
 

@@ -163,21 +163,21 @@ def test_learned_variance_with_reuse_equals_the_hand_loop(x_T: Tensor, guidance:
         model, x_T, SCHEDULE, steps=5, iterations=2, spacing=spacing, y=y, guidance=guidance, **options
     )
     expected = sampled_by_hand(model, x_T, TIMESTEPS[spacing], [2] * 5, reuse=True, eta=1.0, y=y, guidance=guidance)
-    torch.testing.assert_close(samples.images, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(samples.images, expected, rtol=1e-7, atol=1e-7)
 
 
 def test_cost_counts_every_block(x_T: Tensor) -> None:
-    model = lively(dataclasses.replace(CONFIG, n_pre=2, n_post=3))
+    model = lively(dataclasses.replace(CONFIG, n_pre=2, n_post=3, implicit_blocks=2))
     passes = 0
 
     def count(*_: object) -> None:
         nonlocal passes
         passes += 1
 
-    for block in (*model.pre, *model.post, model.implicit_block):
-        block.register_forward_hook(count)
+    for block in (*model.pre, *model.post, *model.implicit_block.blocks):  # of which only parts may be called
+        block.attention.register_forward_hook(count)
     samples = sample_fpdm(model, x_T, SCHEDULE, steps=4, iterations=[1, 2, 3, 4])
-    assert passes == samples.block_passes == 4 * 5 + 10
+    assert passes == samples.block_passes == 4 * 5 + 2 * 10
 
 
 def test_reuse_starts_each_step_where_the_last_one_ended(model: FPDM, x_T: Tensor) -> None:

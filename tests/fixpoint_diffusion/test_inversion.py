@@ -15,6 +15,7 @@ from fixpoint import IFT, ConvergenceError, ConvergenceWarning, Status
 from fixpoint_diffusion import (
     DDIMChain,
     DrawnInverse,
+    ExplicitInverse,
     NoiseSchedule,
     OptimisedInverse,
     ParallelInverse,
@@ -247,6 +248,15 @@ def test_a_run_step_by_step_that_is_stopped_has_the_rest_from_the_prior() -> Non
         assert (inverse.status == status).all()
 
 
+@pytest.mark.parametrize("method", [*METHODS, ExplicitInverse()])
+def test_each_method_shows_a_bar_if_asked(method: InverseMethod, capsys: pytest.CaptureFixture[str]) -> None:
+    x_0 = images(2, 3)
+    invert(chain_of(x_0, steps=3), x_0, method=method, on_failure="ignore")
+    assert capsys.readouterr().err == ""
+    invert(chain_of(x_0, steps=3), x_0, method=method, on_failure="ignore", progress=True)
+    assert "inverting" in capsys.readouterr().err
+
+
 def test_the_second_try_is_kept_where_it_is_better() -> None:
     x_0 = images(2, 3)
     once = invert(
@@ -289,6 +299,21 @@ def test_a_prediction_that_promises_too_much_is_corrected(monkeypatch: pytest.Mo
     inverse = invert(chain, x_0, method=ParallelInverse(second_try=None), rtol=1e-6)
     assert inverse.converged.all()
     assert chain.rounds - inverse.rounds <= 5 * 20  # not confirmed again in every round
+
+
+def test_a_round_that_was_not_finite_teaches_the_forecast_nothing_of_that_sample() -> None:
+    slopes = torch.tensor([[0.9], [0.8], [0.7]], dtype=torch.float64)
+    latents, seen, misses = (images(2, 3, 4) * scale for scale in (1.0, 0.5, 0.1))
+    broken = seen.clone()
+    broken[1, 1] = torch.inf
+    learned, plain = Forecast(slopes), Forecast(slopes)
+    learned.observe(latents, broken)
+    learned.observe(latents + images(2, 3, 4) ** 2, seen + 1)
+    found, expected = learned.error(misses[None])[0], plain.error(misses[None])[0]
+    assert float(found[0]) != pytest.approx(float(expected[0]))  # of the other one it has learned
+    only_broken = torch.zeros_like(misses)
+    only_broken[1, 0] = 1  # is passed on by the broken step, then by one whose rounds were finite
+    assert torch.isfinite(learned.error(only_broken[None])).all()
 
 
 @pytest.mark.parametrize("what", ["image", "parameter"])

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fixpoint_diffusion import DDIMChain, NoiseSchedule, ParallelInverse, StochasticDDIMChain, invert
+from fixpoint_diffusion import (
+    DDIMChain,
+    NoiseSchedule,
+    ParallelInverse,
+    SamplingChain,
+    StochasticDDIMChain,
+    Transitions,
+    invert,
+)
 from fixpoint_diffusion.inversion.grids import step_grids
 from fixpoint_diffusion.inversion.parallel import _GAIN
 from fixpoint_diffusion.inversion.problem import InverseProblem
@@ -93,6 +101,15 @@ def test_steps_with_noise_and_short_chains_are_evaluated_each() -> None:
     chain = StochasticDDIMChain(curved, torch.zeros_like(x_0), SCHEDULE, steps=500, eta=0.5, seed=0)
     assert InverseProblem(chain, x_0).grids == []
     assert InverseProblem(chain_of(x_0, steps=100), x_0).grids == []
+
+
+def test_a_chain_that_asks_twice_at_a_timestep_is_inverted_at_all_steps() -> None:
+    x_0, timesteps = images(2, 5), torch.arange(199, -1, -1)
+    timesteps[-1] = timesteps[-2]
+    levels = torch.linspace(0.001, 0.999, 201, dtype=torch.float64)
+    transitions = Transitions.between(timesteps, levels[:-1], levels[1:])
+    chain = SamplingChain(lambda x, t: 0.5 * x + 0.05 * torch.sin(x), torch.zeros_like(x_0), transitions)
+    assert invert(chain, x_0, method=ALONE).converged.all()
 
 
 @given(st.sets(st.integers(0, 3000), min_size=130, max_size=600))

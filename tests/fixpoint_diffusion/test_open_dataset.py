@@ -83,7 +83,9 @@ def test_transparency_and_mixed_modes_ask_for_a_choice(tmp_path: Path) -> None:
         open_dataset(tmp_path)
     assert open_dataset(tmp_path, channels="RGB").sample_shape == (3, 4, 4)
     grey(3).convert("RGBA").save(tmp_path / "1.png")
-    with pytest.raises(ValueError, match=r"1\.png has transparency: choose the channels, 'RGB'.* or 'RGBA'"):
+    with pytest.raises(
+        ValueError, match=r"1\.png has transparency: choose the channels \(--channels\), 'RGB'.* or 'RGBA'"
+    ):
         open_dataset(tmp_path)
 
 

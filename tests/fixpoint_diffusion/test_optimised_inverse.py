@@ -15,8 +15,8 @@ import fixpoint
 from fixpoint import IFT, JFB, Anderson, CausalQuasiNewton, Phantom, Status
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, SamplingChain, StochasticDDIMChain, initial_noise, sample
 from fixpoint_diffusion.inversion import Descent, OptimisedInverse, ddim_encoding
-from fixpoint_diffusion.inversion.gradients import LinearTerm, loss_and_gradient, part_of
-from fixpoint_diffusion.inversion.settings import deq_ddim_inversion_settings
+from fixpoint_diffusion.inversion.descent.gradients import LinearTerm, loss_and_gradient, part_of
+from fixpoint_diffusion.inversion.descent.settings import deq_ddim_inversion_settings
 
 SCHEDULE = NoiseSchedule.linear()
 IMAGES = torch.tensor([[0.9, -0.7, 0.4], [-0.8, 0.9, 0.1]], dtype=torch.float64)
@@ -158,15 +158,20 @@ def test_a_sample_is_inverted_as_it_would_be_alone(mixture: Callable[..., Any]) 
     torch.testing.assert_close(together[:1], replace(method, start=start[:1]).descend(alone, IMAGES[:1]).best_x_T)
 
 
-def test_an_image_with_nan_fails_alone(mixture: Callable[..., Any]) -> None:
-    chain = chain_of(mixture(SCHEDULE), steps=6)
-    images = torch.stack((torch.full((3,), torch.nan, dtype=torch.float64), IMAGES[1]))
+def test_a_sample_of_which_the_denoiser_makes_nan_fails_alone(mixture: Callable[..., Any]) -> None:
+    good = mixture(SCHEDULE)
+
+    def denoiser(x: Tensor, t: Tensor, bad: Tensor) -> Tensor:
+        return torch.where(bad, torch.nan, good(x, t))
+
+    bad = {"bad": torch.tensor([[True], [False]])}
+    chain = DDIMChain(denoiser, torch.zeros_like(IMAGES), SCHEDULE, steps=6, conditioning=bad)
     start = initial_noise(5, range(2), (3,), dtype=torch.float64)
     for rule in ("sequential", IFT(), LinearTerm()):
         method = OptimisedInverse(gradient=rule, optimiser=ADAM, epochs=4, start=start)  # type: ignore[arg-type]
-        found = method.descend(chain, images)
+        found = method.descend(chain, IMAGES)
         assert found.status.tolist() == [Status.NON_FINITE, Status.MAX_EVALS]
-        alone = replace(method, start=start[1:]).descend(chain_of(mixture(SCHEDULE), steps=6, samples=1), IMAGES[1:])
+        alone = replace(method, start=start[1:]).descend(chain_of(good, steps=6, samples=1), IMAGES[1:])
         torch.testing.assert_close(found.best_x_T[1:], alone.best_x_T, rtol=1e-4, atol=1e-6)
 
 
@@ -268,8 +273,10 @@ def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception]
 
 def test_what_does_not_fit_the_chain_is_refused(mixture: Callable[..., Any]) -> None:
     chain = chain_of(mixture(SCHEDULE), steps=4)
-    with pytest.raises(ValueError, match=r"x_0 must have the shape of x_T, \(2, 3\), got \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"shape of x_T, \(2, 3\), got torch.float64 \(1, 3\)"):
         OptimisedInverse().descend(chain, IMAGES[:1])
+    with pytest.raises(ValueError, match="x_0 must be finite; it is not in sample 0 and others"):
+        OptimisedInverse().descend(chain, IMAGES * torch.nan)
     with pytest.raises(ValueError, match="start must have the shape"):
         OptimisedInverse(start=IMAGES[:1]).descend(chain, IMAGES)
     other = OptimisedInverse(gradient="sequential", epochs=1).descend(

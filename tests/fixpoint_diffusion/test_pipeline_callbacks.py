@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +167,35 @@ def test_what_changes_the_loop_of_diffusers_is_refused_by_name(
     torch.testing.assert_close(again.images, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda given: given.scheduler.timesteps[2:].fill_(5), r"scheduler\.timesteps"),
+        (lambda given: given.scheduler.alphas_cumprod.mul_(0.9), r"scheduler\.alphas_cumprod"),
+        (lambda given: given.unet.conv_out.weight.mul_(0.9), "the network's weights"),
+    ],
+)
+def test_changes_in_place_of_the_scheduler_and_the_weights_are_refused(
+    pipe: Any, unet: nn.Module, change: Callable[[Any], object], said: str
+) -> None:
+    pipe.unet = copy.deepcopy(unet)
+    original = diffusers.StableDiffusionPipeline.from_pipe(pipe)
+    original.set_progress_bar_config(disable=True)
+    call = {**PROMPTS, "num_inference_steps": 5, "output_type": "latent"}
+
+    def callback(given: Any, index: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        change(given)
+        return tensors
+
+    plain, changed = (
+        original(generator=torch.Generator().manual_seed(0), callback_on_step_end=each, **call).images
+        for each in (None, callback)
+    )
+    assert float((plain - changed).norm() / plain.norm()) > 1e-4
+    with pytest.raises(ValueError, match=f"the callback changed in place {said}"):
+        run(pipe, callback, num_inference_steps=5)
+
+
 def test_what_changes_nothing_for_diffusers_is_let_pass(pipe: Any) -> None:
     """Attributes of the caller's own, equal tensors, names that no pipeline has, and a run within the callback."""
     pipe.count = 0
@@ -175,6 +205,7 @@ def test_what_changes_nothing_for_diffusers_is_let_pass(pipe: Any) -> None:
         pipe.count += 1
         given.seen = index
         given._guidance_scale = given.guidance_scale
+        given.unet = given.unet
         if index == 0:
             inner.append(run(pipe, guidance_scale=2.0, num_inference_steps=3).images)
         return {"latents": tensors["latents"].clone(), "other": tensors["latents"] * 2}

@@ -203,6 +203,8 @@ def test_scheduler_is_refused_before_anything_is_done(unet: nn.Module) -> None:
 def test_unknown_arguments_are_refused(unet: nn.Module) -> None:
     with pytest.raises(TypeError, match="num_steps"):
         pipelines.ParallelDDIMPipeline(unet, DDIMScheduler())(num_steps=3)
+    with pytest.raises(ValueError, match=r"latents must be a tensor \(B, \*shape\), got list"):
+        pipelines.ParallelDDIMPipeline(unet, DDIMScheduler())(latents=[1.0])
 
 
 class Broken(nn.Module):

@@ -148,3 +148,10 @@ def test_the_check_sees_each_way_to_reach_into_the_core(source: str) -> None:
 
 def test_the_check_allows_public_names() -> None:
     assert private_uses("import fixpoint\nfrom fixpoint import solve, Anderson\nfixpoint.Picard()") == []
+
+
+def test_every_bar_is_one_that_does_not_fill_a_log() -> None:
+    # Pipelines give diffusers' own loop a silent one.
+    apart = ("pipelines",)
+    found = [str(file) for file in FILES if place(file) not in apart and "import tqdm" in file.read_text()]
+    assert found == []

@@ -171,6 +171,12 @@ def test_arguments_that_make_no_sense():
         GaussianPrior.of(torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"\[0, 1\], got 2"):
         GaussianPrior.of(torch.zeros(4, 3), shrinkage=2)
+    with pytest.raises(ValueError, match="at least two images, got 0"):
+        GaussianPrior.of(torch.zeros(0, 3))
+    with pytest.raises(ValueError, match="must be finite"):
+        GaussianPrior.of(torch.full((4, 3), torch.nan))
+    with pytest.raises(ValueError, match=r"one shape, got \(2, 6\), \(3, 4\)"):
+        GaussianPrior.of([torch.zeros(4, 2, 6), torch.zeros(4, 3, 4)])
 
 
 def test_saved_beside_a_model_it_is_found_again(tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,8 @@ STATE = Path("checkpoint") / "state.safetensors"
 SMALL = {
     "unet": {"block_out_channels": [8, 8], "norm_num_groups": 4, "attention_head_dim": 4},
     "fpdm": {"width": 16, "heads": 2, "max_no_grad": 2, "max_grad": 2},
-    "dit": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1},
+    "diffusers-dit": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1},
+    "dit": {"width": 16, "heads": 2, "depth": 2},
 }
 
 
@@ -72,7 +74,7 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-@pytest.mark.parametrize("kind", ["unet", "fpdm", "dit"])
+@pytest.mark.parametrize("kind", ["unet", "fpdm", "dit", "diffusers-dit"])
 def test_trained_folder_is_complete_and_loads(tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
     done(train(out, "--steps", 2, kind=kind))
@@ -80,7 +82,7 @@ def test_trained_folder_is_complete_and_loads(tmp_path: Path, kind: str) -> None
     assert set(verify_checksums(out)) == names
     assert {tensor.dtype for tensor in load_file(out / WEIGHTS).values()} == {torch.float16}
     denoiser = load_denoiser(out)
-    expected = "v_prediction" if kind == "fpdm" else "epsilon"
+    expected = "v_prediction" if kind in ("fpdm", "dit") else "epsilon"
     assert denoiser.prediction_type == denoiser.schedule_config["prediction_type"] == expected
     output = denoiser(torch.randn(2, 1, 8, 8), torch.tensor([3, 998]))
     assert output.shape == (2, 1, 8, 8)
@@ -99,7 +101,7 @@ def test_models_of_images_are_sampled_with_clipping_and_those_of_latents_are_not
     assert load_denoiser(tmp_path / "latents").schedule_config["clip_sample"] is False
 
 
-@pytest.mark.parametrize("kind", ["unet", "fpdm", "dit"])
+@pytest.mark.parametrize("kind", ["unet", "fpdm", "dit", "diffusers-dit"])
 def test_class_folders_make_a_model_that_is_told_the_class(tmp_path: Path, pictures: Path, kind: str) -> None:
     out = tmp_path / "out"
     options = ["--data", pictures, "--size", 8, "--crop", "random", "--flip", "--classes", "--class-dropout", 0.5]
@@ -121,10 +123,10 @@ def test_class_folders_make_a_model_that_is_told_the_class(tmp_path: Path, pictu
 
 
 def test_labels_are_dropped_by_the_trainer_alone() -> None:
-    network = family("dit").build((1, 8, 8), 2, SMALL["dit"])
+    network = family("diffusers-dit").build((1, 8, 8), 2, SMALL["diffusers-dit"])
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    model = TrainableDenoiser(network, family("dit"), 1).train()
+    model = TrainableDenoiser(network, family("diffusers-dit"), 1).train()
     x, t, labels = torch.randn(1, 1, 8, 8).expand(64, -1, -1, -1), torch.full((64,), 5), torch.zeros(64, dtype=int)
     output = model(x, t, class_labels=labels)
     torch.testing.assert_close(output, output[:1].expand_as(output))
@@ -184,6 +186,16 @@ def test_init_starts_from_a_models_weights_and_needs_the_folder_no_more_afterwar
     assert load_record(second / STATE)["step"] == 3
 
 
+def test_folders_with_spaces_and_umlauts_are_read_written_and_quoted(tmp_path: Path, pictures: Path) -> None:
+    data, out = pictures.rename(tmp_path / "schöne Bilder"), tmp_path / "mein Mödell"
+    output = done(train(out, "--steps", 1, "--data", data, "--size", 8, "--classes"))
+    assert output.strip().endswith(f"sample --model '{out}' --class all")
+    command = shlex.split(output.strip().splitlines()[-1])[1:]
+    done(
+        CliRunner().invoke(app, [*command, "--steps", "2", "--num-images", "1", "--out", str(tmp_path / "neue Bilder")])
+    )
+
+
 def test_init_refuses_what_does_not_fit(tmp_path: Path, monkeypatch, capsys) -> None:
     done(train(tmp_path / "first", "--steps", 1))
     np.save(tmp_path / "images.npy", np.zeros((5, 3, 12, 8), dtype=np.uint8))
@@ -204,9 +216,12 @@ def test_init_refuses_what_does_not_fit(tmp_path: Path, monkeypatch, capsys) -> 
         (("--precision", "fp16"), "needs a GPU"),
         (("--accumulate", 3, "--batch-size", 4), "not a multiple of accumulate 3"),
         (("--size", "8x"), "HEIGHTxWIDTH"),
+        (("--size", 10**8), "the first image is 8x8; scaled to size 100000000x100000000 (--size), each channel"),
+        (("--size", f"1x{10**8}", "--crop", "random"), "scaled to size 1x100000000 (--size)"),
+        (("--size", 1000, "--batch-size", 10**6), "1000000 samples of 1x1000x1000 at once would take 4,000 GB"),
         (("--init", "no-such"), "no folder 'no-such'"),
         (("--size", 8, "--crop", "patch", "--latents"), "no latents"),
-        (("nothing-like-it",), "there are conditional-unet, dit, fpdm"),
+        (("nothing-like-it",), "there are conditional-unet, diffusers-dit, dit"),
     ],
 )
 def test_unusable_options_write_nothing(tmp_path: Path, monkeypatch, capsys, arguments, message: str) -> None:
@@ -236,8 +251,8 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path, monkeypatc
         ("fpdm", {"width": 10**6, "heads": 1}, "GB, and this machine has"),
         ("unet", {"layers_per_block": 10**8}, "more than 50000 tensors"),
         ("unet", {"in_channels": 7}, "in_channels=7, but for this data it is 1"),
-        ("dit", {"num_attention_heads": 0}, "the file of settings does not describe a usable network"),
-        ("dit", {"num_layers": 0}, "the file of settings does not describe a usable network"),
+        ("diffusers-dit", {"num_attention_heads": 0}, "the file of settings does not describe a usable network"),
+        ("diffusers-dit", {"num_layers": 0}, "the file of settings does not describe a usable network"),
     ],
 )
 def test_settings_that_make_no_usable_network_are_refused_before_anything_is_written(

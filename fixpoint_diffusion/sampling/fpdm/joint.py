@@ -138,7 +138,7 @@ def sample_fpdm_jointly(
     solution = solve(chain, start, solver=solver, backward=None, rtol=rtol, max_evals=3 * steps * max(1, batch))
     trajectory = solution.value[:, :, :size].unflatten(2, x_T.shape[1:])
     layers = (solution.value[:, :, size:] / scale[:, :, None]).unflatten(2, (halves, *tokens))
-    passes, n_pre = take_step.explicit_blocks + iterations, model.config.n_pre
+    passes, n_pre = model.config.block_passes(iterations), model.config.n_pre
     return JointSamples(
         images=trajectory[:, -1],
         trajectory=trajectory,

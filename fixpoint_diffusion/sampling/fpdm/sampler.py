@@ -8,9 +8,8 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fixpoint import Picard, Solution, Solver
+from fixpoint import Picard, ProgressBar, Solution, Solver
 from fixpoint_diffusion.models.allocation import iterations_per_step
 from fixpoint_diffusion.models.fpdm import FPDM
 from fixpoint_diffusion.processes import NoiseSchedule, Transitions
@@ -142,18 +141,19 @@ def sample_fpdm(
         model, x_T, schedule, steps=steps, eta=eta, variance_type=variance_type, spacing=spacing, **options
     )
     images, timesteps, counts, residuals = x_T, [], [], []
-    for step in tqdm(run, total=steps, desc="sampling", unit="step", disable=not progress):
+    for step in ProgressBar.tqdm(run, total=steps, desc="sampling", unit="step", disable=not progress):
         images = step.after
         timesteps.append(step.timestep)
         counts.append(step.solution.evals)
         if step.solution.trace is not None:
             residuals.append(step.solution.trace)
-    explicit = model.config.n_pre + model.config.n_post
+    iterations, config = torch.stack(counts), model.config
     return FPDMSamples(
         images=images,
         timesteps=torch.tensor(timesteps),
-        iterations=(iterations := torch.stack(counts)),
-        block_passes=steps * explicit + float(iterations.double().mean(dim=1).sum()),
+        iterations=iterations,
+        block_passes=steps * config.block_passes(0)
+        + config.implicit_blocks * float(iterations.double().mean(dim=1).sum()),
         residuals=tuple(residuals) or None,
     )
 

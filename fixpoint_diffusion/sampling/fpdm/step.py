@@ -47,11 +47,6 @@ class StepFunction:
         """Rows of the network for each image: 2 with guidance."""
         return 1 if self.guidance == 1 else 2
 
-    @property
-    def explicit_blocks(self) -> int:
-        """Blocks before and after the layer."""
-        return self.model.config.n_pre + self.model.config.n_post
-
     def inputs(
         self, latent: Tensor, k: int | Tensor, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from psutil import virtual_memory
 from torch import Tensor
 
 CROPS = ("center", "random", "patch")
@@ -43,10 +45,21 @@ class Crop:
 
     def check(self, height: int, width: int, name: str) -> None:
         """Raise ValueError if an image of this size cannot be cut to ``size``."""
-        if self.place == "patch" and self.size is not None and (height < self.size[0] or width < self.size[1]):
+        if self.size is None:
+            return
+        wanted = f"{self.size[0]}x{self.size[1]}"
+        if self.place == "patch":
+            if height < self.size[0] or width < self.size[1]:
+                raise ValueError(
+                    f"{name} is {height}x{width}, smaller than the patch {wanted}: "
+                    f"take a smaller size, or crop='random', which scales"
+                )
+            return
+        need, have = 4 * math.prod(_covering((height, width), self.size)), virtual_memory().total
+        if need > have:
             raise ValueError(
-                f"{name} is {height}x{width}, smaller than the patch {self.size[0]}x{self.size[1]}: "
-                f"take a smaller size, or crop='random', which scales"
+                f"{name} is {height}x{width}; scaled to size {wanted} (--size), each channel of an image would take "
+                f"{need / 1e9:,.0f} GB, and this machine has {have / 1e9:,.0f} GB: take a smaller size"
             )
 
     def apply(self, image: Tensor, index: int, draw: int) -> Tensor:
@@ -77,9 +90,13 @@ def _cover(image: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = image.shape[-2:]
     if (height, width) == size:
         return image
-    scale = max(size[0] / height, size[1] / width)
-    covering = [max(round(n * scale), least) for n, least in zip((height, width), size, strict=True)]
     scaled = torch.nn.functional.interpolate(
-        image[None], size=covering, mode="bicubic", antialias=True, align_corners=False
+        image[None], size=_covering((height, width), size), mode="bicubic", antialias=True, align_corners=False
     )
     return scaled[0].clamp(-1, 1)  # bicubic weights overshoot at edges
+
+
+def _covering(image: tuple[int, int], size: tuple[int, int]) -> list[int]:
+    """Height and width of an image once it is scaled until it just covers ``size``."""
+    scale = max(size[0] / image[0], size[1] / image[1])
+    return [max(round(n * scale), least) for n, least in zip(image, size, strict=True)]

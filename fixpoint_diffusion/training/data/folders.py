@@ -8,10 +8,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from fixpoint_diffusion.files import visible_entries
 from fixpoint_diffusion.training.data.pictures import picture_suffixes
-
-# What file managers leave behind, beside names that begin with a dot.
-LITTER = ("Thumbs.db", "desktop.ini", "__MACOSX")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +53,12 @@ def scan_folder(folder: Path, *, labels: bool) -> PictureFolder:
             f"{folder} holds {own_class.count(None)} pictures beside class folders, such as "
             f"{pictures[own_class.index(None)].name}: move them into a class, or open it without labels"
         )
-    names = tuple(p.name for p in sorted(_visible(folder), key=_natural_order) if p.is_dir())
+    names = tuple(p.name for p in sorted(visible_entries(folder), key=_natural_order) if p.is_dir())
     empty = [name for name in names if name not in own_class]
     if empty:
         raise ValueError(f"{folder}: no picture in the class folder {empty[0]!r}: fill it or remove it")
     number = {name: index for index, name in enumerate(names)}
     return PictureFolder(files=pictures, labels=[number[name or ""] for name in own_class], class_names=names)
-
-
-def _visible(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in LITTER]
 
 
 def visible_files(folder: Path, seen: frozenset[str] = frozenset()) -> list[Path]:
@@ -76,7 +70,7 @@ def visible_files(folder: Path, seen: frozenset[str] = frozenset()) -> list[Path
     real = os.path.realpath(folder)
     if real in seen:
         raise ValueError(f"{folder} is a link to a folder that holds it")
-    entries = sorted(_visible(folder), key=_natural_order)
+    entries = sorted(visible_entries(folder), key=_natural_order)
     files = [path for path in entries if not path.is_dir()]
     for path in entries:
         if path.is_dir():

@@ -124,13 +124,13 @@ def _from_pictures(folder: Path, channels: str | None, cut: Crop, labels: bool) 
 def _check_natural(header: PictureHeader, file: Path, first: PictureHeader, first_file: Path) -> None:
     if header.channels.endswith("A"):
         raise ValueError(
-            f"{file} has transparency: choose the channels, {header.channels[:-1]!r} (laid over white) or "
+            f"{file} has transparency: choose the channels (--channels), {header.channels[:-1]!r} (laid over white) or "
             f"{header.channels!r} (with opacity)"
         )
     if header.channels != first.channels:
         raise ValueError(
-            f"{file} has the channels {header.channels!r}, {first_file} has {first.channels!r}: choose the channels, "
-            f"'L' (grey) or 'RGB'"
+            f"{file} has the channels {header.channels!r}, {first_file} has {first.channels!r}: choose the channels "
+            f"(--channels), 'L' (grey) or 'RGB'"
         )
 
 
@@ -154,7 +154,7 @@ def _from_arrays(path: Path, channels: str | None, cut: Crop, labels: bool, *, l
             natural = natural_channels(shape[1])
             raise ValueError(
                 f"{arrays[0]} has {shape[1]} channels: choose {natural!r} (with opacity) or {natural[:-1]!r} (laid "
-                f"over white), or open it with latents=True; channels stand before height and width"
+                f"over white) by --channels, or open it as --latents; channels stand before height and width"
             )
         chosen = channels or natural_channels(shape[1] if len(shape) == 4 and 1 <= shape[1] <= 4 else 1)
         rows = ArrayRows(arrays, chosen)

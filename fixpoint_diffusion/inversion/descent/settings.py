@@ -9,7 +9,7 @@ import torch
 
 from fixpoint import Anderson, Blockwise, Phantom, Solver
 from fixpoint_diffusion.chains import SamplingChain
-from fixpoint_diffusion.inversion.gradients import Gradient, LinearTerm
+from fixpoint_diffusion.inversion.descent.gradients import Gradient, LinearTerm
 
 Dataset = Literal["cifar10", "celeba", "lsun-bedroom", "lsun-church"]
 Reading = Literal["paper", "released-code"]

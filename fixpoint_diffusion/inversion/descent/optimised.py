@@ -10,12 +10,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fixpoint import IFT, Backward, CausalQuasiNewton, Solver, Status
+from fixpoint import IFT, Backward, CausalQuasiNewton, ProgressBar, Solver, Status
 from fixpoint_diffusion.chains import SamplingChain
-from fixpoint_diffusion.inversion.explicit import ddim_encoding
-from fixpoint_diffusion.inversion.gradients import (
+from fixpoint_diffusion.inversion.descent.gradients import (
     Epoch,
     Gradient,
     LinearTerm,
@@ -23,6 +21,8 @@ from fixpoint_diffusion.inversion.gradients import (
     loss_and_gradient,
     part_of,
 )
+from fixpoint_diffusion.inversion.explicit import ddim_encoding
+from fixpoint_diffusion.inversion.problem import check_images
 from fixpoint_diffusion.inversion.result import Found
 from fixpoint_diffusion.processes import initial_noise
 from fixpoint_diffusion.sampling import sample
@@ -183,7 +183,7 @@ class OptimisedInverse:
         optimiser = self.optimiser([x_T])
         if now.optimiser:
             optimiser.load_state_dict(copy.deepcopy(now.optimiser))
-        with tqdm(total=self.epochs, desc="inverting", unit="epoch", disable=not progress) as bar:
+        with ProgressBar.tqdm(total=self.epochs, desc="inverting", unit="epoch", disable=not progress) as bar:
             for _ in range(self.epochs):
                 rows = (now.status == _ACTIVE).nonzero().flatten()
                 if not len(rows):
@@ -205,8 +205,7 @@ class OptimisedInverse:
 
     def _begin(self, chain: SamplingChain, x_0: Tensor) -> Descent:
         """Where to start: an earlier run, or x_T and latents as asked for."""
-        if x_0.shape != chain.x_T.shape:
-            raise ValueError(f"x_0 must have the shape of x_T, {tuple(chain.x_T.shape)}, got {tuple(x_0.shape)}")
+        check_images(chain, x_0)
         if self.resume is not None:
             if self.resume.x_T.shape != x_0.shape:
                 raise ValueError(
@@ -262,15 +261,16 @@ class OptimisedInverse:
         ), found.gradient
 
     def _solve(self, trajectory: Tensor | None, rows: Tensor, chain: SamplingChain) -> Tensor:
-        """The chain's latents, from those of the last epoch."""
+        """The chain's latents, from those of the last epoch; NaN for samples of which the denoiser makes no numbers."""
         solver = self.solver
         if isinstance(solver, CausalQuasiNewton) and solver.window is None and solver.max_rows is None:
-            # Told, so that sample() does not time the denoiser anew in every epoch.
+            # All steps at once: sample() might choose a narrow window, which has no use for the last epoch's latents.
             solver = replace(solver, window=chain.steps)
         init: str | Tensor | None = None if trajectory is None else trajectory[rows]
-        return sample(
-            chain, solver=solver, rtol=self.rtol, max_evals=self.max_evals, init=init, on_failure="ignore"
-        ).trajectory
+        result = sample(chain, solver=solver, rtol=self.rtol, max_evals=self.max_evals, init=init, on_failure="ignore")
+        # A solve hands over the last finite latents, whose loss would mean nothing.
+        result.trajectory[result.solution.status == Status.NON_FINITE] = torch.nan
+        return result.trajectory
 
 
 def _ended(now: Descent, status: Status) -> Descent:

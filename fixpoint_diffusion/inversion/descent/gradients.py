@@ -83,7 +83,7 @@ def loss_and_gradient(
         chain: the samples that are worked on, with an x_T that requires no gradient yet.
         x_0: their images, ``(N, *shape)``.
         gradient: as for :class:`OptimisedInverse`.
-        solve_chain: finds all latents of the chain, without gradient.
+        solve_chain: finds all latents of the chain, without gradient; NaN for samples that are lost.
     """
     x_T = chain.x_T = chain.x_T.detach().requires_grad_()
     trajectory = None if gradient == "sequential" else solve_chain(chain)
@@ -109,7 +109,10 @@ def loss_and_gradient(
             ):
                 form = OneStepForm(chain)
                 gradient = replace(gradient, solver=gradient.solver or CausalQuasiNewton())
-            reached = solve(form, trajectory, solver=Picard(), backward=gradient, depth=0).value[:, -1]
+            known = torch.isfinite(trajectory)
+            start = torch.where(known, trajectory, 0)
+            solved = solve(form, start, solver=Picard(), backward=gradient, depth=0).value[:, -1]
+            reached = torch.where(known[:, -1], solved, torch.nan)
         difference = wide(reached) - wide(x_0)
         loss = _squared(difference.detach())
         # The derivative of a square at infinity would be no number even where nothing asks for it.

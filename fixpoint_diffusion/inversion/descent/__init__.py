@@ -1,0 +1,1 @@
+"""DEQ-DDIM's inversion: gradient descent through the chain, on x_T."""
