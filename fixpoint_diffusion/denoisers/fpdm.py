@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fixpoint import Picard, Solver
 from fixpoint_diffusion.denoisers.transformer import TransformerDenoiser
 from fixpoint_diffusion.models import FPDM
 from fixpoint_diffusion.processes import GaussianPrior
@@ -25,6 +26,8 @@ class FPDMDenoiser(TransformerDenoiser):
         depth: Iterations of the layer per call; None: solve to ``rtol``.
         rtol: Relative tolerance of the layer's solve, unused with ``depth``.
         max_evals: Bound on evaluations of that solve.
+        solver: Solver of the layer. Plain iteration does not converge for every image: to a tolerance, ``Anderson()``
+            is safer.
         prior: What is known of the images, from which chains predict how latents move; None: a plain guess.
         learned_variance: Whether the output keeps what the model says of the variance, ``(N, 2 C, H, W)``; for a
             model with ``learn_sigma``. False: it is dropped.
@@ -49,6 +52,7 @@ class FPDMDenoiser(TransformerDenoiser):
         depth: int | None = None,
         rtol: float = 1e-3,
         max_evals: int = 50,
+        solver: Solver = Picard(),  # noqa: B008 - immutable
         prior: GaussianPrior | None = None,
         learned_variance: bool = False,
     ) -> None:
@@ -60,13 +64,14 @@ class FPDMDenoiser(TransformerDenoiser):
         self.depth = depth
         self.rtol = rtol
         self.max_evals = max_evals
+        self.solver = solver
 
     def _options(self) -> dict[str, Any]:
         if self.depth is not None:
-            return {"depth": self.depth}
+            return {"depth": self.depth, "solver": self.solver}
         if self.model.training and torch.is_grad_enabled():
-            return {}
-        return {"rtol": self.rtol, "max_evals": self.max_evals}
+            return {"solver": self.solver}
+        return {"rtol": self.rtol, "max_evals": self.max_evals, "solver": self.solver}
 
     def __repr__(self) -> str:
         iterations = f"rtol={self.rtol}" if self.depth is None else f"depth={self.depth}"

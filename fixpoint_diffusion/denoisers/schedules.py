@@ -17,10 +17,10 @@ LINEAR_SCHEDULE: dict[str, Any] = {
     "set_alpha_to_one": True,
     "clip_sample": False,
 }
-# With zero terminal SNR a sampler must start at the last timestep, which "leading" never visits; FPDM respaces with
-# both ends included.
+# With zero terminal SNR a sampler must start at the last timestep, which "leading" never visits. "trailing" does, and
+# each of its steps arrives at the level of the next: those of "linspace", as diffusers takes them, arrive beside it.
 ZERO_SNR_SCHEDULE = LINEAR_SCHEDULE | {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
-    "timestep_spacing": "linspace",
+    "timestep_spacing": "trailing",
 }

@@ -215,7 +215,7 @@ class SamplingJob:
         iterations = options.iterations or DEFAULT_ITERATIONS
         reuse = options.reuse is not False and options.solver == SolverName.sequential
         config = denoiser.model.config
-        passes = options.steps * (config.n_pre + iterations + config.n_post)
+        passes = options.steps * config.block_passes(iterations)
         self.settings = {"iterations": iterations, "reuse": reuse, "block_passes": passes}
         return FPDMDenoiser(
             denoiser.model,

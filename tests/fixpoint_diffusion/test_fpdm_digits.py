@@ -10,6 +10,7 @@ from fixpoint_diffusion import NoiseSchedule, initial_noise
 from fixpoint_diffusion.denoisers import embedded, embedded_folder
 from fixpoint_diffusion.evaluation import digit_confidence
 from fixpoint_diffusion.models import FPDM, fpdm_layer_problem
+from fixpoint_diffusion.processes import SamplerConfig
 from fixpoint_diffusion.sampling import fpdm_steps, sample_fpdm
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
@@ -29,10 +30,14 @@ def test_shipped_model_is_small(model: FPDM) -> None:
     assert sum(file.stat().st_size for file in embedded_folder("fpdm-digits").glob("*.safetensors")) <= 3_000_000
 
 
-def test_shipped_schedule_has_zero_terminal_snr_and_visits_both_ends(schedule: NoiseSchedule) -> None:
+def test_shipped_schedule_has_zero_terminal_snr_and_steps_that_meet(schedule: NoiseSchedule) -> None:
+    """diffusers' steps, which the command takes, start at pure noise and each arrives where the next one starts."""
     assert schedule.prediction_type == "v_prediction"
     assert float(schedule.alphas_cumprod[-1]) == 0
-    assert schedule.timesteps(9)[[0, -1]].tolist() == [999, 0]
+    steps = SamplerConfig.from_diffusers(embedded("fpdm-digits").schedule_config).transitions(5)
+    assert steps.timesteps[0] == 999
+    assert torch.equal(steps.alphas_prev[:-1], steps.alphas[1:])
+    assert steps.alphas_prev[-1] == 1
 
 
 def test_samples_look_like_digits(model: FPDM, schedule: NoiseSchedule) -> None:

@@ -1,26 +1,29 @@
-"""DDIM sampling from an FPDM with a chosen number of iterations per step, and reuse of solutions between steps."""
+"""Sampling from an FPDM with a chosen number of iterations per step, and reuse of solutions between steps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from fixpoint import Picard, ProgressBar, Solution, Solver
-from fixpoint_diffusion.denoisers.modules import compute_dtype
 from fixpoint_diffusion.models.allocation import iterations_per_step
 from fixpoint_diffusion.models.fpdm import FPDM
-from fixpoint_diffusion.processes import NoiseSchedule, Transitions, step_noise, wide
+from fixpoint_diffusion.processes import NoiseSchedule, Transitions
+from fixpoint_diffusion.sampling.fpdm.iterations import LastIterate, ToTolerance
+from fixpoint_diffusion.sampling.fpdm.step import StepFunction
+
+Reuse = bool | Literal["extrapolate"]
 
 
 class FPDMOptions(TypedDict, total=False):
     """Options of a sampling run of an FPDM, whatever its steps; :func:`sample_fpdm` says what they mean."""
 
-    iterations: int | Sequence[int] | Tensor
-    reuse: bool
+    iterations: int | Sequence[int] | Tensor | ToTolerance
+    reuse: Reuse
     solver: Solver
     seed: int
     y: Tensor | None
@@ -55,16 +58,19 @@ class FPDMSamples:
     Attributes:
         images: ``(N, C, H, W)``.
         timesteps: Sampling timesteps ``(S,)``, the noisiest first.
-        iterations: Iterations of the fixed point layer at each step.
-        block_passes: Forward passes of transformer blocks for one image, ``n_pre + k + n_post`` summed over the steps:
-            the paper's measure of cost. Beside its block, an iteration costs the two projections of the injection.
-        residuals: For each step ``(k, N)`` norms ``||f(z) - z||`` at every evaluation; None unless recorded.
+        iterations: Iterations of the fixed point layer at each step and for each row of the network ``(S, N)``; with
+            guidance ``(S, 2 N)``, those without class first.
+        block_passes: Forward passes of transformer blocks for one row of the network, ``n_pre + k + n_post`` summed
+            over the steps, mean over the rows: the paper's measure. Beside its block, an iteration costs the two
+            projections of the injection.
+        residuals: For each step ``(k, N)`` norms ``||f(z) - z||`` at every evaluation, a row that is done with its last
+            one; None unless recorded.
     """
 
     images: Tensor
     timesteps: Tensor
-    iterations: tuple[int, ...]
-    block_passes: int
+    iterations: Tensor
+    block_passes: float
     residuals: tuple[Tensor, ...] | None = None
 
     @property
@@ -85,11 +91,11 @@ def sample_fpdm(
     steps: int = 50,
     eta: float = 0.0,
     variance_type: str = "fixed_small",
-    spacing: str = "linspace",
+    spacing: str = "trailing",
     progress: bool = False,
     **options: Unpack[FPDMOptions],
 ) -> FPDMSamples:
-    """Sample by DDIM, with a fixed number of iterations of the fixed point layer in every step.
+    """Sample by DDIM or DDPM, with so many iterations of the fixed point layer in every step.
 
     Args:
         model: The model.
@@ -99,11 +105,14 @@ def sample_fpdm(
         eta: Share of DDPM's noise: 0 is deterministic DDIM, 1 is DDPM.
         variance_type: Of DDPM's noise, as in :class:`~fixpoint_diffusion.processes.Transitions`; ``"learned_range"`` or
             ``"learned"`` for a model with ``learn_sigma``.
-        spacing: Which timesteps are visited. The default includes both ends, as in the paper.
+        spacing: Which timesteps are visited. ``"trailing"`` starts at the last one and makes steps of one length, down
+            to the image; ``"linspace"`` includes both ends, as in the paper, and needs more steps for the same images.
         progress: Show a bar.
-        iterations: Iterations of the layer: one number for all steps, or one for each, the noisiest step first; see
-            :func:`allocate`.
-        reuse: Start each step's layer from the previous step's solution (Sec. 3.3); else from the pre blocks' output.
+        iterations: Iterations of the layer: one number for all steps, or one for each, the noisiest step first, see
+            :func:`allocate`; or a :class:`ToTolerance`, which ends each step by itself.
+        reuse: Start each step's layer from the previous step's solution (Sec. 3.3). ``"extrapolate"``: from the
+            last solution plus a share of what changed since the one before, ``1 - 2^-k`` after ``k`` iterations. False:
+            from the pre blocks' output.
         solver: Solver of the layer; plain iteration by default.
         seed: Of the noise, which is a function of (seed, image, step).
         y: Classes ``(N,)`` of a conditional model.
@@ -126,7 +135,7 @@ def sample_fpdm(
     >>> schedule = NoiseSchedule.linear().zero_terminal_snr()
     >>> samples = sample_fpdm(model, torch.randn(2, 1, 8, 8), schedule, steps=10, iterations=3)
     >>> samples.images.shape, samples.block_passes
-    (torch.Size([2, 1, 8, 8]), 50)
+    (torch.Size([2, 1, 8, 8]), 50.0)
     """
     run = fpdm_steps(
         model, x_T, schedule, steps=steps, eta=eta, variance_type=variance_type, spacing=spacing, **options
@@ -135,15 +144,16 @@ def sample_fpdm(
     for step in ProgressBar.tqdm(run, total=steps, desc="sampling", unit="step", disable=not progress):
         images = step.after
         timesteps.append(step.timestep)
-        counts.append(step.solution.nfev)
+        counts.append(step.solution.evals)
         if step.solution.trace is not None:
             residuals.append(step.solution.trace)
-    explicit = model.config.n_pre + model.config.n_post
+    iterations, config = torch.stack(counts), model.config
     return FPDMSamples(
         images=images,
         timesteps=torch.tensor(timesteps),
-        iterations=tuple(counts),
-        block_passes=steps * explicit + sum(counts),
+        iterations=iterations,
+        block_passes=steps * config.block_passes(0)
+        + config.implicit_blocks * float(iterations.double().mean(dim=1).sum()),
         residuals=tuple(residuals) or None,
     )
 
@@ -157,7 +167,7 @@ def fpdm_steps(
     steps: int = 50,
     eta: float = 0.0,
     variance_type: str = "fixed_small",
-    spacing: str = "linspace",
+    spacing: str = "trailing",
     **options: Unpack[FPDMOptions],
 ) -> Iterator[FPDMStep]:
     """The steps of :func:`sample_fpdm` one by one, for whoever wants to look at latents and layer solutions.
@@ -168,7 +178,7 @@ def fpdm_steps(
     >>> model = FPDM(FPDMConfig(width=16, heads=2))
     >>> schedule = NoiseSchedule.linear().zero_terminal_snr()
     >>> [step.timestep for step in fpdm_steps(model, torch.randn(2, 1, 8, 8), schedule, steps=4)]
-    [999, 666, 333, 0]
+    [999, 749, 499, 249]
     """
     timesteps = schedule.timesteps(steps, spacing)
     prediction_type = model.config.prediction_type
@@ -184,8 +194,8 @@ def follow_transitions(
     x_T: Tensor,
     transitions: Transitions,
     *,
-    iterations: int | Sequence[int] | Tensor = 4,
-    reuse: bool = True,
+    iterations: int | Sequence[int] | Tensor | ToTolerance = 4,
+    reuse: Reuse = True,
     solver: Solver = Picard(),  # noqa: B008  (immutable)
     seed: int = 0,
     y: Tensor | None = None,
@@ -198,44 +208,33 @@ def follow_transitions(
     Raises:
         ValueError: As :func:`sample_fpdm`.
     """
-    learned, channels = transitions.learned_variance, model.config.in_channels
-    if learned and not model.config.learn_sigma:
-        raise ValueError(
-            f"variance_type={transitions.variance_type!r} needs a model that learned a variance, and this FPDM did not "
-            f"(learn_sigma is False)"
-        )
-    counts = iterations_per_step(iterations, transitions.steps)
-    dtype, noisy = compute_dtype(model, x_T.dtype), learned or bool((transitions.sigma > 0).any())
-    if guidance != 1:
-        if y is None or model.config.num_classes is None:
-            raise ValueError("guidance needs the classes y, and a model that has classes")
-        y = torch.cat([torch.full_like(y, model.config.num_classes), y])
-    latent, z0 = x_T, None
-    for k, count in enumerate(counts):
-        timestep = int(transitions.timesteps[k])
-        inputs = latent if guidance == 1 else torch.cat([latent, latent])
-        output, solution = model(
-            inputs.to(dtype),
-            torch.tensor(timestep, device=latent.device),
-            y,
-            z0,
-            depth=count,
-            solver=solver,
-            record=record,
-            return_solution=True,
-        )
-        noise = None
-        if noisy:
-            samples = range(first_sample, first_sample + len(x_T))
-            noise = step_noise(seed, samples, [k], x_T.shape[1:], dtype=wide(latent).dtype, device=latent.device)[:, 0]
-        if guidance != 1:
-            # What is said of the variance is that of the rows with a class, as in Guided.
-            without, output = output.chunk(2)
-            guided = without[:, :channels] + guidance * (output[:, :channels] - without[:, :channels])
-            output = torch.cat([guided, output[:, channels:]], dim=1)
-        if not learned:
-            output = output[:, :channels]
-        after = transitions.step(wide(latent), wide(output), k, noise).to(latent.dtype)
-        yield FPDMStep(timestep, latent, z0, solution, after)
+    if reuse not in (True, False, "extrapolate"):
+        raise ValueError(f"reuse must be True, False or 'extrapolate', got {reuse!r}")
+    take_step = StepFunction(model=model, transitions=transitions, y=y, guidance=guidance)
+    latent, z0, before = x_T, None, None
+    for k, how in enumerate(_solves(iterations, solver, transitions.steps)):
+        noise = take_step.noise(x_T, [k], seed, first_sample)
+        after, solution = take_step(latent, z0, k, None if noise is None else noise[:, 0], record=record, **how)
+        yield FPDMStep(int(transitions.timesteps[k]), latent, z0, solution, after)
         latent = after
         z0 = solution.value if reuse else None
+        if reuse == "extrapolate":
+            z0 = solution.value if before is None else _extrapolated(solution, before)
+            before = solution.value
+
+
+def _extrapolated(solution: Solution, before: Tensor) -> Tensor:
+    """The next solution, on the line through the last two.
+
+    The errors of both come along, up to three times as large if the whole change is added: at one iteration a step
+    that spoils the images. So the fewer iterations a solution has had, the less of its change is added.
+    """
+    share = 1 - torch.exp2(-solution.evals.to(before.dtype))
+    return solution.value + share[:, None, None] * (solution.value - before)
+
+
+def _solves(iterations: int | Sequence[int] | Tensor | ToTolerance, solver: Solver, steps: int) -> list[dict[str, Any]]:
+    """How the model is to solve its layer in each step: its options."""
+    if isinstance(iterations, ToTolerance):
+        return [{"solver": LastIterate(solver=solver, until=iterations)}] * steps
+    return [{"solver": solver, "depth": count} for count in iterations_per_step(iterations, steps)]
