@@ -216,8 +216,10 @@ def _memory_order(leaf: Tensor, batch_dims: int) -> tuple[int, ...] | None:
         return None
     strides = leaf.stride()
     order = (*range(batch_dims), *sorted(range(batch_dims, leaf.ndim), key=lambda i: -strides[i]))
-    # What has gaps or repeats itself, such as an expanded tensor, is laid out in its own order.
-    return order if order != tuple(range(leaf.ndim)) and leaf.permute(order).is_contiguous() else None
+    if order == tuple(range(leaf.ndim)):
+        return None
+    # A row that has gaps or repeats itself is laid out in its own order. How the rows lie plays no part.
+    return order if leaf.permute(order)[(0,) * batch_dims].is_contiguous() else None
 
 
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ from collections import namedtuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fixpoint
 from fixpoint.engine.layout import Layout, leaves, map_leaves
@@ -140,3 +142,16 @@ def test_flatten_and_unflatten_are_inverse():
     assert flat.shape == (6, 10)
     assert not flat.is_complex()
     torch.testing.assert_close(layout.unflatten(flat), {"a": state["a"], "b": [state["b"][0].resolve_conj()]})
+
+
+@given(order=st.permutations([1, 2, 3]), kept=st.integers(1, 4))
+def test_fewer_rows_stand_in_memory_as_all_of_them_do(order: list[int], kept: int) -> None:
+    """States of some rows, as a solve sees them that goes on without the others, are rows of the whole state."""
+    sizes = {1: 2, 2: 3, 3: 5}
+    stored = torch.randn(4, *(sizes[i] for i in order), dtype=torch.float64)
+    state = stored.permute(0, *(order.index(i) + 1 for i in (1, 2, 3)))
+    layout = Layout.of(state, 1)
+    part = layout.with_rows(kept).unflatten(layout.flatten(state)[:kept])
+    torch.testing.assert_close(part, state[:kept], rtol=0, atol=0)
+    assert part.stride()[1:] == state.stride()[1:]
+    torch.testing.assert_close(layout.with_rows(kept).flatten(part), layout.flatten(state)[:kept], rtol=0, atol=0)
