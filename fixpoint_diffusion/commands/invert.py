@@ -22,7 +22,7 @@ NOISE, GRID, PLOT, RECORD = "x_T.npy", "grid.png", "errors.png", "invert.json"
 
 
 def invert(
-    images: Annotated[str, typer.Argument(help="'digits', a .npy file or a folder of images; for a model of latents, what encode wrote.")],
+    images: Annotated[str, typer.Argument(help="'digits', a .npy file, a folder of images, or what encode wrote.")],
     model: Annotated[str, typer.Option(help="An embedded model's name or a model folder.")] = "ddpm-digits",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler that is inverted.")] = 50,
     channels: Annotated[ChannelsName | None, typer.Option(help="Channels (default: as all files have them).")] = None,
@@ -32,7 +32,7 @@ def invert(
     ] = None,
     guidance: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance; 1 is none.")] = 1.0,
     rtol: Annotated[float, typer.Option(min=1e-12, max=1.0, help="RMS error of a reconstruction / RMS of it.")] = 1e-3,
-    max_rounds: Annotated[int, typer.Option(min=1, help="Most rounds of all steps at once, before what is left is tried step by step.")] = 40,
+    max_rounds: Annotated[int, typer.Option(min=1, help="Most rounds; what is left is tried step by step.")] = 40,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
     out: Annotated[Path, typer.Option(parser=path_option, help="Folder for the results.", metavar="FOLDER")] = Path(
         "runs/invert"

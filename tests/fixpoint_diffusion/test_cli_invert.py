@@ -20,6 +20,8 @@ from fixpoint_diffusion.denoisers import Guided, describe, embedded_folder
 from fixpoint_diffusion.denoisers.registry import family
 from fixpoint_diffusion.processes import Clip
 from fixpoint_diffusion.training.data import load_digits, open_dataset
+from fixpoint_diffusion.training.encode import EncodeOptions, encode
+from tests.fixpoint_diffusion.tiny import tiny_unet, tiny_vae
 
 
 def invoke(*arguments: object) -> Result:
@@ -188,3 +190,20 @@ def test_images_that_are_not_inverted_are_counted_with_what_to_do(tmp_path: Path
     assert result.exit_code == 0, result.output
     assert "Warning: 2 of 2 images were not inverted" in result.stderr
     assert (tmp_path / "out" / "x_T.npy").exists()
+
+
+def test_latents_that_encode_wrote_are_taken_as_they_are(tmp_path: Path) -> None:
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    pictures, latents = tmp_path / "pictures", tmp_path / "latents"
+    pictures.mkdir()
+    Image.new("RGB", (16, 16), (200, 30, 90)).save(pictures / "0.png")
+    encode(open_dataset(pictures), tmp_path / "vae", latents, EncodeOptions(), progress=False)
+    expected = open_dataset(latents)[0]["images"]
+    model = tmp_path / "model"
+    tiny_unet(sample_size=expected.shape[-1], in_channels=4, out_channels=4).save_pretrained(model)
+    shutil.copy(embedded_folder("ddpm-digits") / "scheduler_config.json", model)
+    options = ("--model", model, "--steps", 2, "--rtol", 0.5, "--out", tmp_path / "out")
+    assert "encode" in str(invoke(pictures, *options).exception)
+    result = invoke(latents, *options)
+    assert result.exit_code == 0, result.output
+    assert np.load(tmp_path / "out" / "x_T.npy").shape == (1, *expected.shape)
