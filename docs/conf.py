@@ -25,9 +25,10 @@ autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 napoleon_custom_sections = [("Source", "notes_style")]
 doctest_global_setup = """
-import torch, fixpoint
+import torch
 torch.manual_seed(0)
 torch.set_num_threads(1)
+del torch  # each page imports what it uses, as a reader has to
 """
 doctest_test_doctest_blocks = ""  # docstrings are run by pytest --doctest-modules
 copybutton_prompt_text = r">>> |\.\.\. "

@@ -17,6 +17,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import fixpoint
+from fixpoint.bench import Images
+from fixpoint.bench.pictures import draw_images
 from fixpoint.plotting import plot_residuals
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, sample
 from fixpoint_diffusion.denoisers import embedded
@@ -214,15 +216,16 @@ def fpdm_architecture(path: Path) -> None:
 
 
 def restoration(path: Path) -> None:
-    """Digits, what a measurement determines of them, and what is restored: one block of columns for each kind."""
+    """Digits, what a measurement determines of them, and what is restored: three rows for each kind."""
     examples = _load_example("restoration")
     images = split_held_out(bundled_digits())[1].images[:10]
-    rows = [images]
-    for degradation in examples.degradations().values():
+    rows, labels = [images], ["original"]
+    for name, degradation in examples.degradations().items():
         chain = examples.chain_for(degradation, images)
         with torch.no_grad():
             rows += [degradation.pinv(chain.measurement), chain.sequential()[:, -1], restore(chain).images]
-    save_grid(torch.cat(rows), path, columns=10, smallest_side=480)
+        labels += [f"{name}: measured", "restored step by step", "restored at once"]
+    draw_images(Images.of("restoration", torch.stack(rows), row_labels=labels), path)
 
 
 def inversion(path: Path) -> None:
@@ -241,7 +244,7 @@ def inversion(path: Path) -> None:
     x = torch.linspace(-2, 2, 801, dtype=torch.float64)[:, None]
     for k in (-12, -3, -2):
         _draw_step(axes[1], chain, x, chain.steps + k, label=f"step {chain.steps + k + 1} of {chain.steps}")
-    axes[1].set(title="near the image: flat, and steep between", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
+    axes[1].set(title="steps near the image: flat and steep", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
     for guidance in (1.0, 2.0, 4.0):
         guided = DDIMChain(_two_bumps(schedule, guidance=guidance), torch.zeros_like(x_0), schedule, steps=20)
         _draw_step(axes[2], guided, x, 16, label=f"guidance {guidance:g}")

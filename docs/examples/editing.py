@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fixpoint.bench import Images
+from fixpoint.bench.pictures import draw_images
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, embedded, initial_noise, invert, load_denoiser
 from fixpoint_diffusion.denoisers import Guided, embedded_folder
 from fixpoint_diffusion.denoisers.protocol import NetworkDenoiser
 from fixpoint_diffusion.denoisers.registry import family
 from fixpoint_diffusion.evaluation import digit_probabilities
 from fixpoint_diffusion.inversion import Inverse
-from fixpoint_diffusion.sampling.grids import save_grid
 from fixpoint_diffusion.training import TrainingRun
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
@@ -111,6 +112,13 @@ def figures(edited: Tensor, images: Tensor, labels: Tensor) -> str:
     return f"{float(share):10.2f}{float(distance):12.3f}"
 
 
+def draw(originals: Tensor, edited: Tensor, path: Path) -> None:
+    """Ten digits above what became of them, a row for each class."""
+    rows = torch.cat([originals, edited]).unflatten(0, (11, 10))
+    labels = ["original", *(f"as {number}" for number in CLASSES.tolist())]
+    draw_images(Images.of(path.stem, rows, row_labels=labels), path)
+
+
 def edit(editor: Editor, folder: Path) -> list[str]:
     """Every digit as every other one, by inversion, by SDEdit and from other noise: a table and two pictures."""
     originals = one_of_each_class()
@@ -128,12 +136,12 @@ def edit(editor: Editor, folder: Path) -> list[str]:
             edited = editor.sample(x_T, labels, guidance=guidance)
             lines.append(f"{f'inversion, {told}, then guidance {guidance:g}':46}{figures(edited, images, labels)}")
             if told == "no class told" and guidance == 1.5:
-                save_grid(torch.cat([originals, edited]), folder / "editing.png", columns=10, smallest_side=480)
+                draw(originals, edited, folder / "editing.png")
     for strength in (0.3, 0.4, 0.5, 0.7):
         edited = editor.sdedit(images, labels, strength=strength, guidance=1.5)
         lines.append(f"{f'SDEdit {strength:g}, guidance 1.5':46}{figures(edited, images, labels)}")
         if strength == 0.4:
-            save_grid(torch.cat([originals, edited]), folder / "editing-sdedit.png", columns=10, smallest_side=480)
+            draw(originals, edited, folder / "editing-sdedit.png")
     noise = initial_noise(1, range(len(images)), images.shape[1:])
     lines.append(
         f"{'other noise, guidance 1.5':46}{figures(editor.sample(noise, labels, guidance=1.5), images, labels)}"
@@ -146,12 +154,13 @@ def interpolate(editor: Editor, folder: Path, *, count: int = 9) -> None:
     originals = one_of_each_class()
     x_T = editor.invert(originals).x_T
     shares = torch.linspace(0, 1, count).tolist()
-    rows = []
+    rows, labels = [], []
     for a, b in PAIRS:
         between = torch.stack([spherical(x_T[a], x_T[b], share) for share in shares])
         rows.append(editor.sample(between, torch.full((count,), NO_CLASS)))
         rows.append(torch.stack([torch.lerp(originals[a], originals[b], share) for share in shares]))
-    save_grid(torch.cat(rows), folder / "interpolation.png", columns=count, smallest_side=480)
+        labels += [f"{a} to {b}: noise", "pixels"]
+    draw_images(Images.of("interpolation", torch.stack(rows), row_labels=labels), folder / "interpolation.png")
 
 
 def main() -> None:

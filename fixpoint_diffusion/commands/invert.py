@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fixpoint_diffusion.commands.shared import open_model, path_option
+from fixpoint_diffusion.commands.shared import ChannelsName, open_model, path_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,21 +16,23 @@ if TYPE_CHECKING:
     from fixpoint_diffusion.chains import SamplingChain
     from fixpoint_diffusion.denoisers import NetworkDenoiser
     from fixpoint_diffusion.inversion import Inverse
+    from fixpoint_diffusion.training.data import ImageDataset
 
 NOISE, GRID, PLOT, RECORD = "x_T.npy", "grid.png", "errors.png", "invert.json"
 
 
 def invert(
-    images: Annotated[str, typer.Argument(help="'digits', a .npy file or a folder of images.")],
+    images: Annotated[str, typer.Argument(help="'digits', a .npy file, a folder of images, or what encode wrote.")],
     model: Annotated[str, typer.Option(help="An embedded model's name or a model folder.")] = "ddpm-digits",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler that is inverted.")] = 50,
-    num_images: Annotated[int, typer.Option(min=1, help="Most images, from the first.")] = 16,
+    channels: Annotated[ChannelsName | None, typer.Option(help="Channels (default: as all files have them).")] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="How many images at most, from the first on.")] = 16,
     classes: Annotated[
         str | None, typer.Option("--class", help="Class of the images, by number or name, or several in turn: 0,cats,7")
     ] = None,
     guidance: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance; 1 is none.")] = 1.0,
     rtol: Annotated[float, typer.Option(min=1e-12, max=1.0, help="RMS error of a reconstruction / RMS of it.")] = 1e-3,
-    max_rounds: Annotated[int, typer.Option(min=1, help="Most rounds (batched model calls).")] = 40,
+    max_rounds: Annotated[int, typer.Option(min=1, help="Most rounds; what is left is tried step by step.")] = 40,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
     out: Annotated[Path, typer.Option(parser=path_option, help="Folder for the results.", metavar="FOLDER")] = Path(
         "runs/invert"
@@ -40,7 +43,8 @@ def invert(
 
     Example: fixpoint-diffusion invert digits --steps 50 --num-images 8 --out runs/invert
 
-    Clipping cannot be undone: a model that is sampled with it is inverted, and has to be sampled, without.
+    Pictures of another size than the model's are scaled, and their middle is taken. Clipping cannot be undone: a
+    model that is sampled with it is inverted, and has to be sampled, without.
 
     Writes x_T.npy, the images above their reconstructions (grid.png), the error against rounds (errors.png), and the
     error and status of each image (invert.json).
@@ -57,12 +61,9 @@ def invert(
     from fixpoint_diffusion.inversion import ParallelInverse
     from fixpoint_diffusion.inversion import invert as find
     from fixpoint_diffusion.sampling.job import classes_of, labels_of
-    from fixpoint_diffusion.training.data import open_dataset
     from fixpoint_diffusion.training.export import read_class_names
 
-    dataset = open_dataset(images, labels=False)
-    if denoiser.sample_shape is not None and tuple(dataset.sample_shape) != tuple(denoiser.sample_shape):
-        raise ValueError(f"the model takes images {denoiser.sample_shape}, {images} has {tuple(dataset.sample_shape)}")
+    dataset = _open(images, denoiser.sample_shape, channels)
     x_0 = torch.stack([dataset[i]["images"] for i in range(min(num_images, len(dataset)))]).to(device)
     chosen = classes_of(denoiser, classes, guidance, () if classes is None else read_class_names(folder))
     labels = labels_of(chosen, range(len(x_0)))
@@ -84,9 +85,32 @@ def invert(
     typer.echo(f"written to {out}: {', '.join(written)}")
     if clips:
         typer.echo(
-            "this model clips what it predicts, which cannot be undone: x_T leads to the images without clipping, "
-            'chain_from_scheduler(..., x0_hook=Clip(float("inf")))'
+            "note: sampling from this model clips predicted images, which cannot be undone. x_T leads to the images "
+            'without clipping: chain_from_scheduler(..., x0_hook=Clip(float("inf")))'
         )
+    if missed := len(x_0) - int(inverse.converged.sum()):
+        typer.echo(
+            f"Warning: {missed} of {len(x_0)} images were not inverted to --rtol {rtol}; x_T.npy has the best that was "
+            "found. Take more --steps, less --guidance, or a larger --rtol",
+            err=True,
+        )
+
+
+def _open(images: str, shape: Sequence[int] | None, channels: str | None) -> ImageDataset:
+    """The images, cut to the model's size if they are pictures."""
+    from fixpoint_diffusion.training.data import open_dataset
+    from fixpoint_diffusion.training.data.latents import INFO_FILE
+
+    size = None
+    if shape is not None and len(shape) == 3 and not (Path(images) / INFO_FILE).is_file():
+        size = shape[1], shape[2]
+    dataset = open_dataset(images, labels=False, channels=channels, size=size)
+    if shape is not None and tuple(dataset.sample_shape) != tuple(shape):
+        raise ValueError(
+            f"the model takes samples {tuple(shape)}, {images} gives {tuple(dataset.sample_shape)}; "
+            "a model of latents takes a folder that fixpoint-diffusion encode wrote"
+        )
+    return dataset
 
 
 def _chain(

@@ -15,7 +15,8 @@ def image_grid(images: Tensor, *, columns: int | None = None, gap: int = 1) -> n
 
     Args:
         images: ``(N, C, H, W)`` in [-1, 1] (clipped to it). One channel is grey and three are RGB; of any other number,
-            such as latents have, the channels are grey tiles from left to right without a gap.
+            such as latents have, the channels are grey tiles from left to right without a gap, and where values
+            leave [-1, 1], the largest in absolute value is black or white.
         columns: images in a row; None: as square as can be.
         gap: pixels between images and around them, mid-grey.
 
@@ -33,7 +34,8 @@ def image_grid(images: Tensor, *, columns: int | None = None, gap: int = 1) -> n
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images must be (N, C, H, W), none of them 0, got {tuple(images.shape)}")
     if images.shape[1] not in (1, 3):
-        images = torch.cat(images.split(1, dim=1), dim=3)
+        images = torch.cat(images.detach().split(1, dim=1), dim=3)
+        images = images / images.nan_to_num(0, 0, 0).abs().max().clamp(min=1)
     count, _, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count * height / width))
     rows = math.ceil(count / columns)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, embedded, load_denoiser
@@ -18,7 +19,9 @@ from fixpoint_diffusion.cli import app, main
 from fixpoint_diffusion.denoisers import Guided, describe, embedded_folder
 from fixpoint_diffusion.denoisers.registry import family
 from fixpoint_diffusion.processes import Clip
-from fixpoint_diffusion.training.data import load_digits
+from fixpoint_diffusion.training.data import load_digits, open_dataset
+from fixpoint_diffusion.training.encode import EncodeOptions, encode
+from tests.fixpoint_diffusion.tiny import tiny_unet, tiny_vae
 
 
 def invoke(*arguments: object) -> Result:
@@ -153,7 +156,54 @@ def test_what_cannot_be_is_one_line(
     assert not out.exists()
 
 
-def test_images_of_another_shape_are_refused(tmp_path: Path) -> None:
+def test_images_of_other_channels_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((2, 3, 8, 8), dtype=np.float32))
     result = invoke(tmp_path / "images.npy", "--out", tmp_path / "out")
-    assert "the model takes images" in str(result.exception)
+    assert "the model takes samples (1, 8, 8)" in str(result.exception)
+    assert "(3, 8, 8)" in str(result.exception)
+
+
+def test_pictures_of_any_size_are_cut_to_the_models(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    digits = load_digits().images[:2, 0].add(1).mul(127.5).round().byte()
+    for number, size in enumerate([(16, 24), (40, 20)]):
+        Image.fromarray(digits[number].numpy()).resize(size).convert("LA").save(folder / f"{number}.png")
+    options = (folder, "--steps", 5, "--rtol", 0.1, "--out", tmp_path / "out")
+    assert "--channels" in str(invoke(*options).exception)
+    result = invoke(*options, "--channels", "L")
+    assert result.exit_code == 0, result.output
+    cut = open_dataset(folder, size=8, channels="L")
+    x_0 = torch.stack([cut[number]["images"] for number in range(2)])
+    denoiser, x_T = embedded("ddpm-digits"), torch.from_numpy(np.load(tmp_path / "out" / "x_T.npy"))
+    chain = DDIMChain(denoiser, x_T, NoiseSchedule.from_diffusers(denoiser.schedule_config), steps=5)
+    with torch.no_grad():
+        error = (chain.sequential()[:, -1] - x_0).square().mean(dim=(1, 2, 3)).sqrt()
+    record = json.loads((tmp_path / "out" / "invert.json").read_text())
+    assert [row["error"] for row in record["results"]] == pytest.approx(error.tolist(), rel=1e-3)
+
+
+def test_images_that_are_not_inverted_are_counted_with_what_to_do(tmp_path: Path) -> None:
+    # Float32 cannot come so near.
+    options = ("--steps", 2, "--num-images", 2, "--max-rounds", 1, "--rtol", 1e-12, "--out", tmp_path / "out")
+    result = invoke("digits", *options)
+    assert result.exit_code == 0, result.output
+    assert "Warning: 2 of 2 images were not inverted" in result.stderr
+    assert (tmp_path / "out" / "x_T.npy").exists()
+
+
+def test_latents_that_encode_wrote_are_taken_as_they_are(tmp_path: Path) -> None:
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    pictures, latents = tmp_path / "pictures", tmp_path / "latents"
+    pictures.mkdir()
+    Image.new("RGB", (16, 16), (200, 30, 90)).save(pictures / "0.png")
+    encode(open_dataset(pictures), tmp_path / "vae", latents, EncodeOptions(), progress=False)
+    expected = open_dataset(latents)[0]["images"]
+    model = tmp_path / "model"
+    tiny_unet(sample_size=expected.shape[-1], in_channels=4, out_channels=4).save_pretrained(model)
+    shutil.copy(embedded_folder("ddpm-digits") / "scheduler_config.json", model)
+    options = ("--model", model, "--steps", 2, "--rtol", 0.5, "--out", tmp_path / "out")
+    assert "encode" in str(invoke(pictures, *options).exception)
+    result = invoke(latents, *options)
+    assert result.exit_code == 0, result.output
+    assert np.load(tmp_path / "out" / "x_T.npy").shape == (1, *expected.shape)

@@ -32,6 +32,11 @@ def test_channels_that_are_no_colours_stand_side_by_side() -> None:
     assert (grid[..., 0] == grid[..., 2]).all()
 
 
+def test_latents_beyond_the_range_of_images_are_not_cut_off() -> None:
+    latents = torch.tensor([-4.0, 2.0, 1.0, 0.0, torch.nan]).view(1, 5, 1, 1)
+    assert image_grid(latents)[1, 1:5, 0].tolist() == [0, 191, 159, 128]
+
+
 def test_saved_picture_is_the_grid_enlarged_without_smoothing(tmp_path) -> None:
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     path = save_grid(images, tmp_path / "new" / "grid.png", smallest_side=60)
