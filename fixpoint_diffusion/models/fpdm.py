@@ -116,10 +116,7 @@ class FPDM(PatchTransformer):
         options = rule if backward is None else {}
         options |= {name: value for name, value in given.items() if value is not None}
         solution = self.implicit(*inputs, z0=state, return_solution=True, record=record, **options)
-        tokens = solution.value
-        for block in self.post:
-            tokens = block(tokens, condition)
-        prediction = self.head(tokens, condition)
+        prediction = self.head(self._through(self.post, solution.value, condition), condition)
         return (prediction, solution) if return_solution else prediction
 
     def _before_layer(
@@ -129,8 +126,7 @@ class FPDM(PatchTransformer):
         tokens, time, label = self._embed(x, t, y)
         both = condition_of(time, label)
         explicit = both if self.config.timestep_everywhere else label
-        for block in self.pre:
-            tokens = block(tokens, explicit)
+        tokens = self._through(self.pre, tokens, explicit)
         return tokens, self.implicit_block.prepare(self.injection(tokens), both), explicit
 
     @classmethod

@@ -343,6 +343,9 @@ def test_resume_refuses_other_settings_and_other_models(tmp_path, images: ImageD
         ("precision", "fp8"),
         ("seed", -1),
         ("weighting", "snr"),
+        ("max_grad_norm", 0.0),
+        ("jacobian_penalty", -1.0),
+        ("gradient_checkpointing", 1),
     ],
 )
 def test_config_refuses_values_out_of_range_by_name(field: str, value: object) -> None:
