@@ -74,7 +74,7 @@ def test_planned_memory_is_that_of_one_image(kind: str, tmp_path: Path) -> None:
     with sdpa_kernel(SDPBackend.MATH) if kind == "unet" else nullcontext():
         found = bytes_kept(model, lambda: model(torch.randn(1, 1, 8, 8), torch.tensor([3])))
     # After iterations without gradient about half a block more is kept, however many they are.
-    assert plan.activation_bytes == pytest.approx(found, rel=0.15 if kind == "fpdm" else 0.01)
+    assert plan.activation_bytes == pytest.approx(found, rel={"fpdm": 0.15, "dit": 1e-3, "unet": 0.1}[kind])
 
 
 def test_dry_run_says_the_full_scale_plan_and_writes_nothing(tmp_path: Path, monkeypatch: Any) -> None:
