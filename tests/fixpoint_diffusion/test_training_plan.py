@@ -68,13 +68,14 @@ def test_plan_of_stochastic_depths_is_the_mean_over_them(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", sorted(SMALL))
 def test_planned_memory_is_that_of_one_image(kind: str, tmp_path: Path) -> None:
-    model = TrainingRun.start(tmp_path, kind=kind, settings=SMALL[kind]).model.train()
-    plan = TrainingRun.start(tmp_path, kind=kind, settings=SMALL[kind], dry=True).plan()
+    # Hooks that watch what is saved also see the first iteration of those that record nothing, so there is none here.
+    settings = {**SMALL[kind], **({"max_no_grad": 0} if kind == "fpdm" else {})}
+    model = TrainingRun.start(tmp_path, kind=kind, settings=settings).model.train()
+    plan = TrainingRun.start(tmp_path, kind=kind, settings=settings, dry=True).plan()
     # DiT and FPDM are counted with the kernel for attention that the CPU takes.
     with sdpa_kernel(SDPBackend.MATH) if kind == "unet" else nullcontext():
         found = bytes_kept(model, lambda: model(torch.randn(1, 1, 8, 8), torch.tensor([3])))
-    # After iterations without gradient about half a block more is kept, however many they are.
-    assert plan.activation_bytes == pytest.approx(found, rel={"fpdm": 0.15, "dit": 1e-3, "unet": 0.1}[kind])
+    assert plan.activation_bytes == pytest.approx(found, rel=0.1 if kind == "unet" else 1e-3)
 
 
 def test_dry_run_says_the_full_scale_plan_and_writes_nothing(tmp_path: Path, monkeypatch: Any) -> None:
