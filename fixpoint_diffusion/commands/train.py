@@ -19,6 +19,7 @@ def train(
     kind: Annotated[
         str | None, typer.Argument(help="Model family: unet (default), dit, fpdm, ...; the docs list all.")
     ] = None,
+    kind_option: Annotated[str | None, typer.Option("--kind", help="The same, as an option.")] = None,
     out: Annotated[
         Path, typer.Option(parser=path_option, help="Folder for the model and its checkpoint.", metavar="FOLDER")
     ] = Path("runs/train"),
@@ -36,6 +37,17 @@ def train(
         typer.Option(parser=path_option, help="Model folder to start from, not random weights.", metavar="FOLDER"),
     ] = None,
     settings: Annotated[Path | None, typer.Option(help="JSON file with settings of the model's architecture.")] = None,
+    backward: Annotated[
+        str | None,
+        typer.Option(help="Gradient of an FPDM's layer: sjfb (default), multi-jfb, jfb, phantom, ift or shine."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="FPDM as in the paper (paper), as its code has it (released), or as here (ours)."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the training would cost, and do nothing.")
+    ] = False,
     workers: Annotated[
         int, typer.Option(min=0, max=256, help="Processes that read images; 0: the training's own.")
     ] = 0,
@@ -57,37 +69,55 @@ def train(
     sources = {name: context.get_parameter_source(name) for name in context.params}
     # By name, because newer versions of typer bring their own copy of click.
     given = {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    if kind is not None and kind_option is not None:
+        raise typer.BadParameter(f"the model family is named twice, {kind} and {kind_option}", param_hint="--kind")
+    kind = kind or kind_option
     if resume:
-        clashing = sorted(given.keys() - {"resume", "out", "steps", "device", "workers"})
+        clashing = sorted(given.keys() - {"resume", "out", "steps", "device", "workers", "dry_run"})
         if clashing:
-            names = ", ".join(name if name == "kind" else "--" + name.replace("_", "-") for name in clashing)
+            names = ", ".join("kind" if name.startswith("kind") else "--" + name.replace("_", "-") for name in clashing)
             raise typer.BadParameter(f"a resumed run keeps its own settings; drop {names}", param_hint="--resume")
     if init is not None and kind is not None:
         raise typer.BadParameter(f"the model in {init} says of what kind it is; drop {kind}", param_hint="--init")
     _check_kind(kind)
-    check_device(device)
+    if backward is not None and init is None and kind != "fpdm":
+        raise typer.BadParameter(f"only an fpdm has an implicit layer, got {kind or 'unet'}", param_hint="--backward")
+    if not dry_run:
+        check_device(device)
 
     from fixpoint_diffusion.files import read_json
+    from fixpoint_diffusion.training.presets import PRESETS
     from fixpoint_diffusion.training.runs import DataOptions, TrainingRun
 
     if resume:
         run = TrainingRun.resume(out, steps=options["steps"], device=device, workers=workers)
     else:
+        changed = {} if settings is None else read_json(settings)
+        if backward is not None:
+            changed["backward"] = backward
         training = {name: _plain(given[name]) for name in options.keys() & given.keys()}
+        chosen = DataOptions(
+            source=data, channels=_plain(channels), size=_size(size), crop=crop.value, flip=flip, latents=latents
+        )
         run = TrainingRun.start(
             out,
             kind=kind or "unet",
-            data=DataOptions(
-                source=data, channels=_plain(channels), size=_size(size), crop=crop.value, flip=flip, latents=latents
-            ),
+            data=None if preset is not None and "data" not in given else chosen,
             classes=classes,
             init=init,
-            settings=None if settings is None else read_json(settings),
+            settings=changed,
             training=training,
+            preset=preset,
+            dry=dry_run,
             device=device,
             workers=workers,
         )
     typer.echo(run.describe())
+    if dry_run:
+        typer.echo(run.plan().describe())
+        if preset is not None and PRESETS[preset].unknown:
+            typer.echo(f"  not known    {PRESETS[preset].unknown}")
+        return
     try:
         log = run.run()
     except KeyboardInterrupt:

@@ -52,9 +52,7 @@ class DiT(PatchTransformer):
         """
         tokens, time, label = self._embed(x, t, y)
         condition = condition_of(time, label)
-        for block in self.blocks:
-            tokens = block(tokens, condition)
-        return self.head(tokens, condition)
+        return self.head(self._through(self.blocks, tokens, condition), condition)
 
     @classmethod
     def from_diffusers(cls, source: Any, *, prediction_type: str = "epsilon") -> DiT:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fixpoint import Backward, FixedPointLayer, Picard, Solution, Solver, StochasticJFB, Unroll
+from fixpoint import Backward, FixedPointLayer, Picard, Solution, Solver, Unroll
 from fixpoint_diffusion.models.blocks import ImplicitBlock
 from fixpoint_diffusion.models.dit import DiT
 from fixpoint_diffusion.models.fpdm_config import FPDMConfig
 from fixpoint_diffusion.models.fpdm_from_dit import config_from_dit, copy_from_dit
+from fixpoint_diffusion.models.training_rules import training_rule
 from fixpoint_diffusion.models.transformer import PatchTransformer, condition_of
 
 
@@ -53,7 +54,7 @@ class FPDM(PatchTransformer):
         self.implicit = FixedPointLayer(
             ImplicitBlock(config.width, blocks, gelu=config.injection_gelu),
             solver=Picard(),
-            backward=StochasticJFB(max_no_grad=config.max_no_grad, max_grad=config.max_grad, attach_start=True),
+            backward=training_rule(config).backward,
         )
         self.post = self._blocks(config.n_post, conditional=conditional)
         self.head = self._head(conditional=conditional)
@@ -85,8 +86,9 @@ class FPDM(PatchTransformer):
                 ``solution.value`` to reuse it (Sec. 3.3).
             depth: Run exactly this many iterations, whatever the residual. None: solve to ``rtol``.
             solver: Solver of the layer; None: Picard.
-            backward: How gradients are attached when grad mode is on. None: S-JFB in training mode; in evaluation mode,
-                or with ``depth``, :class:`fixpoint.Unroll`, whose value is that of the run without gradient.
+            backward: How gradients are attached when grad mode is on. None: in training mode as ``config.backward``
+                says, which also decides how the layer is solved; in evaluation mode, or with ``depth``,
+                :class:`fixpoint.Unroll`, whose value is that of the run without gradient.
             rtol: Relative tolerance of the layer's solve; None: ``fixpoint.solve``'s default. Unused with ``depth``.
             max_evals: Bound on evaluations of that solve; None: ``fixpoint.solve``'s default. Unused with ``depth``.
             record: Keep the residual of every evaluation in ``solution.trace``.
@@ -104,15 +106,17 @@ class FPDM(PatchTransformer):
             if z0.shape != state.shape:
                 raise ValueError(f"z0 must have shape {tuple(state.shape)} (N, L, D), got {tuple(z0.shape)}")
             state = z0
-        if backward is None and not (self.training and depth is None):
-            backward = Unroll()
+        trains = self.training and torch.is_grad_enabled()
+        if trains and self.config.start_noise:
+            noise = torch.randn(state.shape, dtype=state.dtype, device=state.device)
+            state = state + self.config.start_noise * noise
+        rule = training_rule(self.config).options if trains and depth is None else {"backward": Unroll()}
         given = {"depth": depth, "solver": solver, "backward": backward, "rtol": rtol, "max_evals": max_evals}
-        options = {name: value for name, value in given.items() if value is not None}
+        # A rule that the caller brings has nothing to do with how the model's own solves the layer.
+        options = rule if backward is None else {}
+        options |= {name: value for name, value in given.items() if value is not None}
         solution = self.implicit(*inputs, z0=state, return_solution=True, record=record, **options)
-        tokens = solution.value
-        for block in self.post:
-            tokens = block(tokens, condition)
-        prediction = self.head(tokens, condition)
+        prediction = self.head(self._through(self.post, solution.value, condition), condition)
         return (prediction, solution) if return_solution else prediction
 
     def _before_layer(
@@ -122,8 +126,7 @@ class FPDM(PatchTransformer):
         tokens, time, label = self._embed(x, t, y)
         both = condition_of(time, label)
         explicit = both if self.config.timestep_everywhere else label
-        for block in self.pre:
-            tokens = block(tokens, explicit)
+        tokens = self._through(self.pre, tokens, explicit)
         return tokens, self.implicit_block.prepare(self.injection(tokens), both), explicit
 
     @classmethod

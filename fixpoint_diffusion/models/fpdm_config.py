@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 from fixpoint_diffusion.models.transformer_config import TransformerConfig
 
 Gelu = Literal["exact", "tanh"]
+Backpropagation = Literal["sjfb", "multi-jfb", "jfb", "phantom", "ift", "shine"]
 UnconditionalAdaLN = Literal["vector", "linear"]
 
 
@@ -28,8 +29,16 @@ class FPDMConfig(TransformerConfig):
         unconditional_adaln: What modulates explicit blocks and the head where neither class nor timestep does: plain
             vectors, or the linear maps of a conditional model, applied to one learned vector (the parameters that the
             paper counts).
-        max_no_grad: N of S-JFB: training runs n ~ U{0..N} iterations without gradient.
-        max_grad: M of S-JFB: then m ~ U{1..M} iterations with gradient.
+        backward: How training gets the gradient of the layer. ``"sjfb"`` is S-JFB: n ~ U{0..N} iterations that record
+            nothing, then m ~ U{1..M} recorded ones. ``"multi-jfb"`` always makes N and M of them, ``"jfb"`` N and one.
+            The others attach to the state after N updates: ``"phantom"`` by M steps of damping 0.5, ``"ift"`` by the
+            adjoint equation, ``"shine"`` by the inverse that Broyden's method has built.
+        max_no_grad: N.
+        max_grad: M.
+        attach_start: If no iteration comes before the recorded ones, whether the gradient also flows into the state
+            that the layer starts from, as in the paper's Algorithm 1; the released code cuts it.
+        start_noise: Standard deviation of noise that is added to that state in training, so that the layer learns to
+            come to the same solution from different starts.
 
     Raises:
         ValueError: If a value is out of its range; the message names the field, the value and the range.
@@ -46,9 +55,14 @@ class FPDMConfig(TransformerConfig):
     timestep_everywhere: bool = False
     injection_gelu: Gelu = "exact"
     unconditional_adaln: UnconditionalAdaLN = "vector"
+    backward: Backpropagation = "sjfb"
     max_no_grad: int = 12
     max_grad: int = 4
+    attach_start: bool = True
+    start_noise: float = 0.0
 
+    # The fields that say how the layer is trained, not what it is.
+    TRAINING: ClassVar[tuple[str, ...]] = ("backward", "max_no_grad", "max_grad", "attach_start", "start_noise")
     _LOWEST: ClassVar[Mapping[str, int]] = {
         **TransformerConfig._LOWEST,
         "n_pre": 0,
@@ -61,7 +75,18 @@ class FPDMConfig(TransformerConfig):
         **TransformerConfig._CHOICES,
         "injection_gelu": get_args(Gelu),
         "unconditional_adaln": get_args(UnconditionalAdaLN),
+        "backward": get_args(Backpropagation),
     }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        noise = self.start_noise
+        if not isinstance(noise, int | float) or isinstance(noise, bool) or not 0 <= noise < float("inf"):
+            raise ValueError(f"FPDMConfig.start_noise must be finite and not negative, got {noise!r}")
+        if self.backward in ("phantom", "ift", "shine") and self.max_no_grad == 0:
+            raise ValueError(
+                f"FPDMConfig.backward {self.backward!r} needs a state to attach to: max_no_grad of at least 1, got 0"
+            )
 
     @property
     def has_label(self) -> bool:

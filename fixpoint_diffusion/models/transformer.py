@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fixpoint_diffusion.models.blocks import (
     DiTBlock,
     Head,
+    ImplicitBlock,
     Modulation,
     PatchEmbedding,
     TimestepEmbedding,
@@ -29,6 +33,7 @@ class PatchTransformer(nn.Module):
     def __init__(self, config: TransformerConfig, *, label: bool) -> None:
         super().__init__()
         self.config = config
+        self._checkpointing = False
         width, patch = config.width, config.patch_size
         self.patch_embedding = PatchEmbedding(config.in_channels, width, patch)
         positions = sincos_positions(config.sample_size // patch, width, config.positions)
@@ -45,6 +50,29 @@ class PatchTransformer(nn.Module):
     def _head(self, *, conditional: bool) -> Head:
         c = self.config
         return Head(c.width, c.patch_size, c.out_channels, conditional=conditional)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """In training, keep the input of each explicit block alone, and run the block again in the backward pass."""
+        self._checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep what the backward pass needs of every block."""
+        self._checkpointing = False
+
+    def compile_repeated_blocks(self, **options: Any) -> None:
+        """Compile each block in place, and the map of a fixed point layer as one; ``options`` of ``torch.compile``."""
+        for module in self.modules():
+            if isinstance(module, DiTBlock | ImplicitBlock):
+                module.compile(**options)
+
+    def _through(self, blocks: nn.ModuleList, tokens: Tensor, condition: Tensor | None) -> Tensor:
+        again = self._checkpointing and self.training and torch.is_grad_enabled()
+        for block in blocks:
+            if again:  # blocks draw nothing at random
+                tokens = checkpoint(block, tokens, condition, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, condition)
+        return tokens
 
     def _embed(self, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens ``(N, L, D)``, and the vectors of the timesteps ``(N, D)`` and of the classes, if there are any."""

@@ -3,6 +3,7 @@
 from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.logs import TrainingLog
 from fixpoint_diffusion.training.objectives import diffusion_loss, variational_bound
+from fixpoint_diffusion.training.plan import TrainingPlan
 from fixpoint_diffusion.training.runs import DataOptions, TrainingRun
 from fixpoint_diffusion.training.trainer import train
 
@@ -10,6 +11,7 @@ __all__ = [
     "DataOptions",
     "TrainingConfig",
     "TrainingLog",
+    "TrainingPlan",
     "TrainingRun",
     "diffusion_loss",
     "train",

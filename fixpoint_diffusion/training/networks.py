@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,15 @@ class TrainableDenoiser(nn.Module):
 
 
 def build_network(
-    its_family: Family, data: ImageDataset, *, classes: bool, settings: Mapping[str, Any], seed: int
+    its_family: Family,
+    data: ImageDataset,
+    *,
+    classes: bool,
+    settings: Mapping[str, Any],
+    seed: int,
+    weights: bool = True,
 ) -> nn.Module:
-    """A new network for the data, tried out before any memory is asked for."""
+    """A new network for the data, tried out before any memory is asked for; without weights it stays on ``meta``."""
 
     def build() -> nn.Module:
         return its_family.build(data.sample_shape, data.num_classes if classes else None, settings)
@@ -54,7 +61,7 @@ def build_network(
     except (RuntimeError, TypeError, ArithmeticError) as error:  # sizes that no tensor can have
         raise ValueError(f"the file of settings does not describe a usable network: {describe_error(error)}") from error
     need, have = sum(p.nbytes for p in trial.parameters()), virtual_memory().total
-    if need > have:
+    if weights and need > have:
         raise ValueError(
             f"the settings describe a network of {need / 1e9:,.1f} GB, and this machine has {have / 1e9:,.1f} GB"
         )
@@ -63,6 +70,8 @@ def build_network(
         if _listed(used) != _listed(value):
             raise ValueError(f"the settings say {name}={value!r}, but for this data it is {used!r}: leave it out")
     try_out(trial, "the file of settings")
+    if not weights:
+        return trial.train()
     # Initial weights are a function of the seed; the global random state is left as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -71,6 +80,26 @@ def build_network(
 
 def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def trained_otherwise(network: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
+    """A network that is trained further, with other settings of its training.
+
+    Raises:
+        ValueError: for settings of its architecture.
+    """
+    if not settings:
+        return network
+    allowed: tuple[str, ...] = getattr(network.config, "TRAINING", ())
+    other = sorted(set(settings) - set(allowed))
+    if other:
+        raise ValueError(
+            f"a model that is trained further keeps its architecture and its classes; drop {', '.join(other)}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        changed: nn.Module = type(network)(dataclasses.replace(network.config, **settings))  # type: ignore[type-var]
+    changed.load_state_dict(network.state_dict())
+    return changed
 
 
 def load_network(folder: str | Path) -> tuple[nn.Module, Family, dict[str, Any]]:

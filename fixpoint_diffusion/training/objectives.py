@@ -90,6 +90,8 @@ def loss_weight(a: Tensor, config: TrainingConfig) -> Tensor:
     """
     if config.weighting == "plain":
         return torch.ones_like(a)
+    if config.weighting == "fpdm":
+        return a * (1 - a).sqrt()
     snr = a / (1 - a)
     clipped = snr.clamp(max=config.min_snr_gamma)
     if config.prediction_type == "epsilon":

@@ -26,7 +26,14 @@ from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.data import ImageDataset, open_dataset, split_held_out
 from fixpoint_diffusion.training.export import export, prior_of
 from fixpoint_diffusion.training.logs import TrainingLog
-from fixpoint_diffusion.training.networks import TrainableDenoiser, build_network, load_network
+from fixpoint_diffusion.training.networks import (
+    TrainableDenoiser,
+    build_network,
+    load_network,
+    trained_otherwise,
+)
+from fixpoint_diffusion.training.plan import TrainingPlan, plan_of
+from fixpoint_diffusion.training.presets import Preset, preset_named
 from fixpoint_diffusion.training.trainer import train, training_device
 
 CHECKPOINT = Path("checkpoint") / "state.safetensors"
@@ -99,6 +106,8 @@ class TrainingRun:
         init: str | Path | None = None,
         settings: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
+        preset: str | None = None,
+        dry: bool = False,
         device: torch.device | str = "cpu",
         workers: int = 0,
     ) -> TrainingRun:
@@ -110,8 +119,11 @@ class TrainingRun:
             data: what to train on; None: the digits.
             classes: make a model that is told the classes of the data.
             init: a model folder to start from, with its weights, schedule and classes; None: random weights.
-            settings: settings of the architecture by name, as the model's config spells them.
+            settings: settings of the architecture by name, as the model's config spells them; with ``init``, only
+                those of how an FPDM's layer is trained, such as ``backward``.
             training: settings of training by name, where they differ from the family's.
+            preset: name of one in ``fixpoint_diffusion.training.presets``; ``settings`` and ``training`` come on top.
+            dry: make the network without weights, for ``plan`` alone. A preset then needs no data.
             device: where to train.
             workers: processes that read images; 0: this one.
 
@@ -120,13 +132,15 @@ class TrainingRun:
             ValueError: for an unknown kind, unknown settings, unusable images, or a model that does not fit them.
         """
         folder = Path(folder)
-        if (folder / CHECKPOINT).exists():
+        if not dry and (folder / CHECKPOINT).exists():
             raise FileExistsError(f"{folder} already holds a training run: resume it, or choose another folder")
-        given = dict(training or {})
+        chosen = Preset(kind=kind) if preset is None else preset_named(preset, kind)
+        given = {**chosen.training, **(training or {})}
         if init is not None:
-            if settings or classes:
+            if classes or preset is not None:
                 raise ValueError("a model that is trained further keeps its architecture and its classes")
             network, its_family, schedule_config = load_network(init)
+            network = trained_otherwise(network, settings or {})
             given.setdefault("prediction_type", schedule_config["prediction_type"])
             config = TrainingConfig(**{**its_family.training, **given})
             opened = (data or DataOptions()).open(seed=config.seed)
@@ -134,11 +148,23 @@ class TrainingRun:
         else:
             its_family = family(kind)
             config = TrainingConfig(**{**its_family.training, **given})
-            opened = (data or DataOptions()).open(seed=config.seed)
+            if data is not None or chosen.published is None:
+                opened = (data or DataOptions()).open(seed=config.seed)
+            elif dry:
+                opened, data, classes = chosen.planned_data(), DataOptions(source="as published"), True
+            else:
+                raise ValueError(f"preset {preset!r} is for latents of ImageNet: say which data to train on")
             _check_batch(opened, config)
             if classes and opened.num_classes is None:
                 raise ValueError("the data has no classes: put images into one subfolder a class")
-            network = build_network(its_family, opened, classes=classes, settings=settings or {}, seed=config.seed)
+            network = build_network(
+                its_family,
+                opened,
+                classes=classes,
+                settings={**chosen.settings, **(settings or {})},
+                seed=config.seed,
+                weights=not dry,
+            )
             prediction_type = getattr(network.config, "prediction_type", config.prediction_type)
             config = dataclasses.replace(config, prediction_type=prediction_type)
             # Images are known to lie in [-1, 1], and a model that has trained little predicts far outside of it.
@@ -232,6 +258,10 @@ class TrainingRun:
             f"{type(self.model.network).__name__} with {parameters:,} parameters on {len(self.data)} {what} {shape}"
             f"{classes} ({self.data_options.source}), {self.config.steps} steps of {self.config.batch_size}{begin}"
         )
+
+    def plan(self) -> TrainingPlan:
+        """What the training costs, from its first step to its last."""
+        return plan_of(self.model, self.config, self.data.sample_shape, len(self.data))
 
     def run(self, *, progress: bool = True) -> TrainingLog:
         """Train to the end and export the averaged weights into the folder; returns the log.

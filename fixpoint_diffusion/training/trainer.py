@@ -31,6 +31,7 @@ from fixpoint_diffusion.training.checkpoints import (
 from fixpoint_diffusion.training.config import TrainingConfig, ema_decay_at, learning_rate_at
 from fixpoint_diffusion.training.data import ImageDataset
 from fixpoint_diffusion.training.logs import LOG_FILE, TrainingLog, tensorboard_writer
+from fixpoint_diffusion.training.network_options import LayerPenalty, trained_as
 from fixpoint_diffusion.training.objectives import diffusion_loss, drop_classes
 
 NEEDS_ACCELERATE = "training needs the accelerate library: pip install 'fixpoint[diffusion]'"
@@ -79,7 +80,8 @@ def train(
 
     Raises:
         FileNotFoundError: resuming without a checkpoint.
-        ValueError: resuming with another config or model, or from a damaged checkpoint; an ``epsilon`` model on a
+        ValueError: resuming with another config or model, or from a damaged checkpoint; a config that asks of the model
+            what it cannot do; an ``epsilon`` model on a
             zero-terminal-SNR schedule; a batch that does not divide among processes.
         FloatingPointError: if the loss, the gradient or the weights stop being finite; the last checkpoint stays.
     """
@@ -88,7 +90,7 @@ def train(
     state = _load(Path(checkpoint), config) if resume else None
     start = 0 if state is None else state.record["step"]
     log = TrainingLog() if state is None else TrainingLog(**state.record["log"])
-    with _accelerator(config, device) as accelerator:
+    with trained_as(model, config), _accelerator(config, device) as accelerator:
         share = Share(config=config, process=accelerator.process_index, processes=accelerator.num_processes)
         loader = DataLoader(
             data,
@@ -176,6 +178,7 @@ class _Run:
         self.bare_optimizer = optimizer
         peak = config.learning_rate
         self.schedule = LambdaLR(optimizer, lambda taken: learning_rate_at(start + taken, config) / peak)
+        self.penalty = LayerPenalty(model) if config.jacobian_penalty else None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
 
@@ -192,7 +195,8 @@ class _Run:
                 loss = self._loss(batch, step, piece)
                 accelerator.backward(loss)
                 total += loss.detach().float() / config.accumulate
-        norm = accelerator.clip_grad_norm_(self.bare.parameters(), config.max_grad_norm)
+        most = math.inf if config.max_grad_norm is None else config.max_grad_norm
+        norm = accelerator.clip_grad_norm_(self.bare.parameters(), most)
         flag = torch.tensor(float(interrupted.is_set()), device=accelerator.device)
         mean_loss, mean_norm, stop = accelerator.reduce(torch.stack([total, norm.float(), flag]), "mean").tolist()
         # Under fp16 the scaler skips a step whose gradient has overflown.
@@ -212,7 +216,7 @@ class _Run:
         if self.labels is not None:
             given = batch["labels"].to(x_0.device)
             conditioning[CLASS_LABELS] = drop_classes(given, drawn.dropped, self.labels.null_label)
-        return diffusion_loss(
+        loss = diffusion_loss(
             self.model,
             x_0,
             drawn.t,
@@ -222,6 +226,7 @@ class _Run:
             conditioning=conditioning,
             discretised=self.discretised,
         )
+        return loss if self.penalty is None else loss + self.share.config.jacobian_penalty * self.penalty.take()
 
     def state(self, record: dict[str, Any]) -> TrainingState:
         """All that training continues from."""
@@ -245,13 +250,17 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state.record["scaler"])
 
     def close(self) -> None:
-        """Take accelerate's forward off the model."""
+        """Take accelerate's forward off the model, and the penalty's hook."""
+        if self.penalty is not None:
+            self.penalty.remove()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
 
 def _load(checkpoint: Path, config: TrainingConfig) -> TrainingState:
     state = load_state(checkpoint)
-    kept, now = {**state.record["config"]}, dataclasses.asdict(config)
+    now = dataclasses.asdict(config)
+    # A checkpoint of an earlier version was trained without what its config does not name.
+    kept = {**dataclasses.asdict(TrainingConfig()), **state.record["config"]}
     if config.steps < state.record["step"]:
         raise ValueError(f"{checkpoint} is of step {state.record['step']}, beyond the {config.steps} steps asked for")
     kept["steps"] = now["steps"]

@@ -79,6 +79,12 @@ def test_min_snr_weighs_the_same_error_of_x0_alike_in_every_prediction_type(
         assert weighted == pytest.approx(min(snr, gamma) * error**2, rel=1e-9)
 
 
+def test_weight_of_fpdms_code_is_zero_where_there_is_no_signal_or_no_noise() -> None:
+    a = torch.tensor([0.0, 0.25, 0.64, 1.0], dtype=torch.float64)
+    found = loss_weight(a, TrainingConfig(prediction_type="v_prediction", weighting="fpdm"))
+    assert found.tolist() == pytest.approx([0, 0.25 * math.sqrt(0.75), 0.64 * 0.6, 0])
+
+
 @pytest.mark.parametrize("schedule", [SCHEDULE, ZERO_SNR], ids=["linear", "zero-snr"])
 def test_bound_is_the_divergence_of_the_true_step_back_from_the_models(schedule: Tensor) -> None:
     x_0, noise, predicted, variance = torch.randn(4, 4, 2, 3, 3, dtype=torch.float64)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint_diffusion.processes import NoiseSchedule
-from fixpoint_diffusion.training.checkpoints import load_state
+from fixpoint_diffusion.training.checkpoints import load_state, save_state
 from fixpoint_diffusion.training.config import TrainingConfig, learning_rate_at
 from fixpoint_diffusion.training.data import ImageDataset, LabelledImages, open_dataset
 from fixpoint_diffusion.training.trainer import train
@@ -326,6 +326,16 @@ def test_resume_refuses_other_settings_and_other_models(tmp_path, images: ImageD
         run(nn.Linear(2, 2), images, tmp_path / "c", resume=True)
 
 
+def test_checkpoint_from_before_an_option_existed_is_resumed(tmp_path, images: ImageDataset) -> None:
+    run(TinyModel(), images, tmp_path / "c")
+    state = load_state(tmp_path / "c")
+    for name in ("gradient_checkpointing", "compile_blocks", "jacobian_penalty"):
+        del state.record["config"][name]
+    save_state(tmp_path / "c", state)
+    run(TinyModel(), images, tmp_path / "c", dataclasses.replace(TINY, steps=14), resume=True)
+    assert load_state(tmp_path / "c").record["step"] == 14
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -343,6 +353,9 @@ def test_resume_refuses_other_settings_and_other_models(tmp_path, images: ImageD
         ("precision", "fp8"),
         ("seed", -1),
         ("weighting", "snr"),
+        ("max_grad_norm", 0.0),
+        ("jacobian_penalty", -1.0),
+        ("gradient_checkpointing", 1),
     ],
 )
 def test_config_refuses_values_out_of_range_by_name(field: str, value: object) -> None:

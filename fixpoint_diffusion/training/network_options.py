@@ -1,0 +1,79 @@
+"""What training asks of the network itself: checkpoints of activations, compiled blocks, a penalty on its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fixpoint import FixedPointLayer, jacobian_penalty
+from fixpoint_diffusion.training.config import TrainingConfig
+
+
+@contextmanager
+def trained_as(model: nn.Module, config: TrainingConfig) -> Iterator[None]:
+    """The network in ``model`` with gradient checkpointing and compiled blocks, as ``config`` asks.
+
+    Compiled blocks stay compiled; they are called and stored as before.
+
+    Raises:
+        ValueError: if the network cannot do what is asked.
+    """
+    checkpointed = _with_method(model, "enable_gradient_checkpointing") if config.gradient_checkpointing else None
+    if config.compile_blocks:
+        _with_method(model, "compile_repeated_blocks").compile_repeated_blocks()
+    if checkpointed is not None:
+        checkpointed.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if checkpointed is not None:
+            checkpointed.disable_gradient_checkpointing()
+
+
+def _with_method(model: nn.Module, name: str) -> Any:
+    for module in model.modules():
+        if hasattr(module, name):
+            return module
+    network = type(getattr(model, "network", model)).__name__
+    what = {"enable_gradient_checkpointing": "gradient checkpointing", "compile_repeated_blocks": "compiled blocks"}
+    raise ValueError(f"a {network} has no {what[name]}")
+
+
+class LayerPenalty:
+    """``|J|_F^2 / dim`` of the fixed point layer's map at the solution of the last call, estimated with one probe.
+
+    Args:
+        model: has one fixed point layer.
+
+    Raises:
+        ValueError: if it has none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = [module for module in model.modules() if isinstance(module, FixedPointLayer)]
+        if len(layers) != 1:
+            raise ValueError(f"jacobian_penalty is for a model with one fixed point layer, found {len(layers)}")
+        self._layer = layers[0]
+        self._call: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self._hook = self._layer.register_forward_hook(self._note)
+
+    def _note(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        value = output if isinstance(output, Tensor) else output.value
+        self._call = value.detach(), inputs
+
+    def take(self) -> Tensor:
+        """The mean over the rows of the last call; a scalar with a graph."""
+        assert self._call is not None
+        (z, inputs), self._call = self._call, None
+        # The fast kernels for attention have no second derivative, nor has code that is compiled.
+        block: Any = self._layer.f
+        with sdpa_kernel(SDPBackend.MATH):
+            return jacobian_penalty(block.forward, z, inputs, batch_dims=1).mean()
+
+    def remove(self) -> None:
+        """Take the hook off the layer."""
+        self._hook.remove()
