@@ -49,9 +49,15 @@ class Gains:
         self._modelled[row[known], step[known]] = modelled[known]
 
     def note_twin(self, rows: Array, gains: Array) -> None:
-        """Take in what twins have measured of whole chains, ``(R, T)``; NaN where a step was not."""
+        """Take in what twins have measured of whole chains, ``(R, T)``; NaN where a step was not.
+
+        A chain that is measured again, at states that are nearer to the solution, may show less than before: where its
+        steps bend, what they amplify depends on the place. The measurement in which it amplifies most is kept.
+        """
         with np.errstate(all="ignore"):
-            self._by_twin[rows] = np.log(gains)
+            logs = np.log(gains)
+        more = _most(logs) >= _most(self._by_twin[rows])
+        self._by_twin[rows[more]] = logs[more]
 
     def of(self, rows: Array) -> Array:
         """``(R, T)``: the logarithm of every step's gain."""
@@ -73,6 +79,13 @@ class Gains:
                 error = np.hypot(defects[:, k], gains[:, k] * error)
                 errors[:, k] = error
         return errors
+
+
+def _most(logs: Array) -> Array:
+    """``(R,)``: the largest sum of consecutive logarithms ``(R, T)``, of those that are finite; 0 if all are negative."""
+    total = np.cumsum(np.where(np.isfinite(logs), logs, 0), axis=1)
+    least = np.minimum(np.minimum.accumulate(total, axis=1), 0)
+    return (total - least).max(axis=1, initial=0)
 
 
 def first_finite(*choices: Array) -> Array:

@@ -113,9 +113,9 @@ def certify(run: ChainRun, f: Map, rows: Array) -> None:
         return
     run.findings = certificate.judge(run.sweeper, run.states, run.allowed)
     run.scale[rows] = run.findings.scale
-    suspects = rows[suspicious(run, rows, run.findings)]
-    if suspects.size:
-        run.twin = Twin(run, f, suspects, certificate)
+    suspect = suspicious(run, rows, run.findings)
+    if suspect.any():
+        run.twin = Twin(run, f, rows[suspect], certificate, run.findings.defect[suspect])
     else:
         conclude(run, rows, run.findings)
 
@@ -135,7 +135,7 @@ def conclude(run: ChainRun, rows: Array, findings: Findings, measured: Array | N
         # A small defect is a large error where the steps after it enlarge it. It may be enlarged more than the
         # displacement was, for its direction is another one; the more so, the more the chain enlarges at all.
         error = run.gains.accumulated(rows, findings.defect)
-        caution = np.minimum(np.exp(run.ahead(rows).max(axis=1, initial=0) / 2), STRICTER)
+        caution = np.minimum(2 * np.exp(run.ahead(rows).max(axis=1, initial=0) / 2), STRICTER)
         wrong = (error * caution[:, None] > run.bound(rows)).any(axis=1)
         wrong &= np.isin(rows, measured)
         passed &= ~wrong

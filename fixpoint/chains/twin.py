@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from fixpoint.chains.certificate import Certificate
 
 _FRESH = 0.1  # the displacement that is added to every state, as a share of the first one
+_TIMES = 10.0  # how many defects long a displacement is
 _CLOSE = 0.1  # relative tolerance for displacements
 _MEMORY = 4  # rounds that are remembered of each step: differences are nearly linear, so that none is out of date
 
@@ -38,13 +40,17 @@ class Twin:
         run: of the displacements. Evaluating them counts as evaluations of the chain.
     """
 
-    def __init__(self, chain: ChainRun, f: Map, rows: Array, certificate: Certificate) -> None:
+    def __init__(self, chain: ChainRun, f: Map, rows: Array, certificate: Certificate, defects: Array) -> None:
         self.rows, self._chain, self._f, self._rows = rows, chain, f, tensor_like(chain.start, rows)
         steps, like = chain.steps, chain.states
         self._images = certificate.images_of(rows, steps)
         scale = chain.scale[rows]
-        # Displacements are as large as errors may be, and large enough for a difference of two images.
-        size = chain.bound(rows).clip(min=scale * torch.finfo(chain.start.dtype).eps ** 0.5)
+        # Displacements are about as large as errors may be: a few times the largest defect, in parts of what is allowed.
+        # Larger ones would pass over what a step does near a kink. Not so small that two images cannot be told apart.
+        bound = chain.bound(rows)
+        largest = (defects / bound).max(axis=1, initial=0, keepdims=True)
+        size = np.minimum(_TIMES * largest, 1) * bound
+        size = size.clip(min=scale * torch.finfo(chain.start.dtype).eps ** 0.5)
         self._size = tensor_like(like, size).to(like.dtype)
         whole = tensor_like(like, scale).to(like.dtype)[..., None]
         generator = torch.Generator().manual_seed(0)

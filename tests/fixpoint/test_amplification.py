@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,6 +10,7 @@ from torch.testing import assert_close
 import fixpoint
 from fixpoint import CausalQuasiNewton, Recurrence
 from fixpoint.chains import recurrence
+from fixpoint.chains.amplification import Gains
 from tests.fixpoint.chains import Counted
 
 
@@ -217,3 +219,10 @@ def test_a_basis_may_be_given_by_its_factors():
     chain.basis = tuple(factors[:2])
     with pytest.raises(ValueError, match="a matrix for each dimension of a state of shape"):
         solve(chain)
+
+
+def test_the_twin_that_saw_most_is_kept() -> None:
+    gains = Gains(rows=2, steps=3)
+    gains.note_twin(np.array([0, 1]), np.array([[np.nan, 4.0, 5.0], [np.nan, 1.0, 2.0]]))
+    gains.note_twin(np.array([0, 1]), np.array([[np.nan, 3.0, 2.0], [np.nan, 0.1, 30.0]]))
+    np.testing.assert_allclose(np.exp(gains.of(np.array([0, 1])))[:, 1:], [[4.0, 5.0], [0.1, 30.0]])
