@@ -82,7 +82,7 @@ class Gains:
 
 
 def _most(logs: Array) -> Array:
-    """``(R,)``: the largest sum of consecutive logarithms ``(R, T)``, of those that are finite; 0 if all are negative."""
+    """``(R,)``: the largest sum of consecutive logarithms ``(R, T)``, at least 0; what is not finite counts as 0."""
     total = np.cumsum(np.where(np.isfinite(logs), logs, 0), axis=1)
     least = np.minimum(np.minimum.accumulate(total, axis=1), 0)
     return (total - least).max(axis=1, initial=0)

@@ -45,7 +45,7 @@ class Twin:
         steps, like = chain.steps, chain.states
         self._images = certificate.images_of(rows, steps)
         scale = chain.scale[rows]
-        # Displacements are about as large as errors may be: a few times the largest defect, in parts of what is allowed.
+        # Displacements are about as large as errors may be: ten times the largest defect, and at most what is allowed.
         # Larger ones would pass over what a step does near a kink. Not so small that two images cannot be told apart.
         bound = chain.bound(rows)
         largest = (defects / bound).max(axis=1, initial=0, keepdims=True)

@@ -139,8 +139,8 @@ def test_quality_measures_batches_and_single_images_and_leaves_out_what_it_is_to
     assert line == ["b", "-", f"{1e3 * alone.alone:.1f}", "-"]
 
 
-# Samples of these ended up to 270 times beyond the tolerance when nobody measured what their chains amplify. Errors of the
-# last grow 1e10 times while they are small: a displacement as large as the tolerance does not see that.
+# Samples of these ended up to 270 times beyond the tolerance when nobody measured what their chains amplify. Errors of
+# the last grow 1e10 times while they are small: a displacement as large as the tolerance does not see that.
 @pytest.mark.parametrize("seed", [15, 18, 40, 76, 126])
 @pytest.mark.parametrize("window", [None, 10])
 def test_clipped_chains_that_amplify_errors_are_solved_to_the_tolerance(seed: int, window: int | None) -> None:
