@@ -42,7 +42,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """``(N, 4, size, size)`` at timesteps ``(N,)`` to ``(N, 8, size, size)``: mean and variance."""
         tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
-        condition = self.time(t.expand(len(x)))
+        condition = self.time(t.expand(len(x)), tokens.dtype)
         for block in self.blocks:
             tokens = block(tokens, condition)
         return self.head(tokens, condition)

@@ -346,7 +346,7 @@ def test_what_lies_beside_a_model_is_no_other_model(tmp_path: Path, conditional_
     sampled(tmp_path / "out", *options, "--num-images", 1)
     (conditional_unet / "checkpoint").mkdir()
     for other in ("checkpoint/state.safetensors", "samples.safetensors", "training_config.json"):
-        (conditional_unet / other).write_bytes(b"another")
+        (conditional_unet / other).write_text('{"another": "file"}')
     sampled(tmp_path / "out", *options, "--num-images", 2)
     schedule = conditional_unet / "scheduler_config.json"
     schedule.write_text(json.dumps({**json.loads(schedule.read_text()), "beta_end": 0.019}))

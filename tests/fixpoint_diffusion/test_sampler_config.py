@@ -269,9 +269,9 @@ def projection(x_0: Tensor, step: Tensor, sample: Tensor) -> Tensor:
 def test_a_hook_changes_the_image_between_prediction_and_step(monkeypatch: pytest.MonkeyPatch, entries: int) -> None:
     """By the rule of DDIM, written out; all forms of the chain agree, and so do parallel solves.
 
-    The cumulative form sums as many samples at a time as have so many entries.
+    The cumulative form sums as many steps at a time as have so many entries.
     """
-    monkeypatch.setattr("fixpoint_diffusion.chains.chain._PART", entries)
+    monkeypatch.setattr("fixpoint_diffusion.processes.transitions._PART", entries)
     schedule = NoiseSchedule.linear()
     denoiser = network("epsilon", 3)
     chain = DDIMChain(denoiser, X_T, schedule, steps=8, x0_hook=projection)
