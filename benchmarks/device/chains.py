@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.device.common import DTYPES, Part
 from benchmarks.device.graphs import Sequential, backend, capture
-from benchmarks.device.networks import TRAINING_SECONDS, Transformer, as_denoiser, trained, transformer, unet
+from benchmarks.device.networks import TRAINING_SECONDS, as_denoiser, trained, transformer, unet
 from fixpoint import CausalQuasiNewton
 from fixpoint_diffusion import (
     DDIMChain,
@@ -29,7 +29,7 @@ from fixpoint_diffusion import (
     initial_noise,
     sample,
 )
-from fixpoint_diffusion.denoisers import DiffusersDenoiser
+from fixpoint_diffusion.denoisers import NetworkDenoiser
 
 RTOL = 1e-3
 BUDGETS = (64, 256)  # rows a round, tried beside the default on the long chain
@@ -79,18 +79,18 @@ class Networks:
     def __init__(self, part: Part) -> None:
         self._part = part
         self._made: dict[str, nn.Module] = {}
-        self._denoisers: dict[tuple[str, str], DiffusersDenoiser | None] = {}
+        self._denoisers: dict[tuple[str, str], NetworkDenoiser | None] = {}
         self._compiled: dict[tuple[str, str], Any] = {}
         self._diffusers = part.has("diffusers")
 
-    def denoiser(self, name: str, dtype: str) -> DiffusersDenoiser | None:
+    def denoiser(self, name: str, dtype: str) -> NetworkDenoiser | None:
         """None where it cannot be had, which has been said."""
         if (name, dtype) not in self._denoisers:
             self._denoisers[name, dtype] = None  # what fails is not tried again
             self._denoisers[name, dtype] = self._denoiser(name, dtype)
         return self._denoisers[name, dtype]
 
-    def _denoiser(self, name: str, dtype: str) -> DiffusersDenoiser | None:
+    def _denoiser(self, name: str, dtype: str) -> NetworkDenoiser | None:
         if name in ("digits", "unet") and not self._diffusers:
             return None
         if name == "digits":
@@ -102,17 +102,14 @@ class Networks:
     def _make(self, name: str) -> nn.Module:
         tiny = self._part.rehearse
         if name == "trained":
-            sizes = (
-                {"width": 32, "heads": 2, "depth": 2, "size": 8} if tiny else {"width": 384, "heads": 6, "depth": 12}
-            )
-            network = unet(tiny) if self._diffusers else Transformer(**sizes)
+            network = unet(tiny) if self._diffusers else transformer(tiny, size="S/2")
             with torch.enable_grad():
                 network, figures = trained(self._part, network, min(TRAINING_SECONDS, 0.35 * self._part.left))
             self._part.add("training", network=type(network).__name__, **figures)
             return network
         return unet(tiny) if name == "unet" else transformer(tiny)
 
-    def compiled(self, cell: Cell, denoiser: DiffusersDenoiser) -> DiffusersDenoiser:
+    def compiled(self, cell: Cell, denoiser: NetworkDenoiser) -> NetworkDenoiser:
         """The same weights, compiled: a transformer's blocks once for all of them, another network whole."""
         key = (cell.network, cell.dtype)
         if key not in self._compiled:
@@ -120,7 +117,8 @@ class Networks:
             model = copy.deepcopy(denoiser.model, weights)
             for module in getattr(model, "blocks", [model]):
                 module.compile(backend=backend(self._part), dynamic=False)
-            self._compiled[key] = DiffusersDenoiser(model, prediction_type=denoiser.prediction_type)
+            self._compiled[key] = copy.copy(denoiser)
+            self._compiled[key].model = model
         return self._compiled[key]
 
 
@@ -140,7 +138,7 @@ def main(part: Part) -> None:
                     measure(part, cell, denoiser, networks)
 
 
-def chain_of(cell: Cell, denoiser: DiffusersDenoiser, device: str) -> SamplingChain:
+def chain_of(cell: Cell, denoiser: NetworkDenoiser, device: str) -> SamplingChain:
     """Latents are float32: only the network runs in its own precision."""
     assert denoiser.sample_shape is not None
     x_T = initial_noise(0, range(cell.batch), denoiser.sample_shape, device=device)
@@ -151,7 +149,7 @@ def chain_of(cell: Cell, denoiser: DiffusersDenoiser, device: str) -> SamplingCh
     return DDIMChain(denoiser, x_T, schedule, steps=cell.steps)
 
 
-def measure(part: Part, cell: Cell, denoiser: DiffusersDenoiser, networks: Networks) -> None:
+def measure(part: Part, cell: Cell, denoiser: NetworkDenoiser, networks: Networks) -> None:
     """Seconds of both samplers, and what ours needed for them."""
     chain = chain_of(cell, denoiser, part.device)
     timed = ordinary(part, Sequential(chain, denoiser, capture(part)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 import fixpoint
 from benchmarks.device.common import Part, normal
-from benchmarks.device.networks import Transformer, dit_sizes
-from fixpoint_diffusion import FPDM, FPDMConfig
+from benchmarks.device.networks import dit_config
+from fixpoint_diffusion import FPDM, DiT, FPDMConfig
+from fixpoint_diffusion.models import TransformerConfig
 
 NO_GRAD = (0, 6, 12, 24)
 MAX_GRAD = 12
@@ -22,17 +24,16 @@ STEPS = 6  # draws of depths to average over
 
 def main(part: Part) -> None:
     """The plain transformer, then S-JFB by its N: means over draws, and the deepest draw there is."""
-    sizes = dit_sizes(part.rehearse)
+    sizes = dit_config(part.rehearse)
     batch = 2
     for batch in (2,) if part.rehearse else BATCHES:
         before = len(part.document["errors"])
         with part.attempt(f"transformer, batch {batch}"):
-            plain = Transformer(**sizes)
-            measure(part, "transformer", None, plain, batch, _without_classes(plain))
+            plain = DiT(sizes)
+            measure(part, "transformer", None, plain, batch, plain)
         if len(part.document["errors"]) == before:
             break
-    width, heads, size = sizes["width"], sizes["heads"], sizes["size"]
-    config = FPDMConfig(sample_size=size, in_channels=4, width=width, heads=heads, num_classes=1000, learn_sigma=True)
+    config = FPDMConfig(**{field.name: getattr(sizes, field.name) for field in fields(TransformerConfig)})
     for deepest in NO_GRAD:
         grad = 2 if part.rehearse else MAX_GRAD
         draws = fixpoint.StochasticJFB(max_no_grad=deepest, max_grad=grad, seed=0)
@@ -45,10 +46,6 @@ def main(part: Part) -> None:
                 model = FPDM(config)
                 call = _with_rule(model, rule)
                 measure(part, name, deepest, model, batch, call, steps=STEPS if rule is draws else 1)
-
-
-def _without_classes(model: nn.Module) -> Callable[..., Tensor]:
-    return lambda x, t, y: model(x, t)
 
 
 def _with_rule(model: nn.Module, rule: fixpoint.Backward) -> Callable[..., Tensor]:

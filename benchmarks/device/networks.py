@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,50 +12,32 @@ from torch import Tensor, nn
 from benchmarks.device.common import Part
 from fixpoint_diffusion import NoiseSchedule
 from fixpoint_diffusion.denoisers import DiffusersDenoiser
-from fixpoint_diffusion.models.blocks import DiTBlock, Head, TimestepEmbedding, sincos_positions
+from fixpoint_diffusion.denoisers.protocol import NetworkDenoiser
+from fixpoint_diffusion.denoisers.transformer import TransformerDenoiser
+from fixpoint_diffusion.models import DiT, DiTConfig
 from fixpoint_diffusion.training.data import load_digits
 
 TRAINING_SECONDS = 60.0
-_XL = {"width": 1152, "heads": 16, "depth": 28}
+M = TypeVar("M", bound=nn.Module)
+_TINY = DiTConfig(sample_size=8, in_channels=4, width=32, heads=2, depth=2, num_classes=1000, learn_sigma=True)
 
 
-class Transformer(nn.Module):
-    """A plain diffusion transformer (DiT) from this package's blocks, for latents ``(4, size, size)`` in patches of 2.
+def dit_config(tiny: bool, *, size: str = "XL/2") -> DiTConfig:
+    """A DiT for images of 256 x 256, or a tiny one."""
+    return _TINY if tiny else DiTConfig.preset(size)
 
-    Random where a new DiT is zero (gates and head), so that it computes something.
-    """
 
-    positions: Tensor
+def transformer(tiny: bool, *, size: str = "XL/2") -> DiT:
+    """A DiT, random where a new one is zero (gates and head), so that it computes something."""
 
-    def __init__(self, *, width: int, heads: int, depth: int, size: int = 32, learn_sigma: bool = True) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(in_channels=4, sample_size=size)
-        self.patches = nn.Conv2d(4, width, kernel_size=2, stride=2)
-        self.register_buffer("positions", sincos_positions(size // 2, width), persistent=False)
-        self.time = TimestepEmbedding(width)
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, 4.0, conditional=True) for _ in range(depth))
-        self.head = Head(width, 2, 8 if learn_sigma else 4, conditional=True)
-        for parameter in self.parameters():
+    def make() -> DiT:
+        model = DiT(dit_config(tiny, size=size))
+        for parameter in model.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
+        return model
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """``(N, 4, size, size)`` at timesteps ``(N,)`` to ``(N, 8, size, size)``: mean and variance."""
-        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
-        condition = self.time(t.expand(len(x)), tokens.dtype)
-        for block in self.blocks:
-            tokens = block(tokens, condition)
-        return self.head(tokens, condition)
-
-
-def dit_sizes(tiny: bool) -> dict[str, int]:
-    """Width, heads, depth and size of latents: of DiT-XL/2 for images of 256 x 256, or tiny."""
-    return {"width": 32, "heads": 2, "depth": 2, "size": 8} if tiny else {**_XL, "size": 32}
-
-
-def transformer(tiny: bool) -> nn.Module:
-    """DiT-XL/2's size (674 M with its table of classes, which plays no part here), random weights."""
-    return _made(lambda: Transformer(**dit_sizes(tiny)))
+    return _made(make)
 
 
 def unet(tiny: bool) -> nn.Module:
@@ -74,15 +56,17 @@ def unet(tiny: bool) -> nn.Module:
     return _made(lambda: UNet2DModel(in_channels=3, out_channels=3, **options))
 
 
-def _made(make: Any) -> nn.Module:
+def _made(make: Callable[[], M]) -> M:
     """The same weights in every run."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make().eval().requires_grad_(False)
 
 
-def as_denoiser(part: Part, network: nn.Module, dtype: torch.dtype, prior: Any = None) -> DiffusersDenoiser:
+def as_denoiser(part: Part, network: nn.Module, dtype: torch.dtype, prior: Any = None) -> NetworkDenoiser:
     """On the part's device, in a precision of its own; latents keep theirs."""
+    if isinstance(network, DiT):
+        return TransformerDenoiser(network.to(part.device, dtype), prior=prior)
     config: Any = network.config
     shape = config.in_channels, config.sample_size, config.sample_size
     return DiffusersDenoiser(network.to(part.device, dtype), prior=prior, sample_shape=shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from fixpoint import Status
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion import Found
+from fixpoint_diffusion.inversion.problem import rms
 from fixpoint_diffusion.processes import wide
 
 
@@ -48,7 +50,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImplicitSteps:
+class ImplicitSteps(ABC):
     """Undo the steps one after another, each by so many iterations for all samples; a method for ``invert``.
 
     Of its own accord it says that a sample has converged when, at every step, the RMS of the last residual was within
@@ -67,9 +69,9 @@ class ImplicitSteps:
         if self.iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {self.iterations}")
 
+    @abstractmethod
     def undo(self, step: Step) -> tuple[Tensor, Tensor]:
         """The latent before the step, ``(B, *shape)``, and the last residual that was seen, of the same shape."""
-        raise NotImplementedError
 
     def run(
         self,
@@ -85,7 +87,7 @@ class ImplicitSteps:
         x, settled = wide(x_0), torch.ones(len(x_0), dtype=torch.bool, device=x_0.device)
         for k in reversed(range(chain.steps)):
             x, residual = self.undo(Step(chain, k, x))
-            settled &= residual.flatten(1).square().mean(dim=1).sqrt() <= tolerance
+            settled &= rms(residual) <= tolerance
         return Found(
             x_T=x.to(x_0.dtype),
             status=torch.where(settled, int(Status.CONVERGED), int(Status.MAX_EVALS)),

@@ -66,7 +66,10 @@ class Twin:
         self.run.doubts = False
 
     def __call__(self, z: Tensor) -> Tensor:
-        raise NotImplementedError("single steps of a twin are evaluated, by part")
+        """All displacements, each from the one before it: ``(R, T D)`` to the same shape."""
+        steps = self._chain.steps
+        every = torch.arange(len(z) * steps, device=z.device)
+        return self.part(z, every // steps, every % steps).reshape(z.shape)
 
     def part(self, z: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """Displacements ``(N, D)`` after the steps ``step`` ``(N,)`` of the samples ``sample`` ``(N,)`` of z."""

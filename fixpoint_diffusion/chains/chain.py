@@ -159,18 +159,28 @@ class SamplingChain:
         noise = None if self.noise is None else wide(self.noise[sample, step])
         return self.transitions.step(wide(x), wide(out), step, noise, sample).to(x.dtype)
 
-    def sequential(self, *, trajectory: bool = True, progress: bool = False) -> Tensor:
+    def sequential(
+        self,
+        *,
+        x_T: Tensor | None = None,
+        samples: Tensor | None = None,
+        trajectory: bool = True,
+        progress: bool = False,
+    ) -> Tensor:
         """The ordinary sampler, one step after another, with the same noise.
 
         Args:
+            x_T: where to start, ``(N, *shape)``; None: at the chain's x_T.
+            samples: whose noise and conditioning are used, ``(N,)`` int64; None: those of all samples.
             trajectory: whether to keep all latents. Without, no more than one is held beside what the denoiser takes.
             progress: show a bar.
 
         Returns:
-            All latents, ``(B, T, *shape)``: what every parallel solution must equal. Without ``trajectory`` the last of
-            them, x_0, ``(B, *shape)``.
+            All latents, ``(N, T, *shape)``: what every parallel solution must equal. Without ``trajectory`` the last of
+            them, x_0, ``(N, *shape)``.
         """
-        latent, latents, samples = self.x_T, [], self._samples()
+        latent, latents = self.x_T if x_T is None else x_T, []
+        samples = self._samples() if samples is None else samples
         for k in ProgressBar.tqdm(range(self.steps), desc="sequential", disable=not progress):
             latent = self.transition(latent, samples, torch.full_like(samples, k))
             if trajectory:

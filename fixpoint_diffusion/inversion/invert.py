@@ -13,7 +13,7 @@ from torch import Tensor
 from fixpoint import Backward, ConvergenceError, ConvergenceWarning, Status, attach
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.parallel import ParallelInverse
-from fixpoint_diffusion.inversion.problem import InverseProblem, check_images, replay, rms
+from fixpoint_diffusion.inversion.problem import InverseProblem, check_images, rms
 from fixpoint_diffusion.inversion.result import Inverse, InverseMethod
 
 
@@ -73,7 +73,7 @@ def invert(
         played = _with_noise(chain, found.noise)
         trajectory = found.trajectory
         if trajectory is None:
-            trajectory = replay(played, found.x_T, torch.arange(len(x_0), device=x_0.device))
+            trajectory = played.sequential(x_T=found.x_T)
             chain.rounds, chain.evals = played.rounds, played.evals
     error = rms(trajectory[:, -1] - x_0)
     converged = error <= tolerance

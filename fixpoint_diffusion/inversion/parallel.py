@@ -12,11 +12,10 @@ from fixpoint import Anderson, ProgressBar, Solver, Status
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.forecast import Forecast
 from fixpoint_diffusion.inversion.grids import StepGrid
-from fixpoint_diffusion.inversion.problem import InverseProblem, replay, rms
-from fixpoint_diffusion.inversion.result import Found, InverseRound
+from fixpoint_diffusion.inversion.problem import BestSoFar, InverseProblem
+from fixpoint_diffusion.inversion.result import ACTIVE, Found, InverseRound
 from fixpoint_diffusion.inversion.stepwise import StepwiseInverse
 
-_ACTIVE = -1
 # A sample has stagnated when so many rounds brought no trajectory that is better by a tenth.
 _PATIENCE = 15
 # Cubic splines on twice as many steps are up to 16 times as accurate; so much better is each grid taken to be.
@@ -86,7 +85,7 @@ class ParallelInverse:
         failed = search.measure_failed()
         if self.second_try is not None and len(failed) and not stopped:
             search.consider(failed, self.second_try.search(search.problem, failed, tolerance)[0])
-        return search.found()
+        return search.best.found(search.status, search.history)
 
 
 class _Search:
@@ -101,15 +100,13 @@ class _Search:
         samples, device = len(problem.x_0), problem.x_0.device
         self._latents = problem.guess()
         self._forecast = Forecast(problem.slopes)
-        self.status = torch.full((samples,), _ACTIVE, device=device)
+        self.status = torch.full((samples,), ACTIVE, device=device)
         self.history: list[InverseRound] = []
-        self._best = self._latents[:, 0].clone()
+        self.best = BestSoFar(problem)
+        # The x_T of the least predicted error, which is measured when that is small or the search ends.
+        self._candidate = self._latents[:, 0].clone()
         self._least = torch.full((samples,), torch.inf, dtype=torch.float64, device=device)
-        self._error = torch.full_like(self._least, torch.nan)  # as measured
         self._doubt = torch.zeros_like(self._least)
-        self._trajectory = problem.latent(self._latents).clone()
-        self._start = problem.chain.rounds, problem.chain.evals
-        self._replays = [0, 0]
 
     def begin(self, grid: StepGrid | None) -> None:
         """Go on with another grid, from the latents that the one before has led to."""
@@ -120,7 +117,7 @@ class _Search:
         # Where the next grid will not do either, a sample rests until there is one that may.
         skipped = (self._doubt > _MOST_GAIN * self.tolerance) & (not self._finest)
         self._doubt = torch.where(skipped, self._doubt / _MOST_GAIN, 0)
-        self._working = (self.status == _ACTIVE) & ~skipped
+        self._working = (self.status == ACTIVE) & ~skipped
         self._improved = torch.full_like(self.status, len(self.history))
         # By how much the ordinary sampler was seen to end farther off than predicted.
         self._factor = torch.ones_like(self._least)
@@ -132,10 +129,10 @@ class _Search:
     def work_left(self) -> bool:
         """Whether this grid has more to do; if all samples rest, those that seem to be done are measured first."""
         if not bool(self._working.any()):
-            done = (self.status == _ACTIVE) & (self._least * self._factor <= self.tolerance)
+            done = (self.status == ACTIVE) & (self._least * self._factor <= self.tolerance)
             self._confirm(done.nonzero().flatten())
             # A finer grid is of no use to those that this one is not at fault for.
-            self._working = (self.status == _ACTIVE) & (done & (2 * self._doubt <= self.tolerance) | self._finest)
+            self._working = (self.status == ACTIVE) & (done & (2 * self._doubt <= self.tolerance) | self._finest)
         return bool(self._working.any())
 
     def round(self) -> InverseRound:
@@ -183,7 +180,7 @@ class _Search:
         least = torch.full_like(self._least, torch.inf) if len(self.history) <= 2 else self._least
         better = working & sane & (predicted < least)
         self._improved[working & sane & (predicted < 0.9 * least)] = len(self.history)
-        self._best[better] = self._latents[better, 0]
+        self._candidate[better] = self._latents[better, 0]
         self._least[better] = predicted[better]
         stuck = len(self.history) - self._improved >= (_PATIENCE if self._finest else _PATIENCE // 3)
         done = better & (predicted * self._factor <= self.tolerance)
@@ -200,51 +197,26 @@ class _Search:
         self._images[~sane] = 0
 
     def _confirm(self, samples: Tensor) -> None:
-        """Run the ordinary sampler from the best x_T of these samples."""
+        """Measure the candidates of these samples."""
         if not len(samples):
             return
-        error = self.consider(samples, self._best[samples])
+        error = self.consider(samples, self._candidate[samples])
         self._factor[samples] = (error / self._least[samples]).clamp(min=1).nan_to_num(nan=2, posinf=1e6)
 
-    def consider(self, samples: Tensor, latents: Tensor) -> Tensor:
-        """Measure the x_T ``(N, D)`` of some samples, and keep those that are better than what was measured before.
-
-        Returns:
-            Their errors ``(N,)``.
-        """
-        chain = self.problem.chain
-        before = chain.rounds, chain.evals
-        trajectory = replay(chain, self.problem.latent(latents), samples)
-        self._replays[0] += chain.rounds - before[0]
-        self._replays[1] += chain.evals - before[1]
-        image = self.problem.from_coordinates(self.problem.x_0[samples])
-        error = rms(trajectory[:, -1] - image.to(trajectory))
-        better = torch.isnan(self._error[samples]) | (error < self._error[samples])
-        rows = samples[better]
-        self._best[rows], self._error[rows], self._trajectory[rows] = latents[better], error[better], trajectory[better]
+    def consider(self, samples: Tensor, x_T: Tensor) -> Tensor:
+        """Measure the x_T ``(N, D)`` of some samples; those that meet the tolerance are done. Their errors ``(N,)``."""
+        error = self.best.consider(samples, x_T)
         self.status[samples[error <= self.tolerance[samples]]] = int(Status.CONVERGED)
         return error
 
     def end(self, status: Status) -> None:
         """End all samples that have not ended."""
-        self.status[self.status == _ACTIVE] = int(status)
+        self.status[self.status == ACTIVE] = int(status)
         self._working = torch.zeros_like(self._working)
 
     def measure_failed(self) -> Tensor:
-        """Measure the best x_T of the samples that have not converged; those that then still have not ``(N,)``."""
+        """Measure the candidates of the samples that have not converged; those that then still have not ``(N,)``."""
         rows = (self.status != Status.CONVERGED).nonzero().flatten()
         if len(rows):
-            self.consider(rows, self._best[rows])
+            self.consider(rows, self._candidate[rows])
         return rows[self.status[rows] != Status.CONVERGED]
-
-    def found(self) -> Found:
-        """The best that was found."""
-        chain = self.problem.chain
-        return Found(
-            x_T=self.problem.latent(self._best),
-            status=self.status,
-            rounds=chain.rounds - self._start[0] - self._replays[0],
-            evals=chain.evals - self._start[1] - self._replays[1],
-            trajectory=self._trajectory,
-            history=self.history,
-        )

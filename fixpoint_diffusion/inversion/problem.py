@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.chains.chain import all_rows
 from fixpoint_diffusion.inversion.grids import StepGrid, step_grids
+from fixpoint_diffusion.inversion.result import Found
 from fixpoint_diffusion.processes import Clip, wide
 
 # The sweep divides by the slopes, and what a prior says of a step that hardly passes anything on is not that exact.
@@ -136,6 +139,49 @@ class InverseProblem:
         return torch.stack(latents[::-1], dim=1)
 
 
+class BestSoFar:
+    """Of each sample the best x_T that was tried: the one from which the ordinary sampler comes nearest to the image.
+
+    Attributes:
+        x_T: ``(B, D)``, coordinates.
+        error: ``(B,)`` float64, RMS of what the sampler makes of it, minus the image; NaN where none was tried yet.
+        trajectory: ``(B, T, *shape)``, of the sampler from there.
+    """
+
+    def __init__(self, problem: InverseProblem) -> None:
+        chain = self._chain = problem.chain
+        self._problem = problem
+        self.x_T = torch.zeros_like(problem.x_0)
+        self.error = problem.x_0.new_full((len(problem.x_0),), torch.nan)
+        self.trajectory = chain.x_T.new_zeros(len(problem.x_0), chain.steps, *problem.shape, dtype=problem.dtype)
+        # Running the sampler is no part of the search.
+        self._rounds, self._evals = chain.rounds, chain.evals
+
+    def consider(self, samples: Tensor, x_T: Tensor) -> Tensor:
+        """Run the sampler from the x_T ``(N, D)`` of some samples ``(N,)``; their errors ``(N,)``."""
+        chain, problem = self._chain, self._problem
+        before = chain.rounds, chain.evals
+        trajectory = chain.sequential(x_T=problem.latent(x_T), samples=samples)
+        self._rounds += chain.rounds - before[0]
+        self._evals += chain.evals - before[1]
+        error = rms(trajectory[:, -1] - problem.latent(problem.x_0[samples]))
+        better = torch.isnan(self.error[samples]) | (error < self.error[samples])
+        rows = samples[better]
+        self.x_T[rows], self.error[rows], self.trajectory[rows] = x_T[better], error[better], trajectory[better]
+        return error
+
+    def found(self, status: Tensor, history: Sequence[Any]) -> Found:
+        """The result of a search that has considered every sample."""
+        return Found(
+            x_T=self._problem.latent(self.x_T),
+            status=status,
+            rounds=self._chain.rounds - self._rounds,
+            evals=self._chain.evals - self._evals,
+            trajectory=self.trajectory,
+            history=history,
+        )
+
+
 def check_images(chain: SamplingChain, x_0: Tensor) -> None:
     """Refuse images that are not finite, or not of the shape and on the device of the chain's x_T."""
     if not isinstance(x_0, Tensor) or x_0.shape != chain.x_T.shape or not x_0.is_floating_point():
@@ -143,18 +189,15 @@ def check_images(chain: SamplingChain, x_0: Tensor) -> None:
         raise ValueError(f"x_0 must be a float tensor of the shape of x_T, {tuple(chain.x_T.shape)}, got {found}")
     if x_0.device != chain.x_T.device:
         raise ValueError(f"x_0 must be on the device of x_T, {chain.x_T.device}, got {x_0.device}")
-    bad = (~torch.isfinite(x_0)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    check_finite("x_0", x_0)
+
+
+def check_finite(name: str, x: Tensor, *, item: str = "sample") -> None:
+    """Refuse samples ``(B, ...)`` that are not finite; ``item`` is what one of them is called."""
+    bad = (~torch.isfinite(x)).flatten(1).any(dim=1).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"x_0 must be finite; it is not in sample {bad[0]}" + (" and others" if len(bad) > 1 else ""))
-
-
-def replay(chain: SamplingChain, x_T: Tensor, samples: Tensor) -> Tensor:
-    """``chain.sequential()`` from another x_T ``(N, *shape)``, for the given samples ``(N,)`` alone."""
-    x, trajectory = x_T, []
-    for k in range(chain.steps):
-        x = chain.transition(x, samples, torch.full_like(samples, k))
-        trajectory.append(x)
-    return torch.stack(trajectory, dim=1)
+        more = " and others" if len(bad) > 1 else ""
+        raise ValueError(f"{name} must be finite; it is not in {item} {bad[0]}{more}")
 
 
 def rms(x: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fixpoint_diffusion.chains import SamplingChain
 
+ACTIVE = -1  # in the place of a ``fixpoint.Status``: a sample that has not ended
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class InverseRound:

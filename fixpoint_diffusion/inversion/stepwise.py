@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fixpoint import Anderson, ProgressBar, Solution, Solver, Status, solve
 from fixpoint_diffusion.chains import SamplingChain
-from fixpoint_diffusion.inversion.problem import InverseProblem, replay, rms
+from fixpoint_diffusion.inversion.problem import BestSoFar, InverseProblem
 from fixpoint_diffusion.inversion.result import Found
 
 _PASSES = 3  # most times that the steps of a sample are undone
@@ -21,8 +21,9 @@ _PASSES = 3  # most times that the steps of a sample are undone
 class StepwiseInverse:
     """Undo the steps of the chain one after another, each as a fixed point ``x = x + (x_next - Phi_k(x)) / M_k``.
 
-    ``M_k`` is the slope that the chain's prior gives the step. It takes T small solves in sequence. Of a step that
-    cannot be undone, the best x goes on.
+    ``M_k`` is the slope that the chain's prior gives the step. It takes T small solves in sequence. Where every step
+    was undone as closely as seemed enough, and x_0 is too far off all the same, they are solved more closely: at most
+    three times in all. Of a step that cannot be undone, the best x goes on.
 
     Args:
         solver: of each step.
@@ -63,37 +64,20 @@ class StepwiseInverse:
         Where a callback stops it, the steps that are left are undone as the prior has it.
         """
         problem, rows = InverseProblem(chain, x_0), torch.arange(len(x_0), device=x_0.device)
-        best, trajectory = x_0.new_empty(0), x_0.new_empty(0)
-        error = torch.full_like(tolerance, torch.inf)
-        asked, history, rounds, evals = tolerance.clone(), list[int](), 0, 0
+        best, asked, history, stopped = BestSoFar(problem), tolerance.clone(), list[int](), False
         for _ in range(_PASSES):
-            before = chain.rounds, chain.evals
-            x, counts, met = self.search(problem, rows, asked, progress=progress, callback=callback)
-            rounds, evals = rounds + chain.rounds - before[0], evals + chain.evals - before[1]
-            history += counts
-            path = replay(chain, problem.latent(x), rows)
-            reached = rms(path[:, -1] - x_0[rows])
-            if len(best):
-                better = reached < error[rows]
-                best[rows[better]], trajectory[rows[better]] = x[better], path[better]
-            else:
-                best, trajectory = x, path
-            error[rows] = torch.minimum(error[rows], reached)
+            x, evals, met = self.search(problem, rows, asked, progress=progress, callback=callback)
+            history += evals
+            error = best.consider(rows, x)
+            stopped = len(evals) < chain.steps
             # Errors of many steps may add up to more than was taken: such samples are undone again, each step closer.
-            again = met & (reached > tolerance[rows]) & torch.isfinite(reached)
-            stopped = len(counts) < chain.steps
+            again = met & (error > tolerance[rows]) & torch.isfinite(error)
             if stopped or not bool(again.any()):
                 break
             rows = rows[again]
-            asked[rows] *= tolerance[rows] / (2 * reached[again])
-        return Found(
-            x_T=problem.latent(best),
-            status=torch.full((len(x_0),), int(Status.STOPPED if stopped else Status.MAX_EVALS), device=x_0.device),
-            rounds=rounds,
-            evals=evals,
-            trajectory=trajectory,
-            history=history,
-        )
+            asked[rows] *= tolerance[rows] / (2 * error[again])
+        ended = Status.STOPPED if stopped else Status.MAX_EVALS
+        return best.found(torch.full((len(x_0),), int(ended), device=x_0.device), history)
 
     def search(
         self,

@@ -12,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from fixpoint_diffusion.inversion import Inverse, InverseMethod, ParallelInverse, invert
+from fixpoint_diffusion.inversion.problem import check_finite, rms
 from fixpoint_diffusion.models.autoencoder import LatentEncoder
 from fixpoint_diffusion.pipelines.parallel import Call, ParallelPipeline
 from fixpoint_diffusion.pipelines.schedulers import ADVICE, check_scheduler
@@ -125,7 +126,7 @@ class InversionMixin(ParallelPipeline):
         encoder.latent_shape(tuple(pixels.shape[1:]))
         latents = encoder(pixels)
         loss = vae.decode(encoder.scaling.unscale(latents)).sample - pixels
-        return latents, loss.double().square().flatten(1).mean(dim=1).sqrt()
+        return latents, rms(loss)
 
 
 def _check_clipping(scheduler: Any) -> None:
@@ -148,9 +149,7 @@ def _as_tensor(image: Any) -> Tensor:
         ) from error
     if not values.is_floating_point():
         raise ValueError(f"image must hold floating-point values from 0 to 1, got {values.dtype}")
-    bad = (~torch.isfinite(values)).flatten(1).any(dim=1).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"image must be finite; it is not in image {bad[0]}" + (" and others" if len(bad) > 1 else ""))
+    check_finite("image", values, item="image")
     return values
 
 

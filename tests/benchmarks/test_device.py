@@ -168,7 +168,7 @@ def test_without_wheels_what_needs_them_is_left_out_by_name(tmp_path: Path, monk
     assert [each["what"] for each in document["left_out"]] == ["the U-Nets"]
     assert "needs diffusers" in document["left_out"][0]["why"]
     assert {cell["network"] for cell in document["cells"]} == {"trained", "transformer"}
-    assert document["training"][0]["network"] == "Transformer"
+    assert document["training"][0]["network"] == "DiT"
     assert not document["errors"]
 
 

@@ -31,7 +31,7 @@ from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.denoisers.guided import Guided
 from fixpoint_diffusion.inversion import InverseMethod, InverseRound
 from fixpoint_diffusion.inversion.forecast import Forecast
-from fixpoint_diffusion.inversion.problem import InverseProblem, replay, rms
+from fixpoint_diffusion.inversion.problem import BestSoFar, InverseProblem, rms
 from fixpoint_diffusion.processes import Clip
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
@@ -103,11 +103,12 @@ def test_the_result_is_what_the_ordinary_sampler_makes_of_x_t() -> None:
     assert inverse.evals == sum(entry.rows for entry in inverse.history)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("terminal", [False, True])
+# A prediction of the noise says nothing where there is no signal.
+@pytest.mark.parametrize(
+    ("prediction", "terminal"),
+    [("epsilon", False), ("v_prediction", False), ("v_prediction", True), ("sample", False), ("sample", True)],
+)
 def test_every_prediction_type_and_a_start_without_signal(prediction: str, terminal: bool) -> None:
-    if terminal and prediction == "epsilon":
-        pytest.skip("a prediction of the noise says nothing there")
     schedule = SCHEDULE.zero_terminal_snr() if terminal else SCHEDULE
     a = schedule.alphas_cumprod
 
@@ -431,9 +432,27 @@ def test_steps_are_undone_once_more_where_their_errors_add_up() -> None:
     x_0, method = images(3, 5), StepwiseInverse(solver=fixpoint.Picard())
     chain = DDIMChain(growing, torch.zeros_like(x_0), SCHEDULE, steps=100)
     once, _, met = method.search(InverseProblem(chain, x_0), torch.arange(3), torch.full((3,), 1e-3))
-    arrived = replay(chain, InverseProblem(chain, x_0).latent(once), torch.arange(3))[:, -1]
+    arrived = chain.sequential(x_T=InverseProblem(chain, x_0).latent(once))[:, -1]
     assert met.all()
     assert (rms(arrived - x_0) > 1e-3).any()  # each step is as near as it should be, and x_0 is not
     inverse = invert(chain, x_0, method=method, rtol=0, atol=1e-3)
     assert inverse.converged.all()
     assert len(inverse.history) > chain.steps
+
+
+def test_x_t_error_and_trajectory_of_the_best_belong_together() -> None:
+    """Also where what was tried last is worse, or no number."""
+    x_0 = images(3, 4)
+    chain = chain_of(x_0)
+    right = invert(chain, x_0, rtol=1e-6).x_T
+    problem, everyone, before = InverseProblem(chain, x_0), torch.arange(3), chain.rounds
+    best = BestSoFar(problem)
+    assert best.consider(everyone, problem.to_coordinates(right)).max() < 1e-5
+    worse = problem.to_coordinates(right) + torch.tensor([[1.0], [torch.nan], [0.0]])
+    best.consider(everyone, worse)
+    found = best.found(torch.zeros(3), [])
+    torch.testing.assert_close(found.x_T, right, rtol=0, atol=1e-12)
+    assert found.trajectory is not None
+    torch.testing.assert_close(found.trajectory, chain.sequential(x_T=right), rtol=0, atol=1e-12)
+    assert chain.rounds > before
+    assert found.rounds == 0  # running the sampler is no search

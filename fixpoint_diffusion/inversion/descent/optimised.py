@@ -23,12 +23,11 @@ from fixpoint_diffusion.inversion.descent.gradients import (
 )
 from fixpoint_diffusion.inversion.explicit import ddim_encoding
 from fixpoint_diffusion.inversion.problem import check_images
-from fixpoint_diffusion.inversion.result import Found
+from fixpoint_diffusion.inversion.result import ACTIVE, Found
 from fixpoint_diffusion.processes import initial_noise
 from fixpoint_diffusion.sampling import sample
 
 Optimiser = Callable[[list[Tensor]], torch.optim.Optimizer]
-_ACTIVE = -1
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -185,14 +184,14 @@ class OptimisedInverse:
             optimiser.load_state_dict(copy.deepcopy(now.optimiser))
         with ProgressBar.tqdm(total=self.epochs, desc="inverting", unit="epoch", disable=not progress) as bar:
             for _ in range(self.epochs):
-                rows = (now.status == _ACTIVE).nonzero().flatten()
+                rows = (now.status == ACTIVE).nonzero().flatten()
                 if not len(rows):
                     break
                 now, gradient = self._score(chain, x_0, now, rows, stop)
                 x_T.grad = torch.zeros_like(x_T).index_copy(0, rows, gradient)
                 optimiser.step()
                 # Momentum would move samples that have ended.
-                ended = now.status != _ACTIVE
+                ended = now.status != ACTIVE
                 x_T[ended] = now.best_x_T[ended]
                 now = replace(now, x_T=x_T.clone(), optimiser=copy.deepcopy(optimiser.state_dict()))
                 bar.set_postfix(
@@ -213,7 +212,7 @@ class OptimisedInverse:
                 )
             status = self.resume.status
             again = (status == Status.MAX_EVALS) | (status == Status.STOPPED)
-            return replace(self.resume, status=torch.where(again, _ACTIVE, status))
+            return replace(self.resume, status=torch.where(again, ACTIVE, status))
         trajectory = None
         if isinstance(self.start, Tensor):
             x_T = self.start.detach().to(x_0)
@@ -224,7 +223,7 @@ class OptimisedInverse:
         else:
             x_T, trajectory = ddim_encoding(chain, x_0)
         losses = torch.full((len(x_0),), torch.inf, dtype=torch.float64, device=x_0.device)
-        status = torch.full((len(x_0),), _ACTIVE, dtype=torch.int64, device=x_0.device)
+        status = torch.full((len(x_0),), ACTIVE, dtype=torch.int64, device=x_0.device)
         return Descent(x_T=x_T, best_x_T=x_T, best_loss=losses, status=status, trajectory=trajectory, optimiser={})
 
     def _score(
@@ -274,4 +273,4 @@ class OptimisedInverse:
 
 
 def _ended(now: Descent, status: Status) -> Descent:
-    return replace(now, status=torch.where(now.status == _ACTIVE, int(status), now.status))
+    return replace(now, status=torch.where(now.status == ACTIVE, int(status), now.status))
