@@ -19,6 +19,10 @@ from fixpoint_diffusion.processes import Clip, wide
 _SMALLEST_SLOPE = 0.05
 
 
+class ClippedChainError(ValueError):
+    """A chain that clips its predicted images, for a method that would have to undo that."""
+
+
 class InverseProblem:
     """``Phi_k(X_k) = X_{k+1}`` for every step k, with ``X_T = x_0`` given and ``X_0 = x_T`` free.
 
@@ -33,13 +37,13 @@ class InverseProblem:
         x_0: ``(B, *shape)``; its dtype is what the denoiser is called in.
 
     Raises:
-        ValueError: a chain that clips its predicted images.
+        ClippedChainError: a chain that clips its predicted images.
     """
 
     def __init__(self, chain: SamplingChain, x_0: Tensor) -> None:
         hook = chain.transitions.x0_hook
         if hook is not None and not (isinstance(hook, Clip) and math.isinf(hook.limit)):
-            raise ValueError(
+            raise ClippedChainError(
                 f"a chain whose predicted images pass through {hook!r} cannot be inverted: that takes many latents to "
                 'one. Build it without: DDIMChain(..., clip_sample=float("inf")) or chain_from_scheduler(..., '
                 'x0_hook=Clip(float("inf"))). Or take a method that solves no step, such as OptimisedInverse()'

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fixpoint_diffusion.models.dit import DiT
@@ -91,22 +92,24 @@ def _flops(model: DiT | FPDM, iterations: int) -> int:
 
 def _activation_bytes(model: DiT | FPDM, recorded: int) -> int:
     """Bytes of the tensors that autograd saves in a call that exists in shapes alone."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        alive.append(tensor)  # so that no other storage gets its number
-        return tensor
-
-    alive: list[Tensor] = []
     with FakeTensorMode(), torch.device("cpu"), torch.enable_grad():
         twin = DiT(model.config) if isinstance(model, DiT) else FPDM(model.config)
-        own = {parameter.untyped_storage()._cdata for parameter in twin.parameters()}
         x, t = torch.zeros(1, *model.config.sample_shape), torch.zeros(1, dtype=torch.int64)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            _recorded_call(twin, x, t, recorded)
-    return sum(size for number, size in kept.items() if number not in own)
+        return saved_bytes(twin, lambda: _recorded_call(twin, x, t, recorded))
+
+
+def saved_bytes(model: nn.Module, call: Callable[[], object]) -> int:
+    """Bytes that autograd saves for the backward pass of a call, beside the model's parameters."""
+    saved: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor  # kept, so that no other storage gets its number
+        return tensor
+
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        call()
+    return sum(tensor.untyped_storage().nbytes() for number, tensor in saved.items() if number not in own)
 
 
 def _recorded_call(model: DiT | FPDM, x: Tensor, t: Tensor, recorded: int) -> Tensor:

@@ -12,10 +12,10 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from fixpoint_diffusion.inversion import Inverse, InverseMethod, ParallelInverse, invert
-from fixpoint_diffusion.inversion.problem import check_finite, rms
+from fixpoint_diffusion.inversion.problem import ClippedChainError, check_finite, rms
 from fixpoint_diffusion.models.autoencoder import LatentEncoder
 from fixpoint_diffusion.pipelines.parallel import Call, ParallelPipeline
-from fixpoint_diffusion.pipelines.schedulers import ADVICE, check_scheduler
+from fixpoint_diffusion.pipelines.schedulers import ADVICE
 
 # What a sampling call takes and an inversion does not.
 _NOT_TAKEN = ("latents", "return_dict", "callback_on_step_end", "callback_steps")
@@ -76,13 +76,13 @@ class InversionMixin(ParallelPipeline):
 
         Raises:
             ValueError: an image that is no image, is not finite or outside of 0 to 1; a number or size of images that
-                does not fit the call; a scheduler that clips or cannot be served; an ``eta`` above 0 without a
+                does not fit the call; a scheduler that cannot be served, or that clips, for a method that undoes steps;
+                an ``eta`` above 0 without a
                 ``generator`` (give one of the same seed, and the same ``eta``, to the call that samples).
         """
         taken = [name for name in _NOT_TAKEN if name in call]
         if taken:
             raise ValueError(f"invert takes no {taken[0]}")
-        _check_clipping(self.scheduler)
         x_0, vae_error = self._samples_of(image)
         original = inspect.signature(super(ParallelPipeline, self).__call__)
         # Where the original draws an x_T all the same, the global random state stays as it is.
@@ -94,18 +94,14 @@ class InversionMixin(ParallelPipeline):
             chain = loop.chain
             if chain.noise is not None and (loop.generator is None or call.get("generator") is None):
                 raise ValueError("this sampler adds noise, and no generator says which: pass generator=, or eta=0")
-            found.append(
-                invert(
-                    chain,
-                    x_0.to(chain.x_T),
-                    method=method,
-                    rtol=rtol,
-                    atol=atol,
-                    on_failure=on_failure,
-                    progress=not getattr(self, "_progress_bar_config", {}).get("disable", False),
-                    callback=callback,
-                )
-            )
+            shown = not getattr(self, "_progress_bar_config", {}).get("disable", False)
+            options: Any = {"rtol": rtol, "atol": atol, "on_failure": on_failure, "callback": callback}
+            try:
+                found.append(invert(chain, x_0.to(chain.x_T), method=method, progress=shown, **options))
+            except ClippedChainError as error:
+                raise ValueError(
+                    f"{error}. Of a pipeline, invert and sample without: pipe.scheduler = {ADVICE}"
+                ) from error
             return found[0].reconstruction
 
         output, _, run = self._run(solve, (), given, latents=torch.zeros_like(x_0), max_rows=max_rows)
@@ -127,15 +123,6 @@ class InversionMixin(ParallelPipeline):
         latents = encoder(pixels)
         loss = vae.decode(encoder.scaling.unscale(latents)).sample - pixels
         return latents, rms(loss)
-
-
-def _check_clipping(scheduler: Any) -> None:
-    hook = check_scheduler(scheduler).schedule.x0_hook
-    if hook is not None:
-        raise ValueError(
-            f"a scheduler whose predicted images pass through {hook!r} cannot be inverted: clipping takes many latents "
-            f"to one. Invert and sample without: pipe.scheduler = {ADVICE}"
-        )
 
 
 def _as_tensor(image: Any) -> Tensor:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fixpoint_diffusion.models import FPDM, DiT, cost
+from fixpoint_diffusion.models.cost import saved_bytes
 from fixpoint_diffusion.models.training_rules import training_rule
 from fixpoint_diffusion.training.config import TrainingConfig
 
@@ -120,14 +121,7 @@ def _of_fpdm(network: FPDM) -> tuple[float, int, list[str]]:
 
 def _counted(model: nn.Module, sample_shape: tuple[int, ...]) -> tuple[float, int]:
     """Operations of both passes, and what autograd saves, of a call for one image on ``meta``."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
     twin: Any = copy.deepcopy(model).to("meta")
-    own = {parameter.untyped_storage()._cdata for parameter in twin.parameters()}
     x, t = torch.zeros(1, *sample_shape, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
     rows = {
         name: torch.zeros(1, *(max(size, 1) for size in wanted.shape), dtype=wanted.dtype, device="meta")
@@ -135,8 +129,6 @@ def _counted(model: nn.Module, sample_shape: tuple[int, ...]) -> tuple[float, in
     }
     counter = FlopCounterMode(display=False)
     # Of the kernels for attention, torch counts the operations of this one.
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter, hooks:
-        twin(x, t, **rows)
-    size = sum(tensor.untyped_storage().nbytes() for number, tensor in kept.items() if number not in own)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        size = saved_bytes(twin, lambda: twin(x, t, **rows))
     return 3.0 * counter.get_total_flops(), size

@@ -242,6 +242,8 @@ def test_clipping_is_refused_and_the_advice_works(ddim: Any) -> None:
     with pytest.raises(ValueError, match="cannot be inverted") as refusal:
         pipe.invert(pictures(1, 1), **CALL)
     code = str(refusal.value).rpartition(": ")[2]
+    plain = pipe.invert(pictures(1, 1), method=ExplicitInverse(), on_failure="ignore", **CALL)
+    assert plain.inverse.rounds == CALL["num_inference_steps"]  # which clips on its way, and undoes nothing
     exec(code, {"pipe": pipe, "DDIMScheduler": DDIMScheduler})
     assert pipe.invert(pictures(1, 1), **CALL).inverse.converged.all()
 

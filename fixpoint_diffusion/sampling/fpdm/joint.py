@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fixpoint import CausalQuasiNewton, Recurrence, Solution, solve
 from fixpoint_diffusion.models.fpdm import FPDM, fpdm_layer_problem
-from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule, Transitions
-from fixpoint_diffusion.sampling.fpdm.step import StepFunction
+from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule
+from fixpoint_diffusion.sampling.fpdm.step import StepFunction, transitions_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,14 +92,7 @@ def sample_fpdm_jointly(
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    prediction_type = model.config.prediction_type
-    transitions = Transitions.of(
-        schedule,
-        schedule.timesteps(steps, spacing),
-        eta=eta,
-        prediction_type=prediction_type,
-        variance_type=variance_type,
-    )
+    transitions = transitions_of(model, schedule, steps=steps, eta=eta, variance_type=variance_type, spacing=spacing)
     take_step = StepFunction(model=model, transitions=transitions, y=y, guidance=guidance)
     noise = take_step.noise(x_T, list(range(steps)), seed, first_sample)
     prior = prior or GaussianPrior.isotropic()

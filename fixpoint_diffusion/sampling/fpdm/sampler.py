@@ -14,7 +14,7 @@ from fixpoint_diffusion.models.allocation import iterations_per_step
 from fixpoint_diffusion.models.fpdm import FPDM
 from fixpoint_diffusion.processes import NoiseSchedule, Transitions
 from fixpoint_diffusion.sampling.fpdm.iterations import LastIterate, ToTolerance
-from fixpoint_diffusion.sampling.fpdm.step import StepFunction
+from fixpoint_diffusion.sampling.fpdm.step import StepFunction, transitions_of
 
 Reuse = bool | Literal["extrapolate"]
 
@@ -180,11 +180,7 @@ def fpdm_steps(
     >>> [step.timestep for step in fpdm_steps(model, torch.randn(2, 1, 8, 8), schedule, steps=4)]
     [999, 749, 499, 249]
     """
-    timesteps = schedule.timesteps(steps, spacing)
-    prediction_type = model.config.prediction_type
-    transitions = Transitions.of(
-        schedule, timesteps, eta=eta, prediction_type=prediction_type, variance_type=variance_type
-    )
+    transitions = transitions_of(model, schedule, steps=steps, eta=eta, variance_type=variance_type, spacing=spacing)
     yield from follow_transitions(model, x_T, transitions, **options)
 
 

@@ -11,7 +11,20 @@ from torch import Tensor
 from fixpoint import Solution
 from fixpoint_diffusion.denoisers.modules import compute_dtype
 from fixpoint_diffusion.models.fpdm import FPDM
-from fixpoint_diffusion.processes import Transitions, step_noise, wide
+from fixpoint_diffusion.processes import NoiseSchedule, Transitions, step_noise, wide
+
+
+def transitions_of(
+    model: FPDM, schedule: NoiseSchedule, *, steps: int, eta: float, variance_type: str, spacing: str
+) -> Transitions:
+    """The steps of a sampling run; arguments as for :func:`~fixpoint_diffusion.sampling.sample_fpdm`."""
+    return Transitions.of(
+        schedule,
+        schedule.timesteps(steps, spacing),
+        eta=eta,
+        prediction_type=model.config.prediction_type,
+        variance_type=variance_type,
+    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
