@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fixpoint_diffusion.files import read_json, write_json
 from fixpoint_diffusion.models.dit import DiT
-from fixpoint_diffusion.models.dit_config import DiTConfig
+from fixpoint_diffusion.models.dit.config import DiTConfig
 from fixpoint_diffusion.models.fpdm import FPDM
-from fixpoint_diffusion.models.fpdm_config import FPDMConfig
+from fixpoint_diffusion.models.fpdm.config import FPDMConfig
 from fixpoint_diffusion.models.weights import StoredTensor, build_on_meta, check_fit, check_values, read_headers
 
 CONFIG_FILE = "config.json"

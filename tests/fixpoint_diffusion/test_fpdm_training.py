@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fixpoint
 from benchmarks.fpdm_memory import peak_of
 from fixpoint_diffusion.models import FPDM, DiT, DiTConfig, FPDMConfig, cost, load_fpdm, save_fpdm
-from fixpoint_diffusion.models.training_rules import training_rule
+from fixpoint_diffusion.models.fpdm.training_rules import training_rule
 
 SMALL = FPDMConfig(sample_size=4, width=8, heads=2, max_no_grad=5, max_grad=3)
 RULES = ["sjfb", "multi-jfb", "jfb", "phantom", "ift", "shine"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint_diffusion.models.blocks import ImplicitBlock
-from fixpoint_diffusion.models.dit import DiT
-from fixpoint_diffusion.models.fpdm_config import FPDMConfig
+from fixpoint_diffusion.models.dit.model import DiT
+from fixpoint_diffusion.models.fpdm.config import FPDMConfig
 from fixpoint_diffusion.models.transformer_config import TransformerConfig
 
 

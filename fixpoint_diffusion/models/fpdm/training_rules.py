@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fixpoint import IFT, SHINE, Backward, Broyden, MultiStepJFB, Phantom, Solver, StochasticJFB
-from fixpoint_diffusion.models.fpdm_config import FPDMConfig
+from fixpoint_diffusion.models.fpdm.config import FPDMConfig
 
 _PHANTOM_DAMPING = 0.5
 # Relative to the incoming gradient; the noise of a batch is far larger.

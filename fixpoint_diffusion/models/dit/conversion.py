@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fixpoint_diffusion.models.dit import DiT
-from fixpoint_diffusion.models.dit_config import DiTConfig
+from fixpoint_diffusion.models.dit.config import DiTConfig
+from fixpoint_diffusion.models.dit.model import DiT
 
 # Our modules by theirs, without the number of a block.
 _ALONE = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fixpoint_diffusion.models.dit_config import DiTConfig
+from fixpoint_diffusion.models.dit.config import DiTConfig
 from fixpoint_diffusion.models.transformer import PatchTransformer, condition_of
 
 
@@ -71,7 +71,7 @@ class DiT(PatchTransformer):
         >>> type(module).__name__, DiT.from_diffusers(module).config.prediction_type
         ('DiTTransformer2DModel', 'epsilon')
         """
-        from fixpoint_diffusion.models.dit_conversion import dit_from_diffusers, read_module
+        from fixpoint_diffusion.models.dit.conversion import dit_from_diffusers, read_module
 
         module = read_module(source) if isinstance(source, str | Path) else source
         return dit_from_diffusers(module, prediction_type=prediction_type)
@@ -85,6 +85,6 @@ class DiT(PatchTransformer):
             ValueError: If diffusers' class cannot express this architecture; the message says why.
             ImportError: If diffusers is not installed.
         """
-        from fixpoint_diffusion.models.dit_conversion import dit_to_diffusers
+        from fixpoint_diffusion.models.dit.conversion import dit_to_diffusers
 
         return dit_to_diffusers(self)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fixpoint import Backward, FixedPointLayer, Picard, Solution, Solver, Unroll
 from fixpoint_diffusion.models.blocks import ImplicitBlock
-from fixpoint_diffusion.models.dit import DiT
-from fixpoint_diffusion.models.fpdm_config import FPDMConfig
-from fixpoint_diffusion.models.fpdm_from_dit import config_from_dit, copy_from_dit
-from fixpoint_diffusion.models.training_rules import training_rule
+from fixpoint_diffusion.models.dit.model import DiT
+from fixpoint_diffusion.models.fpdm.config import FPDMConfig
+from fixpoint_diffusion.models.fpdm.from_dit import config_from_dit, copy_from_dit
+from fixpoint_diffusion.models.fpdm.training_rules import training_rule
 from fixpoint_diffusion.models.transformer import PatchTransformer, condition_of
 
 
