@@ -13,7 +13,7 @@ from fixpoint.solution import Solution
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-EXTRA = 'pip install "fixpoint[bench]"'
+EXTRA = 'pip install "fixpoint-torch[bench]"'
 
 
 def plot_residuals(

@@ -7,17 +7,19 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from fixpoint_diffusion.extras import install_line
+
 try:
     import typer
-except ImportError:  # pragma: no cover
-    raise SystemExit("fixpoint-diffusion needs typer: pip install 'fixpoint[diffusion]'") from None
 
-from fixpoint_diffusion.commands.encode import encode
-from fixpoint_diffusion.commands.evaluate import evaluate
-from fixpoint_diffusion.commands.info import info
-from fixpoint_diffusion.commands.invert import invert
-from fixpoint_diffusion.commands.sample import sample
-from fixpoint_diffusion.commands.train import train
+    from fixpoint_diffusion.commands.encode import encode
+    from fixpoint_diffusion.commands.evaluate import evaluate
+    from fixpoint_diffusion.commands.info import info
+    from fixpoint_diffusion.commands.invert import invert
+    from fixpoint_diffusion.commands.sample import sample
+    from fixpoint_diffusion.commands.train import train
+except ModuleNotFoundError as error:
+    raise SystemExit(f"the command fixpoint-diffusion needs {error.name}: {install_line()}") from None
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,7 +64,7 @@ def main() -> None:
         sys.exit(130)
     except _USER_ERRORS as error:
         missing = isinstance(error, ModuleNotFoundError)
-        hint = ": pip install 'fixpoint[diffusion]'" if missing and "pip install" not in str(error) else ""
+        hint = f": {install_line()}" if missing and "pip install" not in str(error) else ""
         _stop(f"{error}{hint}" or type(error).__name__)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("fixpoint", "torch", "numpy", "scipy", "diffusers", "scikit-learn")
+_PACKAGES = ("torch", "numpy", "scipy", "diffusers", "scikit-learn")
 
 
 def machine() -> dict[str, str | int]:
@@ -24,8 +24,10 @@ def machine() -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the installed packages that matter."""
-    found = {"python": platform.python_version()}
+    """The versions of Python, of this library and of the installed packages that matter."""
+    import fixpoint  # which imports this module first
+
+    found = {"python": platform.python_version(), "fixpoint": fixpoint.__version__}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)

@@ -14,6 +14,7 @@ from torch import nn
 from fixpoint_diffusion.denoisers.diffusers import DiffusersDenoiser
 from fixpoint_diffusion.denoisers.protocol import ConditioningInput
 from fixpoint_diffusion.denoisers.registry import Family, LoadOptions, family_of
+from fixpoint_diffusion.extras import needed_for
 from fixpoint_diffusion.files import read_json
 from fixpoint_diffusion.models.weights import (
     StoredTensor,
@@ -25,7 +26,6 @@ from fixpoint_diffusion.models.weights import (
 )
 
 WEIGHTS = "diffusion_pytorch_model"
-NEEDS_DIFFUSERS = "loading this model needs the diffusers library: pip install 'fixpoint[diffusion]'"
 
 
 def diffusers_family(
@@ -60,10 +60,8 @@ def model_class(name: object, source: Path | str) -> Any:
         ImportError: if diffusers is not installed.
         ValueError: if it has no model class of that name.
     """
-    try:
+    with needed_for("loading this model"):
         import diffusers
-    except ImportError as error:
-        raise ImportError(NEEDS_DIFFUSERS) from error
 
     cls: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):

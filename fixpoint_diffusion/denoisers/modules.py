@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fixpoint_diffusion.extras import needed_for
 from fixpoint_diffusion.models.weights import describe_error
 
 
@@ -86,11 +87,9 @@ def spread(model: nn.Module, device_map: str | Mapping[str, Any], *, whole: Sequ
         >>> spread(nn.Linear(2, 2), "cpu", whole=()).hf_device_map
         {'': device(type='cpu')}
     """
-    try:
+    with needed_for("device_map"):
         from accelerate import dispatch_model, infer_auto_device_map
         from accelerate.utils import get_balanced_memory
-    except ImportError as error:
-        raise ImportError("device_map needs accelerate: pip install 'fixpoint[diffusion]'") from error
 
     try:
         if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):

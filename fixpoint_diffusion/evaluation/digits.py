@@ -8,12 +8,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fixpoint_diffusion.evaluation.distances import frechet_distance
 from fixpoint_diffusion.evaluation.extractors import FeatureExtractor, state_hash
 from fixpoint_diffusion.evaluation.images import check_range, to_symmetric
+from fixpoint_diffusion.extras import needed_for
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 
@@ -164,5 +164,8 @@ def _checked(images: Tensor) -> Tensor:
 
 @cache
 def _weights() -> dict[str, Tensor]:
+    with needed_for("the classifier of digits"):
+        from safetensors.torch import load_file
+
     path = Path(str(files("fixpoint_diffusion"))) / "assets" / "digits-classifier" / "model.safetensors"
     return {name: tensor.double() for name, tensor in load_file(path).items()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint_diffusion.evaluation.statistics import FeatureStatistics
+from fixpoint_diffusion.extras import needed_for
 
 
 def frechet_distance(samples: Tensor | FeatureStatistics, reference: Tensor | FeatureStatistics) -> float:
@@ -75,11 +76,8 @@ def kernel_distance(samples: Tensor, reference: Tensor, *, subsets: int = 100, s
     >>> kernel_distance(x[:100], x[100:]).mean < 0.1 * kernel_distance(x[:100], x[100:] + 1).mean
     True
     """
-    try:
+    with needed_for("the kernel distance"):
         from torchmetrics.image.kid import KernelInceptionDistance
-    except ImportError as error:
-        remedy = "pip install 'fixpoint[diffusion]'"
-        raise ImportError(f"the kernel distance needs torchmetrics ({error}): {remedy}") from error
 
     samples, reference = _pair(samples, reference, least=4)
     subset_size = min(1000, len(samples) // 2, len(reference) // 2)

@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from fixpoint_diffusion.evaluation.inception import NUM_FEATURES, InceptionV3
+from fixpoint_diffusion.extras import needed_for
 from fixpoint_diffusion.files import sha256_of
 from fixpoint_diffusion.sampling.grids import to_pixels
 
@@ -160,10 +159,8 @@ class DINOv2Features(FeatureExtractor):
         path = Path(folder)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} is no model folder of transformers: it has no config.json")
-        try:
+        with needed_for("DINOv2", extra="pipelines"):
             from transformers import AutoConfig, AutoModel
-        except ImportError as error:
-            raise ImportError("DINOv2 needs transformers: pip install 'fixpoint[pipelines]'") from error
 
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         if config.model_type not in ("dinov2", "dinov2_with_registers"):
@@ -199,6 +196,10 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
+    with needed_for("reading weights"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}; how to get one is in the documentation (Evaluation)")
     try:

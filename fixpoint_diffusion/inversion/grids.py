@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.interpolate import CubicSpline
 from torch import Tensor
+
+from fixpoint_diffusion.extras import needed_for
 
 _COARSEST = 33  # steps of the first grid; each later one has about twice as many
 # Outputs change fastest near the image: the steps lie densest there. 1 would be evenly spaced.
@@ -44,6 +45,9 @@ def step_grids(timesteps: Tensor, device: torch.device) -> list[StepGrid]:
     Returns:
         An empty list for a chain that is too short, or some of whose timesteps are the same.
     """
+    with needed_for("the inverse of a long chain"):
+        from scipy.interpolate import CubicSpline
+
     count, grids = len(timesteps), list[StepGrid]()
     if not bool((timesteps.diff() < 0).all()):
         return []

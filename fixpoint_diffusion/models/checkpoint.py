@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fixpoint_diffusion.extras import needed_for
 from fixpoint_diffusion.files import read_json, write_json
 from fixpoint_diffusion.models.dit import DiT
 from fixpoint_diffusion.models.dit.config import DiTConfig
@@ -76,6 +76,9 @@ def load_dit(folder: str | Path, *, dtype: torch.dtype | None = None, device: to
 
 
 def _save(model: FPDM | DiT, folder: str | Path, dtype: torch.dtype | None) -> Path:
+    with needed_for("saving a model"):
+        from safetensors.torch import save_file
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG_FILE, {"_class_name": type(model).__name__, **model.config.to_dict()})
@@ -91,6 +94,9 @@ def _load(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> Model:
+    with needed_for("loading a model"):
+        from safetensors.torch import load_file
+
     folder = Path(folder)
     values = read_json(folder / CONFIG_FILE)
     name = values.pop("_class_name", None)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from fixpoint_diffusion.extras import needed_for
 
 # What safetensors calls them. Packed and 8-bit formats need the library that wrote them.
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,6 +38,9 @@ def read_headers(paths: Iterable[Path]) -> dict[str, StoredTensor]:
         FileNotFoundError: If a file is absent.
         ValueError: If one is not a readable safetensors file, or is shorter than its header says.
     """
+    with needed_for("reading weights"):
+        from safetensors import SafetensorError, safe_open
+
     found: dict[str, StoredTensor] = {}
     for path in paths:
         if not path.is_file():

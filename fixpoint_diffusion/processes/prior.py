@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fixpoint_diffusion.extras import needed_for
 from fixpoint_diffusion.processes.transitions import Transitions, wide
 
 PRIOR_FILE = "prior.safetensors"
@@ -109,6 +108,9 @@ class GaussianPrior:
 
     def save(self, folder: str | Path) -> None:
         """Write ``prior.safetensors`` into a model's folder, where ``load_denoiser`` finds it."""
+        with needed_for("saving a prior"):
+            from safetensors.torch import save_file
+
         tensors = {"mean": self.mean, "variances": self.variances}
         if isinstance(self.basis, Tensor):
             tensors["basis"] = self.basis.contiguous()
@@ -126,6 +128,10 @@ class GaussianPrior:
         path = Path(folder) / PRIOR_FILE
         if not path.is_file():
             return None
+        with needed_for("reading a prior"):
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+
         try:
             tensors = load_file(path)
             factors = tuple(tensors[f"basis.{n}"] for n in range(len(tensors)) if f"basis.{n}" in tensors)

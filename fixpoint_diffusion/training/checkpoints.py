@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from fixpoint_diffusion.extras import needed_for
 from fixpoint_diffusion.files import written_whole
 from fixpoint_diffusion.models.checkpoint import in_current_names
 
@@ -41,6 +40,9 @@ def save_state(path: Path, state: TrainingState) -> None:
         FloatingPointError: if a number in it is not finite; what was at ``path`` stays.
         OSError: if it cannot be written; what was at ``path`` stays.
     """
+    with needed_for("writing a checkpoint"):
+        from safetensors.torch import save
+
     tensors = {
         f"{part}/{name}": tensor.detach().to("cpu", copy=True).contiguous()
         for part in PARTS
@@ -142,6 +144,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     It is read once: ``safe_open`` opens it twice, and another process may put a new one in its place in between.
     """
+    with needed_for("reading a checkpoint"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint to resume from: {path} does not exist")
     content = path.read_bytes()

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from psutil import virtual_memory
 from torch import Tensor, nn
 
 from fixpoint_diffusion.denoisers import load_denoiser
 from fixpoint_diffusion.denoisers.diffusers_models import try_out
 from fixpoint_diffusion.denoisers.protocol import NetworkDenoiser
 from fixpoint_diffusion.denoisers.registry import Family, family_of
+from fixpoint_diffusion.extras import machine_memory
 from fixpoint_diffusion.models.weights import at_most_tensors, describe_error
 from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.training.data import ImageDataset
@@ -60,7 +60,7 @@ def build_network(
             trial = build()
     except (RuntimeError, TypeError, ArithmeticError) as error:  # sizes that no tensor can have
         raise ValueError(f"the file of settings does not describe a usable network: {describe_error(error)}") from error
-    need, have = sum(p.nbytes for p in trial.parameters()), virtual_memory().total
+    need, have = sum(p.nbytes for p in trial.parameters()), machine_memory()
     if weights and need > have:
         raise ValueError(
             f"the settings describe a network of {need / 1e9:,.1f} GB, and this machine has {have / 1e9:,.1f} GB"

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from psutil import virtual_memory
 from torch import nn
 
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
 from fixpoint_diffusion.denoisers.registry import Family, family
+from fixpoint_diffusion.extras import machine_memory
 from fixpoint_diffusion.files import locked, write_json
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
@@ -319,7 +319,7 @@ class TrainingRun:
 def _check_batch(data: ImageDataset, config: TrainingConfig) -> None:
     """Refuse a batch that this machine cannot hold, before a network is built for such images."""
     count = max(config.batch_size // config.accumulate // int(os.environ.get("WORLD_SIZE", "1")), 1)
-    need, have = 4 * count * math.prod(data.sample_shape), virtual_memory().total
+    need, have = 4 * count * math.prod(data.sample_shape), machine_memory()
     if need > have:
         shape = "x".join(map(str, data.sample_shape))
         raise ValueError(

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from fixpoint import ProgressBar
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
+from fixpoint_diffusion.extras import needed_for
 from fixpoint_diffusion.training.batches import Share, StepSampler, draw, seed_of
 from fixpoint_diffusion.training.checkpoints import (
     TrainingState,
@@ -33,8 +34,6 @@ from fixpoint_diffusion.training.data import ImageDataset
 from fixpoint_diffusion.training.logs import LOG_FILE, TrainingLog, tensorboard_writer
 from fixpoint_diffusion.training.network_options import LayerPenalty, trained_as
 from fixpoint_diffusion.training.objectives import diffusion_loss, drop_classes
-
-NEEDS_ACCELERATE = "training needs the accelerate library: pip install 'fixpoint[diffusion]'"
 
 
 def train(
@@ -282,11 +281,9 @@ def training_device(name: torch.device | str, config: TrainingConfig) -> torch.d
 @contextmanager
 def _accelerator(config: TrainingConfig, device: torch.device | str) -> Iterator[Any]:
     """An ``Accelerator`` for this run alone, unless the process has one already."""
-    try:
+    with needed_for("training"):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState
-    except ImportError as error:
-        raise ImportError(NEEDS_ACCELERATE) from error
 
     device = training_device(device, config)
     if device.type == "cuda" and device.index is not None:

@@ -113,6 +113,6 @@ def test_a_missing_extra_is_named_in_one_line(missing, tmp_path):
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 1
-    assert found.stderr.strip().splitlines()[-1].endswith(f'needs {missing}: pip install "fixpoint[bench]"')
+    assert found.stderr.strip().splitlines()[-1].endswith(f'needs {missing}: pip install "fixpoint-torch[bench]"')
     assert "Traceback" not in found.stderr
     assert not list(tmp_path.iterdir())

@@ -73,5 +73,5 @@ def test_a_solution_without_a_trace_is_refused_with_what_to_do(ax):
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "fixpoint\[bench\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "fixpoint-torch\[bench\]"'):
         plot_residuals(TRACE)

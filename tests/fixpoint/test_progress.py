@@ -115,5 +115,5 @@ def test_notebooks_have_their_own_bar(monkeypatch):
 
 def test_without_tqdm_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    with pytest.raises(ModuleNotFoundError, match=r'needs tqdm: pip install "fixpoint\[bench\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'needs tqdm: pip install "fixpoint-torch\[bench\]"'):
         fixpoint.solve(f, torch.zeros(2, 1), callback=ProgressBar())

@@ -158,7 +158,7 @@ def test_missing_library_names_the_extra_to_install(
     command = {"diffusers": ("info", "ddpm-digits"), "sklearn": ("train",), "PIL": ("sample", "--steps", 1)}[module]
     monkeypatch.chdir(tmp_path)
     assert run_main(monkeypatch, *command) == 2
-    assert "pip install 'fixpoint[diffusion]'" in capsys.readouterr().err.splitlines()[-1]
+    assert "pip install 'fixpoint-torch[diffusion]'" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_ctrl_c_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ ROOT = Path(fixpoint_diffusion.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 # A folder, or a file that is in none, imports from those before it and from itself.
 ORDER = (
+    "extras",
     "files",
     "processes",
     "models",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from psutil import virtual_memory
 from torch import Tensor
+
+from fixpoint_diffusion.extras import machine_memory
 
 CROPS = ("center", "random", "patch")
 
@@ -55,7 +56,7 @@ class Crop:
                     f"take a smaller size, or crop='random', which scales"
                 )
             return
-        need, have = 4 * math.prod(_covering((height, width), self.size)), virtual_memory().total
+        need, have = 4 * math.prod(_covering((height, width), self.size)), machine_memory()
         if need > have:
             raise ValueError(
                 f"{name} is {height}x{width}; scaled to size {wanted} (--size), each channel of an image would take "

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fixpoint_diffusion.extras import needed_for
+
 
 class _Labelled(Protocol):
     @property
@@ -55,10 +57,8 @@ def load_digits() -> LabelledImages:
     >>> tuple(digits.images.shape), float(digits.images.min()), float(digits.images.max())
     ((1797, 1, 8, 8), -1.0, 1.0)
     """
-    try:
+    with needed_for("the data set of digits"):
         from sklearn.datasets import load_digits as load
-    except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'fixpoint[diffusion]'") from error
 
     bunch = load()
     images = torch.from_numpy(bunch.images).to(torch.float32).div(8).sub(1).unsqueeze(1)
