@@ -15,6 +15,7 @@ from fixpoint_diffusion.denoisers.protocol import (
     describe,
 )
 from fixpoint_diffusion.denoisers.registry import Family, families, family, family_of, family_of_class, register_family
+from fixpoint_diffusion.denoisers.sharded import ShardedDenoiser, sharded
 from fixpoint_diffusion.denoisers.transformer import TransformerDenoiser
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Family",
     "Guided",
     "NetworkDenoiser",
+    "ShardedDenoiser",
     "TransformerDenoiser",
     "describe",
     "embedded",
@@ -37,4 +39,5 @@ __all__ = [
     "family_of_class",
     "load_denoiser",
     "register_family",
+    "sharded",
 ]

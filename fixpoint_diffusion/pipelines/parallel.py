@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -25,11 +25,15 @@ from tqdm.auto import tqdm
 
 from fixpoint import Progress, Solution, Solver
 from fixpoint_diffusion.chains import SamplingChain
-from fixpoint_diffusion.denoisers import DiffusersDenoiser, Guided
+from fixpoint_diffusion.denoisers import DiffusersDenoiser, Guided, sharded
 from fixpoint_diffusion.denoisers.guided import NEGATIVE
 from fixpoint_diffusion.pipelines.callbacks import check_assignment
 from fixpoint_diffusion.pipelines.schedulers import check_scheduler, scheduler_noise, scheduler_transitions
 from fixpoint_diffusion.sampling import SamplingResult, sample
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Called with the network's further inputs, the number of the round and its x_0; something true stops the solve.
 AfterRound = Callable[[Mapping[str, Any], int, Tensor], bool]
@@ -81,6 +85,7 @@ class ParallelPipeline(DiffusionPipeline):
 
     _network = "unet"
     _output: type = ParallelImagePipelineOutput
+    _share_rows: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -171,6 +176,20 @@ class ParallelPipeline(DiffusionPipeline):
         run.__dict__.update({"scheduler": _OneStep(real["scheduler"], take_step), self._network: asked})
         return original(*bound.args, **bound.kwargs), before, run
 
+    def shard_rows(self, mesh: DeviceMesh | ProcessGroup | None = None) -> Self:
+        """Share the rows of each call of the network among processes: :func:`~fixpoint_diffusion.denoisers.sharded`.
+
+        Every rank calls the pipeline with the same arguments, and a generator of the same seed.
+
+        Args:
+            mesh: the ranks, as for ``sharded``.
+
+        Returns:
+            The pipeline itself.
+        """
+        self.__dict__["_share_rows"] = partial(sharded, mesh=mesh)
+        return self
+
     def __setattr__(self, name: str, value: Any) -> None:
         check_assignment(self, name, value)
         super().__setattr__(name, value)
@@ -231,7 +250,7 @@ class ParallelPipeline(DiffusionPipeline):
         if guidance:
             denoiser = Guided(denoiser, guidance.scale, rescale=guidance.rescale)
         return SamplingChain(
-            denoiser,
+            denoiser if self._share_rows is None else self._share_rows(denoiser),
             x_T,
             transitions,
             noise=None if noise is None else noise[:batch].to(x_T.dtype),

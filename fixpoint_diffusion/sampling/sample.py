@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fixpoint import Anderson, Blockwise, CausalQuasiNewton, Progress, ProgressBar, Solution, Solver, solve
 from fixpoint_diffusion.chains import SamplingChain
+from fixpoint_diffusion.denoisers.sharded import is_sharded
 from fixpoint_diffusion.sampling.batch_cost import BatchCost, usual_rows
 
 
@@ -230,6 +231,8 @@ def _with_budget(
     if max_rows is None:
         budget = usual_rows(chain)
     elif max_rows == "auto":
+        if is_sharded(chain.denoiser):
+            raise ValueError('max_rows="auto" goes by a clock, and those of the ranks differ: give a number of rows')
         cost = BatchCost.measure(chain)
         budget = cost.best_rows(samples, steps)
     elif isinstance(max_rows, int) and not isinstance(max_rows, bool) and max_rows >= 1:

@@ -1,0 +1,69 @@
+"""A denoiser whose rows are shared among processes: the same numbers, the same rounds, clear ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fixpoint_diffusion.denoisers import sharded
+from tests.fixpoint_diffusion import sharded_worker as worker
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_ranks(folder: Path, size: int, *extra: str) -> tuple[list[int], list[Any]]:
+    """Exit codes and saved results of ``size`` processes."""
+    outs = [folder / f"rank{rank}.pt" for rank in range(size)]
+    command, store = [sys.executable, "-m", worker.__name__], folder / "store"
+    # From this directory, so that the package beside these tests is used.
+    processes = [
+        subprocess.Popen([*command, str(rank), str(size), str(store), str(out), *extra], cwd=ROOT)
+        for rank, out in enumerate(outs)
+    ]
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return codes, [torch.load(out) if out.exists() else None for out in outs]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_processes_find_what_one_finds_in_the_same_rounds(tmp_path: Path, size: int) -> None:
+    codes, results = run_ranks(tmp_path, size)
+    assert codes == [0] * size
+    alone = worker.everything(lambda denoiser: denoiser)
+    for result in results:
+        torch.testing.assert_close(result["found"], alone, rtol=1e-6, atol=1e-9)
+    # Bit by bit the same on every rank.
+    torch.testing.assert_close(results[0]["found"], results[1]["found"], rtol=0, atol=0)
+    for rank, result in enumerate(results):
+        said = result["faults"]
+        assert said["steps"].startswith("RuntimeError: the ranks do not ask for the same:"), said
+        assert "those of the ranks differ: give a number of rows" in said["auto"]
+        assert "latents of rank 1 are not those of rank 0" in said["seed"]
+        assert said["a rank fails"] == (
+            "ZeroDivisionError: no such row"
+            if rank == 1
+            else f"RuntimeError: the denoiser failed on rank 1 of {size}: ZeroDivisionError: no such row"
+        )
+        assert said["after all that"] == ""
+
+
+def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
+    codes, results = run_ranks(tmp_path, 2, "die")
+    assert codes == [0, -signal.SIGKILL]
+    assert results == ["RuntimeError", None]
+
+
+def test_without_a_process_group_the_error_says_how_to_start_one() -> None:
+    assert not dist.is_initialized()
+    with pytest.raises(RuntimeError, match="start with torchrun"):
+        sharded(lambda x, t: x)
