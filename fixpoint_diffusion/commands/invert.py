@@ -59,6 +59,7 @@ def invert(
     import torch
 
     from fixpoint import Status
+    from fixpoint_diffusion.denoisers import FPDMDenoiser
     from fixpoint_diffusion.files import locked, write_json, written_whole
     from fixpoint_diffusion.inversion import ParallelInverse
     from fixpoint_diffusion.inversion import invert as find
@@ -88,6 +89,8 @@ def invert(
     typer.echo(f"written to {out}: {', '.join(written)}")
     told = "" if classes is None else f" --class {quote(classes)}"
     told += "" if guidance == 1 else f" --guidance {guidance:g}"
+    if isinstance(denoiser, FPDMDenoiser):  # its layer was solved to a tolerance, each time from its own start
+        told += f" --layer-rtol {denoiser.rtol:g} --no-reuse"
     typer.echo(
         f"Sample from it, with these options or others:\n  fixpoint-diffusion sample --model {quote(model)} "
         f"--x-T {quote(str(out / NOISE))} --steps {steps}{told}{' --no-clip' if clips else ''}"

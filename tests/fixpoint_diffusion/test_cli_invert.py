@@ -23,7 +23,7 @@ from fixpoint_diffusion.files import sha256_of
 from fixpoint_diffusion.processes import Clip
 from fixpoint_diffusion.training.data import load_digits, open_dataset
 from fixpoint_diffusion.training.encode import EncodeOptions, encode
-from tests.fixpoint_diffusion.command_line import run_main
+from tests.fixpoint_diffusion.command_line import run_main, saved_fpdm
 from tests.fixpoint_diffusion.tiny import tiny_unet, tiny_vae
 
 
@@ -107,6 +107,16 @@ def test_noise_that_was_found_is_sampled_from_the_shell(tmp_path: Path, conditio
     record = json.loads((tmp_path / "first" / "sample.json").read_text())
     assert record["images_done"] == 1
     assert record["x_T_sha256"] == sha256_of(tmp_path / "out" / "x_T.npy")
+
+
+def test_an_fpdm_is_inverted_like_any_model(tmp_path: Path) -> None:
+    folder = saved_fpdm(tmp_path / "fpdm", num_classes=None)
+    result = invoke("digits", "--model", folder, "--steps", 5, "--num-images", 2, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 inverted" in result.output
+    images = sampled_as_advised(result, tmp_path / "again")
+    x_0 = load_digits().images[:2]
+    assert float((images - x_0).square().mean().sqrt()) < 5e-3
 
 
 @pytest.mark.parametrize(
