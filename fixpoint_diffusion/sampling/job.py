@@ -17,7 +17,7 @@ from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
 from fixpoint_diffusion.files import map_array
 from fixpoint_diffusion.processes import Clip, SamplerConfig, initial_noise
-from fixpoint_diffusion.sampling.fpdm.job import PROBE_IMAGES, FPDMJob, refuse_fpdm_options
+from fixpoint_diffusion.sampling.fpdm.job import PROBE_IMAGES, Drawn, FPDMJob, refuse_fpdm_options
 from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, check_guidance, parse_classes
 from fixpoint_diffusion.sampling.sample import sample
 
@@ -140,8 +140,7 @@ class SamplingJob:
             noise, labels = self._starts(samples)
             known = PROBE_IMAGES if self._x_T is None else min(PROBE_IMAGES, len(self._x_T))
             probe = partial(self._starts, range(known))
-            drawn = self._fpdm.sample(noise, labels, first=samples[0], probe=probe, progress=progress)
-            images, counts, chosen = drawn.images, drawn.counts, drawn.chosen
+            images, counts, chosen = self._fpdm.sample(noise, labels, first=samples[0], probe=probe, progress=progress)
         else:
             images, counts, chosen = self._sample_chain(samples, progress=progress)
         if self._decoder is not None:
@@ -159,7 +158,7 @@ class SamplingJob:
             chosen=chosen,
         )
 
-    def _sample_chain(self, samples: range, *, progress: bool) -> tuple[Tensor, dict[str, float], dict[str, float]]:
+    def _sample_chain(self, samples: range, *, progress: bool) -> Drawn:
         options, chosen = self.options, dict[str, float]()
         chain = self._chain(samples, eta=options.eta)
         if options.solver == SolverName.sequential:

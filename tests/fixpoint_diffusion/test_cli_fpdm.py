@@ -18,6 +18,8 @@ from fixpoint_diffusion.denoisers import FPDMDenoiser, Guided, load_denoiser
 from fixpoint_diffusion.models import allocate
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.sampling import ToTolerance, adaptive_tolerance, sample_fpdm, sample_fpdm_jointly
+from fixpoint_diffusion.sampling.fpdm.job import refuse_fpdm_options
+from fixpoint_diffusion.sampling.options import SamplingOptions, flag
 from tests.fixpoint_diffusion.command_line import SCHEDULE, contents, run_main, sampled, saved_fpdm
 
 STEPS, IMAGES = 5, 3
@@ -88,8 +90,10 @@ def test_a_count_of_iterations(
 @pytest.mark.parametrize("solver", [None, "picard"])
 def test_a_tolerance_of_the_layer(tmp_path: Path, fpdm: Path, solver: str | None) -> None:
     typed = () if solver is None else ("--layer-solver", solver)
-    images, figures = by_command(tmp_path / "out", fpdm, "--layer-rtol", 1e-3, *typed)
-    options = {} if solver is None else {"solver": fixpoint.Picard()}
+    guided = ("--class", "0,2", "--guidance", 2)
+    images, figures = by_command(tmp_path / "out", fpdm, "--layer-rtol", 1e-3, *typed, *guided)
+    options: dict[str, Any] = {} if solver is None else {"solver": fixpoint.Picard()}
+    options |= {"y": torch.tensor([0, 2, 0]), "guidance": 2.0}
     model, until = load_denoiser(fpdm).model, ToTolerance(rtol=1e-3)
     schedule = NoiseSchedule.from_diffusers(CONFIG)
     expected = sample_fpdm(model, noise(), schedule, steps=STEPS, iterations=until, **options)
@@ -109,17 +113,17 @@ def test_layers_that_miss_their_tolerance_are_counted(tmp_path: Path, fpdm: Path
 
 @pytest.mark.parametrize("batch", [256, 2])
 def test_adaptive_iterations_take_their_threshold_from_the_first_images(tmp_path: Path, fpdm: Path, batch: int) -> None:
-    out, options = tmp_path / "out", ("--allocation", "adaptive", "--block-passes", 45, "--batch-size", batch)
+    out, options = tmp_path / "out", ("--allocation", "adaptive", "--block-passes", 67, "--batch-size", batch)
     figures = sampled(out, "--model", fpdm, "--num-images", IMAGES, "--steps", STEPS, *options)
     model, schedule = load_denoiser(fpdm).model, NoiseSchedule.from_diffusers(CONFIG)
-    until = adaptive_tolerance(model, noise(16), schedule, budget=15, steps=STEPS)
+    until = adaptive_tolerance(model, noise(16), schedule, budget=26, steps=STEPS)
     assert figures["layer_atol"] == until.atol
     expected = [
         sample_fpdm(model, rows, schedule, steps=STEPS, iterations=until).images for rows in noise().split(batch)
     ]
     files = [out / "images.npy"] if batch > IMAGES else sorted((out / "images").iterdir())
     assert np.array_equal(np.concatenate([np.load(file) for file in files]), torch.cat(expected).numpy())
-    assert figures["mean_block_passes"] == pytest.approx(45, rel=0.1)
+    assert figures["mean_block_passes"] == pytest.approx(67, rel=0.1)
     # What was found is no setting of another run: it goes on, to more images.
     again = sampled(out, "--model", fpdm, "--num-images", IMAGES + 1, "--steps", STEPS, *options)
     assert (again["images_done"], again["layer_atol"]) == (IMAGES + 1, until.atol)
@@ -140,6 +144,12 @@ def test_chain_and_layers_as_one_fixed_point(tmp_path: Path, fpdm: Path) -> None
     assert torch.equal(images, joint.images)
     assert (figures["rounds"], figures["evals"], figures["converged"]) == (joint.rounds, joint.evals, IMAGES)
     assert figures["mean_block_passes"] == pytest.approx(joint.block_passes, abs=1e-3)
+    sampled(
+        *(tmp_path / "parts", "--model", fpdm, "--num-images", IMAGES, "--steps", STEPS, "--batch-size", 2),
+        *("--solver", "causal", "--reuse", "--iterations", 2, "--eta", 0.5, *labels),
+    )
+    parts = [np.load(file) for file in sorted((tmp_path / "parts" / "images").iterdir())]
+    np.testing.assert_allclose(np.concatenate(parts), images, atol=1e-2)
     in_turn, _ = by_command(tmp_path / "in-turn", fpdm, "--iterations", 2, "--eta", 0.5, *labels)
     torch.testing.assert_close(images, in_turn, atol=1e-2, rtol=0)
     _, few = by_command(tmp_path / "few", fpdm, "--solver", "causal", "--reuse", "--max-rounds", 1)
@@ -166,9 +176,8 @@ def test_options_of_earlier_runs_are_the_same_run(tmp_path: Path, fpdm: Path) ->
     out = tmp_path / "out"
     by_command(out, fpdm)
     record = json.loads((out / "sample.json").read_text())
-    for name in ("block_passes", "allocation", "slope", "layer_rtol", "layer_solver", "extrapolate", "no_clip"):
-        if name != "block_passes":
-            del record[name]
+    for name in ("allocation", "slope", "layer_rtol", "layer_solver", "extrapolate", "no_clip"):
+        del record[name]
     (out / "sample.json").write_text(json.dumps(record))
     assert by_command(out, fpdm)[1]["images_done"] == IMAGES
 
@@ -213,12 +222,14 @@ def test_what_contradicts_itself_is_one_line_and_writes_nothing(
 
 
 def test_another_model_has_no_layer(tmp_path: Path) -> None:
-    for typed in (
-        *(("--iterations", "4"), ("--block-passes", "200"), ("--allocation", "adaptive"), ("--layer-rtol", "0.1")),
-        *(("--layer-solver", "picard"), ("--no-reuse",), ("--extrapolate",)),
-    ):
-        code, error = run_main("sample", "--steps", STEPS, "--out", tmp_path / "out", *typed)
-        assert code == 2
-        name = typed[0].replace("no-", "")
-        assert error == f"Error: only FPDM models have a layer to solve: leave out {name}"
-        assert not (tmp_path / "out").exists()
+    values = {"iterations": 4, "block_passes": 9, "allocation": "adaptive", "layer_rtol": 0.1}
+    for name, value in {**values, "layer_solver": "picard", "reuse": False, "extrapolate": True}.items():
+        options = SamplingOptions(**{name: value})  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"only FPDM models have a layer to solve: leave out {flag(name)}$"):
+            refuse_fpdm_options(options)
+    refuse_fpdm_options(SamplingOptions())
+    options = ("--allocation", "increasing", "--slope", 1, "--out", tmp_path / "out")
+    code, error = run_main("sample", "--model", "ddpm-digits", *options)
+    assert code == 2
+    assert error == "Error: only FPDM models have a layer to solve: leave out --allocation and --slope"
+    assert not (tmp_path / "out").exists()

@@ -98,14 +98,14 @@ def test_noise_that_was_found_is_sampled_from_the_shell(tmp_path: Path, conditio
         )  # fmt: skip
         with torch.no_grad():
             torch.testing.assert_close(images, chain.sequential()[:, -1], rtol=1e-4, atol=1e-4)
-    first = CliRunner().invoke(
-        app,
-        ["sample", "--model", str(conditional_model), "--x-T", str(tmp_path / "out" / "x_T.npy"), "--steps", "5",
-         "--class", "1", "--num-images", "1", "--batch-size", "1", "--out", str(tmp_path / "first")],
-    )  # fmt: skip
-    assert first.exit_code == 0, first.output
-    record = json.loads((tmp_path / "first" / "sample.json").read_text())
-    assert record["images_done"] == 1
+    whole = sampled_as_advised(result, tmp_path / "whole")
+    parts = shlex.split(result.output.strip().splitlines()[-1])[1:]
+    again = CliRunner().invoke(app, [*parts, "--batch-size", "1", "--out", str(tmp_path / "parts")])
+    assert again.exit_code == 0, again.output
+    files = sorted((tmp_path / "parts" / "images").iterdir())
+    np.testing.assert_allclose(np.concatenate([np.load(file) for file in files]), whole, atol=1e-4)
+    record = json.loads((tmp_path / "parts" / "sample.json").read_text())
+    assert record["images_done"] == 2
     assert record["x_T_sha256"] == sha256_of(tmp_path / "out" / "x_T.npy")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,9 @@ from fixpoint_diffusion.sampling.fpdm.iterations import ToTolerance
 from fixpoint_diffusion.sampling.fpdm.joint import follow_jointly
 from fixpoint_diffusion.sampling.fpdm.sampler import FPDMOptions, Reuse, follow_transitions
 from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, flag
+
+# Images; what they cost, to be added up; what was chosen by measuring: as in ``SampleBatch``.
+Drawn = tuple[Tensor, dict[str, float], dict[str, float]]
 
 LAYER_SOLVERS: dict[str, Solver] = {"picard": Picard(), "anderson": Anderson(), "broyden": Broyden()}
 FPDM_OPTIONS = (
@@ -40,20 +42,6 @@ def refuse_fpdm_options(options: SamplingOptions) -> None:
     given = [flag(name) for name in FPDM_OPTIONS if getattr(options, name) is not None]
     if given:
         raise ValueError(f"only FPDM models have a layer to solve: leave out {' and '.join(given)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FPDMBatch:
-    """Images of an FPDM and what they cost.
-
-    Attributes:
-        images: ``(N, C, H, W)``.
-        counts, chosen: as in ``SampleBatch``.
-    """
-
-    images: Tensor
-    counts: dict[str, float]
-    chosen: dict[str, float]
 
 
 class FPDMJob:
@@ -103,7 +91,7 @@ class FPDMJob:
                 **how,
             )
 
-    def sample(self, x_T: Tensor, y: Tensor | None, *, first: int, probe: Any, progress: bool) -> FPDMBatch:
+    def sample(self, x_T: Tensor, y: Tensor | None, *, first: int, probe: Any, progress: bool) -> Drawn:
         """Sample some images.
 
         Args:
@@ -113,6 +101,9 @@ class FPDMJob:
             probe: gives noise and classes of the images on which a threshold is found.
             progress: show a bar.
 
+        Returns:
+            Images ``(N, C, H, W)``, and ``counts`` and ``chosen`` of their ``SampleBatch``.
+
         Raises:
             ValueError: where no threshold meets the budget of adaptive iterations.
         """
@@ -121,23 +112,23 @@ class FPDMJob:
         options = self._step_options(y, first)
         options["iterations"] = iterations = self._iterations or self._adaptive(*probe())
         run = follow_transitions(self._model, x_T, self._transitions, **options)
-        images, evals = torch.empty(0), torch.zeros((), dtype=torch.int64)
+        images, evals = torch.empty(0), 0
         done = torch.ones(len(x_T), dtype=torch.bool, device=x_T.device)
         bar = ProgressBar.tqdm(run, total=self._transitions.steps, desc="sampling", unit="step", disable=not progress)
         for step in bar:
             images = step.after
-            evals = evals + step.solution.evals.sum().cpu()
+            evals = evals + step.solution.evals.sum()  # stays on the device until the end
             done &= step.solution.converged.unflatten(0, (-1, len(x_T))).all(dim=0)
         if not isinstance(iterations, ToTolerance):
-            return FPDMBatch(images=images, counts={}, chosen={})
+            return images, {}, {}
         config, halves = self._model.config, 1 if self._options.guidance == 1 else 2
         explicit = self._transitions.steps * config.block_passes(0) * len(x_T)
         counts: dict[str, float] = {"total_block_passes": explicit + config.implicit_blocks * int(evals) / halves}
         if self._options.layer_rtol is not None:
-            return FPDMBatch(images=images, counts={**counts, "converged": int(done.sum())}, chosen={})
-        return FPDMBatch(images=images, counts=counts, chosen={"layer_atol": iterations.atol})
+            return images, {**counts, "converged": int(done.sum())}, {}
+        return images, counts, {"layer_atol": iterations.atol}
 
-    def _jointly(self, x_T: Tensor, y: Tensor | None, first: int, progress: bool) -> FPDMBatch:
+    def _jointly(self, x_T: Tensor, y: Tensor | None, first: int, progress: bool) -> Drawn:
         options = self._options
         assert isinstance(self._iterations, int)
         assert not isinstance(options.max_rows, str)
@@ -158,9 +149,7 @@ class FPDMJob:
             progress=progress,
         )
         counts = {"rounds": joint.rounds, "evals": joint.evals, "converged": int(joint.solution.converged.sum())}
-        return FPDMBatch(
-            images=joint.images, counts={**counts, "total_block_passes": joint.block_passes * len(x_T)}, chosen={}
-        )
+        return joint.images, {**counts, "total_block_passes": joint.block_passes * len(x_T)}, {}
 
     def _step_options(self, y: Tensor | None, first: int) -> FPDMOptions:
         options = self._options
