@@ -72,7 +72,8 @@ class Case:
         self.reference = self.sequential(ToTolerance(rtol=1e-6, max_iterations=200))
 
     def sequential(self, iterations: int | ToTolerance) -> Tensor:
-        return sample_fpdm(self.model, self.x_T, self.schedule, steps=self.steps, iterations=iterations).images
+        options = {"steps": self.steps, "iterations": iterations, "solver": Picard()}
+        return sample_fpdm(self.model, self.x_T, self.schedule, **options).images
 
     def nested(self, depth: int | None) -> Callable[[], Tensor]:
         chain = self._chain(depth)
@@ -110,8 +111,7 @@ class Case:
         }
 
     def _chain(self, depth: int | None) -> DDIMChain:
-        solver = Anderson() if depth is None else Picard()
-        denoiser = FPDMDenoiser(self.model, depth=depth, rtol=RTOL, prior=self.prior, solver=solver)
+        denoiser = FPDMDenoiser(self.model, depth=depth, rtol=RTOL, prior=self.prior)
         return DDIMChain(denoiser, self.x_T, self.schedule, steps=self.steps, spacing="trailing")
 
 

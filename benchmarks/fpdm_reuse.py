@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fixpoint import Anderson
+from fixpoint import Anderson, Picard
 from fixpoint.bench import provenance
 from fixpoint_diffusion.evaluation import digit_frechet_distance, digit_quality
 from fixpoint_diffusion.experiments.fpdm import embedded_fpdm
@@ -79,8 +79,9 @@ def allocations(runs: Runs, steps: int, mean: int) -> dict[str, Any]:
         name: {"iterations": allocate(total, steps, name)} for name in ("constant", "increasing", "decreasing")
     }
     for name, per_sample in (("adaptive", False), ("adaptive, per image", True)):
-        until = adaptive_tolerance(runs.model, probe, runs.schedule, budget=total, steps=steps, per_sample=per_sample)
-        ways[name] = {"iterations": until}
+        how = {"steps": steps, "solver": Picard()}  # as in the paper
+        until = adaptive_tolerance(runs.model, probe, runs.schedule, budget=total, per_sample=per_sample, **how)
+        ways[name] = {"iterations": until, "solver": Picard()}
     ways["constant, Anderson"] = {"iterations": mean, "solver": Anderson()}
     print(f"\n{mean} iterations a step, {steps} steps")
     found = {}

@@ -210,8 +210,9 @@ def fpdm_architecture(path: Path) -> None:
     arrow((6.6, 5.35), (4.9, 5.35), (4.9, 3.5), (5.05, 3.5))
     axes.text(4.8, 5.5, "again, $k$ times", fontsize=8)
     arrow((6.6, 6.7), (6.6, 6.8))
-    arrow((8.6, 4.6), (8.15, 4.6), colour=told)
-    axes.text(8.7, 4.6, "$t$, class", va="center", fontsize=8, color=told)
+    for y, what in ((1.2, "class"), (4.6, "$t$, class"), (6.2, "class"), (7.3, "class")):
+        arrow((8.6, y), (8.1, y), colour=told)
+        axes.text(8.7, y, what, va="center", fontsize=8, color=told)
     figure.savefig(path, dpi=150)
 
 

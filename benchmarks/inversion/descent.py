@@ -55,12 +55,12 @@ def _cell(cells: Cells, setting: Setting, method: str, compute: Any) -> Cell:
 
 def _descend(setting: Setting, method: str, digits: int, epochs: int) -> Cell:
     reading = "released-code" if method == "released code" else "paper"
-    settings = deq_ddim_inversion_settings(
+    published = deq_ddim_inversion_settings(
         chain(setting, held_out(digits)[0]),
         reading,  # type: ignore[arg-type]
         baseline=method == "baseline",
     )
-    return descent({**settings, "stop": 0.0}, setting, digits, epochs=epochs, rate=_RATE)
+    return descent(published, setting, digits, epochs=epochs, rate=_RATE)
 
 
 def _solve(setting: Setting, digits: int) -> Cell:

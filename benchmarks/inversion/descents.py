@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from fixpoint_diffusion.inversion import OptimisedInverse
 
 
 def descent(
-    options: Mapping[str, Any],
+    method: OptimisedInverse,
     setting: Setting,
     count: int,
     *,
@@ -24,7 +23,7 @@ def descent(
     rate: float | None,
     keep: bool = False,
 ) -> Cell:
-    """``OptimisedInverse`` on held-out digits, by Adam at a learning rate (None: by the options' own optimiser).
+    """``method`` for so many epochs on held-out digits, by Adam at a learning rate (None: by the method's own).
 
     Returns:
         ``losses`` (mean over the digits, by epoch), ``least`` and ``most`` (of a digit, by epoch), ``best`` (least loss
@@ -32,9 +31,8 @@ def descent(
         ``keep`` also ``x_T``, where it ended.
     """
     images = held_out(count)[0]
-    if rate is not None:
-        options = {**options, "optimiser": partial(torch.optim.Adam, lr=rate)}
-    method = OptimisedInverse(**{"stop": 0.0, **options, "epochs": epochs})
+    optimiser = method.optimiser if rate is None else partial(torch.optim.Adam, lr=rate)
+    method = replace(method, optimiser=optimiser, stop=0.0, epochs=epochs)
     start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

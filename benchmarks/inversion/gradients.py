@@ -17,7 +17,7 @@ from benchmarks.inversion.descents import descent
 from benchmarks.solvers.standings import Target
 from fixpoint import IFT, JFB, Phantom
 from fixpoint.memory import LiveBytes
-from fixpoint_diffusion.inversion import Gradient, LinearTerm
+from fixpoint_diffusion.inversion import Gradient, LinearTerm, OptimisedInverse
 from fixpoint_diffusion.processes import initial_noise
 
 HOW_TO_READ = """\
@@ -57,7 +57,8 @@ def measure(cells: Cells, quick: bool) -> Cell:
     for name in _RATED:
         for rate in _RATES[-1:] if quick else _RATES:
             full = f"rate {rate:g}, {name}"
-            run = partial(descent, {"gradient": GRADIENTS[name]}, Setting(steps), digits, epochs=epochs, rate=rate)
+            method = OptimisedInverse(gradient=GRADIENTS[name])
+            run = partial(descent, method, Setting(steps), digits, epochs=epochs, rate=rate)
             found[full] = {"steps": steps, "rate": rate, **cells(full, run)}
     return found
 
@@ -80,15 +81,16 @@ def _compare(name: str, steps: int, count: int) -> Cell:
 def _places(steps: int, count: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Noise, and an x_T that is near to the right one, each with the gradient by backpropagation."""
     noise = initial_noise(0, range(count), held_out(1)[0].shape[1:])
-    found = descent({"gradient": LinearTerm()}, Setting(steps), count, epochs=10, rate=0.2, keep=True)
+    found = descent(OptimisedInverse(gradient=LinearTerm()), Setting(steps), count, epochs=10, rate=0.2, keep=True)
     near = torch.tensor(found["x_T"])
     return {place: (x_T, _gradient("sequential", steps, x_T)[0]) for place, x_T in (("noise", noise), ("near", near))}
 
 
 def _gradient(name: str, steps: int, x_T: Tensor) -> tuple[Tensor, Cell]:
     """One epoch of gradient descent at rate 1: where it was, minus where it went, is the gradient."""
-    options = {"gradient": GRADIENTS[name], "start": x_T, "rtol": 1e-5, "optimiser": partial(torch.optim.SGD, lr=1.0)}
-    found = descent(options, Setting(steps), len(x_T), epochs=1, rate=None, keep=True)
+    plain = partial(torch.optim.SGD, lr=1.0)
+    method = OptimisedInverse(gradient=GRADIENTS[name], start=x_T, rtol=1e-5, optimiser=plain)
+    found = descent(method, Setting(steps), len(x_T), epochs=1, rate=None, keep=True)
     costs = {what: found[what] for what in ("rounds", "rows", "products", "product_rows", "seconds")}
     return x_T - torch.tensor(found["x_T"]), costs
 

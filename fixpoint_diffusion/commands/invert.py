@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,7 +45,8 @@ def invert(
     Example: fixpoint-diffusion invert digits --steps 50 --num-images 8 --out runs/invert
 
     Pictures of another size than the model's are scaled, and their middle is taken. Clipping cannot be undone: a
-    model that is sampled with it is inverted, and has to be sampled, without.
+    model that is sampled with it is inverted, and has to be sampled, without. The command ends with the one that
+    samples from what was found; with another --class there, the images are edited.
 
     Writes x_T.npy, the images above their reconstructions (grid.png), the error against rounds (errors.png), and the
     error and status of each image (invert.json).
@@ -57,7 +59,8 @@ def invert(
     import torch
 
     from fixpoint import Status
-    from fixpoint_diffusion.files import write_json
+    from fixpoint_diffusion.denoisers import FPDMDenoiser
+    from fixpoint_diffusion.files import locked, write_json, written_whole
     from fixpoint_diffusion.inversion import ParallelInverse
     from fixpoint_diffusion.inversion import invert as find
     from fixpoint_diffusion.sampling.job import classes_of, labels_of
@@ -68,26 +71,30 @@ def invert(
     chosen = classes_of(denoiser, classes, guidance, () if classes is None else read_class_names(folder))
     labels = labels_of(chosen, range(len(x_0)))
     chain, clips = _chain(denoiser, x_0, steps, labels if labels is None else labels.to(device), guidance)
-    out.mkdir(parents=True, exist_ok=True)
-    method = ParallelInverse(max_rounds=max_rounds)
-    inverse = find(chain, x_0, method=method, rtol=rtol, on_failure="ignore", progress=True)
-    np.save(out / NOISE, inverse.x_T.cpu().numpy())
-    ends = [Status(int(number)).name for number in inverse.status]
-    rows = [{"error": float(e), "status": end} for e, end in zip(inverse.error, ends, strict=True)]
     settings = {"images": images, "model": model, "steps": steps, "class": classes, "guidance": guidance}
     settings |= {"rtol": rtol, "clipping_left_out": clips}
-    write_json(out / RECORD, {**settings, "rounds": inverse.rounds, "evals": inverse.evals, "results": rows})
-    written = [NOISE, RECORD, *_pictures(x_0, inverse, out)]
+    with locked(out, work="inverting"):
+        method = ParallelInverse(max_rounds=max_rounds)
+        inverse = find(chain, x_0, method=method, rtol=rtol, on_failure="ignore", progress=True)
+        with written_whole(out / NOISE) as file:
+            np.save(file, inverse.x_T.cpu().numpy())
+        ends = [Status(int(number)).name for number in inverse.status]
+        rows = [{"error": float(e), "status": end} for e, end in zip(inverse.error, ends, strict=True)]
+        write_json(out / RECORD, {**settings, "rounds": inverse.rounds, "evals": inverse.evals, "results": rows})
+        written = [NOISE, RECORD, *_pictures(x_0, inverse, out)]
     for number, (error, end) in enumerate(zip(inverse.error, ends, strict=True)):
         typer.echo(f"image {number:4}  RMS error {float(error):.1e}  {end}")
     converged = f"{int(inverse.converged.sum())} of {len(x_0)} inverted"
     typer.echo(f"{converged} in {inverse.rounds} rounds, {inverse.evals} model rows")
     typer.echo(f"written to {out}: {', '.join(written)}")
-    if clips:
-        typer.echo(
-            "note: sampling from this model clips predicted images, which cannot be undone. x_T leads to the images "
-            'without clipping: chain_from_scheduler(..., x0_hook=Clip(float("inf")))'
-        )
+    told = "" if classes is None else f" --class {quote(classes)}"
+    told += "" if guidance == 1 else f" --guidance {guidance:g}"
+    if isinstance(denoiser, FPDMDenoiser):  # its layer was solved to a tolerance, each time from its own start
+        told += f" --layer-rtol {denoiser.rtol:g} --no-reuse"
+    typer.echo(
+        f"Sample from it, with these options or others:\n  fixpoint-diffusion sample --model {quote(model)} "
+        f"--x-T {quote(str(out / NOISE))} --steps {steps}{told}{' --no-clip' if clips else ''}"
+    )
     if missed := len(x_0) - int(inverse.converged.sum()):
         typer.echo(
             f"Warning: {missed} of {len(x_0)} images were not inverted to --rtol {rtol}; x_T.npy has the best that was "

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fixpoint_diffusion.commands.shared import open_model, path_option, with_options
-from fixpoint_diffusion.files import locked, sha256_of_all
+from fixpoint_diffusion.files import locked, sha256_of, sha256_of_all
 from fixpoint_diffusion.sampling.options import SamplingOptions
 from fixpoint_diffusion.sampling.run_folder import GRID, IMAGES, ONE_FILE, RECORD, ImageFormat, RunFolder
 
@@ -24,6 +24,10 @@ def sample(
     vae: Annotated[
         Path | None,
         typer.Option(parser=path_option, help="Folder of the autoencoder, for a model of latents.", metavar="FOLDER"),
+    ] = None,
+    x_T: Annotated[
+        Path | None,
+        typer.Option("--x-T", parser=path_option, help="Noise to start from: x_T.npy of invert.", metavar="FILE"),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to sample: cpu, cuda, ...")] = "cpu",
     out: Annotated[
@@ -47,22 +51,25 @@ def sample(
 
     from fixpoint_diffusion.denoisers.loading import model_files
     from fixpoint_diffusion.models.autoencoder import LatentDecoder, autoencoder_files, load_autoencoder
-    from fixpoint_diffusion.sampling.job import SamplingJob
+    from fixpoint_diffusion.sampling.job import SamplingJob, read_noise
     from fixpoint_diffusion.training.export import read_class_names
 
     decoder = None if vae is None else LatentDecoder(load_autoencoder(vae, device=device))
     names = () if options.classes is None else read_class_names(model_folder)
-    job = SamplingJob(denoiser, options, decoder=decoder, class_names=names)
+    noise = None if x_T is None else read_noise(x_T, tuple(denoiser.sample_shape or ()))
+    job = SamplingJob(denoiser, options, decoder=decoder, class_names=names, x_T=noise)
     settings: dict[str, Any] = {"model": model, "weights_sha256": sha256_of_all(model_files(model_folder))}
     if vae is not None:
         settings |= {"vae": str(vae), "vae_sha256": sha256_of_all(autoencoder_files(vae))}
+    if x_T is not None:
+        settings |= {"x_T": str(x_T), "x_T_sha256": sha256_of(x_T)}
     settings |= {name: value for name, value in asdict(options).items() if name not in ("num_images", "batch_size")}
     settings |= job.settings | {"classes": None if job.classes is None else list(job.classes)}
     with locked(out, work="sampling"):
         folder = RunFolder(
             out,
             settings,
-            num_images=options.num_images,
+            num_images=job.num_images,
             batch_size=options.batch_size,
             image_shape=job.image_shape,
             format=format,
@@ -83,17 +90,22 @@ def sample(
         except BaseException:
             folder.discard_empty()
             raise
-        figures = folder.finish(_judge(model, folder))
+        figures = folder.finish(_mean_cost(folder) | _judge(model, folder))
         width = max(map(len, figures))
         typer.echo("\n".join(f"{name:{width}}  {value}" for name, value in figures.items() if value is not None))
         written = [_save_grid(folder), ONE_FILE if (out / ONE_FILE).exists() else f"{IMAGES}/", RECORD]
         typer.echo(f"written to {out}: {', '.join(name for name in written if name)}")
         missed = folder.num_images - folder.totals.get("converged", folder.num_images)
         if missed > 0:
-            typer.echo(
-                f"Warning: {missed} of {folder.num_images} images did not converge to --rtol {options.rtol}",
-                err=True,
-            )
+            layers = options.solver == "sequential"  # which has no other tolerance
+            to = f"--layer-rtol {options.layer_rtol}" if layers else f"--rtol {options.rtol}"
+            typer.echo(f"Warning: {missed} of {folder.num_images} images did not converge to {to}", err=True)
+
+
+def _mean_cost(folder: RunFolder) -> dict[str, float]:
+    """Block passes of an image, where they became known with the images."""
+    total = folder.totals.get("total_block_passes")
+    return {} if total is None or not folder.done else {"mean_block_passes": round(total / folder.done, 3)}
 
 
 def _judge(model: str, folder: RunFolder) -> dict[str, float]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -91,7 +92,7 @@ def with_options(options: type[Any], *, default: str = "{}") -> Callable[[F], F]
         for field in fields(options):
             if "help" not in field.metadata:
                 continue
-            data, hint = field.metadata, hints[field.name]  # the type, as typer is to see it
+            data, hint = field.metadata, _without_none(hints[field.name])  # the type, as typer is to see it
             names = [data["flag"]] if data["flag"] else []
             about: dict[str, Any] = {"help": data["help"]}
             if default != "{}":
@@ -114,6 +115,11 @@ def with_options(options: type[Any], *, default: str = "{}") -> Callable[[F], F]
         return command
 
     return decorate
+
+
+def _without_none(hint: Any) -> Any:
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 and get_origin(hint) in (Union, UnionType) else hint
 
 
 def _choices(name: str, values: tuple[str, ...]) -> Any:

@@ -43,7 +43,9 @@ def train(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="FPDM as in the paper (paper), as its code has it (released), or as here (ours)."),
+        typer.Option(
+            help="fpdm, dit: as in FPDM's paper (paper); fpdm: as its code has it (released), as here (ours)."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the training would cost, and do nothing.")
@@ -86,7 +88,7 @@ def train(
         check_device(device)
 
     from fixpoint_diffusion.files import read_json
-    from fixpoint_diffusion.training.presets import PRESETS
+    from fixpoint_diffusion.training.presets import preset_named
     from fixpoint_diffusion.training.runs import DataOptions, TrainingRun
 
     if resume:
@@ -115,8 +117,9 @@ def train(
     typer.echo(run.describe())
     if dry_run:
         typer.echo(run.plan().describe())
-        if preset is not None and PRESETS[preset].unknown:
-            typer.echo(f"  not known    {PRESETS[preset].unknown}")
+        unknown = "" if preset is None else preset_named(preset, kind or "unet").unknown
+        if unknown:
+            typer.echo(f"  not known    {unknown}")
         return
     try:
         log = run.run()

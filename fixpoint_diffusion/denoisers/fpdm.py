@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fixpoint import Picard, Solver
+from fixpoint import Solver
 from fixpoint_diffusion.denoisers.transformer import TransformerDenoiser
 from fixpoint_diffusion.models import FPDM
 from fixpoint_diffusion.processes import GaussianPrior
@@ -24,10 +24,10 @@ class FPDMDenoiser(TransformerDenoiser):
         model: The model.
         schedule_config: Configuration of the noise schedule it was trained with, as a diffusers scheduler's.
         depth: Iterations of the layer per call; None: solve to ``rtol``.
-        rtol: Relative tolerance of the layer's solve, unused with ``depth``.
+        rtol: Relative tolerance of the layer's solve, unused with ``depth``. A call warns of rows that miss it.
         max_evals: Bound on evaluations of that solve.
-        solver: Solver of the layer. Plain iteration does not converge for every image: to a tolerance, ``Anderson()``
-            is safer.
+        solver: Solver of the layer. None: plain iteration with ``depth``, and ``Anderson()`` to a tolerance, because
+            plain iteration does not converge for every image.
         prior: What is known of the images, from which chains predict how latents move; None: a plain guess.
         learned_variance: Whether the output keeps what the model says of the variance, ``(N, 2 C, H, W)``; for a
             model with ``learn_sigma``. False: it is dropped.
@@ -52,7 +52,7 @@ class FPDMDenoiser(TransformerDenoiser):
         depth: int | None = None,
         rtol: float = 1e-3,
         max_evals: int = 50,
-        solver: Solver = Picard(),  # noqa: B008 - immutable
+        solver: Solver | None = None,
         prior: GaussianPrior | None = None,
         learned_variance: bool = False,
     ) -> None:

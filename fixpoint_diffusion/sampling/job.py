@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +15,9 @@ from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, ProgressBar, 
 from fixpoint_diffusion.chains import SamplingChain, chain_from_scheduler
 from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided, NetworkDenoiser, describe, family_of
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
-from fixpoint_diffusion.models import FPDM
-from fixpoint_diffusion.processes import SamplerConfig, initial_noise
-from fixpoint_diffusion.sampling.fpdm import follow_transitions
+from fixpoint_diffusion.files import map_array
+from fixpoint_diffusion.processes import Clip, SamplerConfig, initial_noise
+from fixpoint_diffusion.sampling.fpdm.job import PROBE_IMAGES, Drawn, FPDMJob, refuse_fpdm_options
 from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, check_guidance, parse_classes
 from fixpoint_diffusion.sampling.sample import sample
 
@@ -28,7 +30,7 @@ SOLVERS: dict[SolverName, Solver] = {
     SolverName.anderson: Anderson(),
     SolverName.broyden: Broyden(),
 }
-DEFAULT_ITERATIONS = 4
+_NUM_IMAGES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +41,17 @@ class SampleBatch:
         first: the number of the first of them among the job's images.
         images: ``(N, *image_shape)`` float32, on the CPU.
         labels: their classes, ``(N,)`` int64; None where no class was asked for.
-        counts: what they cost, to be added up over batches: ``rounds`` and ``evals`` of the model, and how many
-            ``converged``.
-        rows_per_round: the most rows of the model in a round, where that was chosen by timing the model.
+        counts: what they cost, to be added up over batches: ``rounds`` and ``evals`` of the model, how many
+            ``converged``, and an FPDM's ``total_block_passes``, where they are not known before.
+        chosen: what the job has chosen by measuring: ``rows_per_round``, the most rows of the model in a round;
+            ``layer_atol``, the threshold of an FPDM's adaptive iterations.
     """
 
     first: int
     images: Tensor
     labels: Tensor | None
-    counts: dict[str, int]
-    rows_per_round: int | None = None
+    counts: dict[str, float]
+    chosen: dict[str, float]
 
 
 class SamplingJob:
@@ -59,12 +62,14 @@ class SamplingJob:
         options: what to sample and how.
         decoder: turns latents into images; None: the samples are the images.
         class_names: names of the model's classes by their numbers, which the options may use.
+        x_T: noise to start from ``(M, *sample_shape)``, of image 0 on; None: drawn by the seed.
 
     Attributes:
+        num_images: how many images; by default 16, or as many as ``x_T`` has.
         image_shape: shape of one image, ``(C, H, W)``, after decoding.
         classes: the classes that the images get in turn; None where no class was asked for.
         settings: JSON-able settings that FPDM adds to the options (``iterations``, ``reuse``, and ``block_passes``, the
-            cost of one image).
+            cost of one image, where it is known).
 
     Raises:
         ValueError: for options that do not fit the model, or a model that lacks a schedule, a size or classes.
@@ -82,6 +87,7 @@ class SamplingJob:
         *,
         decoder: LatentDecoder | None = None,
         class_names: Sequence[str] = (),
+        x_T: Tensor | None = None,
     ) -> None:
         if denoiser.schedule_config is None or denoiser.sample_shape is None:
             missing = "scheduler_config.json" if denoiser.schedule_config is None else "sample_size in its config.json"
@@ -93,6 +99,12 @@ class SamplingJob:
         self.image_shape = self._sample_shape if decoder is None else decoder.image_shape(self._sample_shape)
         self._config = SamplerConfig.from_diffusers(denoiser.schedule_config)
         self._device = denoiser.device
+        self._x_T = x_T
+        self._x0_hook = Clip(float("inf")) if options.no_clip else None
+        self.num_images = options.num_images or (_NUM_IMAGES if x_T is None else len(x_T))
+        if x_T is not None and self.num_images > len(x_T):
+            raise ValueError(f"--num-images {self.num_images} are more than the {len(x_T)} that --x-T holds")
+        self._fpdm: FPDMJob | None = None
         self._denoiser = self._prepare(denoiser)
         self.classes = classes_of(denoiser, options.classes, options.guidance, class_names)
         # A chain of one image that is not run: whatever does not fit is said before anything is written.
@@ -112,7 +124,7 @@ class SamplingJob:
         Raises:
             FloatingPointError: if images are not finite.
         """
-        total, size = self.options.num_images, self.options.batch_size
+        total, size = self.num_images, self.options.batch_size
         single = total - first <= size
         with ProgressBar.tqdm(
             total=total, initial=first, desc="sampling", unit="image", disable=single or not progress, smoothing=0
@@ -124,11 +136,13 @@ class SamplingJob:
 
     @torch.no_grad()
     def _sample(self, samples: range, *, progress: bool) -> SampleBatch:
-        counts, rows = dict[str, int](), None
-        if isinstance(self._denoiser, FPDMDenoiser) and self.options.solver == SolverName.sequential:
-            images = self._sample_fpdm(self._denoiser.model, samples, progress=progress)
+        if self._fpdm is not None and self._fpdm.chain_denoiser is None:
+            noise, labels = self._starts(samples)
+            known = PROBE_IMAGES if self._x_T is None else min(PROBE_IMAGES, len(self._x_T))
+            probe = partial(self._starts, range(known))
+            images, counts, chosen = self._fpdm.sample(noise, labels, first=samples[0], probe=probe, progress=progress)
         else:
-            images, counts, rows = self._sample_chain(samples, progress=progress)
+            images, counts, chosen = self._sample_chain(samples, progress=progress)
         if self._decoder is not None:
             images = self._decoder(images)
         if not bool(images.isfinite().all()):
@@ -141,11 +155,11 @@ class SamplingJob:
             images=images.to("cpu", torch.float32),
             labels=self.labels(samples),
             counts=counts,
-            rows_per_round=rows,
+            chosen=chosen,
         )
 
-    def _sample_chain(self, samples: range, *, progress: bool) -> tuple[Tensor, dict[str, int], int | None]:
-        options, rows = self.options, None
+    def _sample_chain(self, samples: range, *, progress: bool) -> Drawn:
+        options, chosen = self.options, dict[str, float]()
         chain = self._chain(samples, eta=options.eta)
         if options.solver == SolverName.sequential:
             images, outcome = chain.sequential(trajectory=False, progress=progress), {}
@@ -161,27 +175,8 @@ class SamplingJob:
             )
             images, outcome = result.images, {"converged": int(result.solution.converged.sum())}
             if options.max_rows == "auto":
-                rows = result.max_rows or len(samples) * options.steps  # no bound: all rows at once
-        return images, {"rounds": chain.rounds, "evals": chain.evals, **outcome}, rows
-
-    def _sample_fpdm(self, model: FPDM, samples: range, *, progress: bool) -> Tensor:
-        """The same steps as those of the chain, in which the layer may start at the last step's solution."""
-        options = self.options
-        run = follow_transitions(
-            model,
-            self._noise(samples),
-            self._config.transitions(options.steps, eta=options.eta, prediction_type=model.config.prediction_type),
-            iterations=self.settings["iterations"],
-            reuse=self.settings["reuse"],
-            seed=options.seed,
-            y=self._labels_on_device(samples),
-            guidance=options.guidance,
-            first_sample=samples[0],
-        )
-        images = torch.empty(0)
-        for step in ProgressBar.tqdm(run, total=options.steps, desc="sampling", unit="step", disable=not progress):
-            images = step.after
-        return images
+                chosen["rows_per_round"] = result.max_rows or len(samples) * options.steps  # no bound: all at once
+        return images, {"rounds": chain.rounds, "evals": chain.evals, **outcome}, chosen
 
     def _chain(self, samples: range, *, eta: float) -> SamplingChain:
         labels = self._labels_on_device(samples)
@@ -192,12 +187,18 @@ class SamplingJob:
             self._config,
             steps=self.options.steps,
             eta=eta,
+            x0_hook=self._x0_hook,
             seed=self.options.seed,
             first_sample=samples[0],
             conditioning=conditioning,
         )
 
+    def _starts(self, samples: range) -> tuple[Tensor, Tensor | None]:
+        return self._noise(samples), self._labels_on_device(samples)
+
     def _noise(self, samples: range) -> Tensor:
+        if self._x_T is not None:
+            return self._x_T[samples.start : samples.stop].to(self._device)
         return initial_noise(self.options.seed, samples, self._sample_shape, device=self._device)
 
     def _labels_on_device(self, samples: range) -> Tensor | None:
@@ -207,23 +208,33 @@ class SamplingJob:
 
     def _prepare(self, denoiser: NetworkDenoiser) -> NetworkDenoiser:
         options = self.options
-        variance = self._config.transitions(options.steps, eta=options.eta).learned_variance
-        if not isinstance(denoiser, FPDMDenoiser):
-            if options.iterations is not None or options.reuse is not None:
-                raise ValueError("--iterations and --reuse are for FPDM models, and this model is none")
-            return _with_variance(denoiser) if variance else denoiser
-        iterations = options.iterations or DEFAULT_ITERATIONS
-        reuse = options.reuse is not False and options.solver == SolverName.sequential
-        config = denoiser.model.config
-        passes = options.steps * config.block_passes(iterations)
-        self.settings = {"iterations": iterations, "reuse": reuse, "block_passes": passes}
-        return FPDMDenoiser(
-            denoiser.model,
-            schedule_config=denoiser.schedule_config,
-            depth=iterations,
-            prior=denoiser.prior,
-            learned_variance=variance,
+        transitions = self._config.transitions(
+            options.steps, eta=options.eta, x0_hook=self._x0_hook, prediction_type=denoiser.prediction_type
         )
+        if not isinstance(denoiser, FPDMDenoiser):
+            refuse_fpdm_options(options)
+            return _with_variance(denoiser) if transitions.learned_variance else denoiser
+        self._fpdm = FPDMJob(denoiser, options, transitions)
+        self.settings = self._fpdm.settings
+        return self._fpdm.chain_denoiser or (_with_variance(denoiser) if transitions.learned_variance else denoiser)
+
+
+def read_noise(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """Noise to start from, as ``fixpoint-diffusion invert`` writes it: ``(M, *shape)`` float32.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, holds no such samples, or not finite numbers.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path} with noise to start from")
+    array = map_array(path)
+    if array.ndim == 0 or array.shape[1:] != tuple(shape) or not len(array) or array.dtype.kind != "f":
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected floats (N, {', '.join(map(str, shape))})")
+    noise = torch.from_numpy(array.astype("float32"))
+    if not bool(noise.isfinite().all()):
+        raise ValueError(f"{path} holds numbers that are not finite")
+    return noise
 
 
 def classes_of(

@@ -56,6 +56,19 @@ def rows_or_auto(text: str) -> int | Literal["auto"]:
         raise ValueError(f"expected a number or auto, got {text[:40]!r}") from None
 
 
+def iterations_or_list(text: str) -> int | tuple[int, ...]:
+    """A number of iterations, or one for each step, with commas.
+
+    >>> iterations_or_list("4"), iterations_or_list("8,4,2")
+    (4, (8, 4, 2))
+    """
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"expected a number, or one for each step such as 8,4,2, got {text[:40]!r}") from None
+    return counts[0] if len(counts) == 1 else counts
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """What to sample and how. The help text of each option is in its field's metadata, where the command reads it.
@@ -72,7 +85,7 @@ class SamplingOptions:
     ValueError: --eta must be from 0.0 to 1.0, got nan
     """
 
-    num_images: int = option(16, "How many images.", low=1, high=_WORD)
+    num_images: int | None = option(None, "How many images (default: 16, or all that --x-T holds).", low=1, high=_WORD)
     batch_size: int = option(256, "Most images at once; it does not change them.", low=1, high=100_000)
     steps: int = option(50, "Sampling steps.", low=1)
     eta: float = option(0.0, "Noise per step: 0 is DDIM, 1 as DDPM.", low=0.0, high=1.0)
@@ -97,9 +110,38 @@ class SamplingOptions:
         high=10**9,
         parser=rows_or_auto,
     )
-    iterations: int | None = option(None, "FPDM: iterations per step (default: 4).", low=1, high=10**4)
+    no_clip: bool | None = option(
+        None, "Do not clip predicted images, for noise that invert has found.", flag="--no-clip"
+    )
+    iterations: int | tuple[int, ...] | None = option(
+        None,
+        "FPDM: iterations per step, or one for each step, such as 8,4,4,2 (default: 4).",
+        low=1,
+        high=10**4,
+        parser=iterations_or_list,
+    )
+    block_passes: int | None = option(
+        None, "FPDM: cost of an image in passes of a block, in place of --iterations.", low=1, high=10**9
+    )
+    allocation: Literal["constant", "increasing", "decreasing", "adaptive"] | None = option(
+        None, "FPDM: how the iterations are divided among the steps; increasing: more at low noise."
+    )
+    slope: float | None = option(
+        None, "FPDM: from 0 to 2, steepness of an increasing or decreasing allocation (default: 1).", low=0.0, high=2.0
+    )
+    layer_rtol: float | None = option(
+        None, "FPDM: iterate the layer to this relative tolerance, in place of --iterations.", low=1e-12, high=1.0
+    )
+    layer_solver: Literal["picard", "anderson", "broyden"] | None = option(
+        None, "FPDM: solver of the layer (default: picard; with --layer-rtol or adaptive anderson)."
+    )
     reuse: bool | None = option(
-        None, "FPDM: start at the last step's solution (default: reuse).", flag="--reuse/--no-reuse"
+        None,
+        "FPDM: start at the last step's solution (default: reuse). With --solver causal: chain and layers as one.",
+        flag="--reuse/--no-reuse",
+    )
+    extrapolate: bool | None = option(
+        None, "FPDM: start from the last two solutions, extrapolated.", flag="--extrapolate"
     )
 
     def __post_init__(self) -> None:
@@ -109,14 +151,42 @@ class SamplingOptions:
             if value is None or by_itself or (low is None and high is None):
                 continue
             least, most = -math.inf if low is None else low, math.inf if high is None else high
-            if not (least <= value <= most and math.isfinite(value)):  # NaN fails every comparison
-                bound = f"at least {low} and finite" if high is None else f"from {low} to {high}"
-                raise ValueError(f"{flag(each.name)} must be {bound}, got {value}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if not (least <= number <= most and math.isfinite(number)):  # NaN fails every comparison
+                    bound = f"at least {low} and finite" if high is None else f"from {low} to {high}"
+                    raise ValueError(f"{flag(each.name)} must be {bound}, got {number}")
         if self.max_rows is not None and self.solver != SolverName.causal:
             raise ValueError(f"--max-rows is for --solver causal, not for --solver {self.solver}")
-        if self.reuse and self.solver != SolverName.sequential:
-            raise ValueError("--reuse needs steps that follow each other: leave it out, or use --solver sequential")
         check_guidance(self.guidance, self.classes)
+        self._check_layer()
+
+    def _check_layer(self) -> None:
+        """Refuse options of an FPDM's layer that contradict each other."""
+        counted = next((name for name in ("iterations", "block_passes", "allocation") if getattr(self, name)), None)
+        if self.layer_rtol is not None and counted is not None:
+            raise ValueError(f"--layer-rtol decides how many iterations a step takes: leave out {flag(counted)}")
+        if self.iterations is not None and self.block_passes is not None:
+            raise ValueError("--block-passes takes the place of --iterations: leave one of them out")
+        if self.allocation is not None and isinstance(self.iterations, tuple):
+            raise ValueError("--allocation divides a number of --iterations, and here they are listed: leave one out")
+        if self.slope is not None and self.allocation not in ("increasing", "decreasing"):
+            raise ValueError("--slope is for --allocation increasing or decreasing")
+        if self.extrapolate and self.reuse is False:
+            raise ValueError("--extrapolate is a way to reuse solutions: leave out --no-reuse")
+        if self.solver == SolverName.sequential:
+            return
+        jointly = self.reuse and self.solver == SolverName.causal
+        in_turn = ["block_passes", "allocation", "extrapolate"]
+        in_turn += ["iterations"] if isinstance(self.iterations, tuple) else []
+        in_turn += ["layer_rtol", "layer_solver"] if jointly else ["reuse"]
+        for name in in_turn:
+            if getattr(self, name):
+                listed = " with a list" if name == "iterations" else ""
+                raise ValueError(
+                    f"{flag(name)}{listed} needs steps that follow each other: leave it out, or use --solver sequential"
+                )
+        if jointly and self.max_rows == "auto":
+            raise ValueError("--max-rows auto times the model alone, not chain and layers as one: give a number")
 
 
 def flag(name: str) -> str:

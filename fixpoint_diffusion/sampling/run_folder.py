@@ -25,7 +25,10 @@ from fixpoint_diffusion.sampling.job import SampleBatch
 RECORD, GRID, ONE_FILE, IMAGES = "sample.json", "grid.png", "images.npy", "images"
 _FILE = re.compile(r"(\d{8,})(?:-class\d+)?\.(npy|png)")
 # What the record says of progress and cost; the rest of it are settings, which a continued run must share.
-_PROGRESS = ("num_images", "images_done", "seconds", "rounds", "evals", "converged", "rows_per_round")
+_PROGRESS = (
+    *("num_images", "images_done", "seconds", "rounds", "evals", "converged"),
+    *("rows_per_round", "layer_atol", "total_block_passes"),
+)
 
 
 class ImageFormat(StrEnum):
@@ -123,8 +126,8 @@ class RunFolder:
         self.done += len(batch.images)
         for name, count in {**batch.counts, "seconds": round(seconds, 3)}.items():
             self.totals[name] = round(self.totals.get(name, 0) + count, 3)
-        if batch.rows_per_round is not None:
-            self.totals["rows_per_round"] = max(self.totals.get("rows_per_round", 0), batch.rows_per_round)
+        for name, value in batch.chosen.items():
+            self.totals[name] = max(self.totals.get(name, 0), value)
         self._write_record()
 
     def discard_empty(self) -> None:

@@ -7,38 +7,86 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from fixpoint import FixedPointLayer, Picard, solve
 from fixpoint_diffusion.files import written_whole
 
 LOG_FILE = "training_log.csv"
+_ITERATIONS = 16
 
 
 @dataclass
 class TrainingLog:
-    """Lines ``(step, mean loss since the line before, learning rate, seconds so far)``, and the sum of the next one."""
+    """Lines ``(step, mean loss since the line before, learning rate, seconds so far, layer's residual)``.
 
-    lines: list[tuple[int, float, float, float]] = field(default_factory=list)
+    The residual is that of :class:`LayerResidual`; None for a model without a fixed point layer. ``pending`` is the
+    sum of the losses of the next line.
+    """
+
+    lines: list[tuple[int, float, float, float, float | None]] = field(default_factory=list)
     pending: float = 0.0
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.lines = [(int(step), loss, rate, seconds) for step, loss, rate, seconds in self.lines]
+        # Lines of earlier versions have no residual.
+        self.lines = [
+            (int(step), loss, rate, seconds, residual[0] if residual else None)
+            for step, loss, rate, seconds, *residual in self.lines
+        ]
         self._began = time.perf_counter() - self.seconds
 
-    def add(self, done: int, loss: float, rate: float, every: int) -> bool:
+    def add(self, done: int, loss: float, rate: float, every: int, residual: float | None = None) -> bool:
         """Take in the loss of one step; returns whether that made a line."""
         self.pending += loss
         self.seconds = time.perf_counter() - self._began
         if done % every:
             return False
-        self.lines.append((done, self.pending / every, rate, self.seconds))
+        self.lines.append((done, self.pending / every, rate, self.seconds, residual))
         self.pending = 0.0
         return True
 
     def write_csv(self, path: Path) -> None:
         """Write all lines so far to ``path``, whole or not at all."""
-        rows = [f"{step},{loss:.6g},{rate:.6g},{seconds:.1f}" for step, loss, rate, seconds in self.lines]
+        names, measured = "step,loss,learning_rate,seconds", any(line[4] is not None for line in self.lines)
+        rows = []
+        for step, loss, rate, seconds, residual in self.lines:
+            last = "" if residual is None else f"{residual:.4g}"
+            rows.append(f"{step},{loss:.6g},{rate:.6g},{seconds:.1f}" + (f",{last}" if measured else ""))
         with written_whole(path) as file:
-            file.write("\n".join(["step,loss,learning_rate,seconds", *rows, ""]).encode())
+            file.write("\n".join([names + (",layer_residual" if measured else ""), *rows, ""]).encode())
+
+
+class LayerResidual:
+    """How well plain iteration solves a model's fixed point layer, on the batch of a training step.
+
+    Args:
+        model: the model; one without a fixed point layer, or with several, is not measured.
+
+    Attributes:
+        wanted: whether the next calls of the model are to be measured, at 16 evaluations of the layer's map each.
+        latest: ``||f(z) - z|| / ||f(z)||`` after 16 iterations, mean over the images of the last such call; None before
+            the first one. It does not depend on the number of iterations that training draws.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.wanted = False
+        self.latest: float | None = None
+        layers = [module for module in model.modules() if isinstance(module, FixedPointLayer)]
+        self._hook = layers[0].register_forward_hook(self._measure, with_kwargs=True) if len(layers) == 1 else None
+
+    @torch.no_grad()
+    def _measure(self, layer: Any, inputs: tuple[Tensor, ...], options: dict[str, Any], output: Any) -> None:
+        if self.wanted:
+            z = solve(layer.f, options["z0"], inputs, solver=Picard(), backward=None, depth=_ITERATIONS - 1).value
+            fz = layer.f(z, *inputs).float().flatten(1)
+            self.latest = float(((fz - z.float().flatten(1)).norm(dim=1) / fz.norm(dim=1)).mean())
+
+    def remove(self) -> None:
+        """Take the hook off the layer."""
+        if self._hook is not None:
+            self._hook.remove()
 
 
 def tensorboard_writer(folder: Path, *, first_step: int) -> Any | None:

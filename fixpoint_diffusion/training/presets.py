@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fixpoint_diffusion.models import FPDMConfig
+from fixpoint_diffusion.models import DiTConfig, FPDMConfig
 from fixpoint_diffusion.training.data import ImageDataset
 from fixpoint_diffusion.training.data.crops import Crop
 
@@ -49,18 +49,19 @@ def preset_named(name: str, kind: str) -> Preset:
     """
     if name not in PRESETS:
         raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    found = PRESETS[name]
-    if found.kind != kind:
-        raise ValueError(f"preset {name!r} is for {found.kind}, got {kind}")
-    return found
+    by_kind = {preset.kind: preset for preset in PRESETS[name]}
+    if kind not in by_kind:
+        raise ValueError(f"preset {name!r} is for {' and '.join(by_kind)}, got {kind}")
+    return by_kind[kind]
 
 
-# The published XL/2; what depends on the data is left out.
-_SIZES = {
-    name: value
-    for name, value in dataclasses.asdict(FPDMConfig.preset("XL/2")).items()
-    if name not in ("sample_size", "in_channels", "num_classes")
-}
+def _sizes(published: FPDMConfig | DiTConfig) -> dict[str, Any]:
+    """What does not depend on the data."""
+    fields = dataclasses.asdict(published)
+    return {name: fields[name] for name in fields if name not in ("sample_size", "in_channels", "num_classes")}
+
+
+_FPDM_XL = _sizes(FPDMConfig.preset("XL/2"))
 _TRAINING: dict[str, Any] = {
     "steps": 400_000,
     "batch_size": 512,
@@ -74,23 +75,38 @@ _TRAINING: dict[str, Any] = {
 }
 _IMAGENET = ((4, 32, 32), 1000, 1_281_167)
 _STEPS = "the number of steps (the paper gives days; its DiT made 400,000 in that time)"
+_AS_DIT = (
+    "optimiser, weight decay, average and clipping (as in DiT: AdamW, 0, 0.9999, none); the weight of the loss (plain)"
+)
 
-PRESETS = {
+# By name, one for each family that it is for.
+PRESETS: Mapping[str, tuple[Preset, ...]] = {
     # Sections 4.1 and 5.5 of the paper; what these leave open is as in DiT, whose recipe it follows.
-    "paper": Preset(
-        kind="fpdm",
-        settings=_SIZES,
-        training=_TRAINING,
-        published=_IMAGENET,
-        unknown=f"{_STEPS}; optimiser, weight decay, average and clipping (as in DiT: AdamW, 0, 0.9999, none); the "
-        "weight of the loss (plain)",
+    "paper": (
+        Preset(
+            kind="fpdm",
+            settings=_FPDM_XL,
+            training=_TRAINING,
+            published=_IMAGENET,
+            unknown=f"{_STEPS}; {_AS_DIT}",
+        ),
+        # Its baseline, with the same hyperparameters.
+        Preset(
+            kind="dit",
+            settings=_sizes(DiTConfig.preset("XL/2")),
+            training=_TRAINING,
+            published=_IMAGENET,
+            unknown=_AS_DIT,
+        ),
     ),
-    "released": Preset(
-        kind="fpdm",
-        settings={**_SIZES, "injection_gelu": "tanh", "attach_start": False},
-        training={**_TRAINING, "weighting": "fpdm"},
-        published=_IMAGENET,
-        unknown=f"{_STEPS}; clipping (none); N and M of the published models (12, as in the paper)",
+    "released": (
+        Preset(
+            kind="fpdm",
+            settings={**_FPDM_XL, "injection_gelu": "tanh", "attach_start": False},
+            training={**_TRAINING, "weighting": "fpdm"},
+            published=_IMAGENET,
+            unknown=f"{_STEPS}; clipping (none); N and M of the published models (12, as in the paper)",
+        ),
     ),
-    "ours": Preset(kind="fpdm"),
+    "ours": (Preset(kind="fpdm"),),
 }

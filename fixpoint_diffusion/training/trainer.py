@@ -31,7 +31,7 @@ from fixpoint_diffusion.training.checkpoints import (
 )
 from fixpoint_diffusion.training.config import TrainingConfig, ema_decay_at, learning_rate_at
 from fixpoint_diffusion.training.data import ImageDataset
-from fixpoint_diffusion.training.logs import LOG_FILE, TrainingLog, tensorboard_writer
+from fixpoint_diffusion.training.logs import LOG_FILE, LayerResidual, TrainingLog, tensorboard_writer
 from fixpoint_diffusion.training.network_options import LayerPenalty, trained_as
 from fixpoint_diffusion.training.objectives import diffusion_loss, drop_classes
 
@@ -136,14 +136,17 @@ def _loop(
         ) as bar,
     ):
         for step in range(start, config.steps):
-            loss, stop = run.step(batches, step, interrupted)
             done = step + 1
-            if log.add(done, loss, learning_rate_at(step, config), config.log_every):
-                _, mean_loss, rate, _ = log.lines[-1]
+            run.residual.wanted = done % config.log_every == 0
+            loss, stop = run.step(batches, step, interrupted)
+            if log.add(done, loss, learning_rate_at(step, config), config.log_every, run.residual.latest):
+                _, mean_loss, rate, _, residual = log.lines[-1]
                 bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
                 if board is not None:
                     board.add_scalar("loss", mean_loss, done)
                     board.add_scalar("learning_rate", rate, done)
+                    if residual is not None:
+                        board.add_scalar("layer_residual", residual, done)
             bar.update()
             if stop or done % config.checkpoint_every == 0 or done == config.steps:
                 save(done)
@@ -178,6 +181,7 @@ class _Run:
         peak = config.learning_rate
         self.schedule = LambdaLR(optimizer, lambda taken: learning_rate_at(start + taken, config) / peak)
         self.penalty = LayerPenalty(model) if config.jacobian_penalty else None
+        self.residual = LayerResidual(model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
 
@@ -249,7 +253,8 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state.record["scaler"])
 
     def close(self) -> None:
-        """Take accelerate's forward off the model, and the penalty's hook."""
+        """Take accelerate's forward off the model, and the hooks off its layer."""
+        self.residual.remove()
         if self.penalty is not None:
             self.penalty.remove()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)

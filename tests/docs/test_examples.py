@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import scipy.integrate
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
 import fixpoint
 from fixpoint_diffusion import embedded, initial_noise, load_denoiser
+from fixpoint_diffusion.cli import app
 from fixpoint_diffusion.denoisers import NetworkDenoiser, describe
 from fixpoint_diffusion.training.data import load_digits as digits
 from fixpoint_diffusion.training.data import open_dataset, split_held_out
@@ -46,6 +49,25 @@ def h_equation() -> ModuleType:
 @pytest.fixture(scope="module")
 def recurrences() -> ModuleType:
     return load("recurrences")
+
+
+def test_fpdm_of_ones_own_images_runs_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 8 pictures of 40x36 pixels, with fewer steps and images."""
+    page = (EXAMPLES.parent / "fpdm.md").read_text()
+    (block,) = [part for part in page.split("```bash\n")[1:] if part.startswith("fixpoint-diffusion train fpdm --data")]
+    for name in ("cats", "dogs"):
+        (tmp_path / "photographs" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = np.random.default_rng(number).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photographs" / name / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    for line in block.split("```")[0].splitlines():
+        words = shlex.split(line.replace("20000", "2 --batch-size 4").replace("-images 64", "-images 2"), comments=True)
+        result = CliRunner().invoke(app, words[1:])
+        assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "runs" / "photo-samples" / "sample.json").read_text())
+    assert (record["images_done"], record["block_passes"]) == (2, 240)
+    assert load_denoiser(tmp_path / "runs" / "photo-dit").sample_shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("rule", ["IFT", "Phantom(steps=4)", "StochasticJFB(6, 6)"])

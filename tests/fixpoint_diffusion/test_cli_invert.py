@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -18,9 +19,11 @@ from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.cli import app, main
 from fixpoint_diffusion.denoisers import Guided, describe, embedded_folder
 from fixpoint_diffusion.denoisers.registry import family
+from fixpoint_diffusion.files import sha256_of
 from fixpoint_diffusion.processes import Clip
 from fixpoint_diffusion.training.data import load_digits, open_dataset
 from fixpoint_diffusion.training.encode import EncodeOptions, encode
+from tests.fixpoint_diffusion.command_line import run_main, saved_fpdm
 from tests.fixpoint_diffusion.tiny import tiny_unet, tiny_vae
 
 
@@ -71,19 +74,99 @@ def conditional_model(tmp_path: Path) -> Path:
     return folder
 
 
+def sampled_as_advised(result: Result, out: Path, *further: object) -> torch.Tensor:
+    """What the command that ``invert`` ends with samples."""
+    words = shlex.split(result.output.strip().splitlines()[-1])
+    assert words[:2] == ["fixpoint-diffusion", "sample"]
+    again = CliRunner().invoke(app, [*words[1:], "--out", str(out), *map(str, further)])
+    assert again.exit_code == 0, again.output
+    return torch.from_numpy(np.load(out / "images.npy"))
+
+
+def test_noise_that_was_found_is_sampled_from_the_shell(tmp_path: Path, conditional_model: Path) -> None:
+    """To the images again, or with another class to edited ones, as the chain of the Python calls gives them."""
+    options = ("--model", conditional_model, "--steps", 5, "--class", 1, "--guidance", 1.5, "--out", tmp_path / "out")
+    result = invoke("digits", *options, "--num-images", 2, "--rtol", 0.02)
+    assert result.exit_code == 0, result.output
+    x_T = torch.from_numpy(np.load(tmp_path / "out" / "x_T.npy"))
+    for name, further, label in (("again", (), 1), ("edited", ("--class", 2), 2)):
+        images = sampled_as_advised(result, tmp_path / name, *further)
+        denoiser = load_denoiser(conditional_model)
+        chain = chain_from_scheduler(
+            Guided(denoiser, 1.5), x_T, denoiser.schedule_config, steps=5, eta=0.0,
+            conditioning={"class_labels": torch.full((2,), label)},
+        )  # fmt: skip
+        with torch.no_grad():
+            torch.testing.assert_close(images, chain.sequential()[:, -1], rtol=1e-4, atol=1e-4)
+    whole = sampled_as_advised(result, tmp_path / "whole")
+    parts = shlex.split(result.output.strip().splitlines()[-1])[1:]
+    again = CliRunner().invoke(app, [*parts, "--batch-size", "1", "--out", str(tmp_path / "parts")])
+    assert again.exit_code == 0, again.output
+    files = sorted((tmp_path / "parts" / "images").iterdir())
+    np.testing.assert_allclose(np.concatenate([np.load(file) for file in files]), whole, atol=1e-4)
+    record = json.loads((tmp_path / "parts" / "sample.json").read_text())
+    assert record["images_done"] == 2
+    assert record["x_T_sha256"] == sha256_of(tmp_path / "out" / "x_T.npy")
+
+
+def test_an_fpdm_is_inverted_like_any_model(tmp_path: Path) -> None:
+    folder = saved_fpdm(tmp_path / "fpdm", num_classes=None)
+    result = invoke("digits", "--model", folder, "--steps", 5, "--num-images", 2, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 inverted" in result.output
+    images = sampled_as_advised(result, tmp_path / "again")
+    x_0 = load_digits().images[:2]
+    assert float((images - x_0).square().mean().sqrt()) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("array", "options", "message"),
+    [
+        (None, (), "no file"),
+        (np.zeros((2, 3, 8, 8), np.float32), (), "holds float32 (2, 3, 8, 8), expected floats (N, 1, 8, 8)"),
+        (np.zeros((2, 1, 8, 8), np.int64), (), "holds int64"),
+        (np.zeros((0, 1, 8, 8), np.float32), (), "holds float32 (0, 1, 8, 8)"),
+        (np.full((2, 1, 8, 8), np.nan), (), "not finite"),
+        (np.zeros((2, 1, 8, 8), np.float32), ("--num-images", "3"), "--num-images 3 are more than the 2"),
+    ],
+)
+def test_noise_that_cannot_be_sampled_from_is_refused(
+    tmp_path: Path, array: np.ndarray | None, options: tuple[str, ...], message: str
+) -> None:
+    if array is not None:
+        np.save(tmp_path / "noise.npy", array)
+    code, error = run_main("sample", "--x-T", tmp_path / "noise.npy", "--out", tmp_path / "out", *options)
+    assert code == 2
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_ends_before_anything_is_found_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fixpoint_diffusion.inversion.invert", interrupted)
+    code, _ = run_main("invert", "digits", "--num-images", 1, "--out", tmp_path / "deep" / "out")
+    assert code == 130
+    assert not (tmp_path / "deep").exists()
+    (tmp_path / "mine").mkdir()
+    run_main("invert", "digits", "--num-images", 1, "--out", tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
 def test_a_model_that_clips_is_inverted_without_and_that_is_said(tmp_path: Path, clipping_model: Path) -> None:
     options = ("--model", clipping_model, "--steps", 5, "--num-images", 2, "--rtol", 0.1, "--out", tmp_path / "out")
     result = invoke("digits", *options)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "out" / "invert.json").read_text())["clipping_left_out"] is True
-    advice = result.output.strip().splitlines()[-1]
-    assert advice.endswith('chain_from_scheduler(..., x0_hook=Clip(float("inf")))')
-    # As the advice says.
-    denoiser, x_T = load_denoiser(clipping_model), torch.from_numpy(np.load(tmp_path / "out" / "x_T.npy"))
+    images = sampled_as_advised(result, tmp_path / "again")
     x_0 = load_digits().images[:2]
+    assert float((images - x_0).square().mean().sqrt()) < 0.1
+    denoiser, x_T = load_denoiser(clipping_model), torch.from_numpy(np.load(tmp_path / "out" / "x_T.npy"))
     chain = chain_from_scheduler(denoiser, x_T, denoiser.schedule_config, steps=5, x0_hook=Clip(float("inf")))
     with torch.no_grad():
-        assert float((chain.sequential()[:, -1] - x_0).square().mean().sqrt()) < 0.1
+        torch.testing.assert_close(images, chain.sequential()[:, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_classes_and_guidance_are_those_of_the_sampler(tmp_path: Path, conditional_model: Path) -> None:

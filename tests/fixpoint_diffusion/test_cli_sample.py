@@ -19,15 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from typer.main import get_command
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
-from fixpoint_diffusion.cli import app, main
+from fixpoint_diffusion.cli import app
 from fixpoint_diffusion.denoisers import embedded, load_denoiser
 from fixpoint_diffusion.denoisers.registry import family
 from fixpoint_diffusion.files import locked
-from fixpoint_diffusion.models import FPDM, FPDMConfig
 from fixpoint_diffusion.models.autoencoder import LatentDecoder, load_autoencoder
-from fixpoint_diffusion.models.checkpoint import save_fpdm
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise, step_noise
 from fixpoint_diffusion.sampling.fpdm import sample_fpdm
 from fixpoint_diffusion.sampling.grids import to_pixels
@@ -35,37 +33,11 @@ from fixpoint_diffusion.sampling.job import SamplingJob
 from fixpoint_diffusion.sampling.options import SamplingOptions, parse_classes
 from fixpoint_diffusion.training import TrainingRun
 from fixpoint_diffusion.training.logs import TrainingLog
-
-SCHEDULE = {"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "epsilon"}
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["sample", *map(str, arguments)])
-
-
-def sampled(out: Path, *arguments: object) -> dict:
-    result = invoke("--steps", 3, "--out", out, *arguments)
-    assert result.exit_code == 0, result.output
-    return json.loads((out / "sample.json").read_text())
-
-
-def run_main(*arguments: object) -> tuple[int, str]:
-    """Exit code and what went to stderr, of the command as it is installed."""
-    with pytest.MonkeyPatch.context() as patch:
-        errors: list[str] = []
-        patch.setattr(sys, "argv", ["fixpoint-diffusion", *map(str, arguments)])
-        patch.setattr("typer.echo", lambda message="", err=False, **_: errors.append(str(message)) if err else None)
-        with pytest.raises(SystemExit) as stop:
-            main()
-    return stop.value.code, "\n".join(errors)
+from tests.fixpoint_diffusion.command_line import SCHEDULE, contents, invoke, run_main, sampled, saved_fpdm
 
 
 def arrays(out: Path) -> np.ndarray:
     return np.concatenate([np.load(path) for path in sorted((out / "images").glob("*.npy"))])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -93,17 +65,6 @@ def dit(tmp_path: Path) -> Path:
 @pytest.fixture
 def conditional_fpdm(tmp_path: Path) -> Path:
     return saved_fpdm(tmp_path / "fpdm")
-
-
-def saved_fpdm(folder: Path, **settings: object) -> Path:
-    torch.manual_seed(0)
-    model = FPDM(FPDMConfig.from_dict({"width": 16, "heads": 2, "num_classes": 3, **settings}))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    save_fpdm(model, folder)
-    config = {**SCHEDULE, "prediction_type": "v_prediction", "timestep_spacing": "linspace"}
-    (folder / "scheduler_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture

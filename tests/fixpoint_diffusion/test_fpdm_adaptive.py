@@ -48,7 +48,7 @@ def test_each_step_ends_where_the_hand_loop_does(model: FPDM, per_sample: bool, 
         return until.atol + until.rtol * z.flatten(1).norm(dim=1).mean()
 
     seen = set()
-    for step in fpdm_steps(model, noise(5, 1), SCHEDULE, steps=4, iterations=until):
+    for step in fpdm_steps(model, noise(5, 1), SCHEDULE, steps=4, iterations=until, solver=fixpoint.Picard()):
         for rows in [slice(i, i + 1) for i in range(5)] if per_sample else [slice(None)]:
             z0 = None if step.z0 is None else step.z0[rows]
             problem = fpdm_layer_problem(model, step.latent[rows], torch.tensor(step.timestep), z0)
@@ -112,7 +112,7 @@ def test_guidance_solves_both_halves_each_to_its_tolerance(model: FPDM) -> None:
 
 
 def test_no_more_iterations_than_allowed(model: FPDM) -> None:
-    options = {"steps": 2, "reuse": False}
+    options = {"steps": 2, "reuse": False, "solver": fixpoint.Picard()}
     samples = sample_fpdm(model, noise(3, 6), SCHEDULE, iterations=ToTolerance(atol=1e-12, max_iterations=4), **options)
     counted = sample_fpdm(model, noise(3, 6), SCHEDULE, iterations=4, **options)
     assert torch.equal(samples.iterations, counted.iterations)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from fixpoint_diffusion.models import (
     save_fpdm,
 )
 from fixpoint_diffusion.models.blocks import DiTBlock, ImplicitBlock, sincos_positions, timestep_features
+from fixpoint_diffusion.processes import NoiseSchedule
+from fixpoint_diffusion.sampling import ToTolerance, fpdm_steps
 from tests.fixpoint_diffusion.earlier import EARLIER_FIELDS, as_stored_earlier
 
 SMALL = FPDMConfig(sample_size=8, patch_size=2, width=16, heads=2)
@@ -219,6 +222,41 @@ def test_solvers_agree_on_the_solution_of_the_layer() -> None:
     for solution in solutions:
         assert bool(solution.converged.all())
         torch.testing.assert_close(solution.value, solutions[0].value, rtol=1e-8, atol=1e-8)
+
+
+def expanding() -> FPDM:
+    """A model whose map is ``f(z) = x_pre - 1.5 z``, from which plain iteration runs away."""
+    model = lively()
+    block, eye = model.implicit_block, torch.eye(16, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in [*block.parameters(), *model.injection.parameters()]:
+            parameter.zero_()  # closed gates: blocks pass on what they get
+        model.injection.weight.copy_(eye)
+        block.w1_z.weight.copy_(1.5 * torch.cat([-eye, eye]))
+        block.w1_u.weight.copy_(torch.cat([eye, -eye]))
+        block.w2.weight.copy_(torch.cat([eye, -eye], dim=1))  # a = gelu(a) - gelu(-a)
+    return model
+
+
+def test_to_a_tolerance_a_layer_that_expands_is_solved_by_default() -> None:
+    model, (x, t) = expanding(), batch()
+    with torch.no_grad():
+        prediction, solution = model(x, t, rtol=1e-6, return_solution=True)
+        assert bool(solution.converged.all())
+        torch.testing.assert_close(solution.value, fpdm_layer_problem(model, x, t).z0 / 2.5, rtol=1e-5, atol=1e-7)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(FPDMDenoiser(model, rtol=1e-6)(x, t), prediction)
+        with pytest.warns(fixpoint.ConvergenceWarning, match="3 of 3"):
+            FPDMDenoiser(model, rtol=1e-6, solver=fixpoint.Picard())(x, t)
+        four = model(x, t, depth=4, return_solution=True)[1].value
+    schedule = NoiseSchedule.linear()
+    for step in fpdm_steps(model, x, schedule, steps=2, iterations=ToTolerance(rtol=1e-6)):
+        assert bool(step.solution.converged.all())
+    z, problem = fpdm_layer_problem(model, x, t).z0, fpdm_layer_problem(model, x, t)
+    for _ in range(4):  # a count is that many plain iterations
+        z = problem(z)
+    torch.testing.assert_close(four, z)
 
 
 def test_an_image_does_not_depend_on_its_batch() -> None:

@@ -91,9 +91,10 @@ def test_starting_from_a_dit_leaves_the_random_state_alone() -> None:
     assert torch.equal(after, torch.rand(3))
 
 
+@pytest.mark.parametrize("group", [4, 8])
 @pytest.mark.parametrize("num_classes", CLASSES)
-def test_a_group_passes_its_blocks_one_after_the_other(num_classes: int | None) -> None:
-    model = shaken(FPDM(dataclasses.replace(SMALL, implicit_blocks=3, num_classes=num_classes)))
+def test_a_group_passes_its_blocks_one_after_the_other(num_classes: int | None, group: int) -> None:
+    model = shaken(FPDM(dataclasses.replace(SMALL, implicit_blocks=group, num_classes=num_classes)))
     x, t, y = batch(num_classes)
     problem = fpdm_layer_problem(model, x, t, y=y)
     f = model.implicit_block
@@ -109,16 +110,17 @@ def test_a_group_passes_its_blocks_one_after_the_other(num_classes: int | None) 
     close(problem(z), expected)
 
 
-def test_what_does_not_depend_on_z_is_computed_once_for_all_iterations_and_blocks() -> None:
-    model = shaken(FPDM(dataclasses.replace(SMALL, implicit_blocks=3)))
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_what_does_not_depend_on_z_is_computed_once_for_all_iterations_and_blocks(group: int) -> None:
+    model = shaken(FPDM(dataclasses.replace(SMALL, implicit_blocks=group)))
     calls: dict[str, int] = {}
     for name, module in model.implicit_block.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
     x, t, _ = batch()
     model(x, t, depth=5)
     assert calls["w1_u"] == 1
-    assert [calls[f"blocks.{i}.modulation.linear"] for i in range(3)] == [1, 1, 1]
-    assert [calls[f"blocks.{i}.mlp"] for i in range(3)] == [5, 5, 5]
+    assert [calls[f"blocks.{i}.modulation.linear"] for i in range(group)] == [1] * group
+    assert [calls[f"blocks.{i}.mlp"] for i in range(group)] == [5] * group
     assert calls["w1_z"] == calls["w2"] == 5
 
 

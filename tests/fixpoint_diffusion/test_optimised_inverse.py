@@ -230,8 +230,8 @@ def test_plain_ddim_inversion_undoes_its_own_steps() -> None:
 @pytest.mark.parametrize("reading", ["paper", "released-code"])
 def test_settings_run(mixture: Callable[..., Any], reading: Any) -> None:
     chain = chain_of(mixture(SCHEDULE), steps=10)
-    settings = deq_ddim_inversion_settings(chain, reading)
-    found = OptimisedInverse(**settings | {"epochs": 30, "stop": 0.0}).descend(chain, IMAGES)
+    method = replace(deq_ddim_inversion_settings(chain, reading), epochs=30, stop=0.0)
+    found = method.descend(chain, IMAGES)
     assert bool((found.best_loss < found.history[0].loss).all())
     assert max(epoch.rounds for epoch in found.history) <= 16
 
@@ -239,17 +239,17 @@ def test_settings_run(mixture: Callable[..., Any], reading: Any) -> None:
 def test_settings_are_the_papers_and_the_codes() -> None:
     chain = chain_of(lambda x, t: 0.5 * x, steps=10)
     paper, code = (deq_ddim_inversion_settings(chain, reading) for reading in ("paper", "released-code"))  # type: ignore[arg-type]
-    assert (paper["solver"], paper["rtol"], paper["max_evals"]) == (Anderson(memory=5), 1e-3, 15)
-    assert (paper["epochs"], paper["stop"], paper["start"]) == (400, 0.5, "noise")
-    inner = code["solver"].solver
-    assert (inner.memory, inner.damping, code["rtol"], code["start"]) == (3, 0.9, 1e-2, "encoded")
-    assert code["gradient"] == LinearTerm(damping=0.1)
+    assert (paper.solver, paper.rtol, paper.max_evals) == (Anderson(memory=5), 1e-3, 15)
+    assert (paper.epochs, paper.stop, paper.start) == (400, 0.5, "noise")
+    inner = code.solver.solver
+    assert (inner.memory, inner.damping, code.rtol, code.start) == (3, 0.9, 1e-2, "encoded")
+    assert code.gradient == LinearTerm(damping=0.1)
     baseline = deq_ddim_inversion_settings(chain, baseline=True)
-    assert (baseline["gradient"], baseline["epochs"]) == ("sequential", 3000)
+    assert (baseline.gradient, baseline.epochs) == ("sequential", 3000)
     bedroom = deq_ddim_inversion_settings(chain, dataset="lsun-bedroom")
-    assert (bedroom["epochs"], bedroom["stop"]) == (500, 2.0)
+    assert (bedroom.epochs, bedroom.stop) == (500, 2.0)
     noisy = deq_ddim_inversion_settings(chain_of(lambda x, t: 0.5 * x, steps=10, eta=1.0), dataset="celeba")
-    assert (noisy["epochs"], noisy["max_evals"]) == (1500, 50)
+    assert (noisy.epochs, noisy.max_evals) == (1500, 50)
     with pytest.raises(ValueError, match="reading must be"):
         deq_ddim_inversion_settings(chain, "thesis")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dataset must be one of cifar10"):

@@ -309,7 +309,7 @@ def test_log_is_written_as_csv_and_for_tensorboard_if_that_is_there(tmp_path, im
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     _, log = run(TinyModel(), images, tmp_path / "c")
-    (five, loss_5, rate_5, _), (ten, loss_10, rate_10, _) = log.lines
+    (five, loss_5, rate_5, _, _), (ten, loss_10, rate_10, _, _) = log.lines
     assert (five, ten) == (5, 10)
     scalars = [("loss", loss_5, 5), ("learning_rate", rate_5, 5), ("loss", loss_10, 10), ("learning_rate", rate_10, 10)]
     assert calls == [("open", str(tmp_path / "tensorboard"), 0), *scalars, ("close",)]

@@ -17,6 +17,7 @@ from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.training.checkpoints import load_state
 from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.data import ImageDataset, LabelledImages, open_dataset
+from fixpoint_diffusion.training.logs import LayerResidual, TrainingLog
 from fixpoint_diffusion.training.network_options import LayerPenalty
 from fixpoint_diffusion.training.networks import TrainableDenoiser
 from fixpoint_diffusion.training.trainer import train
@@ -160,6 +161,39 @@ def test_penalty_trains_the_layer_to_contract(images: ImageDataset, tmp_path: An
         free = trained(SMALL, images, tmp_path / f"{name}-free", **options)
         held = trained(SMALL, images, tmp_path / f"{name}-held", jacobian_penalty=10.0, **options)
         assert norm(held) < 0.8 * norm(free)
+
+
+def test_logged_residual_is_that_after_sixteen_iterations_whatever_training_draws() -> None:
+    x, t = torch.randn(2, 1, 4, 4), torch.tensor([3, 900])
+    for rule in ("multi-jfb", "ift"):
+        model = made(dataclasses.replace(SMALL, backward=rule))
+        residual = LayerResidual(model)
+        model(x, t)
+        assert residual.latest is None
+        residual.wanted = True
+        model(x, t)
+        with torch.no_grad():
+            z, inputs, _ = model._before_layer(x, t, None)
+            for _ in range(16):
+                z, before = model.implicit_block(z, *inputs), z
+        by_hand = [float((a - b).norm() / a.norm()) for a, b in zip(z, before, strict=True)]
+        assert residual.latest == pytest.approx(sum(by_hand) / 2, rel=1e-3)
+
+
+def test_the_layers_residual_is_logged_and_changes_no_weight(images: ImageDataset, tmp_path: Any) -> None:
+    chosen, ends = dataclasses.replace(TINY, steps=4), []
+    for every in (2, 100):
+        model = trainable(SMALL)
+        chosen = dataclasses.replace(chosen, log_every=every)
+        folder = tmp_path / str(every)
+        ends.append(train(model, images, SCHEDULE, chosen, checkpoint=folder / "state", progress=False))
+        assert not any(module._forward_hooks for module in model.modules())
+    same(ends[0][0], ends[1][0], rtol=0, atol=0)
+    header, *lines = (tmp_path / "2" / "training_log.csv").read_text().splitlines()
+    assert header == "step,loss,learning_rate,seconds,layer_residual"
+    assert [line.split(",")[4] for line in lines] == [f"{line[4]:.4g}" for line in ends[0][1].lines]
+    old = TrainingLog(lines=[(50, 0.5, 1e-3, 2.0)])  # type: ignore[list-item]
+    assert old.lines == [(50, 0.5, 1e-3, 2.0, None)]
 
 
 def test_gradients_are_clipped_only_on_request(images: ImageDataset, tmp_path: Any) -> None:

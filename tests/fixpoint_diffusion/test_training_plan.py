@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from benchmarks.fpdm_memory import peak_of
 from fixpoint_diffusion.cli import app, main
-from fixpoint_diffusion.models import FPDM, FPDMConfig
+from fixpoint_diffusion.models import FPDM, DiTConfig, FPDMConfig
 from fixpoint_diffusion.training import TrainingConfig, TrainingRun
 from fixpoint_diffusion.training.config import learning_rate_at
 from fixpoint_diffusion.training.presets import PRESETS
@@ -76,6 +77,50 @@ def test_planned_memory_is_that_of_one_image(kind: str, tmp_path: Path) -> None:
     with sdpa_kernel(SDPBackend.MATH) if kind == "unet" else nullcontext():
         found = bytes_kept(model, lambda: model(torch.randn(1, 1, 8, 8), torch.tensor([3])))
     assert plan.activation_bytes == pytest.approx(found, rel=0.1 if kind == "unet" else 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["fpdm", "dit"])
+def test_planned_memory_is_what_a_step_holds_at_its_most(kind: str, tmp_path: Path) -> None:
+    """Against the tensors that exist, gradients too: these come as activations go."""
+    settings = {"width": 64, "heads": 2, **({"depth": 8} if kind == "dit" else {"backward": "multi-jfb"})}
+    model = TrainingRun.start(tmp_path, kind=kind, settings=settings).model.train()
+    plan = TrainingRun.start(tmp_path, kind=kind, settings=settings, dry=True).plan()
+    x, t = torch.randn(16, 1, 8, 8), torch.randint(0, 1000, (16,))
+    held = peak_of(model, lambda: model(x, t).square().mean().backward())
+    assert plan.activation_bytes * 16 == pytest.approx(held, rel=0.1)
+
+
+def test_full_scale_operations_of_both_models_are_those_that_torch_counts(tmp_path: Path) -> None:
+    x, t = torch.empty(1, 4, 32, 32, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+
+    def counted(call: Any) -> tuple[int, Any]:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            out = call()
+        return counter.get_total_flops(), out
+
+    dit: Any = TrainingRun.start(tmp_path, kind="dit", preset="paper", dry=True)
+    plan = dit.plan()
+    assert plan.parameters == 675_129_632 - 256 * 1152  # the published checkpoint, which holds the positions too
+    assert plan.flops_per_image == pytest.approx(3 * counted(lambda: dit.model.network(x, t))[0], rel=1e-3)
+    fpdm: Any = TrainingRun.start(tmp_path, kind="fpdm", preset="paper", dry=True)
+    network = fpdm.model.network
+    before, (z, inputs, condition) = counted(lambda: network._before_layer(x, t, None))
+    iteration, z = counted(lambda: network.implicit_block(z, *inputs))
+    after, _ = counted(lambda: network.head(network.post[0](z, condition), condition))
+    # n is 6 on average, m is 6.5; what is recorded is passed three times, forward and backward.
+    expected = 3 * (before + after) + (6 + 3 * 6.5) * iteration
+    assert fpdm.plan().flops_per_image == pytest.approx(expected, rel=1e-3)
+
+
+def test_papers_baseline_has_the_same_training(tmp_path: Path) -> None:
+    runs = [TrainingRun.start(tmp_path, kind=kind, preset="paper", dry=True) for kind in ("fpdm", "dit")]
+    assert runs[0].config == runs[1].config
+    assert runs[0].schedule_config == runs[1].schedule_config
+    fpdm, dit = (run.model.network.config for run in runs)  # type: ignore[union-attr]
+    assert (dit.width, dit.heads, dit.depth, dit.learn_sigma) == (fpdm.width, fpdm.heads, 28, fpdm.learn_sigma)
+    output = done("dit", "--preset", "paper", "--dry-run")
+    assert "DiT with 674,834,720 parameters" in output
+    assert "the number of steps" not in output  # which the paper says of its DiT
 
 
 def test_dry_run_says_the_full_scale_plan_and_writes_nothing(tmp_path: Path, monkeypatch: Any) -> None:
@@ -159,7 +204,8 @@ def test_backward_rule_is_that_of_the_run_and_of_its_continuation(tmp_path: Path
     [
         (("fpdm", "--preset", "nope"), "no preset 'nope'; there are paper, released, ours"),
         (("fpdm", "--preset", "paper"), "say which data to train on"),
-        (("dit", "--preset", "paper", "--dry-run"), "preset 'paper' is for fpdm, got dit"),
+        (("unet", "--preset", "paper", "--dry-run"), "preset 'paper' is for fpdm and dit, got unet"),
+        (("dit", "--preset", "released", "--dry-run"), "preset 'released' is for fpdm, got dit"),
         (("dit", "--backward", "ift"), "only an fpdm has an implicit layer, got dit"),
         (("fpdm", "--backward", "bptt"), "FPDMConfig.backward must be one of"),
         (("fpdm", "--kind", "dit"), "named twice, fpdm and dit"),
@@ -181,6 +227,6 @@ def test_unusable_options_write_nothing(
 
 
 def test_every_preset_can_be_built() -> None:
-    for preset in PRESETS.values():
-        FPDMConfig(**preset.settings)
+    for preset in (preset for presets in PRESETS.values() for preset in presets):
+        {"fpdm": FPDMConfig, "dit": DiTConfig}[preset.kind](**preset.settings)
         assert math.isfinite(TrainingConfig(**preset.training).learning_rate)

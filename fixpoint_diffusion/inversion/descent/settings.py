@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from fixpoint import Anderson, Blockwise, Phantom, Solver
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.descent.gradients import Gradient, LinearTerm
+from fixpoint_diffusion.inversion.descent.optimised import OptimisedInverse
 
 Dataset = Literal["cifar10", "celeba", "lsun-bedroom", "lsun-church"]
 Reading = Literal["paper", "released-code"]
@@ -28,8 +29,8 @@ def deq_ddim_inversion_settings(
     *,
     dataset: Dataset = "cifar10",
     baseline: bool = False,
-) -> dict[str, Any]:
-    """The options of :class:`OptimisedInverse` that DEQ-DDIM (Pokle et al., 2022, Appendix A) inverted images with.
+) -> OptimisedInverse:
+    """The inversion with which DEQ-DDIM (Pokle et al., 2022, Appendix A) found the noise behind images.
 
     Both readings minimise the squared distance (Eq. 14) by Adam with a learning rate of 0.01. They differ in this:
 
@@ -54,7 +55,8 @@ def deq_ddim_inversion_settings(
         baseline: the method to compare with: backpropagation through the sequential sampler (Algorithm 1).
 
     Returns:
-        Options for ``OptimisedInverse(**settings)``.
+        The method, for :func:`~fixpoint_diffusion.invert` or its own ``descend``; ``dataclasses.replace`` changes
+        options of it.
 
     Raises:
         ValueError: another reading or dataset.
@@ -62,8 +64,8 @@ def deq_ddim_inversion_settings(
     Example:
         >>> from fixpoint_diffusion import DDIMChain, NoiseSchedule
         >>> chain = DDIMChain(lambda x, t: 0.9 * x, torch.ones(1, 3), NoiseSchedule.linear(), steps=100)
-        >>> settings = deq_ddim_inversion_settings(chain)
-        >>> settings["epochs"], settings["stop"], settings["gradient"]
+        >>> method = deq_ddim_inversion_settings(chain)
+        >>> method.epochs, method.stop, method.gradient
         (400, 0.5, Phantom(steps=1, damping=0.1))
     """
     if reading not in get_args(Reading):
@@ -77,13 +79,13 @@ def deq_ddim_inversion_settings(
     anderson = Anderson(memory=5) if paper else Anderson(memory=3, damping=0.9, ridge=1e-3)
     solver: Solver = anderson if paper else Blockwise(anderson, blocks=chain.steps)
     gradient: Gradient = Phantom(steps=1, damping=0.1) if paper else LinearTerm(damping=0.1)
-    return {
-        "gradient": "sequential" if baseline else gradient,
-        "solver": solver,
-        "rtol": 1e-3 if paper else 1e-2,
-        "max_evals": 15 if chain.noise is None else 50,
-        "optimiser": partial(torch.optim.Adam, lr=0.01),
-        "epochs": sequential if baseline else parallel if chain.noise is None else stochastic,
-        "stop": 0.5 if dataset == "cifar10" or not paper else 2.0,
-        "start": "noise" if paper else "encoded",
-    }
+    return OptimisedInverse(
+        gradient="sequential" if baseline else gradient,
+        solver=solver,
+        rtol=1e-3 if paper else 1e-2,
+        max_evals=15 if chain.noise is None else 50,
+        optimiser=partial(torch.optim.Adam, lr=0.01),
+        epochs=sequential if baseline else parallel if chain.noise is None else stochastic,
+        stop=0.5 if dataset == "cifar10" or not paper else 2.0,
+        start="noise" if paper else "encoded",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -60,15 +61,30 @@ def adaptive_tolerance(
     >>> 36 < float(samples.iterations.double().mean(dim=1).sum()) < 44
     True
     """
+
+    def spent(until: ToTolerance) -> float:
+        samples = sample_fpdm(model, x_T, schedule, steps=steps, iterations=until, **options)
+        return float(samples.iterations.double().mean(dim=1).sum())
+
+    return threshold_for(spent, budget=budget, steps=steps, max_iterations=max_iterations, per_sample=per_sample)
+
+
+def threshold_for(
+    spent: Callable[[ToTolerance], float],
+    *,
+    budget: float,
+    steps: int,
+    max_iterations: int = 50,
+    per_sample: bool = True,
+) -> ToTolerance:
+    """As :func:`adaptive_tolerance`, for a run of so many steps whose iterations an image ``spent`` tells."""
     if not steps <= budget <= steps * max_iterations:
         raise ValueError(
             f"a budget of {budget:g} iterations cannot be met in {steps} steps of 1 to {max_iterations} iterations"
         )
 
-    def spent(exponent: float) -> float:
-        until = ToTolerance(atol=2.0**exponent, max_iterations=max_iterations, per_sample=per_sample)
-        samples = sample_fpdm(model, x_T, schedule, steps=steps, iterations=until, **options)
-        return float(samples.iterations.double().mean(dim=1).sum())
+    def until(exponent: float) -> ToTolerance:
+        return ToTolerance(atol=2.0**exponent, max_iterations=max_iterations, per_sample=per_sample)
 
     # In logarithms to base 2: the ends of the interval, None where not known yet, and the best so far.
     few: float | None = None
@@ -76,7 +92,7 @@ def adaptive_tolerance(
     best, missed = 0.0, math.inf
     exponent, stride = 0.0, 2.0
     for _ in range(_PROBES):
-        cost = spent(exponent)
+        cost = spent(until(exponent))
         if abs(cost / budget - 1) < missed:
             best, missed = exponent, abs(cost / budget - 1)
         if missed <= _AIM:
@@ -92,4 +108,4 @@ def adaptive_tolerance(
             f"no threshold was found that spends {budget:g} iterations within {_WITHIN:.0%}: the nearest, "
             f"{2.0**best:.3g}, missed by {missed:.0%}"
         )
-    return ToTolerance(atol=2.0**best, max_iterations=max_iterations, per_sample=per_sample)
+    return until(best)

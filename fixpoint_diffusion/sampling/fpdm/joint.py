@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from fixpoint import CausalQuasiNewton, Recurrence, Solution, solve
+from fixpoint import CausalQuasiNewton, ProgressBar, Recurrence, Solution, solve
 from fixpoint_diffusion.models.fpdm import FPDM, fpdm_layer_problem
-from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule
+from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule, Transitions
 from fixpoint_diffusion.sampling.fpdm.step import StepFunction, transitions_of
+
+OnFailure = Literal["warn", "raise", "ignore"]
+
+
+class JointOptions(TypedDict, total=False):
+    """Options of a joint solve, whatever its steps; :func:`sample_fpdm_jointly` says what they mean."""
+
+    iterations: int
+    seed: int
+    y: Tensor | None
+    guidance: float
+    first_sample: int
+    prior: GaussianPrior | None
+    solver: CausalQuasiNewton
+    rtol: float
+    max_evals: int | None
+    on_failure: OnFailure
+    progress: bool
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -24,6 +43,7 @@ class JointSamples:
             ``(B, T, 2, L, D)``, those without class first.
         solution: The solve's own account; its ``value`` holds latents and layers, flat.
         rounds: Batched calls of the model.
+        evals: Steps of single images in them.
         block_passes: Forward passes of blocks, for one image and row of the network, as in ``FPDMSamples``: the work.
         serial_block_passes: Those that have to wait for each other, which is what parallel sampling makes fewer.
     """
@@ -33,6 +53,7 @@ class JointSamples:
     layers: Tensor
     solution: Solution
     rounds: int
+    evals: int
     block_passes: float
     serial_block_passes: int
 
@@ -44,17 +65,10 @@ def sample_fpdm_jointly(
     schedule: NoiseSchedule,
     *,
     steps: int = 50,
-    iterations: int = 1,
     eta: float = 0.0,
     variance_type: str = "fixed_small",
     spacing: str = "trailing",
-    seed: int = 0,
-    y: Tensor | None = None,
-    guidance: float = 1.0,
-    first_sample: int = 0,
-    prior: GaussianPrior | None = None,
-    solver: CausalQuasiNewton = CausalQuasiNewton(),  # noqa: B008 - immutable
-    rtol: float = 1e-3,
+    **options: Unpack[JointOptions],
 ) -> JointSamples:
     """What :func:`sample_fpdm` with reuse samples, all steps at once.
 
@@ -68,11 +82,14 @@ def sample_fpdm_jointly(
     Args:
         model, x_T, schedule, steps, eta, variance_type, spacing, seed, y, guidance, first_sample: As for
             :func:`sample_fpdm`.
-        iterations: Iterations of the layer in every step.
+        iterations: Iterations of the layer in every step, 1 by default.
         prior: What is known of the images, for the first guess of the latents; None: a plain guess.
         solver: ``CausalQuasiNewton``, with its window or budget of rows.
-        rtol: A state is done when its predicted error is at most this share of its norm. Image and tokens count alike:
-            the tokens are scaled to the norm of the noise.
+        rtol: A state is done when its predicted error is at most this share of its norm, 1e-3 by default. Image and
+            tokens count alike: the tokens are scaled to the norm of the noise.
+        max_evals: Most rounds; by default as many as always do.
+        on_failure: ``"warn"``, ``"raise"`` or ``"ignore"`` when samples do not converge.
+        progress: Show a bar.
 
     Returns:
         The images, what the solver says of them, and their cost.
@@ -90,9 +107,36 @@ def sample_fpdm_jointly(
     >>> joint.rounds < 20
     True
     """
+    transitions = transitions_of(model, schedule, steps=steps, eta=eta, variance_type=variance_type, spacing=spacing)
+    return follow_jointly(model, x_T, transitions, **options)
+
+
+@torch.no_grad()
+def follow_jointly(
+    model: FPDM,
+    x_T: Tensor,
+    transitions: Transitions,
+    *,
+    iterations: int = 1,
+    seed: int = 0,
+    y: Tensor | None = None,
+    guidance: float = 1.0,
+    first_sample: int = 0,
+    prior: GaussianPrior | None = None,
+    solver: CausalQuasiNewton = CausalQuasiNewton(),  # noqa: B008 - immutable
+    rtol: float = 1e-3,
+    max_evals: int | None = None,
+    on_failure: OnFailure = "warn",
+    progress: bool = False,
+) -> JointSamples:
+    """As :func:`sample_fpdm_jointly`, with steps that were made elsewhere.
+
+    Raises:
+        ValueError: As :func:`sample_fpdm_jointly`.
+    """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
-    transitions = transitions_of(model, schedule, steps=steps, eta=eta, variance_type=variance_type, spacing=spacing)
+    steps = transitions.steps
     take_step = StepFunction(model=model, transitions=transitions, y=y, guidance=guidance)
     noise = take_step.noise(x_T, list(range(steps)), seed, first_sample)
     prior = prior or GaussianPrior.isotropic()
@@ -128,7 +172,18 @@ def sample_fpdm_jointly(
         slopes=torch.cat([slopes, slopes.new_zeros(steps, guess.shape[2])], dim=1),
     )
     start = torch.cat([latents.flatten(2), scale[:, :, None] * guess], dim=2)
-    solution = solve(chain, start, solver=solver, backward=None, rtol=rtol, max_evals=3 * steps * max(1, batch))
+    most = 3 * steps * max(1, batch) if max_evals is None else max_evals
+    with ProgressBar("sampling") as bar:
+        solution = solve(
+            chain,
+            start,
+            solver=solver,
+            backward=None,
+            rtol=rtol,
+            max_evals=most,
+            on_failure=on_failure,
+            callback=bar if progress else None,
+        )
     trajectory = solution.value[:, :, :size].unflatten(2, x_T.shape[1:])
     layers = (solution.value[:, :, size:] / scale[:, :, None]).unflatten(2, (halves, *tokens))
     passes, n_pre = model.config.block_passes(iterations), model.config.n_pre
@@ -138,6 +193,7 @@ def sample_fpdm_jointly(
         layers=layers[:, :, 0] if halves == 1 else layers,
         solution=solution,
         rounds=rounds,
+        evals=rows,
         block_passes=rows * passes / batch + steps * n_pre,
         serial_block_passes=rounds * passes + n_pre,
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from fixpoint import Picard, ProgressBar, Solution, Solver
+from fixpoint import Anderson, ProgressBar, Solution, Solver
 from fixpoint_diffusion.models.allocation import iterations_per_step
 from fixpoint_diffusion.models.fpdm import FPDM
 from fixpoint_diffusion.processes import NoiseSchedule, Transitions
@@ -24,7 +24,7 @@ class FPDMOptions(TypedDict, total=False):
 
     iterations: int | Sequence[int] | Tensor | ToTolerance
     reuse: Reuse
-    solver: Solver
+    solver: Solver | None
     seed: int
     y: Tensor | None
     guidance: float
@@ -113,7 +113,8 @@ def sample_fpdm(
         reuse: Start each step's layer from the previous step's solution (Sec. 3.3). ``"extrapolate"``: from the
             last solution plus a share of what changed since the one before, ``1 - 2^-k`` after ``k`` iterations. False:
             from the pre blocks' output.
-        solver: Solver of the layer; plain iteration by default.
+        solver: Solver of the layer. None: plain iteration for a count; ``Anderson()`` for a :class:`ToTolerance`,
+            because plain iteration does not converge for every image. The paper has plain iteration for both.
         seed: Of the noise, which is a function of (seed, image, step).
         y: Classes ``(N,)`` of a conditional model.
         guidance: Classifier-free guidance: 1 is none. Else the layer is solved for 2 N rows, those without class first,
@@ -192,7 +193,7 @@ def follow_transitions(
     *,
     iterations: int | Sequence[int] | Tensor | ToTolerance = 4,
     reuse: Reuse = True,
-    solver: Solver = Picard(),  # noqa: B008  (immutable)
+    solver: Solver | None = None,
     seed: int = 0,
     y: Tensor | None = None,
     guidance: float = 1.0,
@@ -229,8 +230,10 @@ def _extrapolated(solution: Solution, before: Tensor) -> Tensor:
     return solution.value + share[:, None, None] * (solution.value - before)
 
 
-def _solves(iterations: int | Sequence[int] | Tensor | ToTolerance, solver: Solver, steps: int) -> list[dict[str, Any]]:
+def _solves(
+    iterations: int | Sequence[int] | Tensor | ToTolerance, solver: Solver | None, steps: int
+) -> list[dict[str, Any]]:
     """How the model is to solve its layer in each step: its options."""
     if isinstance(iterations, ToTolerance):
-        return [{"solver": LastIterate(solver=solver, until=iterations)}] * steps
+        return [{"solver": LastIterate(solver=solver or Anderson(), until=iterations)}] * steps
     return [{"solver": solver, "depth": count} for count in iterations_per_step(iterations, steps)]
