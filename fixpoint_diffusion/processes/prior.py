@@ -17,6 +17,7 @@ PRIOR_FILE = "prior.safetensors"
 _LARGEST_BASIS = 1024  # up to so many entries, the principal axes are estimated: 8 MiB
 _LONGEST = 4096  # a longer dimension is not transformed: its matrix would take more than 128 MiB
 _BATCH = 256
+_SMALLEST = 1e-3  # a step that leaves less of a change than this is taken to leave nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,10 +147,35 @@ class GaussianPrior:
             raise ValueError(f"{path} is not the file of a prior: it holds {', '.join(sorted(tensors))}")
         return prior
 
+    def gains(self, transitions: Transitions) -> Tensor:
+        """``(T, 1 or D)`` float64: by how much the predicted x_0 of each step follows its latent, along the basis."""
+        return _gain(self.variances, transitions.alphas[:, None])
+
     def slopes(self, transitions: Transitions) -> Tensor:
-        """``(T, 1 or D)`` float64: what each step does to a small change of its latent, along the basis."""
+        """``(T, 1 or D)`` float64: what each step does to a small change of its latent, along the basis.
+
+        Of a step that looks back, what it does to a latent together with those before it.
+        """
+        return self.slopes_and_traces(transitions)[0]
+
+    def slopes_and_traces(self, transitions: Transitions) -> tuple[Tensor, Tensor]:
+        """The slopes, and how much of a change of a latent was in the predictions before it.
+
+        Returns:
+            ``(T, 1 or D)`` and ``(T + 1, p, 1 or D)``, float64: a change of the latent before step k that comes from
+            the latents before it goes with ``traces[k, j]`` times as large a one of the x_0 of step ``k - 1 - j``.
+        """
         levels = (transitions.alphas, transitions.alphas_prev, transitions.direction)
-        return _slopes(self.variances, *(level[:, None] for level in levels))
+        slopes = _slopes(self.variances, *(level[:, None] for level in levels))
+        weights = transitions.history
+        if weights is None:
+            return slopes, slopes.new_zeros(len(slopes) + 1, 0, 1)
+        gains, traces = self.gains(transitions), [slopes.new_zeros(weights.shape[1], slopes.shape[1])]
+        for k, gain in enumerate(gains):
+            slopes[k] += (weights[k][:, None] * (traces[-1] - gain)).sum(dim=0)
+            known = slopes[k].abs() > _SMALLEST
+            traces.append(torch.where(known, torch.cat((gain[None], traces[-1][:-1])) / slopes[k], 0))
+        return slopes, torch.stack(traces)
 
     def to_coordinates(self, flat: Tensor) -> Tensor:
         """Flattened images ``(N, D)`` in the coordinates in which the slopes count, ``(N, D)``, ``wide``."""
@@ -167,13 +193,17 @@ class GaussianPrior:
             transitions: T steps.
             k: which step.
         """
-        a, mean, variances = transitions.alphas[k].to(x.device), self.mean.to(x), self.variances.to(x)
-        along = self.to_coordinates(x.flatten(1) - a.sqrt() * mean) * a.sqrt() * variances / (a * variances + 1 - a)
-        x_0 = (mean + self.from_coordinates(along)).reshape(x.shape)
-        if transitions.prediction_type == "sample":
-            return x_0
-        eps = (x - a.sqrt() * x_0) / (1 - a).sqrt()
-        return eps if transitions.prediction_type == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x_0
+        one, reading = slice(k, k + 1), transitions.reading
+        out = self.images(x.unsqueeze(1), transitions, one).squeeze(1) - reading.image_of_x[k].to(x.device) * x
+        return out / reading.image_of_out[k].to(x.device)
+
+    def images(self, x: Tensor, transitions: Transitions, k: slice = slice(None)) -> Tensor:
+        """The x_0 that this Gaussian's exact denoiser predicts at the steps k from their latents ``(B, n, *shape)``."""
+        a, flat = transitions.alphas[k].to(x.device)[:, None], wide(x.flatten(2))
+        mean = self.mean.to(flat)
+        along = self.to_coordinates((flat - a.sqrt() * mean).flatten(0, 1)).reshape(flat.shape)
+        along = along * _gain(self.variances.to(flat), a)
+        return (mean + self.from_coordinates(along.flatten(0, 1)).reshape(flat.shape)).reshape(x.shape)
 
     def path(self, x_T: Tensor, transitions: Transitions, noise: Tensor | None = None) -> Tensor:
         """The chain's latents if the data were this Gaussian, with the chain's own noise.
@@ -209,19 +239,31 @@ class GaussianPrior:
             )
         )
         path = x_T.new_empty(len(x_T), transitions.steps, size)
+        looks_back = transitions.history is not None
+        history = alphas.new_zeros(transitions.steps, 0) if transitions.history is None else transitions.history.to(x)
+        earlier = [torch.zeros_like(x)] * history.shape[1]  # what predictions before this step differ from the mean by
         for k in range(transitions.steps):
             # A Gaussian's flow keeps to its mean, sqrt(a) times it: displacements from there follow the slopes.
-            slopes = _slopes(variances, alphas[k], arrive[k], direction[k])
-            x = arrive[k].sqrt() * mean + slopes * (x - alphas[k].sqrt() * mean)
+            slopes, moved = _slopes(variances, alphas[k], arrive[k], direction[k]), x - alphas[k].sqrt() * mean
+            x = arrive[k].sqrt() * mean + slopes * moved
+            if looks_back:
+                image = _gain(variances, alphas[k]) * moved
+                x = x + sum(weight * (old - image) for weight, old in zip(history[k], earlier, strict=True))
+                earlier = [image, *earlier[:-1]]
             if noise is not None:
                 x = x + sigma[k] * _times_each(wide(noise[:, k].flatten(1)), factors)
             path[:, k] = _times_each(x, [factor.mT for factor in factors])
         return path.reshape(len(x_T), transitions.steps, *x_T.shape[1:])
 
 
+def _gain(variances: Tensor, a: Tensor) -> Tensor:
+    """By how much the expected image follows a latent at signal level ``a``."""
+    return a.sqrt() * variances / (a * variances + 1 - a)
+
+
 def _slopes(variances: Tensor, a: Tensor, a_prev: Tensor, direction: Tensor) -> Tensor:
     """What a step from signal level ``a`` to ``a_prev`` does to a small change of its latent."""
-    gain = a.sqrt() * variances / (a * variances + 1 - a)  # by how much the expected image follows the latent
+    gain = _gain(variances, a)
     noise = torch.where(a < 1, (1 - a.sqrt() * gain) / (1 - a).clamp(min=1e-12).sqrt(), 0)
     return a_prev.sqrt() * gain + direction * noise
 

@@ -1,4 +1,4 @@
-"""One step of DDIM, deterministic or stochastic, for every step of a chain at once, in float64."""
+"""One step of a sampler, deterministic or stochastic, for every step of a chain at once, in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, NoiseSchedule, check_choice, check_timesteps
+from fixpoint_diffusion.processes.predictions import DENOISER_PREDICTIONS, Reading
+from fixpoint_diffusion.processes.schedules import NoiseSchedule, check_choice, check_timesteps
 from fixpoint_diffusion.processes.x0_hooks import X0Hook
 
 # In diffusers' words. The first is DDIM's own, the others are DDPM's, with eta = 1.
@@ -23,7 +24,7 @@ def wide(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Transitions:
-    r"""The coefficients of a chain of T sampling steps (DDIM, Eq. 12 and 16; DEQ-DDIM, Eq. 20).
+    r"""The coefficients of a chain of T sampling steps (DDIM, Eq. 12 and 16; DEQ-DDIM, Eq. 20), and of other samplers.
 
     Step k takes a latent at signal level ``a = alphas[k]`` to one at ``a' = alphas_prev[k]``::
 
@@ -31,7 +32,8 @@ class Transitions:
         sigma = eta sqrt((1 - a / a') (1 - a') / (1 - a)),  direction = sqrt(1 - a' - sigma^2)
 
     where ``(x_0, eps)`` are what the denoiser's output says about the latent. Make one with :meth:`of`, or with
-    :meth:`between` for levels that are not those of a schedule.
+    :meth:`between` for levels that are not those of a schedule; :func:`solver_transitions` makes those of Euler,
+    flow matching, DPM-Solver++ and others. Whatever the sampler, latents are ``sqrt(a) x_0 + sqrt(1 - a) eps``.
 
     Attributes:
         timesteps: ``(T,)``: what the denoiser is told at each step.
@@ -50,6 +52,12 @@ class Transitions:
             denoiser's output has twice the channels, and the second half is the variance of each entry
             (``"learned"``), or says where its logarithm lies between DDPM's two fixed ones, from -1 for the
             small to 1 for the large (``"learned_range"``; Nichol and Dhariwal, 2021, Eq. 15). No noise at timestep 0.
+        history: ``(T, p)``: a multistep sampler adds ``history[k, j] (x_0 of step k - 1 - j - x_0 of step k)``, summed
+            over j, to the latent after step k. None: no step looks back.
+        input_scale: ``(T,)``: what latents are multiplied by before the denoiser sees them. None: 1.
+        scales: ``(T + 1,)``: by how much larger a scheduler of diffusers keeps the latents, before each step and after
+            the last. None: 1.
+        sigma_data: as for a network of EDM, see :meth:`Reading.of`.
     """
 
     timesteps: Tensor
@@ -61,6 +69,10 @@ class Transitions:
     x0_hook: X0Hook | None = None
     noise_from_clipped: bool = False
     variance_type: str = "fixed_small"
+    history: Tensor | None = None
+    input_scale: Tensor | None = None
+    scales: Tensor | None = None
+    sigma_data: float | None = None
     _tables: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -74,6 +86,11 @@ class Transitions:
     def learned_variance(self) -> bool:
         """Whether the noise's size is in the denoiser's output."""
         return self.variance_type in ("learned", "learned_range")
+
+    @property
+    def reading(self) -> Reading:
+        """What the denoiser's output means at each step."""
+        return Reading.of(self.prediction_type, self.alphas, self.sigma_data)
 
     @classmethod
     def of(
@@ -95,7 +112,7 @@ class Transitions:
             eta: share of DDPM's noise: 0 is deterministic, 1 is DDPM (where a hook changes x_0, together with
                 ``noise_from_clipped=True``). More is legal as long as no step adds more noise than the latent it leads
                 to may hold.
-            prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
+            prediction_type: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or ``"flow_prediction"``.
             x0_hook: the attribute of that name; by default the schedule's.
             noise_from_clipped: the attribute of that name.
             variance_type: the attribute of that name; all but ``"fixed_small"`` need ``eta=1``.
@@ -156,7 +173,7 @@ class Transitions:
             >>> Transitions.between(torch.tensor([900, 400]), levels, torch.tensor([0.4, 1.0]).double()).direction
             tensor([0.7746, 0.0000], dtype=torch.float64)
         """
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("prediction_type", prediction_type, DENOISER_PREDICTIONS)
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         if variance_type != "fixed_small" and eta != 1:
             raise ValueError(f"variance_type={variance_type!r} is DDPM's and needs eta=1, got eta={eta:g}")
@@ -206,6 +223,10 @@ class Transitions:
         )
         return replace(self, direction=other.direction, sigma=other.sigma)
 
+    def as_input(self, x: Tensor, k: Tensor) -> Tensor:
+        """Latents ``(N, *shape)`` before the steps k ``(N,)`` as the denoiser is to see them."""
+        return x if self.input_scale is None else (self._like("input_scale", wide(x), k) * x).to(x.dtype)
+
     def predict(
         self, x: Tensor, out: Tensor, k: int | slice | Tensor, sample: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -223,17 +244,12 @@ class Transitions:
                 they are samples 0, 1, 2, ...
         """
         out, _ = self._split(x, out, k)
-        signal, noise = self._like("signal", x, k), self._like("noise", x, k)
-        if self.prediction_type == "epsilon":
-            x_0, eps = (x - noise * out) / signal, out
-        elif self.prediction_type == "v_prediction":
-            x_0, eps = signal * x - noise * out, signal * out + noise * x
-        else:
-            x_0, eps = out, (x - signal * out) / noise
+        x_0 = self._like("image_of_x", x, k) * x + self._like("image_of_out", x, k) * out
+        eps = self._like("noise_of_x", x, k) * x + self._like("noise_of_out", x, k) * out
         if self.x0_hook is not None:
             x_0 = self._apply_hook(x_0, k, sample)
             if self.noise_from_clipped:
-                eps = (x - signal * x_0) / noise
+                eps = (x - self._like("signal", x, k) * x_0) / self._like("noise", x, k)
         return x_0, eps
 
     def step(
@@ -251,11 +267,29 @@ class Transitions:
             noise: standard normal, of the shape of x; None where sigma is 0.
 
         Raises:
-            ValueError: noise and a learned variance, but an output that holds none; a hook that returns another shape.
+            ValueError: noise and a learned variance, but an output that holds none; a hook that returns another shape;
+                steps that look back.
         """
+        if self.history is not None:
+            raise ValueError("these steps look back at earlier predictions: MultistepChain takes them")
         x_0, eps = self.predict(x, out, k, sample)
         after = self._like("signal_prev", x, k) * x_0 + self._like("direction", x, k) * eps
         return after if noise is None else after + self._noise_scale(x, out, k) * noise
+
+    def step_back(
+        self, x: Tensor, out: Tensor, k: Tensor, earlier: Tensor, noise: Tensor | None, sample: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The latents after steps k that look back, and the predictions x_0 of these steps, ``(N, *shape)`` both.
+
+        Args:
+            x, out, k, noise, sample: as for :meth:`step`, with a step for each row.
+            earlier: the predictions x_0 of the p steps before, ``(N, p, *shape)``, the latest first.
+        """
+        x_0, eps = self.predict(x, out, k, sample)
+        after = self._like("signal_prev", x, k) * x_0 + self._like("direction", x, k) * eps
+        weights = self._table("history", x)[k].reshape(*earlier.shape[:2], *[1] * (x.ndim - 1))
+        after = after + (weights * (earlier - x_0.unsqueeze(1))).sum(dim=1)
+        return after if noise is None else after + self._like("sigma", x, k) * noise, x_0
 
     def cumulative(self, x: Tensor, out: Tensor, noise: Tensor | None = None, sample: Tensor | None = None) -> Tensor:
         """All latents, each as the sum of all steps before it (DEQ-DDIM, Eq. 10; stochastic: Eq. 22 and 23).
@@ -355,6 +389,9 @@ class Transitions:
                 "signal": self.alphas.sqrt(),
                 "noise": (1 - self.alphas).sqrt(),
                 "signal_prev": self.alphas_prev.sqrt(),
+                **self.reading._asdict(),
+                "history": self.alphas if self.history is None else self.history,
+                "input_scale": self.alphas if self.input_scale is None else self.input_scale,
                 "direction": self.direction,
                 "sigma": self.sigma,
                 "factor": factor,

@@ -138,8 +138,8 @@ def sample(
             callback=report if progress or callback else None,
         )
     return SamplingResult(
-        images=solution.value[:, -1],
-        trajectory=solution.value,
+        images=chain.latents(solution.value[:, -1]),
+        trajectory=chain.latents(solution.value),
         solution=solution,
         rounds=chain.rounds - rounds,
         evals=chain.evals - evals,
@@ -196,10 +196,11 @@ class _ChangedRows:
             # A copy, to write later rounds into: the denoiser may use the memory of its output again.
             self._out = self._chain.denoise_all(x).clone()
         else:
-            changed = (x != self._x).reshape(*x.shape[:2], -1).any(dim=2)
+            latents = self._chain.latents(x)
+            changed = (latents != self._chain.latents(self._x)).flatten(2).any(dim=2)
             if bool(changed.any()):
                 sample, step = changed.nonzero(as_tuple=True)
-                self._out[sample, step] = self._chain.denoise(x[sample, step], sample, step)
+                self._out[sample, step] = self._chain.denoise(latents[sample, step], sample, step)
         self._x = x
         return self._chain.accumulate(x, self._out)
 
