@@ -24,6 +24,7 @@ from fixpoint_diffusion.processes.scheduler_tables import (
     PLAIN_VALUES,
 )
 from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, NoiseSchedule, check_timesteps, refusal
+from fixpoint_diffusion.processes.solvers import SERVED
 from fixpoint_diffusion.processes.transitions import Transitions
 from fixpoint_diffusion.processes.x0_hooks import Clip, DynamicThreshold, X0Hook
 
@@ -49,7 +50,8 @@ class SamplerConfig:
             arrives at, and clipping or thresholding as its ``x0_hook``.
         variance_type: of DDPM's steps, as for :class:`Transitions`.
         own_steps: whether :meth:`transitions` are the scheduler's own steps (DDIM and DDPM). Otherwise the scheduler
-            is another solver of the same process (Euler, DPM-Solver, ...), and the steps are DDIM's.
+            is another solver of the same process (Euler, DPM-Solver, ...), and the steps are DDIM's; for its own see
+            :func:`solver_transitions`.
 
     Example:
         >>> config = SamplerConfig.from_diffusers({"_class_name": "DDPMScheduler", "variance_type": "fixed_large"})
@@ -190,7 +192,8 @@ def _check_class(name: Any) -> None:
     what = next((what for start, what in OTHER_PROCESSES.items() if shown.startswith(start)), None)
     close = get_close_matches(shown, CLASSES, n=2, cutoff=0.8)
     if what:
-        reason = f"describes {what}: sample with the model's own diffusers pipeline"
+        advice = "chain_from_scheduler takes it" if shown in SERVED else "sample with the model's own diffusers pipeline"
+        reason = f"describes {what}: {advice}"
     else:
         reason = "is not known" + (f"; known ones with such a name are {', '.join(close)}" if close else "")
     raise ValueError(f"the scheduler {shown} {reason}. The docs list those that are read: Schedulers of diffusers")
