@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import diffusers
 from torch import Tensor
 
 from fixpoint_diffusion.chains.chain import SamplingChain
@@ -68,7 +67,8 @@ def chain_from_scheduler(
         >>> chain = chain_from_scheduler(lambda x, t: 0.5 * x, torch.ones(2, 3), config, steps=10)
         >>> chain.sequential().shape, chain.noise.shape
         (torch.Size([2, 10, 3]), torch.Size([2, 10, 3]))
-        >>> flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        >>> from diffusers import FlowMatchEulerDiscreteScheduler
+        >>> flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
         >>> chain = chain_from_scheduler(lambda x, t: 0.5 * x, torch.ones(2, 3), flow, steps=10)
         >>> chain.timesteps[:3].round()
         tensor([1000.,  964.,  923.])

@@ -147,10 +147,6 @@ class GaussianPrior:
             raise ValueError(f"{path} is not the file of a prior: it holds {', '.join(sorted(tensors))}")
         return prior
 
-    def gains(self, transitions: Transitions) -> Tensor:
-        """``(T, 1 or D)`` float64: by how much the predicted x_0 of each step follows its latent, along the basis."""
-        return _gain(self.variances, transitions.alphas[:, None])
-
     def slopes(self, transitions: Transitions) -> Tensor:
         """``(T, 1 or D)`` float64: what each step does to a small change of its latent, along the basis.
 
@@ -170,7 +166,10 @@ class GaussianPrior:
         weights = transitions.history
         if weights is None:
             return slopes, slopes.new_zeros(len(slopes) + 1, 0, 1)
-        gains, traces = self.gains(transitions), [slopes.new_zeros(weights.shape[1], slopes.shape[1])]
+        gains, traces = (
+            _gain(self.variances, transitions.alphas[:, None]),
+            [slopes.new_zeros(weights.shape[1], slopes.shape[1])],
+        )
         for k, gain in enumerate(gains):
             slopes[k] += (weights[k][:, None] * (traces[-1] - gain)).sum(dim=0)
             known = slopes[k].abs() > _SMALLEST

@@ -192,7 +192,9 @@ def _check_class(name: Any) -> None:
     what = next((what for start, what in OTHER_PROCESSES.items() if shown.startswith(start)), None)
     close = get_close_matches(shown, CLASSES, n=2, cutoff=0.8)
     if what:
-        advice = "chain_from_scheduler takes it" if shown in SERVED else "sample with the model's own diffusers pipeline"
+        advice = (
+            "chain_from_scheduler takes it" if shown in SERVED else "sample with the model's own diffusers pipeline"
+        )
         reason = f"describes {what}: {advice}"
     else:
         reason = "is not known" + (f"; known ones with such a name are {', '.join(close)}" if close else "")

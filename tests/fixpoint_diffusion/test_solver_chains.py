@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,11 @@ def test_steps_that_look_back_need_a_chain_that_does() -> None:
 
 def test_every_class_that_is_served_is_tried_here() -> None:
     assert {name for name, _ in SCHEDULERS.values()} == SERVED.keys()
+
+
+def test_the_table_in_the_docs_is_what_the_code_serves() -> None:
+    file = Path(__file__).parents[2] / "docs" / "make_tables.py"
+    tables = runpy.run_path(str(file))
+    page = tables["PAGE"].read_text()
+    assert tables["replaced"](page) == page
+    assert all(f"| `{name}` | {served.steps} |" in page for name, served in SERVED.items())
