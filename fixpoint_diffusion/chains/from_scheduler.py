@@ -71,7 +71,7 @@ def chain_from_scheduler(
         >>> flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
         >>> chain = chain_from_scheduler(lambda x, t: 0.5 * x, torch.ones(2, 3), flow, steps=10)
         >>> chain.timesteps[:3].round()
-        tensor([1000.,  964.,  923.])
+        tensor([1000.,  960.,  913.])
     """
     kind = describe(denoiser).prediction_type
     solver = None if isinstance(scheduler, SamplerConfig) else _solver(scheduler, steps)

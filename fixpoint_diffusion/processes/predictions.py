@@ -14,12 +14,20 @@ DENOISER_PREDICTIONS = (*PREDICTION_TYPES, "flow_prediction")
 
 
 class Reading(NamedTuple):
-    """``x_0 = image_of_x x + image_of_out out`` and ``eps = noise_of_x x + noise_of_out out``, ``(T,)`` each."""
+    """What is predicted, from a latent x and the denoiser's output; all attributes are ``(T,)``::
+
+        x_0 = (image_of_x x + image_of_out out) / image_divisor
+        eps = (noise_of_x x + noise_of_out out) / noise_divisor
+
+    Divided is at the end, so that rounding is that of the usual formulas: a chain may enlarge it much.
+    """
 
     image_of_x: Tensor
     image_of_out: Tensor
+    image_divisor: Tensor
     noise_of_x: Tensor
     noise_of_out: Tensor
+    noise_divisor: Tensor
 
     @classmethod
     def of(cls, prediction_type: str, alphas: Tensor, sigma_data: float | None = None) -> Reading:
@@ -33,17 +41,13 @@ class Reading(NamedTuple):
         """
         signal, noise, zero, one = alphas.sqrt(), (1 - alphas).sqrt(), torch.zeros_like(alphas), torch.ones_like(alphas)
         if sigma_data is not None:
-            sign = 1 if prediction_type == "epsilon" else -1
-            size = (alphas * sigma_data**2 + 1 - alphas).sqrt()
-            return cls(
-                sigma_data**2 * signal / size**2, sign * noise * sigma_data / size,
-                noise / size**2, -sign * signal * sigma_data / size,
-            )  # fmt: skip
+            sign, square = 1 if prediction_type == "epsilon" else -1, alphas * sigma_data**2 + 1 - alphas
+            of_out = sign * sigma_data * square.sqrt()
+            return cls(sigma_data**2 * signal, of_out * noise, square, noise, -of_out * signal, square)
         if prediction_type == "epsilon":
-            return cls(1 / signal, -noise / signal, zero, one)
+            return cls(one, -noise, signal, zero, one, one)
         if prediction_type == "v_prediction":
-            return cls(signal, -noise, noise, signal)
+            return cls(signal, -noise, one, noise, signal, one)
         if prediction_type == "flow_prediction":
-            whole = signal + noise
-            return cls(1 / whole, -noise / whole, 1 / whole, signal / whole)
-        return cls(zero, one, 1 / noise, -signal / noise)
+            return cls(one, -noise, signal + noise, one, signal, signal + noise)
+        return cls(zero, one, one, one, -signal, noise)

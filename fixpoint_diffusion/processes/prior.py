@@ -192,9 +192,9 @@ class GaussianPrior:
             transitions: T steps.
             k: which step.
         """
-        one, reading = slice(k, k + 1), transitions.reading
-        out = self.images(x.unsqueeze(1), transitions, one).squeeze(1) - reading.image_of_x[k].to(x.device) * x
-        return out / reading.image_of_out[k].to(x.device)
+        image = self.images(x.unsqueeze(1), transitions, slice(k, k + 1)).squeeze(1)
+        of_x, of_out, divisor = (values[k].to(x.device) for values in transitions.reading[:3])
+        return (divisor * image - of_x * x) / of_out
 
     def images(self, x: Tensor, transitions: Transitions, k: slice = slice(None)) -> Tensor:
         """The x_0 that this Gaussian's exact denoiser predicts at the steps k from their latents ``(B, n, *shape)``."""

@@ -104,7 +104,7 @@ def solver_transitions(
         >>> scheduler = with_timesteps(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), 4)
         >>> transitions = solver_transitions(scheduler)
         >>> transitions.timesteps.round(), transitions.prediction_type
-        (tensor([1000.,  857.,  602.,    3.]), 'flow_prediction')
+        (tensor([1000.,  858.,  602.,    9.]), 'flow_prediction')
     """
     name = type(scheduler).__name__
     check_served(scheduler)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fixpoint_diffusion.processes.predictions import DENOISER_PREDICTIONS, Reading
 from fixpoint_diffusion.processes.schedules import NoiseSchedule, check_choice, check_timesteps
-from fixpoint_diffusion.processes.x0_hooks import X0Hook
+from fixpoint_diffusion.processes.x0_hooks import X0Hook, apply_hook
 
 # In diffusers' words. The first is DDIM's own, the others are DDPM's, with eta = 1.
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
@@ -113,9 +113,8 @@ class Transitions:
                 ``noise_from_clipped=True``). More is legal as long as no step adds more noise than the latent it leads
                 to may hold.
             prediction_type: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or ``"flow_prediction"``.
-            x0_hook: the attribute of that name; by default the schedule's.
-            noise_from_clipped: the attribute of that name.
-            variance_type: the attribute of that name; all but ``"fixed_small"`` need ``eta=1``.
+            x0_hook, noise_from_clipped, variance_type: the attributes of those names. The hook is by default the
+                schedule's; all variance types but ``"fixed_small"`` need ``eta=1``.
 
         Raises:
             TypeError: timesteps that are no tensor of numbers.
@@ -244,10 +243,13 @@ class Transitions:
                 they are samples 0, 1, 2, ...
         """
         out, _ = self._split(x, out, k)
-        x_0 = self._like("image_of_x", x, k) * x + self._like("image_of_out", x, k) * out
-        eps = self._like("noise_of_x", x, k) * x + self._like("noise_of_out", x, k) * out
+        x_0, eps = (
+            (self._like(f"{part}_of_x", x, k) * x + self._like(f"{part}_of_out", x, k) * out)
+            / self._like(f"{part}_divisor", x, k)
+            for part in ("image", "noise")
+        )
         if self.x0_hook is not None:
-            x_0 = self._apply_hook(x_0, k, sample)
+            x_0 = apply_hook(self.x0_hook, x_0, k, self.steps, sample)
             if self.noise_from_clipped:
                 eps = (x - self._like("signal", x, k) * x_0) / self._like("noise", x, k)
         return x_0, eps
@@ -272,9 +274,7 @@ class Transitions:
         """
         if self.history is not None:
             raise ValueError("these steps look back at earlier predictions: MultistepChain takes them")
-        x_0, eps = self.predict(x, out, k, sample)
-        after = self._like("signal_prev", x, k) * x_0 + self._like("direction", x, k) * eps
-        return after if noise is None else after + self._noise_scale(x, out, k) * noise
+        return self._arrive(x, out, k, noise, *self.predict(x, out, k, sample))
 
     def step_back(
         self, x: Tensor, out: Tensor, k: Tensor, earlier: Tensor, noise: Tensor | None, sample: Tensor
@@ -286,10 +286,9 @@ class Transitions:
             earlier: the predictions x_0 of the p steps before, ``(N, p, *shape)``, the latest first.
         """
         x_0, eps = self.predict(x, out, k, sample)
-        after = self._like("signal_prev", x, k) * x_0 + self._like("direction", x, k) * eps
         weights = self._table("history", x)[k].reshape(*earlier.shape[:2], *[1] * (x.ndim - 1))
-        after = after + (weights * (earlier - x_0.unsqueeze(1))).sum(dim=1)
-        return after if noise is None else after + self._like("sigma", x, k) * noise, x_0
+        looked_back = (weights * (earlier - x_0.unsqueeze(1))).sum(dim=1)
+        return self._arrive(x, out, k, noise, x_0, eps) + looked_back, x_0
 
     def cumulative(self, x: Tensor, out: Tensor, noise: Tensor | None = None, sample: Tensor | None = None) -> Tensor:
         """All latents, each as the sum of all steps before it (DEQ-DDIM, Eq. 10; stochastic: Eq. 22 and 23).
@@ -301,9 +300,7 @@ class Transitions:
 
         Args:
             x: the latents that each step starts from, ``(B, T, *shape)``; the first is x_T.
-            out: the denoiser's outputs for them, as for :meth:`predict`.
-            noise: standard normal, of the shape of x; None where sigma is 0.
-            sample: for the hook, the numbers of the samples ``(B,)``; None: 0, 1, 2, ...
+            out, noise, sample: as for :meth:`step`, for all steps.
 
         Returns:
             The latents after each step, ``(B, T, *shape)`` in the dtype of x.
@@ -326,20 +323,11 @@ class Transitions:
             latents.append((product * sums).to(x.dtype))
         return latents[0] if len(latents) == 1 else torch.cat(latents, dim=1)
 
-    def _apply_hook(self, x_0: Tensor, k: int | slice | Tensor, sample: Tensor | None) -> Tensor:
-        """The hook on one row after another, whatever the shape of x_0."""
-        assert self.x0_hook is not None
-        steps = torch.arange(self.steps, device=x_0.device)[k].reshape(-1)
-        rows, samples = x_0, torch.arange(len(x_0), device=x_0.device) if sample is None else sample.to(x_0.device)
-        if isinstance(k, slice):
-            rows, samples, steps = x_0.flatten(0, 1), samples.repeat_interleave(len(steps)), steps.repeat(len(x_0))
-        else:
-            steps = steps.expand(len(x_0))
-        found = self.x0_hook(rows, steps, samples)
-        if not isinstance(found, Tensor) or found.shape != rows.shape:
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"x0_hook must return a tensor of the shape of its input {tuple(rows.shape)}, got {shape}")
-        return found.to(x_0.dtype).reshape(x_0.shape)
+    def _arrive(
+        self, x: Tensor, out: Tensor, k: int | slice | Tensor, noise: Tensor | None, x_0: Tensor, eps: Tensor
+    ) -> Tensor:
+        after = self._like("signal_prev", x, k) * x_0 + self._like("direction", x, k) * eps
+        return after if noise is None else after + self._noise_scale(x, out, k) * noise
 
     def _noise_scale(self, x: Tensor, out: Tensor, k: int | slice | Tensor) -> Tensor:
         """Standard deviation of the noise of the steps k."""
