@@ -2,8 +2,8 @@
 
     python -m benchmarks.chains [--only PART] [--out benchmarks/results] [--quick]
 
-Parts are ``rounds``, ``speed``, ``quality``, ``honesty``, ``mixtures`` and ``modern``. Each writes its own ``chains-PART.json`` and
-``chains-PART.txt``, and ``rounds`` two pictures beside.
+Parts are ``rounds``, ``speed``, ``quality``, ``honesty``, ``mixtures`` and ``modern``. Each writes its own
+``chains-PART.json`` and ``chains-PART.txt``, and ``rounds`` two pictures beside.
 """
 
 from __future__ import annotations

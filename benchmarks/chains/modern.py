@@ -23,9 +23,9 @@ The embedded U-Net, solved to rtol {RTOL:g} with CausalQuasiNewton by its own ru
 calls: of the network in sequence. rounds: batched calls in parallel, median/worst sample, and the median by calls.
 rows: network rows by those of the sequential sampler, median. error: ||x_0 - sequential|| / ||sequential||, the worst.
 What is fewer than the calls in sequence saves time only where a large call costs less than as many small ones.
-Flow: the U-Net as a model of the flow (1 - sigma) x_0 + sigma eps, asked at the level of the same signal-to-noise ratio.
+Flow: the U-Net as a model of (1 - sigma) x_0 + sigma eps, asked at the level of the same signal-to-noise ratio.
 """
-# A name, the scheduler's class, its options, and whether the network is asked as a flow.
+# A name, the scheduler's class and its options. The network is asked as a flow where the name begins so.
 SAMPLERS: list[tuple[str, str, dict[str, Any]]] = [
     ("flow, Euler", "FlowMatchEulerDiscreteScheduler", {}),
     ("flow, Euler, shift 3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
@@ -48,7 +48,7 @@ SAMPLERS: list[tuple[str, str, dict[str, Any]]] = [
 
 
 class AsFlow:
-    """A network that predicts the noise, asked as one that predicts ``eps - x_0`` along ``(1 - sigma) x_0 + sigma eps``.
+    """A network that predicts the noise as one that predicts ``eps - x_0`` along ``(1 - sigma) x_0 + sigma eps``.
 
     Args:
         denoiser: predicts the noise of latents at unit size.
@@ -90,7 +90,9 @@ class Found:
 def measure(steps: Sequence[int], *, samples: int, only: Sequence[str] | None = None) -> list[Found]:
     """Solve and compare; Heun's method is given half as many steps, for the same number of calls."""
     unet, found = embedded("ddpm-digits"), []
-    process = {key: unet.schedule_config[key] for key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")}  # type: ignore[index]
+    process = {
+        key: unet.schedule_config[key] for key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+    }  # type: ignore[index]
     cases = [(count, *case) for count in steps for case in SAMPLERS if only is None or case[0] in only]
     for count, name, kind, options in tqdm(cases, unit="sampler", mininterval=1):
         flow = name.startswith("flow")

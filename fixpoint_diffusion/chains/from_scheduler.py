@@ -10,6 +10,7 @@ from torch import Tensor
 from fixpoint_diffusion.chains.chain import SamplingChain
 from fixpoint_diffusion.chains.multistep import MultistepChain
 from fixpoint_diffusion.denoisers.protocol import describe
+from fixpoint_diffusion.extras import needed_for
 from fixpoint_diffusion.processes import (
     SERVED,
     SamplerConfig,
@@ -97,11 +98,13 @@ def _solver(scheduler: Any, steps: int | None) -> Any:
     if name not in SERVED:
         return None
     given = getattr(scheduler, "config", None) is not None
-    if steps is not None:
-        return with_timesteps(scheduler if given else getattr(diffusers, name).from_config(config), steps)
-    if not given:
+    if steps is None and not given:
         raise ValueError(f"steps=None needs a scheduler whose set_timesteps was called; got a configuration of {name}")
-    return scheduler
+    if not given:
+        with needed_for("making a scheduler from its configuration"):
+            import diffusers
+        scheduler = getattr(diffusers, name).from_config(config)
+    return scheduler if steps is None else with_timesteps(scheduler, steps)
 
 
 def _beta_transitions(
