@@ -116,9 +116,17 @@ class SamplingChain:
         """The latents ``(B, T, *shape)`` that the prior expects, given x_T and the noise."""
         return self.prior.path(self.x_T.detach(), self.transitions, self.noise)
 
-    def latents(self, z: Tensor) -> Tensor:
-        """The latents ``(..., *shape)`` in states of the chain: the states themselves, where no step looks back."""
-        return z
+    def latents(self, states: Tensor, step: Tensor) -> Tensor:
+        """The latents ``(N, *shape)`` in states ``(N, ...)`` before the steps ``step`` ``(N,)``; T: after the last.
+
+        They are the states themselves, where no step looks back.
+        """
+        return states
+
+    def trajectory(self, z: Tensor) -> Tensor:
+        """All latents, ``(B, T, *shape)``, in a solution ``(B, T, ...)``."""
+        _, step = all_rows(torch.arange(len(z), device=z.device), self.steps)
+        return self.latents(z.flatten(0, 1), step + 1).unflatten(0, z.shape[:2])
 
     @property
     def timesteps(self) -> Tensor:
@@ -163,7 +171,7 @@ class SamplingChain:
             The latents after the steps, ``(N, *shape)`` in the dtype of x.
         """
         sample, step = sample.to(x.device), step.to(x.device)
-        return self.arrive(x, self.denoise(self.latents(x), sample, step), sample, step)
+        return self.arrive(x, self.denoise(self.latents(x, step), sample, step), sample, step)
 
     def arrive(self, x: Tensor, out: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """What :meth:`transition` returns, from the denoiser's outputs ``out``."""
@@ -194,9 +202,9 @@ class SamplingChain:
         samples = self._samples() if samples is None else samples
         for k in ProgressBar.tqdm(range(self.steps), desc="sequential", disable=not progress):
             state = self.transition(state, samples, torch.full_like(samples, k))
-            if trajectory:
-                latents.append(self.latents(state))
-        return torch.stack(latents, dim=1) if trajectory else self.latents(state)
+            if trajectory or k == self.steps - 1:
+                latents.append(self.latents(state, torch.full_like(samples, k + 1)))
+        return torch.stack(latents, dim=1) if trajectory else latents[-1]
 
     def inputs(self, z: Tensor) -> Tensor:
         """The latent that each step starts from: x_T, then all rows of z but the last; ``(B, T, *shape)``."""
@@ -221,7 +229,8 @@ class SamplingChain:
 
     def denoise_all(self, x: Tensor) -> Tensor:
         """The denoiser's outputs for the inputs of all steps, ``(B, T, *shape)``, in one round."""
-        out = self.denoise(self.latents(x.flatten(0, 1)), *all_rows(self._samples(), self.steps))
+        sample, step = all_rows(self._samples(), self.steps)
+        out = self.denoise(self.latents(x.flatten(0, 1), step), sample, step)
         return out.unflatten(0, x.shape[:2])
 
     def accumulate(self, x: Tensor, out: Tensor) -> Tensor:

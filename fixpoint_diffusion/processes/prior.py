@@ -17,7 +17,6 @@ PRIOR_FILE = "prior.safetensors"
 _LARGEST_BASIS = 1024  # up to so many entries, the principal axes are estimated: 8 MiB
 _LONGEST = 4096  # a longer dimension is not transformed: its matrix would take more than 128 MiB
 _BATCH = 256
-_SMALLEST = 1e-3  # a step that leaves less of a change than this is taken to leave nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,31 +149,10 @@ class GaussianPrior:
     def slopes(self, transitions: Transitions) -> Tensor:
         """``(T, 1 or D)`` float64: what each step does to a small change of its latent, along the basis.
 
-        Of a step that looks back, what it does to a latent together with those before it.
-        """
-        return self.slopes_and_traces(transitions)[0]
-
-    def slopes_and_traces(self, transitions: Transitions) -> tuple[Tensor, Tensor]:
-        """The slopes, and how much of a change of a latent was in the predictions before it.
-
-        Returns:
-            ``(T, 1 or D)`` and ``(T + 1, p, 1 or D)``, float64: a change of the latent before step k that comes from
-            the latents before it goes with ``traces[k, j]`` times as large a one of the x_0 of step ``k - 1 - j``.
+        Of steps that look back, without what they see there; see :class:`Modes`.
         """
         levels = (transitions.alphas, transitions.alphas_prev, transitions.direction)
-        slopes = _slopes(self.variances, *(level[:, None] for level in levels))
-        weights = transitions.history
-        if weights is None:
-            return slopes, slopes.new_zeros(len(slopes) + 1, 0, 1)
-        gains, traces = (
-            _gain(self.variances, transitions.alphas[:, None]),
-            [slopes.new_zeros(weights.shape[1], slopes.shape[1])],
-        )
-        for k, gain in enumerate(gains):
-            slopes[k] += (weights[k][:, None] * (traces[-1] - gain)).sum(dim=0)
-            known = slopes[k].abs() > _SMALLEST
-            traces.append(torch.where(known, torch.cat((gain[None], traces[-1][:-1])) / slopes[k], 0))
-        return slopes, torch.stack(traces)
+        return _slopes(self.variances, *(level[:, None] for level in levels))
 
     def to_coordinates(self, flat: Tensor) -> Tensor:
         """Flattened images ``(N, D)`` in the coordinates in which the slopes count, ``(N, D)``, ``wide``."""
@@ -201,7 +179,7 @@ class GaussianPrior:
         a, flat = transitions.alphas[k].to(x.device)[:, None], wide(x.flatten(2))
         mean = self.mean.to(flat)
         along = self.to_coordinates((flat - a.sqrt() * mean).flatten(0, 1)).reshape(flat.shape)
-        along = along * _gain(self.variances.to(flat), a)
+        along = along * gain(self.variances.to(flat), a)
         return (mean + self.from_coordinates(along.flatten(0, 1)).reshape(flat.shape)).reshape(x.shape)
 
     def path(self, x_T: Tensor, transitions: Transitions, noise: Tensor | None = None) -> Tensor:
@@ -246,7 +224,7 @@ class GaussianPrior:
             slopes, moved = _slopes(variances, alphas[k], arrive[k], direction[k]), x - alphas[k].sqrt() * mean
             x = arrive[k].sqrt() * mean + slopes * moved
             if looks_back:
-                image = _gain(variances, alphas[k]) * moved
+                image = gain(variances, alphas[k]) * moved
                 x = x + sum(weight * (old - image) for weight, old in zip(history[k], earlier, strict=True))
                 earlier = [image, *earlier[:-1]]
             if noise is not None:
@@ -255,16 +233,16 @@ class GaussianPrior:
         return path.reshape(len(x_T), transitions.steps, *x_T.shape[1:])
 
 
-def _gain(variances: Tensor, a: Tensor) -> Tensor:
+def gain(variances: Tensor, a: Tensor) -> Tensor:
     """By how much the expected image follows a latent at signal level ``a``."""
     return a.sqrt() * variances / (a * variances + 1 - a)
 
 
 def _slopes(variances: Tensor, a: Tensor, a_prev: Tensor, direction: Tensor) -> Tensor:
     """What a step from signal level ``a`` to ``a_prev`` does to a small change of its latent."""
-    gain = _gain(variances, a)
-    noise = torch.where(a < 1, (1 - a.sqrt() * gain) / (1 - a).clamp(min=1e-12).sqrt(), 0)
-    return a_prev.sqrt() * gain + direction * noise
+    image = gain(variances, a)
+    noise = torch.where(a < 1, (1 - a.sqrt() * image) / (1 - a).clamp(min=1e-12).sqrt(), 0)
+    return a_prev.sqrt() * image + direction * noise
 
 
 def _times_each(flat: Tensor, factors: Sequence[Tensor]) -> Tensor:

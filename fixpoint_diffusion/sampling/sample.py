@@ -137,9 +137,10 @@ def sample(
             record=record,
             callback=report if progress or callback else None,
         )
+    trajectory = chain.trajectory(solution.value)
     return SamplingResult(
-        images=chain.latents(solution.value[:, -1]),
-        trajectory=chain.latents(solution.value),
+        images=trajectory[:, -1],
+        trajectory=trajectory,
         solution=solution,
         rounds=chain.rounds - rounds,
         evals=chain.evals - evals,
@@ -196,11 +197,11 @@ class _ChangedRows:
             # A copy, to write later rounds into: the denoiser may use the memory of its output again.
             self._out = self._chain.denoise_all(x).clone()
         else:
-            latents = self._chain.latents(x)
-            changed = (latents != self._chain.latents(self._x)).flatten(2).any(dim=2)
+            changed = (x != self._x).reshape(*x.shape[:2], -1).any(dim=2)
             if bool(changed.any()):
                 sample, step = changed.nonzero(as_tuple=True)
-                self._out[sample, step] = self._chain.denoise(latents[sample, step], sample, step)
+                latents = self._chain.latents(x[sample, step], step)
+                self._out[sample, step] = self._chain.denoise(latents, sample, step)
         self._x = x
         return self._chain.accumulate(x, self._out)
 

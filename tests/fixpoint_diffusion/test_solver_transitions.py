@@ -82,7 +82,7 @@ def assert_steps_are_those_of(name: str, steps: int, **options: Any) -> Sampling
     states = chain.z0
     for _ in range(chain.steps):
         states = chain(states)
-    torch.testing.assert_close(chain.latents(states) / size, found / size, rtol=0, atol=1e-9)
+    torch.testing.assert_close(chain.trajectory(states) / size, found / size, rtol=0, atol=1e-9)
     return chain
 
 
