@@ -16,7 +16,7 @@ from fixpoint_diffusion.chains import SamplingChain, chain_from_scheduler
 from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided, NetworkDenoiser, describe, family_of
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
 from fixpoint_diffusion.files import map_array
-from fixpoint_diffusion.processes import Clip, SamplerConfig, initial_noise
+from fixpoint_diffusion.processes import SERVED, Clip, SamplerConfig, initial_noise
 from fixpoint_diffusion.processes.flow import is_flow
 from fixpoint_diffusion.sampling.fpdm.job import PROBE_IMAGES, Drawn, FPDMJob, refuse_fpdm_options
 from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, check_guidance, parse_classes
@@ -99,8 +99,8 @@ class SamplingJob:
         self._sample_shape = denoiser.sample_shape
         self.image_shape = self._sample_shape if decoder is None else decoder.image_shape(self._sample_shape)
         # Of any scheduler with betas, DDIM's or DDPM's steps; along a flow, Euler's.
-        self._flow = is_flow(denoiser.schedule_config)
         self._config: Any = denoiser.schedule_config
+        self._flow = is_flow(self._config) and self._config["_class_name"] in SERVED
         if not self._flow:
             self._config = SamplerConfig.from_diffusers(denoiser.schedule_config)
         self._device = denoiser.device
