@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from fixpoint_diffusion.processes import (
     step_noise,
     with_timesteps,
 )
-from fixpoint_diffusion.processes.sampler_config import read_config
+from fixpoint_diffusion.processes.sampler_config import check_keys, read_config
 
 
 def chain_from_scheduler(
@@ -103,7 +104,12 @@ def _solver(scheduler: Any, steps: int | None) -> Any:
     if not given:
         with needed_for("making a scheduler from its configuration"):
             import diffusers
-        scheduler = getattr(diffusers, name).from_config(config)
+        kind = getattr(diffusers, name)
+        check_keys(name, config, own=inspect.signature(kind.__init__).parameters)
+        try:
+            scheduler = kind.from_config(config)
+        except (TypeError, ValueError, ArithmeticError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"diffusers makes no {name} of this configuration: {error}") from error
     return scheduler if steps is None else with_timesteps(scheduler, steps)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -99,7 +99,7 @@ class SamplerConfig:
         config, name = read_config(scheduler)
         _check_class(name)
         defaults = CLASSES[name]
-        _check_keys(name, config)
+        check_keys(name, config)
         values = defaults | {key: value for key, value in config.items() if key in defaults}
         for key, default in defaults.items():
             _check_value(name, key, values[key], default)
@@ -220,11 +220,11 @@ def _guess_class(config: Mapping[str, Any]) -> str:
     return found[0]
 
 
-def _check_keys(name: str, config: Mapping[str, Any]) -> None:
-    """Raise for a key that nobody knows; keys of other classes may stand."""
+def check_keys(name: str, config: Mapping[str, Any], own: Collection[str] = ()) -> None:
+    """Raise for a key that nobody knows, ``own`` ones apart; keys of other classes may stand."""
     if config.get("predict_epsilon", True) is not True:  # of releases before prediction_type
         raise refusal(name, "predict_epsilon", config["predict_epsilon"], 'prediction_type="sample" in its place')
-    known = CLASS_KEYS | LEFTOVER_KEYS | {"predict_epsilon"}
+    known = CLASS_KEYS | LEFTOVER_KEYS | {"predict_epsilon", *own}
     unknown = [key for key in config if not key.startswith("_") and key not in known and config[key] is not None]
     if unknown:
         raise ValueError(

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from fixpoint_diffusion.processes.multistep import dpm_solver_weights, heun_weights, unipc_weights
+from fixpoint_diffusion.processes.predictions import DENOISER_PREDICTIONS
 from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, refusal
 from fixpoint_diffusion.processes.transitions import Transitions
 from fixpoint_diffusion.processes.x0_hooks import Clip, DynamicThreshold, X0Hook
-
-_BETAS = PREDICTION_TYPES
-_ANY = (*PREDICTION_TYPES, "flow_prediction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,7 @@ SERVED: dict[str, Served] = {
     "EulerDiscreteScheduler": Served(
         # Diffusers makes one sigma too many for log_linear, in ascending order.
         steps="Euler's",
-        only={"prediction_type": _BETAS, "interpolation_type": ("linear",)},
+        only={"prediction_type": PREDICTION_TYPES, "interpolation_type": ("linear",)},
     ),
     "EulerAncestralDiscreteScheduler": Served(
         steps="Euler's with fresh noise", only={"prediction_type": ("epsilon", "v_prediction")}
@@ -48,19 +46,19 @@ SERVED: dict[str, Served] = {
         steps="Euler's, for networks of EDM", only={"prediction_type": ("epsilon", "v_prediction")}
     ),
     "HeunDiscreteScheduler": Served(
-        steps="Heun's: two steps of the chain for each but the last", only={"prediction_type": _BETAS}
+        steps="Heun's: two steps of the chain for each but the last", only={"prediction_type": PREDICTION_TYPES}
     ),
     "DPMSolverMultistepScheduler": Served(
         steps="DPM-Solver++ of orders 1 to 3, deterministic or with noise",
         only={
             "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
             "solver_order": (1, 2, 3),
-            "prediction_type": _ANY,
+            "prediction_type": DENOISER_PREDICTIONS,
         },
     ),
     "UniPCMultistepScheduler": Served(
         steps="UniPC of any order, predictor and corrector in one step",
-        only={"predict_x0": (True,), "solver_p": (None,), "prediction_type": _ANY},
+        only={"predict_x0": (True,), "solver_p": (None,), "prediction_type": DENOISER_PREDICTIONS},
     ),
 }
 
@@ -120,7 +118,7 @@ def solver_transitions(
     if flow and kind == "v_prediction":
         raise refusal(name, "prediction_type", kind, "flow_prediction, along a flow")
     alphas = (signal / size).square()
-    own = _OWN.get(name, _nothing)(config, signal, sigmas, size)
+    own = _OWN[name](config, signal, sigmas, size)
     if not all(bool(values.isfinite().all()) for values in (alphas, *filter(torch.is_tensor, own.values()))):
         raise ValueError(f"with so many steps and these options, {name} makes coefficients that are not finite")
     transitions = Transitions.between(
@@ -155,8 +153,8 @@ def _hook(config: Mapping[str, Any]) -> X0Hook | None:
 _Own = Callable[[Mapping[str, Any], Tensor, Tensor, Tensor], dict[str, Any]]
 
 
-def _nothing(config: Mapping[str, Any], signal: Tensor, sigmas: Tensor, size: Tensor) -> dict[str, Any]:
-    """Of Euler's: networks see the latents at unit size."""
+def _euler(config: Mapping[str, Any], signal: Tensor, sigmas: Tensor, size: Tensor) -> dict[str, Any]:
+    """Networks see the latents at unit size."""
     return {"scales": size}
 
 
@@ -195,6 +193,8 @@ def _multistep(config: Mapping[str, Any], signal: Tensor, sigmas: Tensor, size: 
 
 _OWN: dict[str, _Own] = {
     "FlowMatchEulerDiscreteScheduler": _flow,
+    "EulerDiscreteScheduler": _euler,
+    "EulerAncestralDiscreteScheduler": _euler,
     "EDMEulerScheduler": _edm,
     "HeunDiscreteScheduler": _heun,
     "DPMSolverMultistepScheduler": _multistep,

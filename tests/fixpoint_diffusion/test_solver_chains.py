@@ -250,6 +250,25 @@ def test_values_that_are_not_served_are_refused_by_name(name: str, options: dict
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "EulerDiscreteScheduler", "snr_warp": 2.0}, "keys that no known scheduler has.*snr_warp=2.0"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shifts": 3.0}, "keys that no known scheduler.*shifts=3.0"),
+        (
+            {"_class_name": "EDMEulerScheduler", "num_train_timesteps": "many"},
+            "diffusers makes no EDMEulerScheduler of",
+        ),
+        ({"_class_name": "EulerDiscreteScheduler", "beta_schedule": "x"}, "diffusers makes no EulerDiscreteScheduler"),
+    ],
+)
+def test_configurations_that_say_what_nobody_knows_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        chain_from_scheduler(far_from_gaussian, X_T, config, steps=5)
+    known = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0, "_diffusers_version": "0.30.0"}
+    assert chain_from_scheduler(far_from_gaussian, X_T, known, steps=5).steps == 5
+
+
 @pytest.mark.parametrize("name", ["PNDMScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler"])
 def test_solvers_that_are_not_served_are_refused_but_ddim_on_their_process_is_not(name: str) -> None:
     scheduler = getattr(diffusers, name)()
