@@ -22,7 +22,9 @@ from fixpoint_diffusion import SamplingChain
 from fixpoint_diffusion.chains import MultistepChain, chain_from_scheduler
 
 # Schedulers of diffusers use what newer versions of NumPy deprecate, and deprecated values of their own.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:invalid value:RuntimeWarning"
+)
 
 X_T = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 MIX = torch.randn(12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 4
