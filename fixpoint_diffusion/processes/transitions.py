@@ -243,11 +243,10 @@ class Transitions:
                 they are samples 0, 1, 2, ...
         """
         out, _ = self._split(x, out, k)
-        x_0, eps = (
-            (self._like(f"{part}_of_x", x, k) * x + self._like(f"{part}_of_out", x, k) * out)
-            / self._like(f"{part}_divisor", x, k)
-            for part in ("image", "noise")
-        )
+        # What the output is itself takes no memory.
+        plain = "" if self.sigma_data is not None else self.prediction_type
+        x_0 = out if plain == "sample" else self._read("image", x, out, k)
+        eps = out if plain == "epsilon" else self._read("noise", x, out, k)
         if self.x0_hook is not None:
             x_0 = apply_hook(self.x0_hook, x_0, k, self.steps, sample)
             if self.noise_from_clipped:
@@ -328,6 +327,11 @@ class Transitions:
     ) -> Tensor:
         after = self._like("signal_prev", x, k) * x_0 + self._like("direction", x, k) * eps
         return after if noise is None else after + self._noise_scale(x, out, k) * noise
+
+    def _read(self, part: str, x: Tensor, out: Tensor, k: int | slice | Tensor) -> Tensor:
+        """x_0 (``"image"``) or eps (``"noise"``), as :class:`Reading` has them."""
+        weighed = self._like(f"{part}_of_x", x, k) * x + self._like(f"{part}_of_out", x, k) * out
+        return weighed / self._like(f"{part}_divisor", x, k)
 
     def _noise_scale(self, x: Tensor, out: Tensor, k: int | slice | Tensor) -> Tensor:
         """Standard deviation of the noise of the steps k."""

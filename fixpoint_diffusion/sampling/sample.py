@@ -200,8 +200,8 @@ class _ChangedRows:
             changed = (x != self._x).reshape(*x.shape[:2], -1).any(dim=2)
             if bool(changed.any()):
                 sample, step = changed.nonzero(as_tuple=True)
-                latents = self._chain.latents(x[sample, step], step)
-                self._out[sample, step] = self._chain.denoise(latents, sample, step)
+                # No name for the rows: they would be held while the steps are added up.
+                self._out[sample, step] = self._chain.denoise(self._chain.latents(x[sample, step], step), sample, step)
         self._x = x
         return self._chain.accumulate(x, self._out)
 
