@@ -2,8 +2,8 @@
 
     python -m benchmarks.chains [--only PART] [--out benchmarks/results] [--quick]
 
-Parts are ``rounds``, ``speed``, ``quality``, ``honesty`` and ``mixtures``. Each writes its own ``chains-PART.json`` and
-``chains-PART.txt``, and ``rounds`` two pictures beside.
+Parts are ``rounds``, ``speed``, ``quality``, ``honesty``, ``mixtures`` and ``modern``. Each writes its own
+``chains-PART.json`` and ``chains-PART.txt``, and ``rounds`` two pictures beside.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.chains import honesty, mixtures, quality, rounds, speed
+from benchmarks.chains import honesty, mixtures, modern, quality, rounds, speed
 from benchmarks.chains.cases import FULL, QUICK
 from benchmarks.solvers.report import targets_text
 from benchmarks.solvers.standings import Target
@@ -62,12 +62,19 @@ def run_mixtures(quick: bool, out: Path) -> Part:
     return mixtures.table(tallies), mixtures.as_json(tallies), mixtures.targets(tallies)
 
 
+def run_modern(quick: bool, out: Path) -> Part:
+    """Rounds and rows of today's samplers: flow matching, DPM-Solver++, UniPC and others."""
+    found = modern.measure((10,), samples=1) if quick else modern.measure((28, 50), samples=8)
+    return modern.table(found), modern.as_json(found), [] if quick else modern.targets(found)
+
+
 PARTS: dict[str, Callable[[bool, Path], Part]] = {
     "rounds": run_rounds,
     "speed": run_speed,
     "quality": run_quality,
     "honesty": run_honesty,
     "mixtures": run_mixtures,
+    "modern": run_modern,
 }
 
 

@@ -94,8 +94,12 @@ class SamplingChain:
 
     @property
     def start(self) -> Tensor:
-        """x_T, from which the first step starts."""
-        return self.x_T
+        """The state from which the first step starts: x_T."""
+        return self.begin(self.x_T)
+
+    def begin(self, x_T: Tensor) -> Tensor:
+        """The state in which a chain from x_T ``(N, *shape)`` starts: x_T itself, where no step looks back."""
+        return x_T
 
     @property
     def slopes(self) -> Tensor:
@@ -112,9 +116,21 @@ class SamplingChain:
         """The latents ``(B, T, *shape)`` that the prior expects, given x_T and the noise."""
         return self.prior.path(self.x_T.detach(), self.transitions, self.noise)
 
+    def latents(self, states: Tensor, step: Tensor) -> Tensor:
+        """The latents ``(N, *shape)`` in states ``(N, ...)`` before the steps ``step`` ``(N,)``; T: after the last.
+
+        They are the states themselves, where no step looks back.
+        """
+        return states
+
+    def trajectory(self, z: Tensor) -> Tensor:
+        """All latents, ``(B, T, *shape)``, in a solution ``(B, T, ...)``."""
+        _, step = all_rows(torch.arange(len(z), device=z.device), self.steps)
+        return self.latents(z.flatten(0, 1), step + 1).unflatten(0, z.shape[:2])
+
     @property
     def timesteps(self) -> Tensor:
-        """What the denoiser is told at each step: ``(T,)`` int64 on the CPU, descending."""
+        """What the denoiser is told at each step: ``(T,)`` on the CPU, descending; int64 for DDIM and DDPM."""
         return self.transitions.timesteps
 
     @property
@@ -125,7 +141,7 @@ class SamplingChain:
     @property
     def z0(self) -> Tensor:
         """Where to start: every latent = x_T, ``(B, T, *shape)``; detached, for no solution depends on its start."""
-        return self.x_T.detach().unsqueeze(1).expand(-1, self.steps, *self.x_T.shape[1:]).clone()
+        return self.start.detach().unsqueeze(1).expand(-1, self.steps, *self.start.shape[1:]).clone()
 
     def __call__(self, z: Tensor) -> Tensor:
         """All latents from all latents, in the cumulative form of Eq. 10: ``(B, T, *shape)`` to the same shape.
@@ -155,7 +171,10 @@ class SamplingChain:
             The latents after the steps, ``(N, *shape)`` in the dtype of x.
         """
         sample, step = sample.to(x.device), step.to(x.device)
-        out = self.denoise(x, sample, step)
+        return self.arrive(x, self.denoise(self.latents(x, step), sample, step), sample, step)
+
+    def arrive(self, x: Tensor, out: Tensor, sample: Tensor, step: Tensor) -> Tensor:
+        """What :meth:`transition` returns, from the denoiser's outputs ``out``."""
         noise = None if self.noise is None else wide(self.noise[sample, step])
         return self.transitions.step(wide(x), wide(out), step, noise, sample).to(x.dtype)
 
@@ -179,20 +198,20 @@ class SamplingChain:
             All latents, ``(N, T, *shape)``: what every parallel solution must equal. Without ``trajectory`` the last of
             them, x_0, ``(N, *shape)``.
         """
-        latent, latents = self.x_T if x_T is None else x_T, []
+        state, latents = self.begin(self.x_T if x_T is None else x_T), []
         samples = self._samples() if samples is None else samples
         for k in ProgressBar.tqdm(range(self.steps), desc="sequential", disable=not progress):
-            latent = self.transition(latent, samples, torch.full_like(samples, k))
-            if trajectory:
-                latents.append(latent)
-        return torch.stack(latents, dim=1) if trajectory else latent
+            state = self.transition(state, samples, torch.full_like(samples, k))
+            if trajectory or k == self.steps - 1:
+                latents.append(self.latents(state, torch.full_like(samples, k + 1)))
+        return torch.stack(latents, dim=1) if trajectory else latents[-1]
 
     def inputs(self, z: Tensor) -> Tensor:
         """The latent that each step starts from: x_T, then all rows of z but the last; ``(B, T, *shape)``."""
-        expected = (len(self.x_T), self.steps, *self.x_T.shape[1:])
+        expected = (len(self.x_T), self.steps, *self.start.shape[1:])
         if tuple(z.shape) != expected:
             raise ValueError(f"the chain's state has shape (B, T, *shape) = {expected}, got {tuple(z.shape)}")
-        return torch.cat([self.x_T.unsqueeze(1).to(z.dtype), z[:, :-1]], dim=1)
+        return torch.cat([self.start.unsqueeze(1).to(z.dtype), z[:, :-1]], dim=1)
 
     def denoise(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """The denoiser's outputs for latents ``(N, *shape)`` before chosen steps, checked, counted as one round.
@@ -210,7 +229,8 @@ class SamplingChain:
 
     def denoise_all(self, x: Tensor) -> Tensor:
         """The denoiser's outputs for the inputs of all steps, ``(B, T, *shape)``, in one round."""
-        out = self.denoise(x.flatten(0, 1), *all_rows(self._samples(), self.steps))
+        sample, step = all_rows(self._samples(), self.steps)
+        out = self.denoise(self.latents(x.flatten(0, 1), step), sample, step)
         return out.unflatten(0, x.shape[:2])
 
     def accumulate(self, x: Tensor, out: Tensor) -> Tensor:
@@ -227,7 +247,7 @@ class SamplingChain:
         return torch.arange(len(self.x_T), device=self.x_T.device)
 
     def _call(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
-        t = self._timesteps_on(x.device)[step]
+        t, x = self._timesteps_on(x.device)[step], self.transitions.as_input(x, step)
         rows = {name: rows[sample] for name, rows in self.conditioning.items()}
         # What the network learned of the variance stands behind the prediction.
         wanted = self.transitions.learned_variance

@@ -69,10 +69,15 @@ def _class_names(folder: Path) -> str | None:
 def _sampling(config: Mapping[str, Any] | None) -> dict[str, str]:
     """What the scheduler's configuration says of sampling, or why it is not read."""
     from fixpoint_diffusion.processes import Clip, SamplerConfig
+    from fixpoint_diffusion.processes.flow import is_flow
     from fixpoint_diffusion.processes.scheduler_tables import CLASSES
 
     if config is None:
         return {"schedule": "not given"}
+    if is_flow(config):
+        return {
+            "schedule": f"a flow, {config.get('num_train_timesteps', 1000)} timesteps, shift {config.get('shift', 1.0)}"
+        }
     try:
         sampler = SamplerConfig.from_diffusers(config)
     except ValueError as error:

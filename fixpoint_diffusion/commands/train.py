@@ -12,6 +12,8 @@ import typer
 from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device, path_option, with_options
 from fixpoint_diffusion.training.config import TrainingConfig
 
+_OBJECTIVES = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample", "flow": "flow_prediction"}
+
 
 @with_options(TrainingConfig, default="the model family's, or {}")
 def train(
@@ -37,6 +39,10 @@ def train(
         typer.Option(parser=path_option, help="Model folder to start from, not random weights.", metavar="FOLDER"),
     ] = None,
     settings: Annotated[Path | None, typer.Option(help="JSON file with settings of the model's architecture.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="What the model predicts: epsilon, v_prediction, sample, or flow, along straight paths."),
+    ] = None,
     backward: Annotated[
         str | None,
         typer.Option(help="Gradient of an FPDM's layer: sjfb (default), multi-jfb, jfb, phantom, ift or shine."),
@@ -84,6 +90,10 @@ def train(
     _check_kind(kind)
     if backward is not None and init is None and kind != "fpdm":
         raise typer.BadParameter(f"only an fpdm has an implicit layer, got {kind or 'unet'}", param_hint="--backward")
+    if objective not in (None, *_OBJECTIVES):
+        raise typer.BadParameter(f"no objective {objective!r}; there are {', '.join(_OBJECTIVES)}")
+    if objective is not None and init is not None:
+        raise typer.BadParameter(f"the model in {init} says what it predicts; drop it", param_hint="--objective")
     if not dry_run:
         check_device(device)
 
@@ -98,6 +108,8 @@ def train(
         if backward is not None:
             changed["backward"] = backward
         training = {name: _plain(given[name]) for name in options.keys() & given.keys()}
+        if objective is not None:
+            training["prediction_type"] = _OBJECTIVES[objective]
         chosen = DataOptions(
             source=data, channels=_plain(channels), size=_size(size), crop=crop.value, flip=flip, latents=latents
         )

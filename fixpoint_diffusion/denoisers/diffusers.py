@@ -12,7 +12,7 @@ from fixpoint_diffusion.denoisers.modules import compute_dtype, execution_device
 from fixpoint_diffusion.denoisers.protocol import ConditioningInput
 from fixpoint_diffusion.denoisers.registry import family_of
 from fixpoint_diffusion.processes import GaussianPrior
-from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES
+from fixpoint_diffusion.processes.predictions import DENOISER_PREDICTIONS
 
 
 class DiffusersDenoiser:
@@ -59,8 +59,8 @@ class DiffusersDenoiser:
         sample_shape: tuple[int, ...] | None = None,
         learned_variance: bool = False,
     ) -> None:
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}")
+        if prediction_type not in DENOISER_PREDICTIONS:
+            raise ValueError(f"prediction_type must be one of {DENOISER_PREDICTIONS}, got {prediction_type!r}")
         self.model = model
         self.prediction_type: str = prediction_type
         self.schedule_config = None if schedule_config is None else dict(schedule_config)

@@ -15,9 +15,10 @@ from fixpoint_diffusion.denoisers.protocol import NetworkDenoiser
 from fixpoint_diffusion.denoisers.registry import LoadOptions, family_of_class
 from fixpoint_diffusion.files import read_json
 from fixpoint_diffusion.processes import GaussianPrior
+from fixpoint_diffusion.processes.flow import is_flow
+from fixpoint_diffusion.processes.predictions import DENOISER_PREDICTIONS
 from fixpoint_diffusion.processes.prior import PRIOR_FILE
 from fixpoint_diffusion.processes.sampler_config import find_scheduler_file
-from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES
 
 # Where a pipeline folder may keep its denoiser.
 MODEL_FOLDERS = ("unet", "transformer")
@@ -77,12 +78,14 @@ def load_denoiser(
     schedule = None if file is None else read_json(file)
     prior = GaussianPrior.load(model_folder)
     about: dict[str, Any] = {"schedule_config": schedule, "prior": prior}
-    if schedule is not None and "prediction_type" in schedule:
+    if is_flow(schedule):
+        about["prediction_type"] = "flow_prediction"
+    elif schedule is not None and "prediction_type" in schedule:
         about["prediction_type"] = schedule["prediction_type"]
-        if about["prediction_type"] not in PREDICTION_TYPES:
+        if about["prediction_type"] not in DENOISER_PREDICTIONS:
             raise ValueError(
                 f"the scheduler config in {folder} has prediction_type {about['prediction_type']!r}; expected one of "
-                f"{', '.join(PREDICTION_TYPES)}"
+                f"{', '.join(DENOISER_PREDICTIONS)}"
             )
     model = (family.load if family else load_module)(model_folder, config, options)
     model.eval().requires_grad_(False)

@@ -43,7 +43,7 @@ class Denoiser(Protocol):
 
     Attributes:
         prediction_type: what the output means, in diffusers' words; one of
-            ``fixpoint_diffusion.processes.schedules.PREDICTION_TYPES``.
+            ``fixpoint_diffusion.processes.predictions.DENOISER_PREDICTIONS``.
         sample_shape: shape of one sample, ``(C, *spatial)``; None where that is not known.
         schedule_config: the configuration of the schedule it was trained on, as a diffusers scheduler writes it; or
             None.

@@ -187,7 +187,11 @@ class BestSoFar:
 
 
 def check_images(chain: SamplingChain, x_0: Tensor) -> None:
-    """Refuse images that are not finite, or not of the shape and on the device of the chain's x_T."""
+    """Refuse images that are not finite, or do not fit the chain's x_T; and a chain whose steps look back."""
+    if chain.transitions.history is not None:
+        raise ValueError(
+            "a chain whose steps look back at earlier predictions cannot be inverted: take DDIM's or Euler's"
+        )
     if not isinstance(x_0, Tensor) or x_0.shape != chain.x_T.shape or not x_0.is_floating_point():
         found = f"{x_0.dtype} {tuple(x_0.shape)}" if isinstance(x_0, Tensor) else type(x_0).__name__
         raise ValueError(f"x_0 must be a float tensor of the shape of x_T, {tuple(chain.x_T.shape)}, got {found}")

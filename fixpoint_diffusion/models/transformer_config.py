@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES
+from fixpoint_diffusion.processes.predictions import DENOISER_PREDICTIONS
 
 PositionOrder = Literal["column-row", "row-column"]
 
@@ -62,7 +62,7 @@ class TransformerConfig:
         "freq_shift": 0,
     }
     _CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "prediction_type": PREDICTION_TYPES,
+        "prediction_type": DENOISER_PREDICTIONS,
         "positions": get_args(PositionOrder),
     }
 

@@ -147,7 +147,10 @@ class GaussianPrior:
         return prior
 
     def slopes(self, transitions: Transitions) -> Tensor:
-        """``(T, 1 or D)`` float64: what each step does to a small change of its latent, along the basis."""
+        """``(T, 1 or D)`` float64: what each step does to a small change of its latent, along the basis.
+
+        Of steps that look back, without what they see there; see :class:`Modes`.
+        """
         levels = (transitions.alphas, transitions.alphas_prev, transitions.direction)
         return _slopes(self.variances, *(level[:, None] for level in levels))
 
@@ -167,13 +170,17 @@ class GaussianPrior:
             transitions: T steps.
             k: which step.
         """
-        a, mean, variances = transitions.alphas[k].to(x.device), self.mean.to(x), self.variances.to(x)
-        along = self.to_coordinates(x.flatten(1) - a.sqrt() * mean) * a.sqrt() * variances / (a * variances + 1 - a)
-        x_0 = (mean + self.from_coordinates(along)).reshape(x.shape)
-        if transitions.prediction_type == "sample":
-            return x_0
-        eps = (x - a.sqrt() * x_0) / (1 - a).sqrt()
-        return eps if transitions.prediction_type == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x_0
+        image = self.images(x.unsqueeze(1), transitions, slice(k, k + 1)).squeeze(1)
+        of_x, of_out, divisor = (values[k].to(x.device) for values in transitions.reading[:3])
+        return (divisor * image - of_x * x) / of_out
+
+    def images(self, x: Tensor, transitions: Transitions, k: slice = slice(None)) -> Tensor:
+        """The x_0 that this Gaussian's exact denoiser predicts at the steps k from their latents ``(B, n, *shape)``."""
+        a, flat = transitions.alphas[k].to(x.device)[:, None], wide(x.flatten(2))
+        mean = self.mean.to(flat)
+        along = self.to_coordinates((flat - a.sqrt() * mean).flatten(0, 1)).reshape(flat.shape)
+        along = along * gain(self.variances.to(flat), a)
+        return (mean + self.from_coordinates(along.flatten(0, 1)).reshape(flat.shape)).reshape(x.shape)
 
     def path(self, x_T: Tensor, transitions: Transitions, noise: Tensor | None = None) -> Tensor:
         """The chain's latents if the data were this Gaussian, with the chain's own noise.
@@ -209,21 +216,33 @@ class GaussianPrior:
             )
         )
         path = x_T.new_empty(len(x_T), transitions.steps, size)
+        looks_back = transitions.history is not None
+        history = alphas.new_zeros(transitions.steps, 0) if transitions.history is None else transitions.history.to(x)
+        earlier = [torch.zeros_like(x)] * history.shape[1]  # what predictions before this step differ from the mean by
         for k in range(transitions.steps):
             # A Gaussian's flow keeps to its mean, sqrt(a) times it: displacements from there follow the slopes.
-            slopes = _slopes(variances, alphas[k], arrive[k], direction[k])
-            x = arrive[k].sqrt() * mean + slopes * (x - alphas[k].sqrt() * mean)
+            slopes, moved = _slopes(variances, alphas[k], arrive[k], direction[k]), x - alphas[k].sqrt() * mean
+            x = arrive[k].sqrt() * mean + slopes * moved
+            if looks_back:
+                image = gain(variances, alphas[k]) * moved
+                x = x + sum(weight * (old - image) for weight, old in zip(history[k], earlier, strict=True))
+                earlier = [image, *earlier[:-1]]
             if noise is not None:
                 x = x + sigma[k] * _times_each(wide(noise[:, k].flatten(1)), factors)
             path[:, k] = _times_each(x, [factor.mT for factor in factors])
         return path.reshape(len(x_T), transitions.steps, *x_T.shape[1:])
 
 
+def gain(variances: Tensor, a: Tensor) -> Tensor:
+    """By how much the expected image follows a latent at signal level ``a``."""
+    return a.sqrt() * variances / (a * variances + 1 - a)
+
+
 def _slopes(variances: Tensor, a: Tensor, a_prev: Tensor, direction: Tensor) -> Tensor:
     """What a step from signal level ``a`` to ``a_prev`` does to a small change of its latent."""
-    gain = a.sqrt() * variances / (a * variances + 1 - a)  # by how much the expected image follows the latent
-    noise = torch.where(a < 1, (1 - a.sqrt() * gain) / (1 - a).clamp(min=1e-12).sqrt(), 0)
-    return a_prev.sqrt() * gain + direction * noise
+    image = gain(variances, a)
+    noise = torch.where(a < 1, (1 - a.sqrt() * image) / (1 - a).clamp(min=1e-12).sqrt(), 0)
+    return a_prev.sqrt() * image + direction * noise
 
 
 def _times_each(flat: Tensor, factors: Sequence[Tensor]) -> Tensor:

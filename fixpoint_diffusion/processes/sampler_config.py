@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +23,8 @@ from fixpoint_diffusion.processes.scheduler_tables import (
     OTHER_PROCESSES,
     PLAIN_VALUES,
 )
-from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, NoiseSchedule, check_timesteps
+from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, NoiseSchedule, check_timesteps, refusal
+from fixpoint_diffusion.processes.solvers import SERVED
 from fixpoint_diffusion.processes.transitions import Transitions
 from fixpoint_diffusion.processes.x0_hooks import Clip, DynamicThreshold, X0Hook
 
@@ -49,7 +50,8 @@ class SamplerConfig:
             arrives at, and clipping or thresholding as its ``x0_hook``.
         variance_type: of DDPM's steps, as for :class:`Transitions`.
         own_steps: whether :meth:`transitions` are the scheduler's own steps (DDIM and DDPM). Otherwise the scheduler
-            is another solver of the same process (Euler, DPM-Solver, ...), and the steps are DDIM's.
+            is another solver of the same process (Euler, DPM-Solver, ...), and the steps are DDIM's; for its own see
+            :func:`solver_transitions`.
 
     Example:
         >>> config = SamplerConfig.from_diffusers({"_class_name": "DDPMScheduler", "variance_type": "fixed_large"})
@@ -94,15 +96,16 @@ class SamplerConfig:
             ...
             ValueError: EulerDiscreteScheduler with use_karras_sigmas=True cannot be honoured; expected False
         """
-        config, name = _read_config(scheduler)
+        config, name = read_config(scheduler)
+        _check_class(name)
         defaults = CLASSES[name]
-        _check_keys(name, config)
+        check_keys(name, config)
         values = defaults | {key: value for key, value in config.items() if key in defaults}
         for key, default in defaults.items():
             _check_value(name, key, values[key], default)
         variance = values["variance_type"] if name in DDPM_CLASSES else "fixed_small"
         if variance not in _VARIANCES:
-            raise _refusal(name, "variance_type", variance, f"one of {', '.join(map(repr, _VARIANCES))}")
+            raise refusal(name, "variance_type", variance, f"one of {', '.join(map(repr, _VARIANCES))}")
         return cls(
             class_name=name,
             schedule=_schedule(name, values),
@@ -165,8 +168,8 @@ def find_scheduler_file(folder: Path) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-def _read_config(scheduler: Any) -> tuple[Mapping[str, Any], str]:
-    """The configuration and the name of its class, which is a known one."""
+def read_config(scheduler: Any) -> tuple[Mapping[str, Any], Any]:
+    """The configuration of a scheduler, and the name of its class; arguments as for ``from_diffusers``."""
     if isinstance(scheduler, str | Path):
         path = Path(scheduler)
         file = path if path.is_file() else find_scheduler_file(path)
@@ -179,17 +182,23 @@ def _read_config(scheduler: Any) -> tuple[Mapping[str, Any], str]:
         if not isinstance(config, Mapping):
             raise TypeError(f"expected a diffusers scheduler, its config or a path, got {type(scheduler).__name__}")
         name = config.get("_class_name") if config is scheduler else type(scheduler).__name__
-    name = _guess_class(config) if name is None else name
-    if not isinstance(name, str) or name not in CLASSES:
-        shown = str(name)[:60]
-        what = next((what for start, what in OTHER_PROCESSES.items() if shown.startswith(start)), None)
-        close = get_close_matches(shown, CLASSES, n=2, cutoff=0.8)
-        if what:
-            reason = f"describes {what}: sample with the model's own diffusers pipeline"
-        else:
-            reason = "is not known" + (f"; known ones with such a name are {', '.join(close)}" if close else "")
-        raise ValueError(f"the scheduler {shown} {reason}. The docs list those that are read: Schedulers of diffusers")
-    return config, name
+    return config, _guess_class(config) if name is None else name
+
+
+def _check_class(name: Any) -> None:
+    if isinstance(name, str) and name in CLASSES:
+        return
+    shown = str(name)[:60]
+    what = next((what for start, what in OTHER_PROCESSES.items() if shown.startswith(start)), None)
+    close = get_close_matches(shown, CLASSES, n=2, cutoff=0.8)
+    if what:
+        advice = (
+            "chain_from_scheduler takes it" if shown in SERVED else "sample with the model's own diffusers pipeline"
+        )
+        reason = f"describes {what}: {advice}"
+    else:
+        reason = "is not known" + (f"; known ones with such a name are {', '.join(close)}" if close else "")
+    raise ValueError(f"the scheduler {shown} {reason}. The docs list those that are read: Schedulers of diffusers")
 
 
 def _guess_class(config: Mapping[str, Any]) -> str:
@@ -211,11 +220,11 @@ def _guess_class(config: Mapping[str, Any]) -> str:
     return found[0]
 
 
-def _check_keys(name: str, config: Mapping[str, Any]) -> None:
-    """Raise for a key that nobody knows; keys of other classes may stand."""
+def check_keys(name: str, config: Mapping[str, Any], own: Collection[str] = ()) -> None:
+    """Raise for a key that nobody knows, ``own`` ones apart; keys of other classes may stand."""
     if config.get("predict_epsilon", True) is not True:  # of releases before prediction_type
-        raise _refusal(name, "predict_epsilon", config["predict_epsilon"], 'prediction_type="sample" in its place')
-    known = CLASS_KEYS | LEFTOVER_KEYS | {"predict_epsilon"}
+        raise refusal(name, "predict_epsilon", config["predict_epsilon"], 'prediction_type="sample" in its place')
+    known = CLASS_KEYS | LEFTOVER_KEYS | {"predict_epsilon", *own}
     unknown = [key for key in config if not key.startswith("_") and key not in known and config[key] is not None]
     if unknown:
         raise ValueError(
@@ -227,17 +236,17 @@ def _check_keys(name: str, config: Mapping[str, Any]) -> None:
 def _check_value(name: str, key: str, value: Any, default: Any) -> None:
     if key in PLAIN_VALUES:
         if value != PLAIN_VALUES[key]:
-            raise _refusal(name, key, value, repr(PLAIN_VALUES[key]))
+            raise refusal(name, key, value, repr(PLAIN_VALUES[key]))
     elif isinstance(default, bool):
         if not isinstance(value, bool):
-            raise _refusal(name, key, value, "true or false")
+            raise refusal(name, key, value, "true or false")
     elif isinstance(default, int):
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 <= int(value) <= _MOST_TIMESTEPS:
-            raise _refusal(name, key, value, f"a whole number of at most {_MOST_TIMESTEPS}")
+            raise refusal(name, key, value, f"a whole number of at most {_MOST_TIMESTEPS}")
     elif isinstance(default, float) and not (
         isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     ):
-        raise _refusal(name, key, value, "a number")
+        raise refusal(name, key, value, "a number")
     choices = {
         "prediction_type": PREDICTION_TYPES,
         "timestep_spacing": _SPACINGS,
@@ -245,13 +254,7 @@ def _check_value(name: str, key: str, value: Any, default: Any) -> None:
         "final_sigmas_type": ("zero", "sigma_min"),
     }.get(key)
     if choices and value not in choices:
-        raise _refusal(name, key, value, f"one of {', '.join(map(repr, choices))}")
-
-
-def _refusal(name: str, key: str, value: Any, expected: str) -> ValueError:
-    return ValueError(
-        f"{name} with {key}={value!r}".replace("\n", " ")[:200] + f" cannot be honoured; expected {expected}"
-    )
+        raise refusal(name, key, value, f"one of {', '.join(map(repr, choices))}")
 
 
 def _schedule(name: str, values: Mapping[str, Any]) -> NoiseSchedule:

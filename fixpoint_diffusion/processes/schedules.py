@@ -266,6 +266,12 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
+def refusal(name: str, key: str, value: Any, expected: str) -> ValueError:
+    """The error about a value in a scheduler's configuration that cannot be honoured."""
+    found = f"{name} with {key}={value!r}".replace("\n", " ")[:200]
+    return ValueError(f"{found} cannot be honoured; expected {expected}")
+
+
 def _positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

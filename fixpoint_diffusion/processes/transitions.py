@@ -1,4 +1,4 @@
-"""One step of DDIM, deterministic or stochastic, for every step of a chain at once, in float64."""
+"""One step of a sampler, deterministic or stochastic, for every step of a chain at once, in float64."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, NoiseSchedule, check_choice, check_timesteps
-from fixpoint_diffusion.processes.x0_hooks import X0Hook
+from fixpoint_diffusion.processes.predictions import DENOISER_PREDICTIONS, Reading
+from fixpoint_diffusion.processes.schedules import NoiseSchedule, check_choice, check_timesteps
+from fixpoint_diffusion.processes.x0_hooks import X0Hook, apply_hook
 
 # In diffusers' words. The first is DDIM's own, the others are DDPM's, with eta = 1.
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
@@ -23,7 +24,7 @@ def wide(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Transitions:
-    r"""The coefficients of a chain of T sampling steps (DDIM, Eq. 12 and 16; DEQ-DDIM, Eq. 20).
+    r"""The coefficients of a chain of T sampling steps (DDIM, Eq. 12 and 16; DEQ-DDIM, Eq. 20), and of other samplers.
 
     Step k takes a latent at signal level ``a = alphas[k]`` to one at ``a' = alphas_prev[k]``::
 
@@ -31,7 +32,8 @@ class Transitions:
         sigma = eta sqrt((1 - a / a') (1 - a') / (1 - a)),  direction = sqrt(1 - a' - sigma^2)
 
     where ``(x_0, eps)`` are what the denoiser's output says about the latent. Make one with :meth:`of`, or with
-    :meth:`between` for levels that are not those of a schedule.
+    :meth:`between` for levels that are not those of a schedule; :func:`solver_transitions` makes those of Euler,
+    flow matching, DPM-Solver++ and others. Whatever the sampler, latents are ``sqrt(a) x_0 + sqrt(1 - a) eps``.
 
     Attributes:
         timesteps: ``(T,)``: what the denoiser is told at each step.
@@ -50,6 +52,12 @@ class Transitions:
             denoiser's output has twice the channels, and the second half is the variance of each entry
             (``"learned"``), or says where its logarithm lies between DDPM's two fixed ones, from -1 for the
             small to 1 for the large (``"learned_range"``; Nichol and Dhariwal, 2021, Eq. 15). No noise at timestep 0.
+        history: ``(T, p)``: a multistep sampler adds ``history[k, j] (x_0 of step k - 1 - j - x_0 of step k)``, summed
+            over j, to the latent after step k. None: no step looks back.
+        input_scale: ``(T,)``: what latents are multiplied by before the denoiser sees them. None: 1.
+        scales: ``(T + 1,)``: by how much larger a scheduler of diffusers keeps the latents, before each step and after
+            the last. None: 1.
+        sigma_data: as for a network of EDM, see :meth:`Reading.of`.
     """
 
     timesteps: Tensor
@@ -61,6 +69,10 @@ class Transitions:
     x0_hook: X0Hook | None = None
     noise_from_clipped: bool = False
     variance_type: str = "fixed_small"
+    history: Tensor | None = None
+    input_scale: Tensor | None = None
+    scales: Tensor | None = None
+    sigma_data: float | None = None
     _tables: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -74,6 +86,11 @@ class Transitions:
     def learned_variance(self) -> bool:
         """Whether the noise's size is in the denoiser's output."""
         return self.variance_type in ("learned", "learned_range")
+
+    @property
+    def reading(self) -> Reading:
+        """What the denoiser's output means at each step."""
+        return Reading.of(self.prediction_type, self.alphas, self.sigma_data)
 
     @classmethod
     def of(
@@ -95,10 +112,9 @@ class Transitions:
             eta: share of DDPM's noise: 0 is deterministic, 1 is DDPM (where a hook changes x_0, together with
                 ``noise_from_clipped=True``). More is legal as long as no step adds more noise than the latent it leads
                 to may hold.
-            prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
-            x0_hook: the attribute of that name; by default the schedule's.
-            noise_from_clipped: the attribute of that name.
-            variance_type: the attribute of that name; all but ``"fixed_small"`` need ``eta=1``.
+            prediction_type: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or ``"flow_prediction"``.
+            x0_hook, noise_from_clipped, variance_type: the attributes of those names. The hook is by default the
+                schedule's; all variance types but ``"fixed_small"`` need ``eta=1``.
 
         Raises:
             TypeError: timesteps that are no tensor of numbers.
@@ -156,7 +172,7 @@ class Transitions:
             >>> Transitions.between(torch.tensor([900, 400]), levels, torch.tensor([0.4, 1.0]).double()).direction
             tensor([0.7746, 0.0000], dtype=torch.float64)
         """
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("prediction_type", prediction_type, DENOISER_PREDICTIONS)
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         if variance_type != "fixed_small" and eta != 1:
             raise ValueError(f"variance_type={variance_type!r} is DDPM's and needs eta=1, got eta={eta:g}")
@@ -206,6 +222,10 @@ class Transitions:
         )
         return replace(self, direction=other.direction, sigma=other.sigma)
 
+    def as_input(self, x: Tensor, k: Tensor) -> Tensor:
+        """Latents ``(N, *shape)`` before the steps k ``(N,)`` as the denoiser is to see them."""
+        return x if self.input_scale is None else (self._like("input_scale", wide(x), k) * x).to(x.dtype)
+
     def predict(
         self, x: Tensor, out: Tensor, k: int | slice | Tensor, sample: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -223,17 +243,14 @@ class Transitions:
                 they are samples 0, 1, 2, ...
         """
         out, _ = self._split(x, out, k)
-        signal, noise = self._like("signal", x, k), self._like("noise", x, k)
-        if self.prediction_type == "epsilon":
-            x_0, eps = (x - noise * out) / signal, out
-        elif self.prediction_type == "v_prediction":
-            x_0, eps = signal * x - noise * out, signal * out + noise * x
-        else:
-            x_0, eps = out, (x - signal * out) / noise
+        # What the output is itself takes no memory.
+        plain = "" if self.sigma_data is not None else self.prediction_type
+        x_0 = out if plain == "sample" else self._read("image", x, out, k)
+        eps = out if plain == "epsilon" else self._read("noise", x, out, k)
         if self.x0_hook is not None:
-            x_0 = self._apply_hook(x_0, k, sample)
+            x_0 = apply_hook(self.x0_hook, x_0, k, self.steps, sample)
             if self.noise_from_clipped:
-                eps = (x - signal * x_0) / noise
+                eps = (x - self._like("signal", x, k) * x_0) / self._like("noise", x, k)
         return x_0, eps
 
     def step(
@@ -251,11 +268,26 @@ class Transitions:
             noise: standard normal, of the shape of x; None where sigma is 0.
 
         Raises:
-            ValueError: noise and a learned variance, but an output that holds none; a hook that returns another shape.
+            ValueError: noise and a learned variance, but an output that holds none; a hook that returns another shape;
+                steps that look back.
+        """
+        if self.history is not None:
+            raise ValueError("these steps look back at earlier predictions: MultistepChain takes them")
+        return self._arrive(x, out, k, noise, *self.predict(x, out, k, sample))
+
+    def step_back(
+        self, x: Tensor, out: Tensor, k: Tensor, earlier: Tensor, noise: Tensor | None, sample: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The latents after steps k that look back, and the predictions x_0 of these steps, ``(N, *shape)`` both.
+
+        Args:
+            x, out, k, noise, sample: as for :meth:`step`, with a step for each row.
+            earlier: the predictions x_0 of the p steps before, ``(N, p, *shape)``, the latest first.
         """
         x_0, eps = self.predict(x, out, k, sample)
-        after = self._like("signal_prev", x, k) * x_0 + self._like("direction", x, k) * eps
-        return after if noise is None else after + self._noise_scale(x, out, k) * noise
+        weights = self._table("history", x)[k].reshape(*earlier.shape[:2], *[1] * (x.ndim - 1))
+        looked_back = (weights * (earlier - x_0.unsqueeze(1))).sum(dim=1)
+        return self._arrive(x, out, k, noise, x_0, eps) + looked_back, x_0
 
     def cumulative(self, x: Tensor, out: Tensor, noise: Tensor | None = None, sample: Tensor | None = None) -> Tensor:
         """All latents, each as the sum of all steps before it (DEQ-DDIM, Eq. 10; stochastic: Eq. 22 and 23).
@@ -267,9 +299,7 @@ class Transitions:
 
         Args:
             x: the latents that each step starts from, ``(B, T, *shape)``; the first is x_T.
-            out: the denoiser's outputs for them, as for :meth:`predict`.
-            noise: standard normal, of the shape of x; None where sigma is 0.
-            sample: for the hook, the numbers of the samples ``(B,)``; None: 0, 1, 2, ...
+            out, noise, sample: as for :meth:`step`, for all steps.
 
         Returns:
             The latents after each step, ``(B, T, *shape)`` in the dtype of x.
@@ -292,20 +322,16 @@ class Transitions:
             latents.append((product * sums).to(x.dtype))
         return latents[0] if len(latents) == 1 else torch.cat(latents, dim=1)
 
-    def _apply_hook(self, x_0: Tensor, k: int | slice | Tensor, sample: Tensor | None) -> Tensor:
-        """The hook on one row after another, whatever the shape of x_0."""
-        assert self.x0_hook is not None
-        steps = torch.arange(self.steps, device=x_0.device)[k].reshape(-1)
-        rows, samples = x_0, torch.arange(len(x_0), device=x_0.device) if sample is None else sample.to(x_0.device)
-        if isinstance(k, slice):
-            rows, samples, steps = x_0.flatten(0, 1), samples.repeat_interleave(len(steps)), steps.repeat(len(x_0))
-        else:
-            steps = steps.expand(len(x_0))
-        found = self.x0_hook(rows, steps, samples)
-        if not isinstance(found, Tensor) or found.shape != rows.shape:
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"x0_hook must return a tensor of the shape of its input {tuple(rows.shape)}, got {shape}")
-        return found.to(x_0.dtype).reshape(x_0.shape)
+    def _arrive(
+        self, x: Tensor, out: Tensor, k: int | slice | Tensor, noise: Tensor | None, x_0: Tensor, eps: Tensor
+    ) -> Tensor:
+        after = self._like("signal_prev", x, k) * x_0 + self._like("direction", x, k) * eps
+        return after if noise is None else after + self._noise_scale(x, out, k) * noise
+
+    def _read(self, part: str, x: Tensor, out: Tensor, k: int | slice | Tensor) -> Tensor:
+        """x_0 (``"image"``) or eps (``"noise"``), as :class:`Reading` has them."""
+        weighed = self._like(f"{part}_of_x", x, k) * x + self._like(f"{part}_of_out", x, k) * out
+        return weighed / self._like(f"{part}_divisor", x, k)
 
     def _noise_scale(self, x: Tensor, out: Tensor, k: int | slice | Tensor) -> Tensor:
         """Standard deviation of the noise of the steps k."""
@@ -355,6 +381,9 @@ class Transitions:
                 "signal": self.alphas.sqrt(),
                 "noise": (1 - self.alphas).sqrt(),
                 "signal_prev": self.alphas_prev.sqrt(),
+                **self.reading._asdict(),
+                "history": self.alphas if self.history is None else self.history,
+                "input_scale": self.alphas if self.input_scale is None else self.input_scale,
                 "direction": self.direction,
                 "sigma": self.sigma,
                 "factor": factor,

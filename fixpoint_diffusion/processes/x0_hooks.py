@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # Called as hook(x_0, step, sample): predictions (N, *shape) in float64 (float32 on devices without it), and for each
@@ -80,3 +81,27 @@ class DynamicThreshold:
         quantile = values[:, below].lerp(values[:, above], place - below)
         limit = quantile.clamp(min=1).clamp(max=self.max_value).reshape(-1, *[1] * (x_0.ndim - 1))
         return x_0.clamp(-limit, limit) / limit
+
+
+def apply_hook(hook: X0Hook, x_0: Tensor, k: int | slice | Tensor, steps: int, sample: Tensor | None) -> Tensor:
+    """The hook on one row after another, whatever the shape of x_0.
+
+    Args:
+        hook: as above.
+        x_0, k, sample: as x, k and sample of :meth:`Transitions.predict`.
+        steps: T.
+
+    Raises:
+        ValueError: a hook that returns another shape.
+    """
+    step = torch.arange(steps, device=x_0.device)[k].reshape(-1)
+    rows, samples = x_0, torch.arange(len(x_0), device=x_0.device) if sample is None else sample.to(x_0.device)
+    if isinstance(k, slice):
+        rows, samples, step = x_0.flatten(0, 1), samples.repeat_interleave(len(step)), step.repeat(len(x_0))
+    else:
+        step = step.expand(len(x_0))
+    found = hook(rows, step, samples)
+    if not isinstance(found, Tensor) or found.shape != rows.shape:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"x0_hook must return a tensor of the shape of its input {tuple(rows.shape)}, got {shape}")
+    return found.to(x_0.dtype).reshape(x_0.shape)

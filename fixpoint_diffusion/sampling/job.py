@@ -16,7 +16,8 @@ from fixpoint_diffusion.chains import SamplingChain, chain_from_scheduler
 from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided, NetworkDenoiser, describe, family_of
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
 from fixpoint_diffusion.files import map_array
-from fixpoint_diffusion.processes import Clip, SamplerConfig, initial_noise
+from fixpoint_diffusion.processes import SERVED, Clip, SamplerConfig, initial_noise
+from fixpoint_diffusion.processes.flow import is_flow
 from fixpoint_diffusion.sampling.fpdm.job import PROBE_IMAGES, Drawn, FPDMJob, refuse_fpdm_options
 from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, check_guidance, parse_classes
 from fixpoint_diffusion.sampling.sample import sample
@@ -97,7 +98,11 @@ class SamplingJob:
         self._decoder = decoder
         self._sample_shape = denoiser.sample_shape
         self.image_shape = self._sample_shape if decoder is None else decoder.image_shape(self._sample_shape)
-        self._config = SamplerConfig.from_diffusers(denoiser.schedule_config)
+        # Of any scheduler with betas, DDIM's or DDPM's steps; along a flow, Euler's.
+        self._config: Any = denoiser.schedule_config
+        self._flow = is_flow(self._config) and self._config["_class_name"] in SERVED
+        if not self._flow:
+            self._config = SamplerConfig.from_diffusers(denoiser.schedule_config)
         self._device = denoiser.device
         self._x_T = x_T
         self._x0_hook = Clip(float("inf")) if options.no_clip else None
@@ -108,7 +113,7 @@ class SamplingJob:
         self._denoiser = self._prepare(denoiser)
         self.classes = classes_of(denoiser, options.classes, options.guidance, class_names)
         # A chain of one image that is not run: whatever does not fit is said before anything is written.
-        self._chain(range(1), eta=0.0)
+        self._chain(range(1), eta=options.eta if self._flow else 0.0)
 
     def labels(self, samples: range) -> Tensor | None:
         """The classes of these images, ``(N,)``: they repeat in the given order."""
@@ -186,7 +191,7 @@ class SamplingJob:
             self._noise(samples),
             self._config,
             steps=self.options.steps,
-            eta=eta,
+            eta=None if self._flow and eta == 0 else eta,
             x0_hook=self._x0_hook,
             seed=self.options.seed,
             first_sample=samples[0],
@@ -208,6 +213,9 @@ class SamplingJob:
 
     def _prepare(self, denoiser: NetworkDenoiser) -> NetworkDenoiser:
         options = self.options
+        if self._flow:
+            refuse_fpdm_options(options)
+            return denoiser
         transitions = self._config.transitions(
             options.steps, eta=options.eta, x0_hook=self._x0_hook, prediction_type=denoiser.prediction_type
         )

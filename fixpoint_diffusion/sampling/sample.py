@@ -137,9 +137,10 @@ def sample(
             record=record,
             callback=report if progress or callback else None,
         )
+    trajectory = chain.trajectory(solution.value)
     return SamplingResult(
-        images=solution.value[:, -1],
-        trajectory=solution.value,
+        images=trajectory[:, -1],
+        trajectory=trajectory,
         solution=solution,
         rounds=chain.rounds - rounds,
         evals=chain.evals - evals,
@@ -199,7 +200,8 @@ class _ChangedRows:
             changed = (x != self._x).reshape(*x.shape[:2], -1).any(dim=2)
             if bool(changed.any()):
                 sample, step = changed.nonzero(as_tuple=True)
-                self._out[sample, step] = self._chain.denoise(x[sample, step], sample, step)
+                # No name for the rows: they would be held while the steps are added up.
+                self._out[sample, step] = self._chain.denoise(self._chain.latents(x[sample, step], step), sample, step)
         self._x = x
         return self._chain.accumulate(x, self._out)
 

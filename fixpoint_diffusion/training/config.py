@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from fixpoint_diffusion.sampling.options import option
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Weighting = Literal["plain", "min-snr", "fpdm"]
 Precision = Literal["no", "bf16", "fp16"]
 _COUNTS = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
@@ -40,7 +40,8 @@ class TrainingConfig:
         max_grad_norm: gradients are clipped to this norm; None: they are not.
         ema_decay: of the exponential moving average of the weights; the average is what is kept. The decay after ``k``
             steps is at most ``(1 + k) / (10 + k)``, so that a short run forgets where it began.
-        prediction_type: what the model's output means: the noise, ``v = sqrt(a) noise - sqrt(1 - a) x_0``, or ``x_0``.
+        prediction_type: what the model's output means: the noise, ``v = sqrt(a) noise - sqrt(1 - a) x_0``, ``x_0``, or
+            ``noise - x_0`` along a flow (``"flow_prediction"``), whose noisy images are straight between both.
         weighting: ``"plain"`` is the mean square error of that output; ``"min-snr"`` weighs timesteps by
             ``min(SNR, min_snr_gamma)`` in terms of x_0 (Hang et al. 2023, Efficient Diffusion Training via Min-SNR);
             ``"fpdm"`` by ``a sqrt(1 - a)`` with ``a`` the schedule's cumulative product, as FPDM's released code does:
@@ -103,6 +104,8 @@ class TrainingConfig:
         for name, choices in (("prediction_type", PredictionType), ("weighting", Weighting), ("precision", Precision)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
+        if self.prediction_type == "flow_prediction" and self.weighting != "plain":
+            raise ValueError(f"a flow is trained with weighting 'plain', got {self.weighting!r}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
 

@@ -16,6 +16,7 @@ from fixpoint_diffusion.denoisers.protocol import NetworkDenoiser
 from fixpoint_diffusion.denoisers.registry import Family, family_of
 from fixpoint_diffusion.extras import machine_memory
 from fixpoint_diffusion.models.weights import at_most_tensors, describe_error
+from fixpoint_diffusion.processes.flow import is_flow
 from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.training.data import ImageDataset
 
@@ -112,5 +113,7 @@ def load_network(folder: str | Path) -> tuple[nn.Module, Family, dict[str, Any]]
         )
     if denoiser.schedule_config is None:
         raise ValueError(f"{folder} does not say on which noise schedule the model was trained: no {SCHEDULER_FILE}")
-    schedule = {**denoiser.schedule_config, "prediction_type": denoiser.prediction_type}
+    schedule = dict(denoiser.schedule_config)
+    if not is_flow(schedule):
+        schedule["prediction_type"] = denoiser.prediction_type
     return denoiser.model.train().requires_grad_(True), its_family, schedule

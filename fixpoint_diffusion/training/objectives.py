@@ -28,6 +28,9 @@ def diffusion_loss(
 ) -> Tensor:
     """The weighted mean square error of the model's prediction at ``x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise``.
 
+    Along a flow, ``x_t`` is that divided by ``sqrt(a_t) + sqrt(1 - a_t)``, and the model is told ``t + 1``, which is
+    the share of the noise in it times the number of timesteps.
+
     A model with twice the images' channels learns the variance, too: ``1/1000`` of the variational bound is added, in
     which the mean is held fixed (``variational_bound``).
 
@@ -46,15 +49,16 @@ def diffusion_loss(
         The loss, a scalar.
 
     Raises:
-        ValueError: if the model returns another number of channels.
+        ValueError: if the model returns another number of channels, or a variance along a flow.
 
-    Source: Ho et al. 2020, Eq. 14; Salimans and Ho 2022 for v; Hang et al. 2023 for the weighting; Nichol and Dhariwal
-    2021, Eq. 16 for the learned variance.
+    Source: Ho et al. 2020, Eq. 14; Salimans and Ho 2022 for v; Lipman et al. 2023 and Liu et al. 2023 for flows; Hang
+    et al. 2023 for the weighting; Nichol and Dhariwal 2021, Eq. 16 for the learned variance.
     """
-    a = alphas_cumprod[t]
-    signal_rate, noise_rate = _spread(a.sqrt(), x_0), _spread((1 - a).sqrt(), x_0)
+    a, flow = alphas_cumprod[t], config.prediction_type == "flow_prediction"
+    size = a.sqrt() + (1 - a).sqrt() if flow else torch.ones_like(a)
+    signal_rate, noise_rate = _spread(a.sqrt() / size, x_0), _spread((1 - a).sqrt() / size, x_0)
     x_t = signal_rate * x_0 + noise_rate * noise
-    output = model(x_t, t, **(conditioning or {}))
+    output = model(x_t, t + 1 if flow else t, **(conditioning or {}))
     output = output if isinstance(output, Tensor) else output.sample
     channels = x_0.shape[1]
     if output.shape[1] not in (channels, 2 * channels):
@@ -65,10 +69,12 @@ def diffusion_loss(
     elif config.prediction_type == "v_prediction":
         target = signal_rate * noise - noise_rate * x_0
     else:
-        target = x_0
+        target = noise - x_0 if flow else x_0
     errors = (prediction - target).square().flatten(1).mean(1)
     loss = (errors * loss_weight(a, config).to(errors.dtype)).mean()
     if variance.shape[1]:
+        if flow:
+            raise ValueError("a flow has no variance to learn: train a model with as many channels as the images have")
         bound = variational_bound(
             x_0,
             x_t,

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
 from fixpoint_diffusion.denoisers.registry import Family, family
 from fixpoint_diffusion.extras import machine_memory
 from fixpoint_diffusion.files import locked, write_json
 from fixpoint_diffusion.processes import NoiseSchedule
+from fixpoint_diffusion.processes.flow import FLOW_SCHEDULE, flow_levels, is_flow
 from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.training.checkpoints import load_record
 from fixpoint_diffusion.training.config import TrainingConfig
@@ -141,7 +142,9 @@ class TrainingRun:
                 raise ValueError("a model that is trained further keeps its architecture and its classes")
             network, its_family, schedule_config = load_network(init)
             network = trained_otherwise(network, settings or {})
-            given.setdefault("prediction_type", schedule_config["prediction_type"])
+            along = "flow_prediction" if is_flow(schedule_config) else schedule_config["prediction_type"]
+            if (given.setdefault("prediction_type", along) == "flow_prediction") != is_flow(schedule_config):
+                raise ValueError(f"the model in {init} was trained to give {along}, not {given['prediction_type']}")
             config = TrainingConfig(**{**its_family.training, **given})
             opened = (data or DataOptions()).open(seed=config.seed)
             _check_batch(opened, config)
@@ -157,6 +160,8 @@ class TrainingRun:
             _check_batch(opened, config)
             if classes and opened.num_classes is None:
                 raise ValueError("the data has no classes: put images into one subfolder a class")
+            if its_family.name in ("dit", "fpdm") and "prediction_type" in given:  # their architecture says it too
+                settings = {"prediction_type": given["prediction_type"], **(settings or {})}
             network = build_network(
                 its_family,
                 opened,
@@ -170,6 +175,10 @@ class TrainingRun:
             # Images are known to lie in [-1, 1], and a model that has trained little predicts far outside of it.
             clipping = {"clip_sample": not opened.is_latent}
             schedule_config = {**its_family.schedule_config, "prediction_type": prediction_type, **clipping}
+            if prediction_type == "flow_prediction":
+                if its_family.name == "fpdm":
+                    raise ValueError("an fpdm is not trained along a flow: its samplers take DDIM's and DDPM's steps")
+                schedule_config = FLOW_SCHEDULE
         return cls._with(
             network,
             opened,
@@ -288,7 +297,7 @@ class TrainingRun:
                 average, log = train(
                     self.model,
                     self.data,
-                    NoiseSchedule.from_diffusers(self.schedule_config).alphas_cumprod,
+                    _levels(self.schedule_config),
                     self.config,
                     checkpoint=self.folder / CHECKPOINT,
                     resume=self.steps_done > 0,
@@ -314,6 +323,13 @@ class TrainingRun:
                     prior=prior_of(self.data),
                 )
         return log
+
+
+def _levels(schedule_config: Mapping[str, Any]) -> Tensor:
+    """The signal level at each timestep of training, ``(steps,)`` float64; along a flow the first is 1."""
+    if is_flow(schedule_config):
+        return flow_levels(schedule_config)
+    return NoiseSchedule.from_diffusers(schedule_config).alphas_cumprod
 
 
 def _check_batch(data: ImageDataset, config: TrainingConfig) -> None:

@@ -482,7 +482,7 @@ def test_autoencoder_in_a_pipeline_folder_is_found(vae: Path, tmp_path: Path) ->
         ("unet", ("--class", "-1"), "--class takes"),
         ("unet", ("--class", "1", "--guidance", "2"), "trained without labels"),
         ("unet", ("--guidance", "2"), "--guidance needs --class"),
-        ("flow", (), "FlowMatchEulerDiscreteScheduler describes"),
+        ("flow", (), "FlowMatchLCMScheduler describes"),
         ("text", (), "takes encoder_hidden_states"),
         ("ddpm-digits", ("--class", "1"), "this model has none"),
         ("ddpm-digits", ("--vae", "vae"), "the autoencoder decodes 4xHxW"),
@@ -526,7 +526,7 @@ def test_what_does_not_fit_ends_in_one_line_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(conditional_unet, "flow")
-    Path("flow/scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    Path("flow/scheduler_config.json").write_text('{"_class_name": "FlowMatchLCMScheduler"}')
     saved(tiny_text_unet(), tmp_path / "text")
     Path("taken").mkdir()
     Path("taken/images.npy").write_text("mine")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from fixpoint_diffusion.processes import NoiseSchedule
+from fixpoint_diffusion.processes.flow import FLOW_SCHEDULE, flow_levels
 from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.objectives import (
     VLB_WEIGHT,
@@ -62,6 +63,27 @@ def test_loss_of_a_perfect_prediction_is_zero(prediction_type: str, weighting: s
 
     config = TrainingConfig(prediction_type=prediction_type, weighting=weighting)
     assert float(diffusion_loss(Perfect(), x_0, t, noise, SCHEDULE, config)) == pytest.approx(0, abs=1e-25)
+
+
+def test_a_flow_is_asked_between_image_and_noise_for_the_way_from_one_to_the_other() -> None:
+    x_0, noise = torch.randn(2, 4, 1, 4, 4, dtype=torch.float64)
+    t = torch.tensor([0, 399, 998, 999])
+
+    class Perfect(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            sigma = t.double().view(-1, 1, 1, 1) / 1000
+            torch.testing.assert_close(x, (1 - sigma) * x_0 + sigma * noise)
+            return noise - x_0
+
+    config = TrainingConfig(prediction_type="flow_prediction")
+    levels = flow_levels(FLOW_SCHEDULE)
+    assert float(diffusion_loss(Perfect(), x_0, t, noise, levels, config)) == pytest.approx(0, abs=1e-25)
+    wrong = diffusion_loss(Fixed(noise - x_0 + 2), x_0, t, noise, levels, config)
+    assert float(wrong.detach()) == pytest.approx(4)  # all timesteps weigh the same
+    with pytest.raises(ValueError, match="a flow has no variance to learn"):
+        diffusion_loss(Fixed(torch.cat([noise, noise], dim=1)), x_0, t, noise, levels, config)
+    with pytest.raises(ValueError, match="a flow is trained with weighting 'plain', got 'min-snr'"):
+        TrainingConfig(prediction_type="flow_prediction", weighting="min-snr")
 
 
 @settings(max_examples=50)

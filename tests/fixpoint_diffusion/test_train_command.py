@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.cli import app, main
 from fixpoint_diffusion.denoisers import family, load_denoiser
 from fixpoint_diffusion.denoisers.checksums import verify_checksums
@@ -90,6 +92,40 @@ def test_trained_folder_is_complete_and_loads(tmp_path: Path, kind: str) -> None
     assert json.loads((out / "training_config.json").read_text())["steps"] == 2
     assert not list(out.glob(".export*"))
     assert (out / WEIGHTS).stat().st_mode == (out / "config.json").stat().st_mode, "others may read it as they may JSON"
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_a_flow_is_trained_resumed_and_sampled(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    done(train(out, "--steps", 2, "--objective", "flow", kind=kind))
+    done(CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--steps", "3"]))
+    denoiser = load_denoiser(out)
+    assert denoiser.prediction_type == "flow_prediction"
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(out)
+    chain = chain_from_scheduler(denoiser, torch.randn(1, 1, 8, 8), scheduler, steps=4)
+    assert chain.transitions.prediction_type == "flow_prediction"
+    command = ["sample", "--model", str(out), "--num-images", "2", "--steps", "6", "--out"]
+    for solver in ("sequential", "causal"):
+        done(CliRunner().invoke(app, [*command, str(tmp_path / solver), "--solver", solver, "--rtol", "1e-5"]))
+    found, expected = (np.load(tmp_path / solver / "images.npy") for solver in ("causal", "sequential"))
+    assert np.abs(found - expected).max() <= 1e-2
+    assert "a flow, 1000 timesteps, shift 1.0" in done(CliRunner().invoke(app, ["info", str(out)]))
+    error = CliRunner().invoke(app, [*command, str(tmp_path / "noisy"), "--eta", "1"])
+    assert "eta is for DDIM and DDPM schedulers" in str(error.exception) + error.output
+
+
+def test_objectives_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "out"
+    command = ("train", "--out", out, "--steps", 1)
+    assert "no objective 'flows'" in refused(monkeypatch, capsys, *command, "--objective", "flows")
+    assert "an fpdm is not trained along a flow" in refused(
+        monkeypatch, capsys, "train", "fpdm", *command[1:], "--objective", "flow"
+    )
+    done(train(tmp_path / "flow", "--steps", 1, "--objective", "flow"))
+    named = ("--init", tmp_path / "flow", "--objective", "epsilon")
+    assert "says what it predicts" in refused(monkeypatch, capsys, *command, *named)
+    done(train(out, "--steps", 1, "--init", tmp_path / "flow", kind=None))
+    assert load_denoiser(out).prediction_type == "flow_prediction"
 
 
 def test_models_of_images_are_sampled_with_clipping_and_those_of_latents_are_not(tmp_path: Path) -> None:
