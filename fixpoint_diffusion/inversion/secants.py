@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.inversion.problem import InverseProblem
+from fixpoint_diffusion.inversion.problem import InverseProblem, Probes
 
-# Near the image a step's Jacobian is far from what the prior says: the last eighth of the steps is probed, at least ten.
+# Near the image a step's Jacobian is far from what the prior says: a share of them, there, is probed.
 _LATE_SHARE, _LATE_LEAST = 8, 10
 _NUDGE = 0.01  # RMS of a probe's change of a latent
 _MEMORY = 3  # rounds that are remembered
@@ -31,45 +31,45 @@ class BlockSecants:
 
     def __init__(self, problem: InverseProblem, probes: int) -> None:
         self._problem = problem
-        self.late = max(problem.steps - max(problem.steps // _LATE_SHARE, _LATE_LEAST), 0)
-        slopes, size = problem.slopes, problem.x_0.shape[1]
-        self._early = StepModels(slopes[: self.late].expand(-1, size))
+        self._first = max(problem.steps - max(problem.steps // _LATE_SHARE, _LATE_LEAST), 0)
+        slopes, (samples, size) = problem.slopes, problem.x_0.shape
+        self._count = min(probes, size)
+        self._early = StepModels(slopes[: self._first].expand(-1, size), samples, 1)
         # Pixels differ most there, and a model must have its diagonal in one basis: that of pixels.
-        self._late = StepModels(slopes[self.late :].mean(dim=1, keepdim=True).expand(-1, size), fitted=True)
-        self._probes = min(probes, size)
+        mean = slopes[self._first :].mean(dim=1, keepdim=True).expand(-1, size)
+        self._late = StepModels(mean, samples, self._count + 1, fitted=True)
         self._generator = torch.Generator().manual_seed(0)
-        self._last: tuple[Tensor, Tensor] | None = None
+        # Latents and images of the latest round; not finite where there is none.
+        self._last = slopes.new_full((2, samples, len(slopes), size), torch.nan)
 
-    def directions(self) -> Tensor:
-        """New changes of a latent ``(probes, D)``, orthogonal to each other; coordinates of the problem."""
+    def probes(self) -> Probes:
+        """New ones, for the next round."""
         size = self._problem.x_0.shape[1]
-        signs = torch.randint(0, 2, (size, self._probes), generator=self._generator) * 2.0 - 1
+        signs = torch.randint(0, 2, (size, self._count), generator=self._generator) * 2.0 - 1
         pixels = torch.linalg.qr(signs.double())[0].mT * (_NUDGE * size**0.5)
-        return self._problem.chain.prior.to_coordinates(pixels.to(self._problem.x_0.device))
+        self._changes = self._problem.chain.prior.to_coordinates(pixels.to(self._problem.x_0.device))
+        return Probes(self._first, self._changes)
 
-    def observe(self, latents: Tensor, images: Tensor, directions: Tensor, responses: Tensor) -> None:
+    def observe(self, latents: Tensor, images: Tensor, samples: Tensor, responses: Tensor) -> None:
         """Learn from a round.
 
         Args:
             latents: ``(B, T, D)``.
-            images: what the steps made of them, as they are.
-            directions: ``(probes, D)``.
-            responses: by how much the late steps' images change ``(B, late steps, probes, D)``.
+            images: what the steps made of them.
+            samples: ``(N,)``, that were looked at.
+            responses: what the latest probes of these samples did, as of :class:`Look`.
         """
-        late = self.late
-        moved = directions.expand_as(responses)
-        if self._last is not None:
-            move, change = latents - self._last[0], images - self._last[1]
-            self._early.learn(move[:, :late, None], change[:, :late, None])
-            moved = torch.cat((moved, move[:, late:, None]), dim=2)
-            responses = torch.cat((responses, change[:, late:, None]), dim=2)
-        self._late.learn(self._pixels(moved), self._pixels(responses))
-        # Copies: the search writes the next round into the same memory.
-        self._last = latents.clone(), images.clone()
+        first, latents, images = self._first, latents[samples], images[samples]
+        move, change = latents - self._last[0][samples], images - self._last[1][samples]
+        moved = torch.cat((self._changes.expand_as(responses), move[:, first:, None]), dim=2)
+        seen = torch.cat((responses, change[:, first:, None]), dim=2)
+        self._early.learn(samples, move[:, :first, None], change[:, :first, None])
+        self._late.learn(samples, self._pixels(moved), self._pixels(seen))
+        self._last[0][samples], self._last[1][samples] = latents, images
 
     def forget_move(self) -> None:
         """The next round's images are not to be compared with those of the last one."""
-        self._last = None
+        self._last = torch.full_like(self._last, torch.nan)
 
     def correction(self, misses: Tensor) -> Tensor:
         """Changes of the latents that take back what the steps miss by, both ``(B, T, D)``: a sweep from the image."""
@@ -77,8 +77,8 @@ class BlockSecants:
         x, found = torch.zeros_like(misses[:, 0]), []
         for k in reversed(range(misses.shape[1])):
             missing = x - misses[:, k]
-            if k >= self.late:
-                x = self._problem.chain.prior.to_coordinates(late(k - self.late, self._pixels(missing)))
+            if k >= self._first:
+                x = self._problem.chain.prior.to_coordinates(late(k - self._first, self._pixels(missing)))
             else:
                 x = early(k, missing)
             found.append(x)
@@ -93,35 +93,39 @@ class StepModels:
 
     Args:
         slopes: the diagonals ``(n, D)`` to begin with.
+        samples: B.
+        secants: a round has so many of each step.
         fitted: whether the secants are to change the diagonals first.
     """
 
-    def __init__(self, slopes: Tensor, *, fitted: bool = False) -> None:
+    def __init__(self, slopes: Tensor, samples: int, secants: int, *, fitted: bool = False) -> None:
         self._slopes, self._fitted = slopes, fitted
-        self._blocks: list[tuple[Tensor, Tensor]] = []
+        self._moved = slopes.new_zeros(samples, len(slopes), _MEMORY * secants, slopes.shape[1])
+        self._seen = torch.zeros_like(self._moved)
+        age = torch.arange(_MEMORY, device=slopes.device).repeat_interleave(secants)
+        self._weights = _FADE ** age.to(slopes)
 
-    def learn(self, moved: Tensor, seen: Tensor) -> None:
-        """Remember changes ``(B, n, q, D)`` and what the steps made of them; those that are not finite count for nothing."""
+    def learn(self, samples: Tensor, moved: Tensor, seen: Tensor) -> None:
+        """Remember, of some samples ``(N,)``, changes ``(N, n, secants, D)`` and what the steps made of them.
+
+        Changes of nothing, and what is not finite, count for nothing.
+        """
         size = moved.norm(dim=3, keepdim=True)
         sound = (size > 0) & (torch.isfinite(moved) & torch.isfinite(seen)).all(dim=3, keepdim=True)
-        block = torch.where(sound, moved / size, 0), torch.where(sound, seen / size, 0)
-        self._blocks = [block, *self._blocks][:_MEMORY]
+        for memory, new in ((self._moved, moved), (self._seen, seen)):
+            kept = memory[samples, :, : -new.shape[2]]
+            memory[samples] = torch.cat((torch.where(sound, new / size, 0), kept), dim=2)
 
     def inverse(self) -> Inverse:
         """The damped inverses of the models as they are now."""
-        if not self._blocks:
-            return Inverse(self._slopes[None], None)
-        moved, seen = (torch.cat(each, dim=2) for each in zip(*self._blocks, strict=True))
-        weights = torch.cat(
-            [moved.new_full((block[0].shape[2],), _FADE**age) for age, block in enumerate(self._blocks)]
-        )
+        moved, seen, weights = self._moved, self._seen, self._weights
         slopes = self._slopes[None]
         if self._fitted:
             along = weights[:, None] * moved
             excess = (along * (seen - slopes[:, :, None] * moved)).sum(dim=2)
             slopes = slopes + excess / ((along * moved).sum(dim=2) + _SHRINKAGE)
         gram = moved @ moved.mT + torch.diag(_RIDGE / weights)
-        return Inverse(slopes, (torch.linalg.solve(gram, moved), seen - slopes[:, :, None] * moved))
+        return Inverse(slopes, torch.linalg.solve(gram, moved), seen - slopes[:, :, None] * moved)
 
 
 class Inverse:
@@ -132,21 +136,19 @@ class Inverse:
 
     Args:
         slopes: ``(1 or B, n, D)``.
-        secants: inputs and outputs ``(B, n, q, D)``.
+        inputs: ``(B, n, q, D)``.
+        outputs: the same shape.
     """
 
-    def __init__(self, slopes: Tensor, secants: tuple[Tensor, Tensor] | None) -> None:
-        self._slopes, self._secants = slopes, secants
+    def __init__(self, slopes: Tensor, inputs: Tensor, outputs: Tensor) -> None:
+        self._slopes, self._inputs, self._outputs = slopes, inputs, outputs
         self._sizes = slopes.square() + _DAMPING**2
-        if secants is not None:
-            inputs, outputs = secants
-            unit = torch.eye(inputs.shape[2], dtype=slopes.dtype, device=slopes.device).expand(*inputs.shape[:2], -1, -1)
-            core = torch.cat(
-                (torch.cat((-outputs @ outputs.mT, unit), 3), torch.cat((unit, torch.zeros_like(unit)), 3)), 2
-            )
-            factors = torch.cat((outputs * slopes[:, :, None], inputs), dim=2)
-            self._factors = factors / self._sizes[:, :, None]
-            self._solved = torch.linalg.solve(core + self._factors @ factors.mT, self._factors)
+        unit = torch.eye(inputs.shape[2], dtype=slopes.dtype, device=slopes.device).expand(*inputs.shape[:2], -1, -1)
+        upper = torch.cat((-outputs @ outputs.mT, unit), dim=3)
+        core = torch.cat((upper, torch.cat((unit, torch.zeros_like(unit)), dim=3)), dim=2)
+        factors = torch.cat((outputs * slopes[:, :, None], inputs), dim=2)
+        self._factors = factors / self._sizes[:, :, None]
+        self._solved = torch.linalg.solve(core + self._factors @ factors.mT, self._factors)
 
     def __call__(self, k: int, x: Tensor) -> Tensor:
         """Undo step k on ``(B, D)``."""
@@ -154,24 +156,13 @@ class Inverse:
         return found + self._damped(k, x - self._forward(k, found))
 
     def _forward(self, k: int, x: Tensor) -> Tensor:
-        out = self._slopes[:, k] * x
-        if self._secants is not None:
-            inputs, outputs = (each[:, k] for each in self._secants)
-            out = out + _rows(_coefficients(inputs, x), outputs)
-        return out
+        return self._slopes[:, k] * x + _through(self._inputs[:, k], self._outputs[:, k], x)
 
     def _damped(self, k: int, x: Tensor) -> Tensor:
-        turned = self._slopes[:, k] * x
-        if self._secants is None:
-            return turned / self._sizes[:, k]
-        inputs, outputs = (each[:, k] for each in self._secants)
-        turned = turned + _rows(_coefficients(outputs, x), inputs)
-        return turned / self._sizes[:, k] - _rows(_coefficients(self._solved[:, k], turned), self._factors[:, k])
+        turned = self._slopes[:, k] * x + _through(self._outputs[:, k], self._inputs[:, k], x)
+        return turned / self._sizes[:, k] - _through(self._solved[:, k], self._factors[:, k], turned)
 
 
-def _coefficients(vectors: Tensor, x: Tensor) -> Tensor:
-    return (vectors @ x[:, :, None])[:, :, 0]
-
-
-def _rows(coefficients: Tensor, vectors: Tensor) -> Tensor:
-    return (coefficients[:, None] @ vectors)[:, 0]
+def _through(inputs: Tensor, outputs: Tensor, x: Tensor) -> Tensor:
+    """``outputs^T inputs x``, of ``(B, q, D)``, ``(B, q, D)`` and ``(B, D)``."""
+    return ((inputs @ x[:, :, None]).mT @ outputs)[:, 0]
