@@ -172,7 +172,7 @@ class _Search:
         )
         self.history.append(latest)
         self._judge(missed, doubt)
-        if self._secants is None:
+        if self._secants is None or seen.responses is None:
             self._mix()
         else:
             self._secants.observe(self._latents, self._images, active, seen.responses)
