@@ -157,10 +157,12 @@ class _Search:
         self._misses.zero_()
         self._misses[active] = self._images[active] - problem.after(latents, active)
         self._forecast.observe(self._latents, self._images)
+        if self._secants is not None and seen.responses is not None:
+            self._secants.observe(self._latents, self._images, active, seen.responses)
         if doubts is None:
-            missed, doubt = self._forecast.error(self._misses[None])[0], self._doubt
+            missed, doubt = self._predict(self._misses[None])[0], self._doubt
         else:
-            missed, doubt = self._forecast.error(torch.stack((self._misses, doubts)))
+            missed, doubt = self._predict(torch.stack((self._misses, doubts)))
             doubt = doubt / _GAIN
             self._doubt = torch.where(self._working, doubt, self._doubt)
         nan = torch.full_like(missed, torch.nan)
@@ -172,12 +174,16 @@ class _Search:
         )
         self.history.append(latest)
         self._judge(missed, doubt)
-        if self._secants is None or seen.responses is None:
+        if self._secants is None:
             self._mix()
         else:
-            self._secants.observe(self._latents, self._images, active, seen.responses)
             self._latents += torch.where(self._working[:, None, None], self._secants.correction(self._misses), 0)
         return latest
+
+    def _predict(self, misses: Tensor) -> Tensor:
+        """The errors ``(n, B)`` that follow from n sorts of misses ``(n, B, T, D)``; by two models, the larger."""
+        predicted = self._forecast.error(misses)
+        return predicted if self._secants is None else torch.maximum(predicted, self._secants.error(misses))
 
     def _mix(self) -> None:
         """Move by the solver; samples that rest stay where they are."""

@@ -119,11 +119,11 @@ class InverseProblem:
         probed = steps[:0] if probes is None else steps[steps >= probes.first]
         changes = x.new_zeros(0, x.shape[2]) if probes is None else probes.changes
         beside = (latents[:, None, probed] + changes[:, None]).flatten(1, 2)
-        step = torch.cat((steps, probed.repeat(len(changes)))).repeat(count)
+        step = torch.cat((steps, probed.repeat(len(changes))))
         x = self.from_coordinates(torch.cat((x, beside), dim=1)).flatten(0, 1)
-        out = wide(self.chain.denoise(x.to(self.dtype), samples.repeat_interleave(len(step) // count), step))
+        out = wide(self.chain.denoise(x.to(self.dtype), samples.repeat_interleave(len(step)), step.repeat(count)))
         out = out.unflatten(0, (count, -1))
-        out, out_beside = out[:, : len(steps)], out[:, len(steps) :].unflatten(1, (len(changes), -1))
+        out, out_beside = out.split((len(steps), len(step) - len(steps)), dim=1)
         filled, coarse = (out, None) if grid is None else grid.fill(out)
         images = self._arrive_all(latents, samples, filled, 0)
         doubts = None if coarse is None else images - self._arrive_all(latents, samples, coarse, 0)
@@ -131,7 +131,7 @@ class InverseProblem:
             return Look(images, doubts, None)
         # The change of the output, at the steps that were not asked: on a line between those that were.
         first = probes.first
-        change = out_beside - out[:, None, steps >= first]
+        change = out_beside.unflatten(1, (len(changes), -1)) - out[:, None, steps >= first]
         change = torch.einsum("tn,bpn...->pbt...", lines(probed, first, self.steps), change)
         responses = [
             self._arrive_all(latents[:, first:] + nudge, samples, filled[:, first:] + extra, first) - images[:, first:]

@@ -71,6 +71,21 @@ class BlockSecants:
         """The next round's images are not to be compared with those of the last one."""
         self._last = torch.full_like(self._last, torch.nan)
 
+    def error(self, misses: Tensor) -> Tensor:
+        """As of :class:`Forecast`, with what is learnt here: RMS ``(n, B)`` of n sorts of misses ``(n, B, T, D)``."""
+        early, late = self._early.inverse(), self._late.inverse()
+        errors = []
+        for each in misses:
+            x = torch.zeros_like(each[:, 0])
+            for k in range(each.shape[1]):
+                if k >= self._first:
+                    grown = self._problem.chain.prior.to_coordinates(late.forward(k - self._first, self._pixels(x)))
+                else:
+                    grown = early.forward(k, x)
+                x = grown + each[:, k]
+            errors.append(x.square().mean(dim=1).sqrt())
+        return torch.stack(errors)
+
     def correction(self, misses: Tensor) -> Tensor:
         """Changes of the latents that take back what the steps miss by, both ``(B, T, D)``: a sweep from the image."""
         early, late = self._early.inverse(), self._late.inverse()
@@ -153,9 +168,9 @@ class Inverse:
     def __call__(self, k: int, x: Tensor) -> Tensor:
         """Undo step k on ``(B, D)``."""
         found = self._damped(k, x)
-        return found + self._damped(k, x - self._forward(k, found))
+        return found + self._damped(k, x - self.forward(k, found))
 
-    def _forward(self, k: int, x: Tensor) -> Tensor:
+    def forward(self, k: int, x: Tensor) -> Tensor:
         return self._slopes[:, k] * x + _through(self._inputs[:, k], self._outputs[:, k], x)
 
     def _damped(self, k: int, x: Tensor) -> Tensor:
