@@ -29,17 +29,21 @@ class ParallelInverse:
     """Solve for all latents of the inverse trajectory at once.
 
     A round evaluates every step once, in one batch. A sweep from the image end then takes back what each step misses
-    by, with the slopes that the chain's Gaussian prior gives it; ``solver`` accelerates these rounds over the whole
-    trajectory of a sample. A sample is done when the predicted error of its x_0 is within the tolerance and a run of
-    the ordinary sampler has confirmed it; where it has not, the prediction is corrected by that and the rounds go on.
+    by, with a model of the step's Jacobian: the slopes that the chain's Gaussian prior gives it, and what the latest
+    rounds have shown. The same batch holds probes: the steps nearest the image, evaluated a little beside their
+    latents. They make rounds dearer and fewer. A sample is done when the predicted error of its x_0 is within the
+    tolerance and a run of the ordinary sampler has confirmed it; where it has not, the prediction is corrected by that
+    and the rounds go on.
 
     Args:
-        solver: the update rule, whose vectors are what the steps of a sample miss by.
-        max_rounds: most rounds of it.
+        probes: directions in which each of the last steps is probed in a round. These steps are an eighth of the chain,
+            and at least ten. 0: the Jacobians are the prior's slopes alone, and ``solver`` accelerates the rounds.
+        solver: the update rule without probes, whose vectors are what the steps of a sample miss by.
+        max_rounds: most rounds.
         second_try: what is tried on samples that did not converge; the better of the two x_T is kept. None: nothing.
 
     Raises:
-        ValueError: fewer than one round.
+        ValueError: fewer than one round, or than no probes.
 
     Source: this project's. Anderson acceleration for the inverse of a single step is AIDI's (Pan et al., ICCV 2023).
 
@@ -53,8 +57,8 @@ class ParallelInverse:
         ([True, True], True)
     """
 
-    solver: Solver = field(default_factory=lambda: Anderson(memory=5))
     probes: int = 8
+    solver: Solver = field(default_factory=lambda: Anderson(memory=5))
     max_rounds: int = 40
     second_try: StepwiseInverse | None = field(default_factory=StepwiseInverse)
 

@@ -66,6 +66,7 @@ class BlockSecants:
         self._early.learn(samples, move[:, :first, None], change[:, :first, None])
         self._late.learn(samples, self._pixels(moved), self._pixels(seen))
         self._last[0][samples], self._last[1][samples] = latents, images
+        self._inverses = self._early.inverse(), self._late.inverse()
 
     def forget_move(self) -> None:
         """The next round's images are not to be compared with those of the last one."""
@@ -73,7 +74,7 @@ class BlockSecants:
 
     def error(self, misses: Tensor) -> Tensor:
         """As of :class:`Forecast`, with what is learnt here: RMS ``(n, B)`` of n sorts of misses ``(n, B, T, D)``."""
-        early, late = self._early.inverse(), self._late.inverse()
+        early, late = self._inverses
         errors = []
         for each in misses:
             x = torch.zeros_like(each[:, 0])
@@ -88,7 +89,7 @@ class BlockSecants:
 
     def correction(self, misses: Tensor) -> Tensor:
         """Changes of the latents that take back what the steps miss by, both ``(B, T, D)``: a sweep from the image."""
-        early, late = self._early.inverse(), self._late.inverse()
+        early, late = self._inverses
         x, found = torch.zeros_like(misses[:, 0]), []
         for k in reversed(range(misses.shape[1])):
             missing = x - misses[:, k]
