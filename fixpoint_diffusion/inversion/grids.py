@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,3 +73,17 @@ def step_grids(timesteps: Tensor, device: torch.device) -> list[StepGrid]:
         grids.append(StepGrid(steps.to(device), spline(steps).to(device), coarser.to(device)))
         size = 2 * size - 1
     return grids
+
+
+def lines(steps: Tensor, first: int, count: int) -> Tensor:
+    """Weights ``(count - first, n)`` float64 of values at rising steps, for those on straight lines between them.
+
+    Before the first of them, the values are taken to be its own.
+
+    Example:
+        >>> lines(torch.tensor([2, 4]), 1, 5).tolist()
+        [[1.0, 0.0], [1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
+    """
+    wanted, known = np.arange(first, count), steps.cpu().numpy()
+    columns = [np.interp(wanted, known, unit) for unit in np.eye(len(known))]
+    return torch.from_numpy(np.stack(columns, axis=1)).to(steps.device)

@@ -14,6 +14,7 @@ from fixpoint_diffusion.inversion.forecast import Forecast
 from fixpoint_diffusion.inversion.grids import StepGrid
 from fixpoint_diffusion.inversion.problem import BestSoFar, InverseProblem
 from fixpoint_diffusion.inversion.result import ACTIVE, Found, InverseRound
+from fixpoint_diffusion.inversion.secants import BlockSecants
 from fixpoint_diffusion.inversion.stepwise import StepwiseInverse
 
 # A sample has stagnated when so many rounds brought no trajectory that is better by a tenth.
@@ -28,17 +29,21 @@ class ParallelInverse:
     """Solve for all latents of the inverse trajectory at once.
 
     A round evaluates every step once, in one batch. A sweep from the image end then takes back what each step misses
-    by, with the slopes that the chain's Gaussian prior gives it; ``solver`` accelerates these rounds over the whole
-    trajectory of a sample. A sample is done when the predicted error of its x_0 is within the tolerance and a run of
-    the ordinary sampler has confirmed it; where it has not, the prediction is corrected by that and the rounds go on.
+    by, with a model of the step's Jacobian: the slopes that the chain's Gaussian prior gives it, and what the latest
+    rounds have shown. The same batch holds probes: the steps nearest the image, evaluated a little beside their
+    latents. They make rounds dearer and fewer. A sample is done when the predicted error of its x_0 is within the
+    tolerance and a run of the ordinary sampler has confirmed it; where it has not, the prediction is corrected by that
+    and the rounds go on.
 
     Args:
-        solver: the update rule, whose vectors are what the steps of a sample miss by.
-        max_rounds: most rounds of it.
+        probes: directions in which each of the last steps is probed in a round. These steps are an eighth of the chain,
+            and at least ten. 0: the Jacobians are the prior's slopes alone, and ``solver`` accelerates the rounds.
+        solver: the update rule without probes, whose vectors are what the steps of a sample miss by.
+        max_rounds: most rounds.
         second_try: what is tried on samples that did not converge; the better of the two x_T is kept. None: nothing.
 
     Raises:
-        ValueError: fewer than one round.
+        ValueError: fewer than one round, or than no probes.
 
     Source: this project's. Anderson acceleration for the inverse of a single step is AIDI's (Pan et al., ICCV 2023).
 
@@ -52,11 +57,14 @@ class ParallelInverse:
         ([True, True], True)
     """
 
+    probes: int = 8
     solver: Solver = field(default_factory=lambda: Anderson(memory=5))
     max_rounds: int = 40
     second_try: StepwiseInverse | None = field(default_factory=StepwiseInverse)
 
     def __post_init__(self) -> None:
+        if self.probes < 0:
+            raise ValueError(f"probes must be at least 0, got {self.probes}")
         if self.max_rounds < 1:
             raise ValueError(f"max_rounds must be at least 1, got {self.max_rounds}")
 
@@ -70,7 +78,7 @@ class ParallelInverse:
         callback: Callable[[InverseRound], object] | None = None,
     ) -> Found:
         """See :class:`InverseMethod`; the history holds an :class:`InverseRound` for each round."""
-        search = _Search(InverseProblem(chain, x_0), tolerance, self.solver)
+        search = _Search(InverseProblem(chain, x_0), tolerance, self.solver, self.probes)
         with ProgressBar.tqdm(total=self.max_rounds, desc="inverting", unit="round", disable=not progress) as bar:
             for grid in (*search.problem.grids, None):
                 search.begin(grid)
@@ -95,11 +103,12 @@ class _Search:
     measures them all. What the others do changes nothing for it.
     """
 
-    def __init__(self, problem: InverseProblem, tolerance: Tensor, solver: Solver) -> None:
+    def __init__(self, problem: InverseProblem, tolerance: Tensor, solver: Solver, probes: int) -> None:
         self.problem, self.tolerance, self.solver = problem, tolerance, solver
         samples, device = len(problem.x_0), problem.x_0.device
         self._latents = problem.guess()
         self._forecast = Forecast(problem.slopes)
+        self._secants = BlockSecants(problem, probes) if probes else None
         self.status = torch.full((samples,), ACTIVE, device=device)
         self.history: list[InverseRound] = []
         self.best = BestSoFar(problem)
@@ -114,6 +123,8 @@ class _Search:
         self._sources = self.problem.sources(self._latents, self._everyone)
         self._images, self._misses = self._latents.clone(), torch.zeros_like(self._sources)
         self._state = self.solver.init(self._sources.flatten(1))
+        if self._secants is not None:
+            self._secants.forget_move()
         # Where the next grid will not do either, a sample rests until there is one that may.
         skipped = (self._doubt > _MOST_GAIN * self.tolerance) & (not self._finest)
         self._doubt = torch.where(skipped, self._doubt / _MOST_GAIN, 0)
@@ -140,19 +151,22 @@ class _Search:
         problem, active = self.problem, self._working.nonzero().flatten()
         before = problem.chain.evals
         latents = self._latents[active]
+        probes = None if self._secants is None else self._secants.probes()
+        seen = problem.look(latents, active, self._grid, probes)
+        self._images[active] = seen.images
         doubts = None
-        if self._grid is None:
-            self._images[active] = problem.images(latents, active)
-        else:
+        if seen.doubts is not None:
             doubts = torch.zeros_like(self._misses)
-            self._images[active], doubts[active] = problem.interpolated(latents, active, self._grid)
+            doubts[active] = seen.doubts
         self._misses.zero_()
         self._misses[active] = self._images[active] - problem.after(latents, active)
         self._forecast.observe(self._latents, self._images)
+        if self._secants is not None and seen.responses is not None:
+            self._secants.observe(self._latents, self._images, active, seen.responses)
         if doubts is None:
-            missed, doubt = self._forecast.error(self._misses[None])[0], self._doubt
+            missed, doubt = self._predict(self._misses[None])[0], self._doubt
         else:
-            missed, doubt = self._forecast.error(torch.stack((self._misses, doubts)))
+            missed, doubt = self._predict(torch.stack((self._misses, doubts)))
             doubt = doubt / _GAIN
             self._doubt = torch.where(self._working, doubt, self._doubt)
         nan = torch.full_like(missed, torch.nan)
@@ -164,13 +178,24 @@ class _Search:
         )
         self.history.append(latest)
         self._judge(missed, doubt)
-        # Samples that rest stay where they are.
+        if self._secants is None:
+            self._mix()
+        else:
+            self._latents += torch.where(self._working[:, None, None], self._secants.correction(self._misses), 0)
+        return latest
+
+    def _predict(self, misses: Tensor) -> Tensor:
+        """The errors ``(n, B)`` that follow from n sorts of misses ``(n, B, T, D)``; by two models, the larger."""
+        predicted = self._forecast.error(misses)
+        return predicted if self._secants is None else torch.maximum(predicted, self._secants.error(misses))
+
+    def _mix(self) -> None:
+        """Move by the solver; samples that rest stay where they are."""
         sources = self._sources.flatten(1)
         moved, self._state = self.solver.step(sources, sources - self._misses.flatten(1), self._state)
         self._sources = torch.where(self._working[:, None, None], moved.reshape(self._sources.shape), self._sources)
         rows = self._working.nonzero().flatten()
-        self._latents[rows] = problem.from_sources(self._sources[rows], problem.x_0[rows])
-        return latest
+        self._latents[rows] = self.problem.from_sources(self._sources[rows], self.problem.x_0[rows])
 
     def _judge(self, missed: Tensor, doubt: Tensor) -> None:
         """Keep the best, let samples rest that this grid has done its best for, and end those that are lost."""

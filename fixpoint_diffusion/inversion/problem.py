@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.chains.chain import all_rows
-from fixpoint_diffusion.inversion.grids import StepGrid, step_grids
+from fixpoint_diffusion.inversion.grids import StepGrid, lines, step_grids
 from fixpoint_diffusion.inversion.result import Found
 from fixpoint_diffusion.processes import Clip, wide
 
@@ -101,19 +102,42 @@ class InverseProblem:
         """What every step makes of its latent, ``(N, T, D)`` to the same shape, for N samples ``(N,)`` of the batch."""
         return self.step(latents.flatten(0, 1), *all_rows(samples, self.steps)).reshape(latents.shape)
 
-    def interpolated(self, latents: Tensor, samples: Tensor, grid: StepGrid) -> tuple[Tensor, Tensor]:
-        """As ``images``, but the denoiser is asked at the steps of a grid alone.
+    def look(
+        self, latents: Tensor, samples: Tensor, grid: StepGrid | None = None, probes: Probes | None = None
+    ) -> Look:
+        """As ``images``, in one round too, but with more to see.
 
-        Returns:
-            The images ``(N, T, D)``, and by how much those of the next coarser grid would differ from them.
+        Args:
+            latents: ``(N, T, D)``.
+            samples: ``(N,)``.
+            grid: the denoiser is asked at its steps alone; None: at all steps.
+            probes: what the last steps are to be probed with.
         """
-        row, step = samples.repeat_interleave(len(grid.steps)), grid.steps.repeat(len(samples))
-        x = self.from_coordinates(latents)
-        out = self.chain.denoise(x[:, grid.steps].flatten(0, 1).to(self.dtype), row, step)
-        filled = grid.fill(wide(out).unflatten(0, (len(samples), -1)))
-        sample, step = all_rows(samples, self.steps)
-        fine, coarse = (self._arrive(x.flatten(0, 1), sample, step, every.flatten(0, 1)) for every in filled)
-        return fine.reshape(latents.shape), (fine - coarse).reshape(latents.shape)
+        count, device = len(samples), latents.device
+        steps = torch.arange(self.steps, device=device) if grid is None else grid.steps
+        x = latents[:, steps]
+        probed = steps[:0] if probes is None else steps[steps >= probes.first]
+        changes = x.new_zeros(0, x.shape[2]) if probes is None else probes.changes
+        beside = (latents[:, None, probed] + changes[:, None]).flatten(1, 2)
+        step = torch.cat((steps, probed.repeat(len(changes))))
+        x = self.from_coordinates(torch.cat((x, beside), dim=1)).flatten(0, 1)
+        out = wide(self.chain.denoise(x.to(self.dtype), samples.repeat_interleave(len(step)), step.repeat(count)))
+        out = out.unflatten(0, (count, -1))
+        out, out_beside = out.split((len(steps), len(step) - len(steps)), dim=1)
+        filled, coarse = (out, None) if grid is None else grid.fill(out)
+        images = self._arrive_all(latents, samples, filled, 0)
+        doubts = None if coarse is None else images - self._arrive_all(latents, samples, coarse, 0)
+        if probes is None:
+            return Look(images, doubts, None)
+        # The change of the output, at the steps that were not asked: on a line between those that were.
+        first = probes.first
+        change = out_beside.unflatten(1, (len(changes), -1)) - out[:, None, steps >= first]
+        change = torch.einsum("tn,bpn...->pbt...", lines(probed, first, self.steps), change)
+        responses = [
+            self._arrive_all(latents[:, first:] + nudge, samples, filled[:, first:] + extra, first) - images[:, first:]
+            for nudge, extra in zip(changes, change, strict=True)
+        ]
+        return Look(images, doubts, torch.stack(responses, dim=2))
 
     def step(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """Chosen steps of latents ``(N, D)``, in one round; only the denoiser computes in less than ``wide``."""
@@ -125,6 +149,12 @@ class InverseProblem:
         chain = self.chain
         noise = None if chain.noise is None else wide(chain.noise[sample, step])
         return self.to_coordinates(chain.transitions.step(x, out, step, noise, sample))
+
+    def _arrive_all(self, latents: Tensor, samples: Tensor, out: Tensor, first: int) -> Tensor:
+        """Where the steps from ``first`` on take their latents ``(N, n, D)``, given outputs ``(N, n, *shape)``."""
+        sample, step = all_rows(samples, latents.shape[1])
+        x = self.from_coordinates(latents).flatten(0, 1)
+        return self._arrive(x, sample, first + step, out.flatten(0, 1)).reshape(latents.shape)
 
     def after(self, latents: Tensor, samples: Tensor) -> Tensor:
         """What every step should arrive at: the next latent, and after the last the image."""
@@ -141,6 +171,33 @@ class InverseProblem:
             x = (sources[:, k] + x) / self.slopes[k]
             latents.append(x)
         return torch.stack(latents[::-1], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """Small changes of the latents before the last steps, to see what these steps make of them.
+
+    Attributes:
+        first: the first step that is probed.
+        changes: ``(P, D)``, coordinates; the same for all steps.
+    """
+
+    first: int
+    changes: Tensor
+
+
+class Look(NamedTuple):
+    """What a round shows.
+
+    Attributes:
+        images: what every step makes of its latent ``(N, T, D)``.
+        doubts: by how much the images by the next coarser grid would differ; None without a grid.
+        responses: by how much the probes change the images of the last steps ``(N, n, P, D)``; None without probes.
+    """
+
+    images: Tensor
+    doubts: Tensor | None
+    responses: Tensor | None
 
 
 class BestSoFar:

@@ -274,10 +274,10 @@ def test_a_callback_stops_with_the_best_so_far() -> None:
 
     def stop(entry: InverseRound) -> bool:
         seen.append(entry.predicted_error)
-        return len(seen) == 3
+        return len(seen) == 4
 
     inverse = invert(chain, x_0, rtol=1e-12, callback=stop, on_failure="ignore")
-    assert inverse.rounds == 3
+    assert inverse.rounds == 4
     assert (inverse.status == Status.STOPPED).all()
     torch.testing.assert_close(inverse.error, seen[-1], rtol=0.2, atol=0)
 

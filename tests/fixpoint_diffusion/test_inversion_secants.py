@@ -1,0 +1,139 @@
+"""Jacobians learnt while a chain is inverted: against dense linear algebra, known Jacobians and rounds without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fixpoint_diffusion import DDIMChain, NoiseSchedule, ParallelInverse, invert
+from fixpoint_diffusion.inversion.problem import InverseProblem, Probes
+from fixpoint_diffusion.inversion.secants import _DAMPING, BlockSecants, StepModels
+
+SCHEDULE = NoiseSchedule.linear()
+MIX = torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 6
+EVERYONE = torch.arange(3)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def mixing(x: Tensor, t: Tensor) -> Tensor:
+    """Linear, not symmetric, and smooth in t."""
+    return 0.5 * x + (t / 1000)[:, None] * (x @ MIX)
+
+
+def bending(x: Tensor, t: Tensor) -> Tensor:
+    return mixing(x, t) + 0.2 * torch.sin(2 * x)
+
+
+def chain_of(x_0: Tensor, steps: int, denoiser: object = mixing) -> DDIMChain:
+    return DDIMChain(denoiser, torch.zeros_like(x_0), SCHEDULE, steps=steps)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_the_inverse_is_that_of_dense_matrices(fitted: bool) -> None:
+    models = StepModels(1 + 0.1 * random(4, 6), samples=3, secants=2, fitted=fitted)
+    for scale in (1.0, 0.3):
+        models.learn(EVERYONE, random(3, 4, 2, 6).flip(0), scale * random(3, 4, 2, 6))
+    inverse = models.inverse()
+    for k in range(4):
+        dense = torch.stack([inverse.forward(k, unit.expand(3, 6)) for unit in torch.eye(6).double()], dim=2)
+        left, values, right = torch.linalg.svd(dense)
+        passed = values**2 / (values**2 + _DAMPING**2)
+        expected = right.mT @ torch.diag_embed((1 - (1 - passed) ** 2) / values) @ left.mT
+        x = random(3, 6)
+        torch.testing.assert_close(inverse(k, x), (expected @ x[:, :, None])[:, :, 0])
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_what_was_shown_is_known(fitted: bool) -> None:
+    """A Jacobian whose columns were all shown, and one of which nothing was, or nothing finite."""
+    jacobian, slopes = torch.eye(6).double() + MIX, torch.full((1, 6), 0.8).double()
+    models = StepModels(slopes, samples=3, secants=6, fitted=fitted)
+    shown = torch.eye(6).double().expand(2, 1, 6, 6).clone()
+    seen = shown @ jacobian.mT
+    seen[1] = torch.nan
+    models.learn(torch.tensor([0, 2]), shown, seen)
+    x = random(3, 6)
+    got = models.inverse().forward(0, x)
+    torch.testing.assert_close(got[0], jacobian @ x[0], rtol=0, atol=1e-2)
+    torch.testing.assert_close(got[1:], slopes * x[1:])
+
+
+def test_one_round_is_a_newton_step_on_a_linear_chain() -> None:
+    """All steps are probed, in as many directions as there are."""
+    x_0 = random(3, 6) / 2
+    problem = InverseProblem(chain_of(x_0, 10), x_0)
+    secants, latents = BlockSecants(problem, 8), problem.guess()
+    seen = problem.look(latents, EVERYONE, probes=secants.probes())
+    assert seen.responses is not None
+    misses = seen.images - problem.after(latents, EVERYONE)
+    secants.observe(latents, seen.images, EVERYONE, seen.responses)
+    moved = latents + secants.correction(misses)
+    left = problem.images(moved, EVERYONE) - problem.after(moved, EVERYONE)
+    assert left.norm() < 0.05 * misses.norm()
+    # Errors that the sampler will make are foretold too.
+    error = problem.chain.sequential(x_T=latents[:, 0], samples=EVERYONE)[:, -1] - x_0
+    torch.testing.assert_close(secants.error(misses[None])[0], error.square().mean(dim=1).sqrt(), rtol=0.05, atol=0)
+
+
+def test_probes_save_rounds_and_their_rows_are_counted() -> None:
+    x_0 = random(3, 6) / 2
+    found = {}
+    for probes in (0, 8):
+        method = ParallelInverse(probes=probes, second_try=None)
+        found[probes] = invert(chain_of(x_0, 20, bending), x_0, method=method, rtol=0, atol=1e-6)
+        assert found[probes].converged.all()
+    assert found[8].rounds < found[0].rounds
+    # Ten steps are probed, in no more directions than there are.
+    assert found[0].history[0].rows == 3 * 20
+    assert found[8].history[0].rows == 3 * (20 + 10 * 6)
+
+
+def test_a_round_with_probes_is_one_round() -> None:
+    x_0 = random(3, 6)
+    chain = chain_of(x_0, 20)
+    problem = InverseProblem(chain, x_0)
+    chain.reset_counters()
+    problem.look(problem.guess(), EVERYONE, probes=BlockSecants(problem, 2).probes())
+    assert (chain.rounds, chain.evals) == (1, 3 * (20 + 10 * 2))
+
+
+def test_probes_of_some_steps_tell_of_those_between() -> None:
+    x_0 = random(3, 6)
+    problem = InverseProblem(chain_of(x_0, 300, bending), x_0)
+    latents, probes = problem.guess(), Probes(260, 0.01 * random(2, 6))
+    exact = problem.look(latents, EVERYONE, probes=probes).responses
+    near = problem.look(latents, EVERYONE, problem.grids[0], probes).responses
+    assert exact is not None
+    assert near is not None
+    beside = problem.images(latents + probes.changes[1], EVERYONE) - problem.images(latents, EVERYONE)
+    torch.testing.assert_close(exact[:, :, 1], beside[:, 260:])
+    unknown = exact - probes.changes  # what a step does beyond passing a change on
+    assert (near - exact).norm() < 0.05 * unknown.norm()
+
+
+def test_samples_at_rest_forget_nothing() -> None:
+    x_0 = random(3, 6)
+    problem = InverseProblem(chain_of(x_0, 10), x_0)
+    secants, latents, misses = BlockSecants(problem, 6), problem.guess(), random(3, 10, 6)
+
+    def look(samples: Tensor) -> Tensor:
+        seen = problem.look(latents[samples], samples, probes=secants.probes())
+        images = torch.zeros_like(latents)
+        images[samples] = seen.images
+        assert seen.responses is not None
+        secants.observe(latents, images, samples, seen.responses)
+        return secants.correction(misses)
+
+    before = look(EVERYONE)
+    for _ in range(4):
+        after = look(torch.tensor([1]))
+    torch.testing.assert_close(after[[0, 2]], before[[0, 2]])
+
+
+def test_fewer_than_no_probes_are_refused() -> None:
+    with pytest.raises(ValueError, match="probes must be at least 0, got -1"):
+        ParallelInverse(probes=-1)
