@@ -1,0 +1,84 @@
+"""What an experiment is: a table or a figure of a paper, as runs, what is shown of them, and a trend that can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fixpoint import bench
+from fixpoint_diffusion.experiments.records import Config, Measures, Record
+from fixpoint_diffusion.experiments.resources import Resources
+
+Scale = Literal["quick", "mini", "paper"]
+SCALES: tuple[Scale, ...] = ("quick", "mini", "paper")
+Grid = Mapping[Scale, Sequence[Config]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a trend appeared, and what was found, in one line.
+
+    Attributes:
+        passed: None where the runs that it needs are missing.
+        found: the figures that it was judged by.
+    """
+
+    passed: bool | None
+    found: str
+
+    @property
+    def word(self) -> str:
+        """PASS, FAIL or "not run"."""
+        return "not run" if self.passed is None else "PASS" if self.passed else "FAIL"
+
+
+MISSING = Verdict(None, "no records of the runs that it needs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of run. Experiments that ask for the same run of one kind share its record.
+
+    Attributes:
+        name: of the folder of its records.
+        run: computes the measures of one configuration.
+        flops: operations that a run takes, from its configuration alone: for the plan at the paper's scale.
+    """
+
+    name: str
+    run: Callable[[Config, Resources], Measures]
+    flops: Callable[[Config], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A table or a figure of a paper.
+
+    Attributes:
+        name: ``"deq-ddim/table-1"``.
+        claim: what the paper shows there, in one line.
+        theirs: the paper's values, in one line; empty where there are none, as for pictures.
+        kind: of its runs.
+        grid: the configurations at each scale, plain values by name; a run's ``seed`` is one of them.
+        blocks: tables, curves and pictures of the records that are there.
+        trend: judges them.
+        minutes: what the mini grid takes on one core of a processor, about; shared runs are counted in each.
+    """
+
+    name: str
+    claim: str
+    theirs: str = ""
+    kind: Kind
+    grid: Grid
+    blocks: Callable[[Sequence[Record]], Sequence[bench.Block]]
+    trend: Callable[[Sequence[Record]], Verdict]
+    minutes: float
+
+    def study(self, records: Sequence[Record], missing: int) -> bench.Study:
+        """The experiment's part of the report."""
+        verdict = self.trend(records) if records else MISSING
+        rows = [("claim", self.claim), ("theirs", self.theirs or "pictures"), ("ours", verdict.found)]
+        note = f"{missing} of {missing + len(records)} runs are missing" if missing else "all runs are there"
+        head = bench.Table(f"{self.name}: {verdict.word}", ("", ""), rows, note)
+        return bench.Study(self.name, self.name, [head, *(self.blocks(records) if records else ())])
