@@ -220,9 +220,7 @@ def run(
         except KeyboardInterrupt:  # what has finished is worth keeping
             failures.append({"name": spec, "error": "interrupted"})
             break
-    return document(
-        _with_overview(studies), seconds=time.perf_counter() - start, quick=quick, failures=failures
-    )
+    return document(_with_overview(studies), seconds=time.perf_counter() - start, quick=quick, failures=failures)
 
 
 def document(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,7 +55,8 @@ def run_command(
     quick: Quick = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes, and do nothing.")] = False,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="Begin no run after so many; the same command goes on (default: no end).")
+        float | None,
+        typer.Option(min=0, help="Begin no run after so many; the same command goes on (default: no end)."),
     ] = None,
     any_commit: AnyCommit = False,
     models: Annotated[
@@ -139,10 +141,12 @@ def _records(out: Path, any_commit: bool) -> Records:
     return Records(out / "records", any_code=any_commit)
 
 
-def _tell(chosen: list[Experiment], scale: Scale, records: Records, out: Path, failures: list[dict[str, str]]) -> None:
+def _tell(
+    chosen: list[Experiment], scale: Scale, records: Records, out: Path, failures: Sequence[dict[str, str]]
+) -> None:
     from fixpoint_diffusion.experiments.running import report, verdicts
 
-    for entry, word, found in verdicts(chosen, scale, records):
-        typer.echo(f"{word:7}  {entry.name}: {entry.claim}")
-        typer.echo(f"         theirs: {entry.theirs or 'pictures'}\n         ours:   {found}")
+    for entry, verdict in verdicts(chosen, scale, records):
+        typer.echo(f"{verdict.word:7}  {entry.name}: {entry.claim}")
+        typer.echo(f"         theirs: {entry.theirs or 'pictures'}\n         ours:   {verdict.found}")
     typer.echo(f"report:  {report(chosen, scale, records, out, failures=failures)}")

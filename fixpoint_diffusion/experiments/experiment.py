@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from fixpoint import bench
 from fixpoint_diffusion.experiments.records import Config, Measures, Record
@@ -49,6 +49,10 @@ class Kind:
     name: str
     run: Callable[[Config, Resources], Measures]
     flops: Callable[[Config], float]
+
+    def with_resources(self, resources: Resources) -> Callable[[Config], Measures]:
+        """What computes the measures of a configuration with these."""
+        return lambda config: self.run(config, resources)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ SOURCES: Mapping[str, str] = {
     "celeba": "aligned images cut to 140x140 and scaled to 64x64 as in DDIM's code, or their statistics",
     "lsun-bedroom": "training images at 256x256, or pytorch-gan-metrics' statistics",
     "lsun-church": "training images at 256x256, or pytorch-gan-metrics' statistics",
-    "imagenet": "latents of the training images at 256x256 by Stable Diffusion's autoencoder, of fixpoint-diffusion encode",
+    "imagenet": "latents of the training images at 256x256 by Stable Diffusion's autoencoder, as encode makes them",
     "celeba-hq": "latents of the images at 256x256, as for imagenet",
     "ffhq": "latents of the images at 256x256, as for imagenet",
     "lsun-church-latents": "latents of the images at 256x256, as for imagenet",

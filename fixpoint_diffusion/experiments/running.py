@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fixpoint import ProgressBar, bench
-from fixpoint_diffusion.experiments.experiment import MISSING, Experiment, Kind, Scale
+from fixpoint_diffusion.experiments.experiment import MISSING, Experiment, Kind, Scale, Verdict
 from fixpoint_diffusion.experiments.plans import command
 from fixpoint_diffusion.experiments.records import Config, Record, Records
 from fixpoint_diffusion.experiments.resources import Resources
@@ -55,7 +55,7 @@ def compute(
                 left += 1
             else:
                 try:
-                    resources.records.compute(kind.name, config, lambda config, kind=kind: kind.run(config, resources))
+                    resources.records.compute(kind.name, config, kind.with_resources(resources))
                 except BlockingIOError:
                     left += 1
                 except (FileNotFoundError, ImportError):  # what the user has to give: the same in every run
@@ -82,11 +82,12 @@ def report(
     Returns:
         Path: of the page.
     """
-    studies, spent = [], {}
+    studies: list[bench.Study] = []
+    spent: dict[tuple[str, str], float] = {}  # a run that several share counts once
     for experiment in experiments:
         found, missing = _found(experiment, scale, records)
         studies.append(experiment.study(found, missing))
-        spent |= {id(each): each.seconds for each in found}
+        spent |= {(each.kind, str(each.config)): each.seconds for each in found}
     results = bench.document(
         studies, seconds=sum(spent.values()), quick=scale == "quick", failures=failures, title=f"{TITLE} ({scale})"
     )
@@ -99,15 +100,12 @@ def report(
 def summary(experiments: Sequence[Experiment], scale: Scale, records: Records) -> str:
     """A Markdown table with a row for each claim: theirs, ours, the verdict, and what to type."""
     lines = ["| | the paper's claim | theirs | ours | verdict | command |", "|---|---|---|---|---|---|"]
-    for experiment in experiments:
-        found, missing = _found(experiment, scale, records)
-        verdict = experiment.trend(found) if found else MISSING
-        ours = verdict.found + (f" ({missing} of {missing + len(found)} runs missing)" if found and missing else "")
+    for experiment, verdict in verdicts(experiments, scale, records):
         cells = (
             experiment.name,
             experiment.claim,
             experiment.theirs or "pictures",
-            ours,
+            verdict.found,
             verdict.word,
             f"`{command(experiment.name, scale)}`",
         )
@@ -115,12 +113,14 @@ def summary(experiments: Sequence[Experiment], scale: Scale, records: Records) -
     return "\n".join(lines) + "\n"
 
 
-def verdicts(experiments: Sequence[Experiment], scale: Scale, records: Records) -> Iterator[tuple[Experiment, str, str]]:
-    """Each experiment with its verdict's word and what was found."""
+def verdicts(experiments: Sequence[Experiment], scale: Scale, records: Records) -> Iterator[tuple[Experiment, Verdict]]:
+    """Each experiment with its verdict; of runs that are missing it says how many."""
     for experiment in experiments:
-        found, _ = _found(experiment, scale, records)
+        found, missing = _found(experiment, scale, records)
         verdict = experiment.trend(found) if found else MISSING
-        yield experiment, verdict.word, verdict.found
+        if found and missing:
+            verdict = replace(verdict, found=f"{verdict.found} ({missing} of {missing + len(found)} runs missing)")
+        yield experiment, verdict
 
 
 def _found(experiment: Experiment, scale: Scale, records: Records) -> tuple[list[Record], int]:

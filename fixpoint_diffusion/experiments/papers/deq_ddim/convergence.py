@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fixpoint import bench
 from fixpoint_diffusion.experiments.experiment import Experiment, Verdict
@@ -47,7 +47,7 @@ def _grid(
     ]
 
 
-def _curves(title: str, *keys: str) -> bench.Lines | object:
+def _curves(title: str, *keys: str) -> Callable[[Sequence[Record]], bench.Lines]:
     def make(records: Sequence[Record]) -> bench.Lines:
         series = {}
         for key, group in grouped(records, *keys).items():
@@ -104,10 +104,12 @@ def _more_noise_more_rounds(records: Sequence[Record]) -> Verdict:
     return Verdict(bool(falls.passed) and holds, f"rounds: {'; '.join(parts)}; {falls.found}")
 
 
-def _x_T_is_faster(records: Sequence[Record]) -> Verdict:
+def _x_t_is_faster(records: Sequence[Record]) -> Verdict:
     rounds = {start: values(group, "rounds") for (start,), group in grouped(records, "init").items()}
     ratio = statistics.fmean(rounds["zeros"]) / statistics.fmean(rounds["x_T"])
-    found = f"{mean_spread(rounds['x_T'])} rounds from x_T, {mean_spread(rounds['zeros'])} from zeros: {ratio:.2g} times"
+    found = (
+        f"{mean_spread(rounds['x_T'])} rounds from x_T, {mean_spread(rounds['zeros'])} from zeros: {ratio:.2g} times"
+    )
     return Verdict(lower(rounds["x_T"], rounds["zeros"]), found)
 
 
@@ -163,7 +165,7 @@ FIGURE_9 = Experiment(
         _table(records, "model", "init", "steps"),
         _curves("Residual by start", "init")(records),
     ],
-    trend=_x_T_is_faster,
+    trend=_x_t_is_faster,
     minutes=1,
 )
 ENTRIES = (FIGURE_1, FIGURE_9, FIGURE_11)

@@ -12,8 +12,8 @@ from fixpoint_diffusion.experiments.papers.deq_ddim.inverting import DIRECT, INV
 from fixpoint_diffusion.experiments.records import Config, Record
 from fixpoint_diffusion.experiments.summaries import curve, grouped, lower, mean, mean_spread, values
 
-# Ten times the paper's rate of 0.01 and a twentieth of its epochs, so that x_T may go half as far. The baseline gets 2.5
-# times the epochs, as on CIFAR10 with T = 100.
+# Ten times the paper's rate of 0.01 and a twentieth of its epochs, so that x_T may go half as far. The baseline
+# gets 2.5 times the epochs, as on CIFAR10 with T = 100.
 _RATE, _EPOCHS, _BASELINE_EPOCHS = 0.1, 20, 50
 SHOWN = (1, 2, 5, 10, 20)
 PAPER_SETS = (
@@ -64,9 +64,7 @@ _THEIRS = {
 
 def _table(records: Sequence[Record]) -> bench.Table:
     rows = []
-    for (data, steps, eta, rate, method), group in grouped(
-        records, "data", "steps", "eta", "rate", "method"
-    ).items():
+    for (data, steps, eta, rate, method), group in grouped(records, "data", "steps", "eta", "rate", "method").items():
         theirs = dict(zip(("baseline", "paper"), _THEIRS.get((data, steps), (None, None)), strict=True)).get(method)
         descent = "losses" in group[0].measures
         rows.append(
@@ -145,7 +143,9 @@ def _length_matters_not(records: Sequence[Record]) -> Verdict:
 
 def _more_steps_no_nearer(records: Sequence[Record]) -> Verdict:
     short, long = values(records, "loss"), values(records, "loss_resampled")
-    found = f"loss {mean_spread(short)} with the T of the descent, {mean_spread(long)} with {records[0].config['resample']}"
+    found = (
+        f"loss {mean_spread(short)} with the T of the descent, {mean_spread(long)} with {records[0].config['resample']}"
+    )
     return Verdict(not lower(long, short), found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fixpoint import bench
 from fixpoint_diffusion.experiments.experiment import Experiment, Grid, Verdict
@@ -36,7 +37,7 @@ def _pictures(title: str) -> Callable[[Sequence[Record]], list[bench.Block]]:
     return make
 
 
-def _shown(records: Sequence[Record], *keys: str) -> dict[tuple[object, ...], list[float]]:
+def _shown(records: Sequence[Record], *keys: str) -> dict[tuple[Any, ...], list[float]]:
     """Errors of x_0 by the entries of the configuration and by round."""
     return {
         (*key, int(number)): [record.measures["shown_error"][number] for record in group]
@@ -52,11 +53,13 @@ def _near_after_fifteen(records: Sequence[Record]) -> Verdict:
     return Verdict(all(sum(each) / len(each) <= _NEAR for each in errors.values()), found)
 
 
-def _x_T_is_nearer(records: Sequence[Record]) -> Verdict:
+def _x_t_is_nearer(records: Sequence[Record]) -> Verdict:
     errors = _shown(records, "init")
     early, late = sorted({number for _, number in errors})[0], sorted({number for _, number in errors})[-1]
     means = {key: sum(each) / len(each) for key, each in errors.items()}
-    found = ", ".join(f"from {start} after {number} rounds {mean_spread(errors[start, number])}" for start, number in errors)
+    found = ", ".join(
+        f"from {start} after {number} rounds {mean_spread(errors[start, number])}" for start, number in errors
+    )
     holds = lower(errors["x_T", early], errors["zeros", early]) and means["zeros", late] <= _NEAR
     return Verdict(holds, f"error of x_0 {found}")
 
@@ -99,9 +102,7 @@ FIGURE_18 = Experiment(
 
 
 def _starts(model: str, steps: int, seeds: int, early: int, late: int) -> list[Config]:
-    return [
-        _config(model, steps, seed, (early, late), init) for init in ("x_T", "zeros") for seed in range(seeds)
-    ]
+    return [_config(model, steps, seed, (early, late), init) for init in ("x_T", "zeros") for seed in range(seeds)]
 
 
 FIGURE_10 = Experiment(
@@ -114,7 +115,7 @@ FIGURE_10 = Experiment(
         "paper": _starts("ddpm-celeba-64", 50, 1, 10, 30),
     },
     blocks=_pictures("Latents by start"),
-    trend=_x_T_is_nearer,
+    trend=_x_t_is_nearer,
     minutes=1,
 )
 ENTRIES = (FIGURE_2, FIGURE_10, FIGURE_18)

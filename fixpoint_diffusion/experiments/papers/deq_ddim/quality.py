@@ -99,15 +99,15 @@ def _table(records: Sequence[Record]) -> list[bench.Block]:
         )
     columns = ("data", "T", "eta", "sampler", "their FID", "distance", "their s", "s", "rounds", "error", "images")
     caption = (
-        "Distance: Fréchet, in the bundled classifier's features for digits and in Inception's else, of so many images "
-        "a seed; compare at equal numbers only. s and rounds: one image alone, on the machine of the records. Error: of "
-        "the worst of 16 images a seed, against the sequential sampler with the same noise."
+        "Distance: Fréchet, in the bundled classifier's features for digits and in Inception's else, of so many "
+        "images a seed; compare at equal numbers only. s and rounds: one image alone, where the records were made. "
+        "Error: of the worst of 16 images a seed, against the sequential sampler with the same noise."
     )
     return [bench.Table("Samplers", columns, rows, caption)]
 
 
 def _comparable(records: Sequence[Record]) -> Verdict:
-    """The chain that is solved as published gives images as good as the sequential sampler's; faster where T is long."""
+    """The chain that is solved as published gives images as good as the sequential one, faster where T is long."""
     parts, holds, times = [], True, []
     for (data, steps, eta), group in grouped(records, "data", "steps", "eta").items():
         methods = {method: each for (method,), each in grouped(group, "method").items()}
@@ -173,7 +173,7 @@ TABLE_1 = Experiment(
 _STOCHASTIC = ("sequential", "paper", "ours")
 TABLE_2 = Experiment(
     name="deq-ddim/table-2",
-    claim="The stochastic chain, solved as a fixed point, gives images like the sequential sampler's or slightly better.",
+    claim="The stochastic chain, solved as a fixed point, gives images like the sequential one's or slightly better.",
     theirs="CIFAR10, T = 20 and 50; values not in the text that this page is made from",
     kind=SAMPLES,
     grid={

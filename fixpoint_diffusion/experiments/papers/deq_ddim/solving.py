@@ -35,7 +35,7 @@ def relative_errors(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def _solve(config: Config, resources: Resources) -> Measures:
-    """``model``, ``steps``, ``eta``, ``solver``, ``rounds``, ``init``, ``samples``, ``seed``; ``show``: these rounds."""
+    """``model``, ``steps``, ``eta``, ``solver``, ``rounds``, ``init``, ``samples``, ``seed``; ``show``: some rounds."""
     chain = resources.chain(config, resources.noise(config, range(config["samples"])))
     with torch.no_grad():
         reference = chain.sequential()
