@@ -44,11 +44,13 @@ class Kind:
         name: of the folder of its records.
         run: computes the measures of one configuration.
         flops: operations that a run takes, from its configuration alone: for the plan at the paper's scale.
+        before: what to type before a run at that scale, such as a training; empty: nothing.
     """
 
     name: str
     run: Callable[[Config, Resources], Measures]
     flops: Callable[[Config], float]
+    before: Callable[[Config], str] = lambda config: ""
 
     def with_resources(self, resources: Resources) -> Callable[[Config], Measures]:
         """What computes the measures of a configuration with these."""

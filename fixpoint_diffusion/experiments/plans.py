@@ -34,11 +34,16 @@ SOURCES: Mapping[str, str] = {
     "celeba": "aligned images cut to 140x140 and scaled to 64x64 as in DDIM's code, or their statistics",
     "lsun-bedroom": "training images at 256x256, or pytorch-gan-metrics' statistics",
     "lsun-church": "training images at 256x256, or pytorch-gan-metrics' statistics",
-    "imagenet": "latents of the training images at 256x256 by Stable Diffusion's autoencoder, as encode makes them",
+    "imagenet": "latents at 256x256 to train on, as fixpoint-diffusion encode makes them; statistics as imagenet.npz",
     "celeba-hq": "latents of the images at 256x256, as for imagenet",
     "ffhq": "latents of the images at 256x256, as for imagenet",
-    "lsun-church-latents": "latents of the images at 256x256, as for imagenet",
+    "church": "latents of LSUN Church's images at 256x256, as for imagenet",
+    "sd-vae": "an AutoencoderKL folder, such as stabilityai/sd-vae-ft-ema on the Hugging Face hub",
 }
+
+
+# Data whose models work on latents.
+LATENTS = ("imagenet", "celeba-hq", "ffhq", "church")
 
 
 @cache
@@ -99,6 +104,7 @@ def plan(experiment: Experiment) -> str:
     flops = sum(experiment.kind.flops(config) for config in configs)
     hours = flops / (GPU_FLOPS * UTILISATION) / 3600
     models = sorted({config["model"] for config in configs if "model" in config})
+    models += ["sd-vae"] * any(config.get("data") in LATENTS for config in configs)
     data = sorted({config["data"] for config in configs if "data" in config})
     lines = [
         f"{experiment.name}: {experiment.claim}",
@@ -107,6 +113,7 @@ def plan(experiment: Experiment) -> str:
         *(f"  data       {name}: {SOURCES.get(name, 'comes with the package')}" for name in data),
         f"  GPU-hours  {hours:.3g}, from {flops:.3g} FLOPs on an {GPU} at {UTILISATION:.0%} of its "
         f"{GPU_FLOPS / 1e12:.0f} TFLOP/s",
+        *(f"  type       {line}" for line in dict.fromkeys(filter(None, map(experiment.kind.before, configs)))),
         f"  type       {command(experiment.name, 'paper', bool(models), bool(data))}",
     ]
     return "\n".join(lines)

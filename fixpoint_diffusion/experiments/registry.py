@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 from fixpoint_diffusion.experiments.experiment import Experiment
 from fixpoint_diffusion.experiments.papers.deq_ddim import convergence, inversion, latents, pictures, quality
+from fixpoint_diffusion.experiments.papers.fpdm import memory, reuse, trained
+from fixpoint_diffusion.experiments.papers.fpdm import sampling as fpdm_sampling
 
-_MODULES = (convergence, inversion, latents, pictures, quality)
+_MODULES = (convergence, inversion, latents, pictures, quality, fpdm_sampling, reuse, memory, trained)
 
 
 def _order(experiment: Experiment) -> tuple[str, str, int]:
     paper, _, what = experiment.name.partition("/")
     kind, _, number = what.partition("-")
-    return paper, kind, int(number or 0)
+    return paper, kind, int("".join(filter(str.isdigit, number)) or 0)
 
 
 # Tables after figures, as the alphabet has it, and each by its number.

@@ -13,10 +13,19 @@ from torch import Tensor
 
 from fixpoint_diffusion.chains import DDIMChain, StochasticDDIMChain
 from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, NetworkDenoiser, embedded, load_denoiser
-from fixpoint_diffusion.evaluation import DigitFeatures, FeatureExtractor, Images, InceptionFeatures, ModuleFeatures
+from fixpoint_diffusion.evaluation import (
+    DigitFeatures,
+    FeatureExtractor,
+    Images,
+    InceptionFeatures,
+    ModuleFeatures,
+    frechet_distance,
+)
 from fixpoint_diffusion.evaluation.statistics import FeatureStatistics, RunningMoments, is_statistics_file
 from fixpoint_diffusion.experiments.pictures import PICTURES, drawn_pictures
+from fixpoint_diffusion.experiments.plans import LATENTS
 from fixpoint_diffusion.experiments.records import Config, Records
+from fixpoint_diffusion.models.autoencoder import LatentDecoder, load_autoencoder
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.training.data import load_digits, open_dataset, split_held_out
 
@@ -97,6 +106,14 @@ class Resources:
             return str(drawn_pictures(name, path))
         return name if name == "digits" else str(self._data(name))
 
+    def pictures(self, samples: Tensor, data: str) -> Tensor:
+        """What a model of that data has drawn, as images: latents are decoded by the autoencoder ``sd-vae``."""
+        if data not in LATENTS:
+            return samples
+        return LatentDecoder(_autoencoder(_within(self.models, "sd-vae", "autoencoder", "--models"), self.device))(
+            samples
+        )
+
     def distance(self, batches: Iterator[Tensor], data: str) -> float:
         """Fréchet distance of images, given in batches, to a data set, in the features that go with it.
 
@@ -107,8 +124,6 @@ class Resources:
         with torch.no_grad():
             for batch in batches:
                 moments.update(extractor(batch.clamp(-1, 1)))
-        from fixpoint_diffusion.evaluation import frechet_distance
-
         return frechet_distance(moments.statistics(), self._reference(data))
 
     def _extractor(self, data: str) -> FeatureExtractor:
@@ -129,7 +144,7 @@ class Resources:
         extractor = self._extractor(data).to(self.device)
         moments = RunningMoments()
         with torch.no_grad():
-            for batch in Images(path).batches(_ROWS):
+            for batch in Images(path, (0, 255) if data in PICTURES else None).batches(_ROWS):
                 moments.update(extractor(batch.to(self.device)))
         return moments.statistics()
 
@@ -137,6 +152,11 @@ class Resources:
         if self.data is not None and (self.data / f"{name}.npz").is_file():
             return self.data / f"{name}.npz"
         return _within(self.data, name, "data set", "--data")
+
+
+@cache
+def _autoencoder(folder: Path, device: str) -> Any:
+    return load_autoencoder(folder, device=device)
 
 
 @cache

@@ -120,7 +120,8 @@ FIGURE_1 = Experiment(
     kind=SOLVES,
     grid={
         "quick": _grid("ddpm-digits", (5,), samples=2, seeds=1),
-        "mini": _grid("ddpm-digits", (25, 50, 100, 500), samples=4, seeds=3, solvers=("paper", "released-code")),
+        "mini": _grid("ddpm-digits", (25, 50, 100, 500), samples=4, seeds=3)
+        + _grid("ddpm-digits", (25, 50, 100), samples=4, seeds=3, solvers=("released-code",)),
         "paper": _grid("ddpm-cifar10-32", (50, 100, 500, 1000), samples=25, seeds=1, spacing="quadratic")
         + _grid("ddpm-celeba-64", (50, 100, 500), samples=25, seeds=1),
     },

@@ -144,7 +144,7 @@ TABLE_1 = Experiment(
         "mini": _grid(
             "ddpm-digits",
             "digits",
-            {25: 128, 50: 16, 100: 16, 500: 2, 1000: 1},
+            {25: 128, 50: 16, 100: 16, 500: 1, 1000: 1},
             methods=("ddpm", "sequential", "paper", "released-code", "ours"),
             seeds=3,
         ),
