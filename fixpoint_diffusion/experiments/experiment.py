@@ -29,8 +29,8 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """PASS, FAIL or "not run"."""
-        return "not run" if self.passed is None else "PASS" if self.passed else "FAIL"
+        """PASS, FAIL or OPEN."""
+        return "OPEN" if self.passed is None else "PASS" if self.passed else "FAIL"
 
 
 MISSING = Verdict(None, "no records of the runs that it needs")
@@ -81,10 +81,18 @@ class Experiment:
     trend: Callable[[Sequence[Record]], Verdict]
     minutes: float
 
+    def judge(self, records: Sequence[Record], missing: int) -> Verdict:
+        """The verdict on all of its runs; open while some are missing."""
+        if not records:
+            return MISSING
+        verdict = self.trend(records)
+        if not missing:
+            return verdict
+        return Verdict(None, f"so far {verdict.found}; {missing} of {missing + len(records)} runs are missing")
+
     def study(self, records: Sequence[Record], missing: int) -> bench.Study:
         """The experiment's part of the report."""
-        verdict = self.trend(records) if records else MISSING
+        verdict = self.judge(records, missing)
         rows = [("claim", self.claim), ("theirs", self.theirs or "pictures"), ("ours", verdict.found)]
-        note = f"{missing} of {missing + len(records)} runs are missing" if missing else "all runs are there"
-        head = bench.Table(f"{self.name}: {verdict.word}", ("", ""), rows, note)
+        head = bench.Table(f"{self.name}: {verdict.word}", ("", ""), rows)
         return bench.Study(self.name, self.name, [head, *(self.blocks(records) if records else ())])

@@ -98,6 +98,20 @@ def published(network: str, settings: tuple[tuple[str, Any], ...] = ()) -> DiT |
         return FPDM(FPDMConfig(**{**preset, **dict(settings)}))
 
 
+@cache
+def _parts(network: str, explicit: tuple[tuple[str, Any], ...]) -> tuple[float, float]:
+    model = published(network, explicit)
+    outside = cost(model, iterations=0).flops if isinstance(model, FPDM) else cost(model).flops
+    return float(outside), float(cost(model, iterations=1).flops - outside)
+
+
+def published_flops(network: str, settings: Mapping[str, Any], iterations: float = 0) -> float:
+    """Operations of one call of :func:`published`, with so many iterations of an FPDM's layer."""
+    explicit = {name: value for name, value in settings.items() if name not in FPDMConfig.TRAINING}
+    outside, iteration = _parts(network, tuple(sorted(explicit.items())))
+    return outside + iterations * iteration
+
+
 def plan(experiment: Experiment) -> str:
     """What the experiment takes at the paper's scale, and what to type; nothing is run."""
     configs: Sequence[Mapping[str, Any]] = experiment.grid["paper"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fixpoint import ProgressBar, bench
-from fixpoint_diffusion.experiments.experiment import MISSING, Experiment, Kind, Scale, Verdict
+from fixpoint_diffusion.experiments.experiment import Experiment, Kind, Scale, Verdict
 from fixpoint_diffusion.experiments.plans import command
 from fixpoint_diffusion.experiments.records import Config, Record, Records
 from fixpoint_diffusion.experiments.resources import Resources
@@ -114,13 +114,9 @@ def summary(experiments: Sequence[Experiment], scale: Scale, records: Records) -
 
 
 def verdicts(experiments: Sequence[Experiment], scale: Scale, records: Records) -> Iterator[tuple[Experiment, Verdict]]:
-    """Each experiment with its verdict; of runs that are missing it says how many."""
+    """Each experiment with its verdict."""
     for experiment in experiments:
-        found, missing = _found(experiment, scale, records)
-        verdict = experiment.trend(found) if found else MISSING
-        if found and missing:
-            verdict = replace(verdict, found=f"{verdict.found} ({missing} of {missing + len(found)} runs missing)")
-        yield experiment, verdict
+        yield experiment, experiment.judge(*_found(experiment, scale, records))
 
 
 def _found(experiment: Experiment, scale: Scale, records: Records) -> tuple[list[Record], int]:

@@ -13,10 +13,10 @@ from fixpoint import bench
 from fixpoint_diffusion.denoisers import FPDMDenoiser
 from fixpoint_diffusion.evaluation import digit_quality
 from fixpoint_diffusion.experiments.experiment import Kind
-from fixpoint_diffusion.experiments.plans import published
+from fixpoint_diffusion.experiments.plans import published_flops
 from fixpoint_diffusion.experiments.records import Config, Measures
 from fixpoint_diffusion.experiments.resources import Resources
-from fixpoint_diffusion.models import allocate, cost
+from fixpoint_diffusion.models import allocate
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.sampling import sample_fpdm
 
@@ -77,7 +77,7 @@ def pictures(images: Tensor, label: str) -> dict[str, Any]:
 
 
 def _flops(config: Config) -> float:
-    return cost(published("fpdm"), iterations=config["iterations"]).flops * config["steps"] * config["images"]
+    return published_flops("fpdm", {}, config["iterations"]) * config["steps"] * config["images"]
 
 
 DRAWS = Kind(name="fpdm-draw", run=_draw, flops=_flops)

@@ -27,7 +27,7 @@ def _config(
     allocation: str = "constant",
     reuse: bool = True,
     eta: float = 0.0,
-    images: int = 256,
+    images: int = 128,
 ) -> Config:
     return {
         "model": model,

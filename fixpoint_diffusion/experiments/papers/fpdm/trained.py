@@ -50,7 +50,7 @@ def quick(network: str, **changed: Any) -> Config:
 
 
 def published(network: str, data: str = "imagenet", *, steps: int = 400_000, name: str = "", **settings: Any) -> Config:
-    """As in the paper; the time of so many steps of DiT. The plan says by what command the model is trained before."""
+    """As in the paper, in the time of so many steps of DiT; the plan says by what command the model is trained."""
     return {
         "network": network,
         "model": f"{network}-{data}{name}",

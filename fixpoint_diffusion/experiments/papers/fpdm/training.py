@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from fixpoint_diffusion.chains import DDIMChain, StochasticDDIMChain
 from fixpoint_diffusion.denoisers import FPDMDenoiser, NetworkDenoiser, load_denoiser
 from fixpoint_diffusion.experiments.experiment import Kind
 from fixpoint_diffusion.experiments.papers.fpdm.drawing import pictures
-from fixpoint_diffusion.experiments.plans import LATENTS, published
+from fixpoint_diffusion.experiments.plans import LATENTS, published_flops
 from fixpoint_diffusion.experiments.records import Config, Measures
 from fixpoint_diffusion.experiments.resources import Resources
-from fixpoint_diffusion.models import cost
+from fixpoint_diffusion.models import FPDMConfig
 from fixpoint_diffusion.models.fpdm.training_rules import training_rule
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.sampling import sample_fpdm
@@ -27,7 +27,7 @@ from fixpoint_diffusion.training.runs import CHECKPOINT, DataOptions, TrainingRu
 
 _BATCH = 128
 _TRIAL = 30  # steps by which a step's time is found
-_PUBLISHED = {"steps": 400_000, "batch": 512}
+_BATCH_SIZE = 512  # of the paper
 
 
 def _train(config: Config, resources: Resources) -> Measures:
@@ -145,24 +145,27 @@ def _batches(
         yield first[-1]
 
 
+def _step_flops(network: str, settings: Mapping[str, Any]) -> float:
+    """Operations of a published network's training step for one image, on average."""
+    if network == "dit":
+        return 3 * published_flops("dit", {})
+    rule = training_rule(FPDMConfig(**{**vars(FPDMConfig.preset("XL/2")), **settings}))
+    outside, one = (published_flops("fpdm", settings, k) for k in (0, 1))
+    return 3 * outside + (rule.no_grad + 3 * rule.grad) * (one - outside)
+
+
+def _published_steps(config: Config) -> int:
+    """``config["steps"]`` are DiT's; an FPDM gets as many as take the same operations, for equal time."""
+    return round(config["steps"] * _step_flops("dit", {}) / _step_flops(config["network"], config["settings"]))
+
+
 def _flops(config: Config) -> float:
     """Of the published training and of sampling."""
-    network = published(config["network"], tuple(sorted(config["settings"].items())))
-    sampling = 0.0
-    for budget in config["budgets"]:
-        if config["network"] == "dit":
-            one, passes = cost(network).flops, 28
-        else:
-            one = cost(network, iterations=config["iterations"]).flops
-            passes = network.config.block_passes(config["iterations"])  # type: ignore[union-attr]
-        sampling += 2 * config["images"] * one * (budget // passes)
-    if config["network"] == "dit":
-        step = 3.0 * cost(network).flops
-    else:
-        rule = training_rule(network.config)  # type: ignore[arg-type]
-        outside = cost(network, iterations=0).flops
-        step = 3 * outside + (rule.no_grad + 3 * rule.grad) * (cost(network, iterations=1).flops - outside)
-    return sampling + step * _PUBLISHED["batch"] * config["steps"]
+    network, settings, iterations = config["network"], config["settings"], config["iterations"]
+    explicit = 28 if network == "dit" else settings.get("n_pre", 1) + settings.get("n_post", 1) + iterations
+    call = published_flops(network, settings, 0 if network == "dit" else iterations)
+    sampling = sum(2 * config["images"] * call * (budget // explicit) for budget in config["budgets"])
+    return sampling + _step_flops(network, settings) * _BATCH_SIZE * _published_steps(config)
 
 
 def _before(config: Config) -> str:
@@ -174,8 +177,8 @@ def _before(config: Config) -> str:
     where = f"--data DATA/{config['data']}" + (" --latents" if config["data"] in LATENTS else "")
     return (
         f"echo '{json.dumps(settings)}' > {name}.json && accelerate launch -m fixpoint_diffusion.cli train {network} "
-        f"--settings {name}.json {where}{classes} --batch-size 512 --learning-rate 1e-4 --weight-decay 0 "
-        f"--ema-decay 0.9999 --precision bf16 --device cuda --steps {config['steps']} --out MODELS/{name}"
+        f"--settings {name}.json {where}{classes} --batch-size {_BATCH_SIZE} --learning-rate 1e-4 --weight-decay 0 "
+        f"--ema-decay 0.9999 --precision bf16 --device cuda --steps {_published_steps(config)} --out MODELS/{name}"
     )
 
 
