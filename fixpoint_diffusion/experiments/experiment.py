@@ -20,7 +20,7 @@ class Verdict:
     """Whether a trend appeared, and what was found, in one line.
 
     Attributes:
-        passed: None where the runs that it needs are missing.
+        passed: None while runs are missing.
         found: the figures that it was judged by.
     """
 
@@ -31,9 +31,6 @@ class Verdict:
     def word(self) -> str:
         """PASS, FAIL or OPEN."""
         return "OPEN" if self.passed is None else "PASS" if self.passed else "FAIL"
-
-
-MISSING = Verdict(None, "no records of the runs that it needs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +65,7 @@ class Experiment:
         kind: of its runs.
         grid: the configurations at each scale, plain values by name; a run's ``seed`` is one of them.
         blocks: tables, curves and pictures of the records that are there.
-        trend: judges them.
+        trend: judges the records of all of its runs.
         minutes: what the mini grid takes on one core of a processor, about; shared runs are counted in each.
     """
 
@@ -83,12 +80,9 @@ class Experiment:
 
     def judge(self, records: Sequence[Record], missing: int) -> Verdict:
         """The verdict on all of its runs; open while some are missing."""
-        if not records:
-            return MISSING
-        verdict = self.trend(records)
-        if not missing:
-            return verdict
-        return Verdict(None, f"so far {verdict.found}; {missing} of {missing + len(records)} runs are missing")
+        if missing:
+            return Verdict(None, f"{missing} of {missing + len(records)} runs are missing")
+        return self.trend(records)
 
     def study(self, records: Sequence[Record], missing: int) -> bench.Study:
         """The experiment's part of the report."""

@@ -123,7 +123,7 @@ def plan(experiment: Experiment) -> str:
     lines = [
         f"{experiment.name}: {experiment.claim}",
         f"  runs       {len(configs)}",
-        *(f"  model      {name}: {SOURCES.get(name, 'trained by the runs')}" for name in models),
+        *(f"  model      {name}: {SOURCES.get(name, 'trained before, see below')}" for name in models),
         *(f"  data       {name}: {SOURCES.get(name, 'comes with the package')}" for name in data),
         f"  GPU-hours  {hours:.3g}, from {flops:.3g} FLOPs on an {GPU} at {UTILISATION:.0%} of its "
         f"{GPU_FLOPS / 1e12:.0f} TFLOP/s",

@@ -69,6 +69,11 @@ def curve(records: Sequence[Record], measure: str) -> tuple[list[float], list[fl
     return [float(k + 1) for k in range(length)], means
 
 
+def first_seed(records: Sequence[Record]) -> list[Record]:
+    """Those of the seed that comes first: what pictures are made of."""
+    return [record for record in records if record.config["seed"] == records[0].config["seed"]]
+
+
 def stacked(title: str, grids: Sequence[dict[str, Any]], caption: str = "") -> bench.Images:
     """Grids of pictures of one width, kept in measures, one below the other."""
     import torch

@@ -9,7 +9,7 @@ from fixpoint import bench
 from fixpoint_diffusion.experiments.experiment import Experiment, Grid, Verdict
 from fixpoint_diffusion.experiments.papers.deq_ddim.solving import SOLVES
 from fixpoint_diffusion.experiments.records import Config, Record
-from fixpoint_diffusion.experiments.summaries import grouped, lower, mean_spread, stacked
+from fixpoint_diffusion.experiments.summaries import first_seed, grouped, lower, mean_spread, stacked
 
 _NEAR = 0.1  # error of x_0, of its size, that is hardly seen
 _CAPTION = "From noise (left) to image (right): ten latents evenly along the chain, then the last five."
@@ -31,7 +31,7 @@ def _config(model: str, steps: int, seed: int, show: Sequence[int], init: str = 
 
 def _pictures(title: str) -> Callable[[Sequence[Record]], list[bench.Block]]:
     def make(records: Sequence[Record]) -> list[bench.Block]:
-        first = [record for record in records if record.config["seed"] == 0]
+        first = first_seed(records)
         return [stacked(title, [record.measures["latents"] for record in first], _CAPTION)]
 
     return make

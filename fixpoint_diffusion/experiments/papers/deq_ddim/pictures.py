@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 
 from fixpoint import bench
-from fixpoint_diffusion.experiments.experiment import MISSING, Experiment, Kind, Verdict
+from fixpoint_diffusion.experiments.experiment import Experiment, Kind, Verdict
 from fixpoint_diffusion.experiments.papers.deq_ddim import inversion
 from fixpoint_diffusion.experiments.papers.deq_ddim.inversion import mini, published, quick
 from fixpoint_diffusion.experiments.papers.deq_ddim.inverting import INVERSIONS, LABELS
@@ -16,25 +16,23 @@ from fixpoint_diffusion.experiments.papers.deq_ddim.solving import relative_erro
 from fixpoint_diffusion.experiments.plans import call_flops
 from fixpoint_diffusion.experiments.records import Config, Measures, Record
 from fixpoint_diffusion.experiments.resources import Resources
-from fixpoint_diffusion.experiments.summaries import grouped, lower, mean_spread, stacked, values
+from fixpoint_diffusion.experiments.summaries import first_seed, grouped, lower, mean_spread, stacked, values
 from fixpoint_diffusion.sampling import sample
 
 
 def _triplets(records: Sequence[Record]) -> list[bench.Block]:
-    first = [record.measures["back"] for record in records if record.config["seed"] == 0]
+    first = [record.measures["back"] for record in first_seed(records)]
     return [stacked("Images and their reconstructions", first, "One column an image; the first row is the real one.")]
 
 
 def _over_epochs(records: Sequence[Record]) -> list[bench.Block]:
-    first = [record.measures["epochs"] for record in records if record.config["seed"] == 0]
+    first = [record.measures["epochs"] for record in first_seed(records)]
     return [stacked("What the sampler makes of x_T after so many updates", first)]
 
 
 def _nearer(records: Sequence[Record]) -> Verdict:
     """The fixed point's reconstructions are nearer to the images than the baseline's."""
     losses = {method: values(group, "loss") for (method,), group in grouped(records, "method").items()}
-    if not {"baseline", "paper"} <= losses.keys():
-        return MISSING
     text = ", ".join(f"{LABELS[method]} {mean_spread(each)}" for method, each in losses.items())
     return Verdict(lower(losses["paper"], losses["baseline"]), f"squared distance: {text}")
 
@@ -45,8 +43,6 @@ def _sooner(records: Sequence[Record]) -> Verdict:
         method: [record.measures["losses"] for record in group]
         for (method,), group in grouped(records, "method").items()
     }
-    if not {"baseline", "paper"} <= curves.keys():
-        return MISSING
     updates = min(len(each) for group in curves.values() for each in group)
     losses = {method: [each[updates - 1] for each in group] for method, group in curves.items()}
     text = ", ".join(f"{LABELS[method]} {mean_spread(each)}" for method, each in losses.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fixpoint import bench
-from fixpoint_diffusion.experiments.experiment import MISSING, Experiment, Verdict
+from fixpoint_diffusion.experiments.experiment import Experiment, Verdict
 from fixpoint_diffusion.experiments.papers.deq_ddim.sampling import PARALLEL, SAMPLES
 from fixpoint_diffusion.experiments.records import Config, Record
 from fixpoint_diffusion.experiments.summaries import grouped, lower, mean, mean_spread, values
@@ -124,8 +124,6 @@ def _comparable(records: Sequence[Record]) -> Verdict:
             holds = holds and worst < 0.1
             parts.append(f"{where}: worst error of x_0 {worst:.2g}")
         times.append((steps, eta, mean(ddim, "seconds_alone") / mean(deq, "seconds_alone")))
-    if not parts:
-        return MISSING
     long = [ratio for steps, eta, ratio in times if steps >= 500 and not eta]
     if long:
         holds = holds and min(long) > 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fixpoint import Anderson, Picard, bench, solve
 from fixpoint_diffusion.denoisers import FPDMDenoiser
-from fixpoint_diffusion.experiments.experiment import MISSING, Experiment, Kind, Verdict
+from fixpoint_diffusion.experiments.experiment import Experiment, Kind, Verdict
 from fixpoint_diffusion.experiments.papers.fpdm import drawing, sampling
 from fixpoint_diffusion.experiments.plans import published_flops
 from fixpoint_diffusion.experiments.records import Config, Measures, Record
@@ -168,10 +168,10 @@ def _by_reuse(records: Sequence[Record]) -> list[bench.Block]:
         )
         for (reuse,), group in grouped(records, "reuse").items()
     }
-    rows = [
-        (k, *(mean_spread(values(each, "distance")) for each in grouped(group, "reuse").values()))
-        for (k,), group in grouped(records, "iterations").items()
-    ]
+    rows = []
+    for (k,), group in grouped(records, "iterations").items():
+        found = {reuse: values(each, "distance") for (reuse,), each in grouped(group, "reuse").items()}
+        rows.append((k, *(mean_spread(found.get(reuse, [])) for reuse in (False, True))))
     return [
         bench.Table("Images with and without reuse", ("iterations per step", *STARTS), rows, "Fréchet distance."),
         bench.Lines("Images with and without reuse", series, "iterations per step", "Fréchet distance"),
@@ -183,10 +183,7 @@ def _helps_few(records: Sequence[Record]) -> Verdict:
     gains = {}
     for (k,), group in grouped(records, "iterations").items():
         by = {reuse: values(each, "distance") for (reuse,), each in grouped(group, "reuse").items()}
-        if len(by) == 2:
-            gains[k] = ([x - y for x, y in zip(by[False], by[True], strict=True)], by)
-    if len(gains) < 2:
-        return MISSING
+        gains[k] = ([x - y for x, y in zip(by[False], by[True], strict=True)], by)
     few, many = min(gains), max(gains)
     parts = ", ".join(f"k={k} {mean_spread(each)}" for k, (each, _) in gains.items())
     helps = lower(gains[few][1][True], gains[few][1][False])
