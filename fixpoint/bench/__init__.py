@@ -2,7 +2,7 @@
 
 from fixpoint.bench.compare import DEFAULT_SOLVERS, check, compare, document, make_solver, run, write
 from fixpoint.bench.provenance import code_version, machine, versions
-from fixpoint.bench.report import render, table_text
+from fixpoint.bench.report import render
 from fixpoint.bench.results import Block, Images, Lines, Study, Table, plain
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "plain",
     "render",
     "run",
-    "table_text",
     "versions",
     "write",
 ]
