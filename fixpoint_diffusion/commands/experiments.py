@@ -95,6 +95,7 @@ def run_command(
             )
         return
     check_device(device)
+    _check_drawing()
     resources = Resources(
         records=records, scratch=out / "models", models=models, data=data, features=features, device=device
     )
@@ -118,6 +119,7 @@ def report_command(
 ) -> None:
     """Write the report of the records that are there, and run nothing."""
     chosen, size = _chosen(names, all_of_them), _scale(scale, quick)
+    _check_drawing()
     _tell(chosen, size, _records(out, any_commit), out, [])
 
 
@@ -139,6 +141,14 @@ def _records(out: Path, any_commit: bool) -> Records:
     from fixpoint_diffusion.experiments.records import Records
 
     return Records(out / "records", any_code=any_commit)
+
+
+def _check_drawing() -> None:
+    """Before anything is run: the report at the end has pictures."""
+    from fixpoint_diffusion.extras import needed_for
+
+    with needed_for("the report"):
+        import matplotlib  # noqa: F401
 
 
 def _tell(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fixpoint_diffusion.extras import needed_for
 from fixpoint_diffusion.files import written_whole
 
 SIDE, COUNT = 8, 2000
@@ -34,8 +35,9 @@ def drawn_pictures(name: str, folder: Path) -> Path:
 
 
 def _crops(rng: np.random.Generator) -> np.ndarray:
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
+    with needed_for("crops of photographs"):
+        from PIL import Image
+        from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(array).convert("L") for array in load_sample_images().images]
     found = []

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded
+from fixpoint_diffusion.extras import needed_for
 from fixpoint_diffusion.models import FPDM, DiT, DiTConfig, FPDMConfig, cost
 from fixpoint_diffusion.training.plan import GPU, GPU_FLOPS, UTILISATION
 
@@ -69,7 +70,8 @@ def call_flops(model: str) -> float:
 
 
 def _unet(model: str) -> tuple[Any, tuple[int, ...]]:
-    from diffusers import UNet2DModel
+    with needed_for("counting the operations of a U-Net"):
+        from diffusers import UNet2DModel
 
     side, multipliers = _UNETS[model]
     with torch.device("meta"):

@@ -14,6 +14,7 @@ from fixpoint_diffusion.experiments.papers.deq_ddim.solving import relative_erro
 from fixpoint_diffusion.experiments.plans import call_flops
 from fixpoint_diffusion.experiments.records import Config, Measures
 from fixpoint_diffusion.experiments.resources import Resources
+from fixpoint_diffusion.extras import needed_for
 from fixpoint_diffusion.sampling import SamplingResult, sample
 
 _BATCH = 64
@@ -79,7 +80,8 @@ def _samplers(config: Config, resources: Resources) -> Callable[[range], tuple[T
 
     @torch.no_grad()
     def dpm_solver(samples: range) -> tuple[Tensor, int, int]:
-        from diffusers import DPMSolverMultistepScheduler
+        with needed_for("DPM-Solver++"):
+            from diffusers import DPMSolverMultistepScheduler
 
         denoiser = resources.denoiser(config["model"])
         scheduler = DPMSolverMultistepScheduler.from_config({**(denoiser.schedule_config or {}), "thresholding": False})
