@@ -26,7 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Sample from diffusion models in parallel or in sequence, train small ones, look at model folders, and reproduce "
+    help="Sample from diffusion models in parallel or in sequence, train small ones, look at model folders, reproduce "
     "both papers.",
 )
 

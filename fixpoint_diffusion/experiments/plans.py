@@ -31,10 +31,10 @@ SOURCES: Mapping[str, str] = {
     "ddpm-celeba-64": "the weights of Song et al. (DDIM), converted to a UNet2DModel folder",
     "ddpm-bedroom-256": "google/ddpm-bedroom-256 on the Hugging Face hub",
     "ddpm-church-256": "google/ddpm-church-256 on the Hugging Face hub",
-    "cifar10": "the training images as files, or pytorch-gan-metrics' statistics as cifar10.npz",
-    "celeba": "aligned images cut to 140x140 and scaled to 64x64 as in DDIM's code, or their statistics",
-    "lsun-bedroom": "training images at 256x256, or pytorch-gan-metrics' statistics",
-    "lsun-church": "training images at 256x256, or pytorch-gan-metrics' statistics",
+    "cifar10": "the training images as files; for distances, pytorch-gan-metrics' statistics as cifar10.npz will do",
+    "celeba": "aligned images cut to 140x140 and scaled to 64x64 as in DDIM's code; for distances, their statistics",
+    "lsun-bedroom": "training images at 256x256; for distances, pytorch-gan-metrics' statistics will do",
+    "lsun-church": "training images at 256x256; for distances, pytorch-gan-metrics' statistics will do",
     "imagenet": "latents at 256x256 to train on, as fixpoint-diffusion encode makes them; statistics as imagenet.npz",
     "celeba-hq": "latents of the images at 256x256, as for imagenet",
     "ffhq": "latents of the images at 256x256, as for imagenet",
@@ -125,7 +125,10 @@ def plan(experiment: Experiment) -> str:
     lines = [
         f"{experiment.name}: {experiment.claim}",
         f"  runs       {len(configs)}",
-        *(f"  model      {name}: {SOURCES.get(name, 'trained before, see below')}" for name in models),
+        *(
+            f"  model      {name}: {SOURCES.get(name, 'trained as below, or as in the plan of fpdm/table-1')}"
+            for name in models
+        ),
         *(f"  data       {name}: {SOURCES.get(name, 'comes with the package')}" for name in data),
         f"  GPU-hours  {hours:.3g}, from {flops:.3g} FLOPs on an {GPU} at {UTILISATION:.0%} of its "
         f"{GPU_FLOPS / 1e12:.0f} TFLOP/s",

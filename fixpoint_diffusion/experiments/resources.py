@@ -77,7 +77,8 @@ class Resources:
             "steps": given["steps"],
             "spacing": given.get("spacing"),
             "clip_sample": float("inf"),
-            "max_rows": _ROWS,  # more are no faster on a processor
+            # More are no faster on a processor; large images take much memory.
+            "max_rows": max(1, min(_ROWS, 2**24 // x_T[0].numel())),
         }
         if not given.get("eta"):
             return DDIMChain(denoiser, x_T, schedule, **options)
@@ -96,7 +97,7 @@ class Resources:
         """Images of a data set, those that no embedded model was trained on, in [-1, 1]: ``(count, C, H, W)``."""
         if name == "digits":
             return split_held_out(load_digits())[1].images[first : first + count].to(self.device)
-        data = open_dataset(self._data(name))
+        data = open_dataset(_within(self.data, name, "data set", "--data"))
         return torch.stack([data[k]["images"] for k in range(first, first + count)]).to(self.device)
 
     def training_data(self, name: str) -> str:

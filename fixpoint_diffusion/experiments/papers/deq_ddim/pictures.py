@@ -74,7 +74,12 @@ def _inverted(number: int, what: str, sets: Sequence[int], *, over_epochs: bool)
         grid={
             "quick": [quick(method) for method in methods],
             "mini": [mini(10, method, seed) for method in methods for seed in range(3)],
-            "paper": [published(inversion.PAPER_SETS[k], method) for k in sets for method in methods],
+            "paper": [
+                published(inversion.PAPER_SETS[k], method, seed)
+                for k in sets
+                for method in methods
+                for seed in range(3)
+            ],
         },
         blocks=_over_epochs if over_epochs else _triplets,
         trend=_sooner if over_epochs else _nearer,
