@@ -11,7 +11,6 @@ from fixpoint_diffusion.experiments.records import Config, Measures, Record
 from fixpoint_diffusion.experiments.resources import Resources
 
 Scale = Literal["quick", "mini", "paper"]
-SCALES: tuple[Scale, ...] = ("quick", "mini", "paper")
 Grid = Mapping[Scale, Sequence[Config]]
 
 

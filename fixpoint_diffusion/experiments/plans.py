@@ -52,7 +52,7 @@ def call_flops(model: str) -> float:
     """Operations of one call for one image, a multiplication and an addition as two; counted, not run.
 
     >>> f"{call_flops('ddpm-cifar10-32') / 1e9:.1f}"
-    '12.2'
+    '12.4'
     """
     if model in EMBEDDED_MODELS:
         denoiser: Any = embedded(model)

@@ -31,10 +31,10 @@ def experiments_named(names: Sequence[str]) -> list[Experiment]:
     Raises:
         ValueError: for a name that nobody has.
 
-    >>> experiments_named(["deq-ddim/figure-l"])
+    >>> experiments_named(["fpdm/memry"])
     Traceback (most recent call last):
     ...
-    ValueError: no experiment 'deq-ddim/figure-l'; did you mean 'deq-ddim/figure-1'?
+    ValueError: no experiment 'fpdm/memry'; did you mean 'fpdm/memory'?
     """
     found: dict[str, Experiment] = {}
     for name in names:

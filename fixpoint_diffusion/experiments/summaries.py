@@ -12,10 +12,11 @@ from fixpoint_diffusion.experiments.records import Record
 
 
 def grouped(records: Iterable[Record], *keys: str) -> dict[tuple[Any, ...], list[Record]]:
-    """Records by these entries of their configurations, in the order in which they come; the seeds are together."""
+    """Records by these entries of their configurations, or of the settings in them, in the order in which they come."""
     found: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        found.setdefault(tuple(record.config.get(key) for key in keys), []).append(record)
+        config = {**record.config.get("settings", {}), **record.config}
+        found.setdefault(tuple(config.get(key) for key in keys), []).append(record)
     return found
 
 

@@ -51,8 +51,10 @@ def _curves(title: str, *keys: str) -> Callable[[Sequence[Record]], bench.Lines]
     def make(records: Sequence[Record]) -> bench.Lines:
         series = {}
         for key, group in grouped(records, *keys).items():
-            label = ", ".join(str(each) if isinstance(each, str) else f"{each:g}" for each in key)
-            series[f"{', '.join(keys)} {label}"] = curve(group, "residual")
+            parts = (
+                each if isinstance(each, str) else f"{name}={each:g}" for name, each in zip(keys, key, strict=True)
+            )
+            series[", ".join(parts)] = curve(group, "residual")
         return bench.Lines(
             title,
             series,
