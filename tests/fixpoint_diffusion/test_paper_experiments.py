@@ -70,6 +70,7 @@ def test_quick_runs_make_a_study_that_is_judged(quick, name):
 def test_the_report_shows_every_experiment_and_the_summary_has_a_row_for_each(quick, tmp_path):
     names = ["deq-ddim/figure-1", "deq-ddim/figure-19", "deq-ddim/figure-25", "fpdm/memory", "fpdm/table-2"]
     text = running.report(experiments_named(names), "quick", quick.records, tmp_path).read_text()
+    assert "<title>Both papers, reproduced (quick)</title>" in text
     rows = (tmp_path / "summary.md").read_text().splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in names]
     for name in names:
