@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fixpoint_diffusion
 from fixpoint import bench
 from fixpoint_diffusion.cli import main
+from fixpoint_diffusion.denoisers import embedded_folder
 from fixpoint_diffusion.experiments import running
 from fixpoint_diffusion.experiments.experiment import Experiment, Kind, Verdict
 from fixpoint_diffusion.experiments.papers.deq_ddim import convergence, inversion, quality
@@ -24,6 +27,7 @@ from fixpoint_diffusion.experiments.registry import EXPERIMENTS, experiments_nam
 from fixpoint_diffusion.experiments.resources import Resources
 from fixpoint_diffusion.experiments.summaries import lower
 from fixpoint_diffusion.files import locked
+from tests.fixpoint_diffusion.tiny import tiny_vae
 
 COMMITTED = Path(fixpoint_diffusion.__file__).parents[1] / "benchmarks" / "results" / "experiments"
 PROMISED = [
@@ -314,6 +318,42 @@ def test_an_interrupted_training_goes_on(quick, tmp_path):
     again = training.TRAININGS.run(config, resources)  # the folder is there, the record is not
     for name in ("steps", "loss", "distances"):
         assert again[name] == pytest.approx(first[name])
+
+
+def test_models_and_data_come_from_the_folders_that_hold_them_by_name(quick, tmp_path):
+    shutil.copytree(embedded_folder("ddpm-digits"), tmp_path / "models" / "mine")
+    (tmp_path / "data" / "pictures").mkdir(parents=True)
+    pictures = torch.rand(5, 1, 8, 8) * 2 - 1
+    np.save(tmp_path / "data" / "pictures" / "images.npy", pictures.numpy())
+    elsewhere = replace(quick, models=tmp_path / "models", data=tmp_path / "data")
+    config = convergence.FIGURE_1.grid["quick"][0]
+    expected = quick.records.find("chain-solve", config)
+    measures = convergence.SOLVES.run({**config, "model": "mine"}, elsewhere)
+    assert measures["error"].tolist() == pytest.approx(expected.measures["error"], rel=1e-3)
+    assert torch.allclose(elsewhere.images("pictures", 1, 3), pictures[1:4])
+    with pytest.raises(FileNotFoundError, match="no data set 'others' in"):
+        elsewhere.images("others", 0, 1)
+    with pytest.raises(ValueError, match="distances to pictures need --features"):
+        elsewhere.distance(iter([pictures]), "pictures")
+
+
+def test_latents_are_judged_as_images(quick, tmp_path):
+    vae = tiny_vae()
+    vae.save_pretrained(tmp_path / "sd-vae")
+    latents = torch.randn(2, vae.config.latent_channels, 4, 4)
+    images = replace(quick, models=tmp_path).pictures(latents, "imagenet")
+    with torch.no_grad():
+        assert torch.allclose(images, vae.decode(latents / vae.config.scaling_factor).sample, atol=1e-5)
+    assert quick.pictures(latents, "digits") is latents
+
+
+def test_at_the_papers_scale_a_trained_folder_is_judged(quick, tmp_path):
+    config = trained.quick("dit")
+    measures = training.TRAININGS.run(config, replace(quick, scratch=tmp_path))
+    (folder,) = tmp_path.glob("dit-*")
+    again = training.TRAININGS.run({**config, "model": folder.name}, replace(quick, models=tmp_path))
+    assert again["distances"] == pytest.approx(measures["distances"])
+    assert "steps" not in again
 
 
 def test_the_committed_summary_is_that_of_the_committed_records():
