@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,6 @@ from fixpoint_diffusion.experiments.resources import Resources
 from fixpoint_diffusion.inversion import (
     ExplicitInverse,
     InverseMethod,
-    OptimisedInverse,
     ParallelInverse,
     StepwiseInverse,
     deq_ddim_inversion_settings,
@@ -77,24 +76,24 @@ def _directly(config: Config, chain: DDIMChain, images: Tensor) -> tuple[Measure
 
 def _by_descent(config: Config, chain: DDIMChain, images: Tensor) -> tuple[Measures, Tensor]:
     reading = "released-code" if config["method"] == "released-code" else "paper"
-    settings = deq_ddim_inversion_settings(
+    method = deq_ddim_inversion_settings(
         chain,
         reading,  # type: ignore[arg-type]
         dataset=config.get("recipe", "cifar10"),
         baseline=config["method"] == "baseline",
     )
+    adam = partial(torch.optim.Adam, lr=config["rate"])
+    method = replace(method, optimiser=adam, epochs=config["epochs"], seed=config["seed"])
     if config["method"] == "exact":
-        settings["gradient"] = IFT(rtol=1e-3, on_failure="best")
-    settings["optimiser"] = partial(torch.optim.Adam, lr=config["rate"])
-    if config["epochs"] is not None:  # no run ends early, so that curves are as long as each other
-        settings |= {"epochs": config["epochs"], "stop": 0.0}
+        method = replace(method, gradient=IFT(rtol=1e-3, on_failure="best"))
+    if "recipe" not in config:  # no run ends early, so that curves are as long as each other
+        method = replace(method, stop=0.0)
     shown: dict[int, Tensor] = {}
 
     def watch(now: Descent) -> None:
         if len(now.history) in config["show"]:
             shown[len(now.history)] = _sampled(chain, now.x_T)
 
-    method = OptimisedInverse(**{**settings, "seed": config["seed"]})
     found = method.descend(chain, images, callback=watch if config["show"] else None)
     history = found.history
     measures: Measures = {
