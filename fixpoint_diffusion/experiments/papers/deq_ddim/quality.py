@@ -166,7 +166,7 @@ TABLE_1 = Experiment(
     },
     blocks=_table,
     trend=_comparable,
-    minutes=12,
+    minutes=20,
 )
 _STOCHASTIC = ("sequential", "paper", "ours")
 TABLE_2 = Experiment(
@@ -189,7 +189,7 @@ TABLE_2 = Experiment(
     },
     blocks=_table,
     trend=_comparable,
-    minutes=12,
+    minutes=20,
 )
 TABLE_4 = Experiment(
     name="deq-ddim/table-4",
