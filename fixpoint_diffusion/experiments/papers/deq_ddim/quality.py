@@ -138,7 +138,7 @@ TABLE_1 = Experiment(
     "Bedroom T=25 8.76 1.19, 8.73 3.82; Church T=25 13.44 1.68, 13.55 3.99",
     kind=SAMPLES,
     grid={
-        "quick": _grid("ddpm-digits", "digits", {4: 100}, methods=("sequential", "paper"), seeds=1),
+        "quick": _grid("ddpm-digits", "digits", {2: 100}, methods=("sequential", "paper"), seeds=1),
         "mini": _grid(
             "ddpm-digits",
             "digits",
@@ -175,7 +175,7 @@ TABLE_2 = Experiment(
     theirs="CIFAR10, T = 20 and 50; values not in the text that this page is made from",
     kind=SAMPLES,
     grid={
-        "quick": _grid("ddpm-digits", "digits", {4: 100}, etas=(1.0,), methods=("sequential", "paper"), seeds=1),
+        "quick": _grid("ddpm-digits", "digits", {2: 100}, etas=(1.0,), methods=("sequential", "paper"), seeds=1),
         "mini": _grid("ddpm-digits", "digits", {20: 100}, etas=(0.2, 1.0), methods=_STOCHASTIC, seeds=3),
         "paper": _grid(
             "ddpm-cifar10-32",
