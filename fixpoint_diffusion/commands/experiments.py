@@ -85,14 +85,9 @@ def run_command(
     if dry_run:
         for entry in chosen:
             missing = sum(records.find(entry.kind.name, config) is None for config in entry.grid[size])
-            typer.echo(
-                plan(entry)
-                if size == "paper"
-                else f"{entry.name}: {missing} of {len(entry.grid[size])} runs to do; "
-                f"all of them take about {entry.minutes:g} minutes on one core"
-                if size == "mini"
-                else f"{entry.name}: {missing} of {len(entry.grid[size])} runs to do"
-            )
+            todo = f"{entry.name}: {missing} of {len(entry.grid[size])} runs to do"
+            time = f"; all of them take about {entry.minutes:g} minutes on one core" * (size == "mini")
+            typer.echo(plan(entry) if size == "paper" else todo + time)
         return
     check_device(device)
     _check_drawing()
