@@ -14,6 +14,7 @@ try:
 
     from fixpoint_diffusion.commands.encode import encode
     from fixpoint_diffusion.commands.evaluate import evaluate
+    from fixpoint_diffusion.commands.experiments import app as experiments
     from fixpoint_diffusion.commands.info import info
     from fixpoint_diffusion.commands.invert import invert
     from fixpoint_diffusion.commands.sample import sample
@@ -25,7 +26,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Sample from diffusion models in parallel or in sequence, train small ones, and look at model folders.",
+    help="Sample from diffusion models in parallel or in sequence, train small ones, look at model folders, reproduce "
+    "both papers.",
 )
 
 
@@ -45,6 +47,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
 
 for command in (train, encode, evaluate, sample, info, invert):
     app.command()(_interruptible(command))
+app.add_typer(experiments, name="experiments")
 
 # What a user can put right; anything else is a fault of ours, and its traceback is wanted.
 _USER_ERRORS = (ValueError, OSError, ImportError, ArithmeticError, MemoryError, RecursionError)

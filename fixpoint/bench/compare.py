@@ -220,16 +220,41 @@ def run(
         except KeyboardInterrupt:  # what has finished is worth keeping
             failures.append({"name": spec, "error": "interrupted"})
             break
+    return document(_with_overview(studies), seconds=time.perf_counter() - start, quick=quick, failures=failures)
+
+
+def document(
+    studies: Sequence[Study],
+    *,
+    seconds: float,
+    quick: bool = False,
+    failures: Sequence[Mapping[str, str]] = (),
+    title: str = "fixpoint bench",
+) -> dict[str, Any]:
+    """Studies as JSON-able results, with the machine, the versions and the commit: what ``write`` and ``render`` take.
+
+    Args:
+        studies: In the order of the report.
+        seconds: How long they took.
+        quick: Whether they are small versions.
+        failures: ``name`` and ``error`` of each study that failed.
+        title: Of the page.
+
+    Example:
+        >>> sorted(document([], seconds=0.0))[:4]
+        ['commit', 'date', 'failures', 'format']
+    """
     return {
         "format": 1,
+        "title": title,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - start, 2),
+        "seconds": round(seconds, 2),
         "quick": quick,
         "machine": provenance.machine(),
         "versions": provenance.versions(),
         "commit": provenance.commit(),
-        "studies": [study.to_json() for study in _with_overview(studies)],
-        "failures": failures,
+        "studies": [study.to_json() for study in studies],
+        "failures": list(failures),
     }
 
 

@@ -39,6 +39,7 @@ def render(results: Mapping[str, Any], out_dir: str | Path) -> Path:
         anchor = _slug(study.name)
         sections.append(f'<section id="{anchor}"><h2>{html.escape(study.title)}</h2>{"".join(body)}</section>')
     page = Template(_PAGE).substitute(
+        title=html.escape(results.get("title", "fixpoint bench")),
         facts=html.escape(facts(results)),
         failures=_failures(results),
         contents="".join(
@@ -166,7 +167,7 @@ _PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>fixpoint bench</title>
+<title>$title</title>
 <style>
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5c6675; --paper: #ffffff; --line: #d9dee6; --link: #0b62a3;
   --alarm: #a8321c; }
@@ -193,7 +194,7 @@ td { border-bottom: 1px solid var(--line); }
 </style>
 </head>
 <body>
-<h1>fixpoint bench</h1>
+<h1>$title</h1>
 <p class="facts">$facts</p>
 $failures
 <nav><ul>$contents</ul></nav>

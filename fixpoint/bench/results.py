@@ -150,7 +150,7 @@ class Study:
         """Plain dicts, lists, strings and finite numbers."""
         kinds = {block_type: kind for kind, block_type in _BLOCKS.items()}
         blocks = [{"kind": kinds[type(block)], **asdict(block)} for block in self.blocks]
-        return _plain({**asdict(replace(self, blocks=())), "blocks": blocks})
+        return plain({**asdict(replace(self, blocks=())), "blocks": blocks})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Study:
@@ -162,14 +162,14 @@ class Study:
         return cls(**{**data, "blocks": blocks})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """``value`` as strict JSON knows it: tensors, arrays and tuples become lists, NaN and infinities None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(key): _plain(child) for key, child in value.items()}
+        return {str(key): plain(child) for key, child in value.items()}
     if isinstance(value, tuple | list | range):
-        return [_plain(child) for child in value]
+        return [plain(child) for child in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

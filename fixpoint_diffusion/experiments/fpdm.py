@@ -12,13 +12,13 @@ from torch import Tensor
 from fixpoint import Anderson, Broyden, Picard, Solution, Solver, bench, solve
 from fixpoint_diffusion.denoisers import FPDMDenoiser, embedded
 from fixpoint_diffusion.evaluation import digit_quality
+from fixpoint_diffusion.experiments.papers.fpdm.reuse import STARTS, convergence, curves
 from fixpoint_diffusion.models import FPDM, FPDMLayerProblem, fpdm_layer_problem
 from fixpoint_diffusion.processes import NoiseSchedule, Transitions, initial_noise, wide
 from fixpoint_diffusion.sampling import sample_fpdm
 
 SOLVERS: dict[str, Solver] = {"Picard": Picard(), "Anderson": Anderson(), "Broyden": Broyden()}
 RTOLS = (1e-2, 1e-3, 1e-4)
-STARTS = ("without reuse", "with reuse")
 MAX_EVALS = 100
 Solved = dict[tuple[int, str, str, float], Solution]  # by timestep, start, solver and tolerance
 
@@ -48,6 +48,7 @@ def fpdm_study(quick: bool) -> bench.Study:
     timesteps = schedule.timesteps(steps, "linspace")
     chosen = {int(timesteps[k]) for k in torch.linspace(1, steps - 1, 9).round().long()}
     solved: Solved = {}
+    x_T = initial_noise(0, range(samples), model.config.sample_shape)
     for t, cold, reused in _trajectory(model, schedule, timesteps, samples, seed=0):
         for start, problem in zip(STARTS, (cold, reused), strict=True) if t in chosen else ():
             for (label, solver), rtol in itertools.product(SOLVERS.items(), RTOLS):
@@ -58,7 +59,6 @@ def fpdm_study(quick: bool) -> bench.Study:
                     rtol=rtol,
                     max_evals=MAX_EVALS,
                     on_failure="ignore",
-                    record=True,
                 )
     order = sorted(chosen, reverse=True)
     return bench.Study(
@@ -67,7 +67,7 @@ def fpdm_study(quick: bool) -> bench.Study:
         [
             _summary(solved, order),
             *_by_timestep(solved, order),
-            *_curves(solved, order),
+            *curves([convergence(model, x_T, schedule, steps=steps, timesteps=9, iterations=5 if quick else 50)]),
             *_samples(model, schedule, steps=steps, samples=samples),
         ],
         f"DDIM with {steps} steps and {samples} images; the layer's problem is taken at nine of its timesteps, started "
@@ -78,16 +78,17 @@ def fpdm_study(quick: bool) -> bench.Study:
 def _trajectory(
     model: FPDM, schedule: NoiseSchedule, timesteps: Tensor, samples: int, seed: int
 ) -> Iterator[tuple[int, FPDMLayerProblem, FPDMLayerProblem]]:
-    """At each step of DDIM sampling: the timestep, its problem from a cold start, and with the last solution reused."""
+    """At each step of DDIM sampling: the timestep, its problem from a cold start, and with the last solution reused.
+
+    Both are at the same latents: every step is solved to a tolerance from a cold start.
+    """
     transitions = Transitions.of(schedule, timesteps, prediction_type=model.config.prediction_type)
     x = initial_noise(seed, range(samples), model.config.sample_shape)
     previous: Tensor | None = None
     for k, t in enumerate(timesteps):
         yield int(t), fpdm_layer_problem(model, x, t), fpdm_layer_problem(model, x, t, previous)
         with torch.no_grad():
-            out, solution = model(
-                x, t, z0=previous, solver=Anderson(), rtol=min(RTOLS), max_evals=MAX_EVALS, return_solution=True
-            )
+            out, solution = model(x, t, solver=Anderson(), rtol=min(RTOLS), max_evals=MAX_EVALS, return_solution=True)
         previous = solution.value
         x = transitions.step(wide(x), wide(out), k).to(x.dtype)
 
@@ -125,41 +126,6 @@ def _by_timestep(solved: Solved, order: Sequence[int]) -> list[bench.Block]:
         )
         for start in STARTS
     ]
-
-
-def _curves(solved: Solved, order: Sequence[int]) -> list[bench.Block]:
-    """Figure 6 (b): residual against iterations, a line a timestep; (c): against the timestep, at a few iterations."""
-
-    def picard(t: int, start: str) -> list[float]:
-        trace = solved[t, start, "Picard", min(RTOLS)].trace
-        assert trace is not None
-        return trace.median(dim=1).values.tolist()
-
-    def at(residuals: list[float], iteration: int) -> float:
-        return residuals[min(iteration, len(residuals)) - 1]
-
-    by_iteration = [
-        bench.Lines(
-            f"Picard at nine timesteps, {start}",
-            {f"t = {t}": (range(1, len(picard(t, start)) + 1), picard(t, start)) for t in order},
-            "iterations",
-            "||f(z) - z||, median image",
-            caption="As Figure 6 (b) of the FPDM paper.",
-        )
-        for start in STARTS
-    ]
-    by_timestep = bench.Lines(
-        "Residual along the sampling run",
-        {
-            f"{start}, iteration {n}": (order, [at(picard(t, start), n) for t in order])
-            for n in (1, 4, 8)
-            for start in STARTS
-        },
-        "timestep (sampling runs from right to left)",
-        "||f(z) - z||, median image",
-        caption="As Figure 6 (c) of the FPDM paper: what reuse gains at each timestep, after 1, 4 and 8 iterations.",
-    )
-    return [*by_iteration, by_timestep]
 
 
 def _samples(model: FPDM, schedule: NoiseSchedule, *, steps: int, samples: int) -> list[bench.Block]:

@@ -237,3 +237,31 @@ def test_chains_by_the_solver_made_for_them():
     )
     assert study.main_table.rows[0][0] == "c"
     assert study.main_table.rows[0][-2:] == (2, 2)  # converged, of rows
+
+
+def test_the_version_of_code_is_the_last_commit_that_touched_it(tmp_path, monkeypatch):
+    package = tmp_path / "somebodys_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    alone = bench.code_version("somebodys_package")
+    git("init")
+    git("add", "somebodys_package")
+    git("commit", "-m", "code")
+    first = bench.code_version("somebodys_package")
+    assert first == git("rev-parse", "--short=12", "HEAD")
+    (tmp_path / "notes").write_text("beside")
+    git("add", "notes")
+    git("commit", "-m", "notes")
+    assert bench.code_version("somebodys_package") == first
+    (package / "__init__.py").write_text("x = 2\n")
+    changed = bench.code_version("somebodys_package")
+    assert changed.startswith(f"{first}+")
+    (package / "more.py").write_text("y = 1\n")
+    assert len({alone, first, changed, bench.code_version("somebodys_package")}) == 4

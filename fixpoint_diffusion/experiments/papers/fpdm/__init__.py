@@ -1,0 +1,1 @@
+"""Fixed Point Diffusion Models (Bai, Melas-Kyriazi, CVPR 2024)."""
