@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class ParallelInverse:
     A round evaluates every step once, in one batch. A sweep from the image end then takes back what each step misses
     by, with a model of the step's Jacobian: the slopes that the chain's Gaussian prior gives it, and what the latest
     rounds have shown. The same batch holds probes: the steps nearest the image, evaluated a little beside their
-    latents. They make rounds dearer and fewer. A sample is done when the predicted error of its x_0 is within the
+    latents. They make rounds dearer and fewer; samples that do not get there with them go on without. A sample is done when the predicted error of its x_0 is within the
     tolerance and a run of the ordinary sampler has confirmed it; where it has not, the prediction is corrected by that
     and the rounds go on.
 
@@ -80,8 +81,8 @@ class ParallelInverse:
         """See :class:`InverseMethod`; the history holds an :class:`InverseRound` for each round."""
         search = _Search(InverseProblem(chain, x_0), tolerance, self.solver, self.probes)
         with ProgressBar.tqdm(total=self.max_rounds, desc="inverting", unit="round", disable=not progress) as bar:
-            for grid in (*search.problem.grids, None):
-                search.begin(grid)
+            for phase in search.phases():
+                search.begin(phase)
                 while len(search.history) < self.max_rounds and search.work_left():
                     latest = search.round()
                     bar.set_postfix(done=int((search.status == Status.CONVERGED).sum()), refresh=False)
@@ -96,10 +97,18 @@ class ParallelInverse:
         return search.best.found(search.status, search.history)
 
 
-class _Search:
-    """The rounds of a ``ParallelInverse``, on one grid of steps after another; None is the grid of all steps.
+class _Phase(NamedTuple):
+    """Some rounds of a ``ParallelInverse``: on a grid of steps, or on all (None); and whether they have probes."""
 
-    A sample that has done what it can on a grid rests until the others have, so that one run of the ordinary sampler
+    grid: StepGrid | None
+    probing: bool
+    last: bool
+
+
+class _Search:
+    """The rounds of a ``ParallelInverse``, in one phase after another.
+
+    A sample that has done what it can in a phase rests until the others have, so that one run of the ordinary sampler
     measures them all. What the others do changes nothing for it.
     """
 
@@ -117,33 +126,38 @@ class _Search:
         self._least = torch.full((samples,), torch.inf, dtype=torch.float64, device=device)
         self._doubt = torch.zeros_like(self._least)
 
-    def begin(self, grid: StepGrid | None) -> None:
-        """Go on with another grid, from the latents that the one before has led to."""
-        self._grid, self._everyone = grid, torch.arange(len(self.status), device=self.status.device)
+    def phases(self) -> list[_Phase]:
+        """One grid after another, and all steps. What probes did not get there goes on without them."""
+        probing = self._secants is not None
+        phases = [_Phase(grid, probing, False) for grid in self.problem.grids]
+        if probing:
+            phases.append(_Phase(None, True, False))
+        return [*phases, _Phase(None, False, True)]
+
+    def begin(self, phase: _Phase) -> None:
+        """Go on with another phase, from the latents that the one before has led to."""
+        self._phase, self._everyone = phase, torch.arange(len(self.status), device=self.status.device)
         self._sources = self.problem.sources(self._latents, self._everyone)
         self._images, self._misses = self._latents.clone(), torch.zeros_like(self._sources)
         self._state = self.solver.init(self._sources.flatten(1))
         if self._secants is not None:
             self._secants.forget_move()
+        finest = phase.grid is None
         # Where the next grid will not do either, a sample rests until there is one that may.
-        skipped = (self._doubt > _MOST_GAIN * self.tolerance) & (not self._finest)
+        skipped = (self._doubt > _MOST_GAIN * self.tolerance) & (not finest)
         self._doubt = torch.where(skipped, self._doubt / _MOST_GAIN, 0)
         self._working = (self.status == ACTIVE) & ~skipped
         self._improved = torch.full_like(self.status, len(self.history))
         # By how much the ordinary sampler was seen to end farther off than predicted.
         self._factor = torch.ones_like(self._least)
 
-    @property
-    def _finest(self) -> bool:
-        return self._grid is None
-
     def work_left(self) -> bool:
-        """Whether this grid has more to do; if all samples rest, those that seem to be done are measured first."""
+        """Whether this phase has more to do; if all samples rest, those that seem to be done are measured first."""
         if not bool(self._working.any()):
             done = (self.status == ACTIVE) & (self._least * self._factor <= self.tolerance)
             self._confirm(done.nonzero().flatten())
             # A finer grid is of no use to those that this one is not at fault for.
-            self._working = (self.status == ACTIVE) & (done & (2 * self._doubt <= self.tolerance) | self._finest)
+            self._working = (self.status == ACTIVE) & (done & (2 * self._doubt <= self.tolerance) | self._phase.last)
         return bool(self._working.any())
 
     def round(self) -> InverseRound:
@@ -151,8 +165,8 @@ class _Search:
         problem, active = self.problem, self._working.nonzero().flatten()
         before = problem.chain.evals
         latents = self._latents[active]
-        probes = None if self._secants is None else self._secants.probes()
-        seen = problem.look(latents, active, self._grid, probes)
+        probes = self._secants.probes() if self._secants is not None and self._phase.probing else None
+        seen = problem.look(latents, active, self._phase.grid, probes)
         self._images[active] = seen.images
         doubts = None
         if seen.doubts is not None:
@@ -178,7 +192,7 @@ class _Search:
         )
         self.history.append(latest)
         self._judge(missed, doubt)
-        if self._secants is None:
+        if self._secants is None or not self._phase.probing:
             self._mix()
         else:
             self._latents += torch.where(self._working[:, None, None], self._secants.correction(self._misses), 0)
@@ -207,16 +221,16 @@ class _Search:
         self._improved[working & sane & (predicted < 0.9 * least)] = len(self.history)
         self._candidate[better] = self._latents[better, 0]
         self._least[better] = predicted[better]
-        stuck = len(self.history) - self._improved >= (_PATIENCE if self._finest else _PATIENCE // 3)
+        stuck = len(self.history) - self._improved >= (_PATIENCE if self._phase.last else _PATIENCE // 3)
         done = better & (predicted * self._factor <= self.tolerance)
         self._working = working & sane & ~stuck & ~done
-        if self._finest:
+        if self._phase.last:
             self.status[working & ~sane] = int(Status.NON_FINITE)
             self.status[working & sane & stuck & ~done] = int(Status.STAGNATED)
         else:
             self._working &= ~(missed < doubt)
             lost = working & ~sane
-            if bool(lost.any()):  # and starts anew on the next grid
+            if bool(lost.any()):  # and starts anew in the next phase
                 self._latents[lost] = self.problem.guess()[lost]
         self._misses[~sane] = 0
         self._images[~sane] = 0

@@ -137,3 +137,12 @@ def test_samples_at_rest_forget_nothing() -> None:
 def test_fewer_than_no_probes_are_refused() -> None:
     with pytest.raises(ValueError, match="probes must be at least 0, got -1"):
         ParallelInverse(probes=-1)
+
+
+def test_what_probes_do_not_get_there_goes_on_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Corrections that lead nowhere: the phase with probes ends, and the solver's own rounds do the rest.
+    monkeypatch.setattr(BlockSecants, "correction", lambda self, misses: torch.zeros_like(misses))
+    chain = DDIMChain(lambda x, t: torch.tanh(x), torch.zeros(2, 5), NoiseSchedule.linear(), steps=12)
+    inverse = invert(chain, torch.linspace(-0.5, 0.5, 10).reshape(2, 5), method=ParallelInverse(second_try=None))
+    assert bool(inverse.converged.all())
+    assert inverse.rounds > 6
