@@ -32,9 +32,9 @@ class ParallelInverse:
     A round evaluates every step once, in one batch. A sweep from the image end then takes back what each step misses
     by, with a model of the step's Jacobian: the slopes that the chain's Gaussian prior gives it, and what the latest
     rounds have shown. The same batch holds probes: the steps nearest the image, evaluated a little beside their
-    latents. They make rounds dearer and fewer; samples that do not get there with them go on without. A sample is done when the predicted error of its x_0 is within the
-    tolerance and a run of the ordinary sampler has confirmed it; where it has not, the prediction is corrected by that
-    and the rounds go on.
+    latents. They make rounds dearer and fewer; samples that do not get there with them go on without. A sample is done
+    when the predicted error of its x_0 is within the tolerance and a run of the ordinary sampler has confirmed it;
+    where it has not, the prediction is corrected by that and the rounds go on.
 
     Args:
         probes: directions in which each of the last steps is probed in a round. These steps are an eighth of the chain,
