@@ -1,4 +1,4 @@
-"""What is measured of an FPDM of digits with classes, for all benchmarks of its training and its use.
+"""What is measured of an FPDM, or a DiT, of digits with classes, for all benchmarks of its training and its use.
 
 Samples are drawn by DDIM without guidance, image i with class i modulo 10, from the noise of one seed. Their quality is
 the Frechet distance to real digits that no model has seen, in the features of the package's classifier, and the
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fixpoint_diffusion.evaluation import digit_frechet_distance, digit_probabilities, digit_quality
-from fixpoint_diffusion.models import FPDM, FPDMLayerProblem, fpdm_layer_problem
-from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
+from fixpoint_diffusion.models import FPDM, DiT, FPDMLayerProblem, fpdm_layer_problem
+from fixpoint_diffusion.processes import NoiseSchedule, Transitions, initial_noise, wide
 from fixpoint_diffusion.sampling import fpdm_steps, sample_fpdm
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
@@ -46,6 +46,17 @@ def sample_quality(
     x_T = initial_noise(seed, range(images), model.config.sample_shape)
     samples = sample_fpdm(model, x_T, schedule, steps=steps, y=classes, **options)
     return {**quality(samples.images, classes), "block_passes": samples.block_passes}
+
+
+@torch.no_grad()
+def dit_quality(model: DiT, schedule: NoiseSchedule, *, images: int, steps: int, seed: int) -> dict[str, float]:
+    """The same of a DiT: as many steps, from the same noise."""
+    classes = balanced_classes(images)
+    transitions = Transitions.of(schedule, schedule.timesteps(steps, "trailing"), prediction_type="v_prediction")
+    x = initial_noise(seed, range(images), model.config.sample_shape)
+    for k, t in enumerate(transitions.timesteps):
+        x = transitions.step(wide(x), wide(model(x, t, classes)), k).to(x.dtype)
+    return {**quality(x, classes), "block_passes": float(steps * model.config.depth)}
 
 
 def beyond_training(
