@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.fpdm_measures import balanced_classes, dit_quality, sample_quality
+from benchmarks.fpdm_measures import dit_quality, sample_quality
 from fixpoint.bench import provenance
 from fixpoint_diffusion.denoisers import embedded_folder, load_denoiser
+from fixpoint_diffusion.experiments.fpdm import classes_of
 from fixpoint_diffusion.models import cost
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.sampling import adaptive_tolerance
@@ -67,7 +68,7 @@ class Models:
                 self.schedule,
                 budget=mean_iterations * steps,
                 steps=steps,
-                y=balanced_classes(probe),
+                y=classes_of(probe),
             )
         found = sample_quality(
             self.fpdm,

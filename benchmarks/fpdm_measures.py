@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from fixpoint_diffusion.evaluation import digit_frechet_distance, digit_probabilities, digit_quality
+from fixpoint_diffusion.experiments.fpdm import classes_of
 from fixpoint_diffusion.models import FPDM, DiT, FPDMLayerProblem, fpdm_layer_problem
 from fixpoint_diffusion.processes import NoiseSchedule, Transitions, initial_noise, wide
 from fixpoint_diffusion.sampling import fpdm_steps, sample_fpdm
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 MULTIPLES = (1, 2, 3, 4)
+SETTLED = 1e-4
 
 
 def quality(images: Tensor, classes: Tensor) -> dict[str, float]:
@@ -33,16 +35,11 @@ def quality(images: Tensor, classes: Tensor) -> dict[str, float]:
     }
 
 
-def balanced_classes(count: int) -> Tensor:
-    """0, 1, ..., 9, 0, 1, ..."""
-    return torch.arange(count) % 10
-
-
 def sample_quality(
     model: FPDM, schedule: NoiseSchedule, *, images: int, steps: int, seed: int, **options: Any
 ) -> dict[str, float]:
     """Quality of samples and what they cost; ``options`` are those of ``sample_fpdm``."""
-    classes = balanced_classes(images)
+    classes = classes_of(images)
     x_T = initial_noise(seed, range(images), model.config.sample_shape)
     samples = sample_fpdm(model, x_T, schedule, steps=steps, y=classes, **options)
     return {**quality(samples.images, classes), "block_passes": samples.block_passes}
@@ -51,7 +48,7 @@ def sample_quality(
 @torch.no_grad()
 def dit_quality(model: DiT, schedule: NoiseSchedule, *, images: int, steps: int, seed: int) -> dict[str, float]:
     """The same of a DiT: as many steps, from the same noise."""
-    classes = balanced_classes(images)
+    classes = classes_of(images)
     transitions = Transitions.of(schedule, schedule.timesteps(steps, "trailing"), prediction_type="v_prediction")
     x = initial_noise(seed, range(images), model.config.sample_shape)
     for k, t in enumerate(transitions.timesteps):
@@ -85,11 +82,12 @@ def layer_figures(
     ``cosine``: between the states reached in four times as many iterations from the pre blocks' output and from normal
     noise of the same size, mean over images and steps; 1 where every start leads to one solution.
     ``lowest_cosine``: of these the 1 % quantile.
+    ``unsettled``: the share of images and steps whose residual is above 1e-4 after four times ``depth`` iterations.
     """
-    classes = balanced_classes(images)
+    classes = classes_of(images)
     x_T = initial_noise(seed, range(images), model.config.sample_shape)
     generator = torch.Generator().manual_seed(seed)
-    residuals, cosines = [], []
+    residuals, cosines, still_moving = [], [], []
     for step in fpdm_steps(model, x_T, schedule, steps=steps, iterations=depth, y=classes):
         problem = fpdm_layer_problem(model, step.latent, torch.tensor(step.timestep), y=classes)
         z = _iterated(problem, problem.z0, depth)
@@ -97,13 +95,17 @@ def layer_figures(
         residuals.append(_norm(image - z) / _norm(image))
         noise = torch.randn(z.shape, generator=generator)
         other = _iterated(problem, noise * (_norm(problem.z0) / _norm(noise))[:, None, None], 4 * depth)
-        cosines.append(torch.cosine_similarity(_iterated(problem, z, 3 * depth).flatten(1), other.flatten(1)))
+        far = _iterated(problem, z, 3 * depth)
+        cosines.append(torch.cosine_similarity(far.flatten(1), other.flatten(1)))
+        image = problem(far)
+        still_moving.append(_norm(image - far) / _norm(image) > SETTLED)
     residual, cosine = torch.cat(residuals).double(), torch.cat(cosines).double()
     return {
         "residual": float(residual.median()),
         "worst_residual": float(residual.quantile(0.99)),
         "cosine": float(cosine.mean()),
         "lowest_cosine": float(cosine.quantile(0.01)),
+        "unsettled": float(torch.cat(still_moving).double().mean()),
     }
 
 

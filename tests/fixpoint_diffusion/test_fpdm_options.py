@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import fixpoint
-from fixpoint_diffusion.denoisers import embedded
 from fixpoint_diffusion.models import FPDM, DiT, DiTConfig, FPDMConfig, fpdm_layer_problem, load_fpdm, save_fpdm
 
 SMALL = FPDMConfig(width=16, heads=2)
@@ -136,8 +136,12 @@ def test_the_timestep_reaches_every_block_on_request() -> None:
         assert torch.equal(early, late) != everywhere
 
 
-def test_the_embedded_model_keeps_the_positions_that_it_was_trained_with() -> None:
-    model = embedded("fpdm-digits").model
+def test_a_model_from_before_there_was_a_choice_keeps_its_positions(tmp_path: Any) -> None:
+    save_fpdm(FPDM(FPDMConfig(width=96)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["positions"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_fpdm(tmp_path)
     assert model.config.positions == "row-column"
     row, column = 3, 1  # the first half encodes the row
     frequencies = 10000.0 ** (-torch.arange(24) / 24)
