@@ -98,7 +98,7 @@ def layer_figures(
         far = _iterated(problem, z, 3 * depth)
         cosines.append(torch.cosine_similarity(far.flatten(1), other.flatten(1)))
         image = problem(far)
-        still_moving.append(_norm(image - far) / _norm(image) > SETTLED)
+        still_moving.append(~(_norm(image - far) <= SETTLED * _norm(image)))  # NaN is not settled
     residual, cosine = torch.cat(residuals).double(), torch.cat(cosines).double()
     return {
         "residual": float(residual.median()),
