@@ -6,7 +6,8 @@ Without folders these are the models that the package ships. Each way takes as m
 depth D has budget / D of them. DDIM without guidance, classes 0 to 9 in turn. A seed is one of the noise that images
 start from; each model was trained once. Written are the Frechet distance to held-out digits, the classifier's
 confidence, the share of images that are read as their class, and the block passes and operations (FLOPs) that were
-spent: an iteration of the FPDM's layer has, beside its block, the two projections of the injection.
+spent: an iteration of the FPDM's layer has, beside its block, the two projections of the injection. Last come the two
+targets of the shipped FPDM, the second one beside the shipped U-Net, which is told no class.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ import torch
 
 from benchmarks.fpdm_measures import dit_quality, sample_quality
 from fixpoint.bench import provenance
-from fixpoint_diffusion.denoisers import embedded_folder, load_denoiser
+from fixpoint_diffusion.denoisers import embedded, embedded_folder, load_denoiser
+from fixpoint_diffusion.evaluation import digit_frechet_distance
 from fixpoint_diffusion.experiments.fpdm import classes_of
 from fixpoint_diffusion.models import cost
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.sampling import adaptive_tolerance
+from fixpoint_diffusion.sampling.job import SamplingJob
+from fixpoint_diffusion.sampling.options import SamplingOptions
+from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 BUDGETS = (40, 80, 160, 320)
 # Mean iterations a step, and how they are spent.
@@ -83,6 +88,20 @@ class Models:
         return {**found, "steps": steps, "flops": steps * self._outside + made * self._iteration}
 
 
+def targets(models: Models) -> list[dict[str, Any]]:
+    """What the FPDM is to reach in 50 steps of 4 iterations, with reuse, and what it does."""
+    options: dict[str, Any] = {"steps": 50, "iterations": 4, "seed": 1}
+    few = sample_quality(models.fpdm, models.schedule, images=min(256, models.images), **options)
+    many = sample_quality(models.fpdm, models.schedule, images=models.images, **options)
+    job = SamplingJob(embedded("ddpm-digits"), SamplingOptions(num_images=models.images, steps=50, seed=1))
+    unet = torch.cat([batch.images for batch in job.batches(progress=False)])
+    distance = digit_frechet_distance(unet, split_held_out(load_digits())[1].images)
+    return [
+        {"name": "confidence of 256 images", "found": few["confidence"], "at least": 0.97},
+        {"name": "Frechet distance", "found": many["frechet"], "at most": 1.25 * distance, "U-Net": distance},
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table of Frechet distances and write every figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,10 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             frechet = [run["frechet"] for run in runs]
             cells.append(f"{mean(frechet):.2f} ({min(frechet):.2f}..{max(frechet):.2f})".rjust(20))
         print(f"{way if way == 'DiT' else f'FPDM {way}':22}" + "".join(cells), flush=True)
+    print("\nTargets in 50 steps, 4 iterations each with reuse")
+    wanted = targets(models)
+    for each in wanted:
+        words = [f"{name} {value:.3f}" for name, value in each.items() if name not in ("name", "found")]
+        print(f"{each['name']}: {each['found']:.3f} ({', '.join(words)})")
     about = {"machine": provenance.machine(), "versions": provenance.versions(), "commit": provenance.commit()}
     about |= {"images": options.images, "seeds": options.seeds}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**about, "runs": found}, indent=1) + "\n")
+    options.out.write_text(json.dumps({**about, "runs": found, "targets": wanted}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -102,11 +102,15 @@ def test_every_way_keeps_within_the_budget(tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "budget.json"
     call = ["--images", "20", "--seeds", "1", "--budgets", "40", "--out", str(out)]
     fpdm_budget.main([*call, "--fpdm", str(tmp_path / "fpdm"), "--dit", str(tmp_path / "dit")])
-    runs = {name: cells["40"][0] for name, cells in json.loads(out.read_text())["runs"].items()}
+    found = json.loads(out.read_text())
+    runs = {name: cells["40"][0] for name, cells in found["runs"].items()}
     assert runs["DiT"]["block_passes"] == 40
     printed = capsys.readouterr().out
     for name, run in runs.items():
         assert 0.85 * 40 < run["block_passes"] <= (1.1 if "adaptive" in name else 1) * 40
         assert f"{run['frechet']:.2f} ({run['frechet']:.2f}.." in printed
+    confidence, distance = found["targets"]
+    assert f"{confidence['found']:.3f} (at least 0.970)" in printed
+    assert distance["at most"] == pytest.approx(1.25 * distance["U-Net"])
     # As many iterations cost as much, whatever they start from; what is beside the blocks comes on top.
     assert runs["4, anew"]["flops"] == runs["4, reuse"]["flops"] > runs["DiT"]["flops"] * 36 / 40
