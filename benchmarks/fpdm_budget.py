@@ -1,13 +1,14 @@
 """Digits for so many block passes an image: an FPDM, in several ways to spend them, beside a DiT of equal training.
 
-    python -m benchmarks.fpdm_budget [--images 1024] [--seeds 3] [--fpdm FOLDER] [--dit FOLDER]
+    python -m benchmarks.fpdm_budget [--images 1024] [--seeds 3] [--fpdm FOLDER] [--dit FOLDER] [--only WAY ...]
 
-Without folders these are the models that the package ships. Each way takes as many steps as the budget allows; a DiT of
-depth D has budget / D of them. DDIM without guidance, classes 0 to 9 in turn. A seed is one of the noise that images
-start from; each model was trained once. Written are the Frechet distance to held-out digits, the classifier's
-confidence, the share of images that are read as their class, and the block passes and operations (FLOPs) that were
-spent: an iteration of the FPDM's layer has, beside its block, the two projections of the injection. Last come the two
-targets of the shipped FPDM, the second one beside the shipped U-Net, which is told no class.
+What is in the record already, of the same models and as many images, is not computed again. Without folders the models
+are those that the package ships. Each way takes as many steps as the budget allows; a DiT of depth D has budget / D of
+them. DDIM without guidance, classes 0 to 9 in turn. A seed is one of the noise that images start from; each model was
+trained once. Written are the Frechet distance to held-out digits, the classifier's confidence, the share of images that
+are read as their class, and the block passes and operations (FLOPs) that were spent: an iteration of the FPDM's layer
+has, beside its block, the two projections of the injection. Last come the two targets of the shipped FPDM, the second
+one beside the shipped U-Net, which is told no class.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from fixpoint.bench import provenance
 from fixpoint_diffusion.denoisers import embedded, embedded_folder, load_denoiser
 from fixpoint_diffusion.evaluation import digit_frechet_distance
 from fixpoint_diffusion.experiments.fpdm import classes_of
+from fixpoint_diffusion.files import sha256_of
 from fixpoint_diffusion.models import cost
+from fixpoint_diffusion.models.checkpoint import WEIGHTS_FILE
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.sampling import adaptive_tolerance
 from fixpoint_diffusion.sampling.job import SamplingJob
@@ -108,37 +111,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--only", nargs="+", choices=("DiT", *WAYS), default=["DiT", *WAYS], metavar="WAY")
     parser.add_argument("--fpdm", type=Path, default=None, help="model folder (default: the shipped one)")
     parser.add_argument("--dit", type=Path, default=None, help="model folder (default: the shipped one)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fpdm-budget.json"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    models = Models(
-        options.fpdm or embedded_folder("fpdm-digits"), options.dit or embedded_folder("dit-digits"), options.images
-    )
+    fpdm = options.fpdm or embedded_folder("fpdm-digits")
+    dit = options.dit or embedded_folder("dit-digits")
+    models = Models(fpdm, dit, options.images)
+    about = {"images": options.images, "fpdm": sha256_of(fpdm / WEIGHTS_FILE), "dit": sha256_of(dit / WEIGHTS_FILE)}
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+    same = {name: kept.get(name) == value for name, value in about.items()}
+    for way in list(kept.get("runs", ())):
+        if not (same["images"] and same["dit" if way == "DiT" else "fpdm"]):
+            del kept["runs"][way]
+    kept = {"runs": {}, **kept, "targets": kept["targets"] if same["images"] and same["fpdm"] else []}
+    kept |= {**about, "machine": provenance.machine(), "versions": provenance.versions(), "commit": provenance.commit()}
+
+    def write() -> None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(kept, indent=1) + "\n")
+
     print(f"Frechet distance of {options.images} images (lowest..highest of {options.seeds} seeds of the noise)")
     print(f"{'block passes':22}" + "".join(f"{budget:>20}" for budget in options.budgets), flush=True)
-    found: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for way in ("DiT", *WAYS):
+    for way in options.only:
         cells = []
         for budget in options.budgets:
-            runs = [
-                models.of_dit(budget, seed) if way == "DiT" else models.of_fpdm(way, budget, seed)
-                for seed in range(1, options.seeds + 1)
-            ]
-            found.setdefault(way, {})[str(budget)] = runs
+            runs = kept["runs"].setdefault(way, {}).setdefault(str(budget), [])
+            for seed in range(len(runs) + 1, options.seeds + 1):
+                found = models.of_dit(budget, seed) if way == "DiT" else models.of_fpdm(way, budget, seed)
+                runs.append(found)
+                write()
             frechet = [run["frechet"] for run in runs]
             cells.append(f"{mean(frechet):.2f} ({min(frechet):.2f}..{max(frechet):.2f})".rjust(20))
         print(f"{way if way == 'DiT' else f'FPDM {way}':22}" + "".join(cells), flush=True)
     print("\nTargets in 50 steps, 4 iterations each with reuse")
-    wanted = targets(models)
-    for each in wanted:
+    kept["targets"] = kept["targets"] or targets(models)
+    write()
+    for each in kept["targets"]:
         words = [f"{name} {value:.3f}" for name, value in each.items() if name not in ("name", "found")]
         print(f"{each['name']}: {each['found']:.3f} ({', '.join(words)})")
-    about = {"machine": provenance.machine(), "versions": provenance.versions(), "commit": provenance.commit()}
-    about |= {"images": options.images, "seeds": options.seeds}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**about, "runs": found, "targets": wanted}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def test_dit_takes_the_steps_of_diffusers(monkeypatch: Any) -> None:
     torch.testing.assert_close(images[0], x, rtol=1e-3, atol=1e-3)
 
 
-def test_every_way_keeps_within_the_budget(tmp_path: Path, capsys: Any) -> None:
+def test_every_way_keeps_within_the_budget(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     save_fpdm(lively(FPDM(FPDMConfig(**SHAPE))), tmp_path / "fpdm")
     save_dit(lively(DiT(DiTConfig(**SHAPE, depth=4))), tmp_path / "dit")
     scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
@@ -114,3 +114,15 @@ def test_every_way_keeps_within_the_budget(tmp_path: Path, capsys: Any) -> None:
     assert distance["at most"] == pytest.approx(1.25 * distance["U-Net"])
     # As many iterations cost as much, whatever they start from; what is beside the blocks comes on top.
     assert runs["4, anew"]["flops"] == runs["4, reuse"]["flops"] > runs["DiT"]["flops"] * 36 / 40
+    # What is known is kept, as long as the models are the same.
+    call += ["--fpdm", str(tmp_path / "fpdm"), "--dit", str(tmp_path / "dit")]
+    monkeypatch.setattr(fpdm_measures, "quality", lambda x, classes: {"frechet": -1.0, "confidence": 0.0})
+    fpdm_budget.main([*call, "--only", "DiT"])
+    assert json.loads(out.read_text())["runs"] == found["runs"]
+    save_dit(lively(DiT(DiTConfig(**SHAPE, depth=2))), tmp_path / "dit")
+    fpdm_budget.main([*call, "--only", "DiT"])
+    again = json.loads(out.read_text())["runs"]
+    (cell,) = again.pop("DiT")["40"]
+    assert cell["frechet"] == -1
+    assert cell["steps"] == 20
+    assert again == {way: cells for way, cells in found["runs"].items() if way != "DiT"}
