@@ -39,7 +39,6 @@ from fixpoint_diffusion.training.data import load_digits, split_held_out
 BUDGETS = (40, 80, 160, 320)
 # Mean iterations a step, and how they are spent.
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
-    "4, anew": (4, {"reuse": False}),
     "4, reuse": (4, {}),
     "2, reuse": (2, {}),
     "2, extrapolate": (2, {"reuse": "extrapolate"}),
