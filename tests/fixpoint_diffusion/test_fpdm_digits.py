@@ -55,16 +55,17 @@ def test_samples_look_like_digits(model: FPDM, schedule: NoiseSchedule) -> None:
 
 def test_layer_contracts_at_every_noise_level(model: FPDM, schedule: NoiseSchedule) -> None:
     x_T, y = initial_noise(0, range(16), (1, 8, 8)), classes_of(16)
+    solvers = (fixpoint.Picard(), fixpoint.Anderson(), fixpoint.Broyden())
+    evals = {solver: 0 for solver in solvers}
     for step in fpdm_steps(model, x_T, schedule, steps=9, iterations=8, y=y):
         problem = fpdm_layer_problem(model, step.latent, torch.tensor(step.timestep), y=y)
-        picard, anderson, broyden = (
-            fixpoint.solve(problem, solver=solver, rtol=1e-3)
-            for solver in (fixpoint.Picard(), fixpoint.Anderson(), fixpoint.Broyden())
-        )
-        assert float(picard.evals.double().mean()) <= 30
-        for faster in (anderson, broyden):
-            assert bool(faster.converged.all())
-            assert float(faster.evals.double().mean()) < float(picard.evals.double().mean())
+        assert int(fixpoint.solve(problem, solver=fixpoint.Picard(), rtol=1e-3).evals.max()) <= 15
+        for solver in solvers:
+            solution = fixpoint.solve(problem, solver=solver, rtol=1e-5)
+            assert bool(solution.converged.all())
+            evals[solver] += int(solution.evals.sum())
+    plain, *faster = evals.values()
+    assert max(faster) < plain
 
 
 def test_reuse_brings_the_start_nearer_at_low_noise(model: FPDM, schedule: NoiseSchedule) -> None:
