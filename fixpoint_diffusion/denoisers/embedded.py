@@ -18,8 +18,8 @@ def embedded_folder(name: str) -> Path:
     """The folder of an embedded model, its files checked against their checksums.
 
     Args:
-        name: ``"ddpm-digits"`` (a ``UNet2DModel`` that predicts the noise) or ``"fpdm-digits"`` (an FPDM that predicts v
-            and is told the digit as a class).
+        name: ``"ddpm-digits"`` (a ``UNet2DModel`` that predicts the noise) or ``"fpdm-digits"`` (an FPDM that predicts
+            v and is told the digit as a class).
 
     Raises:
         ValueError: if there is no such model, or a file is not as it was shipped.
