@@ -11,15 +11,15 @@ from fixpoint_diffusion.denoisers.checksums import verify_checksums
 from fixpoint_diffusion.denoisers.loading import load_denoiser
 from fixpoint_diffusion.denoisers.protocol import NetworkDenoiser
 
-EMBEDDED_MODELS = ("ddpm-digits", "fpdm-digits")
+EMBEDDED_MODELS = ("ddpm-digits", "dit-digits", "fpdm-digits")
 
 
 def embedded_folder(name: str) -> Path:
     """The folder of an embedded model, its files checked against their checksums.
 
     Args:
-        name: ``"ddpm-digits"`` (a ``UNet2DModel`` that predicts the noise) or ``"fpdm-digits"`` (a fixed point
-            diffusion model that predicts v).
+        name: ``"ddpm-digits"`` (a ``UNet2DModel`` that predicts the noise), ``"fpdm-digits"`` (an FPDM that predicts v
+            and is told the digit as a class) or ``"dit-digits"`` (a DiT that does the same, after as long a training).
 
     Raises:
         ValueError: if there is no such model, or a file is not as it was shipped.

@@ -30,6 +30,11 @@ def embedded_fpdm() -> tuple[FPDM, NoiseSchedule]:
     return denoiser.model.eval(), NoiseSchedule.from_diffusers(denoiser.schedule_config)
 
 
+def classes_of(samples: int) -> Tensor:
+    """0, 1, ..., 9, 0, 1, ...: the digits that the embedded model is asked for."""
+    return torch.arange(samples) % 10
+
+
 def embedded_layer(*, timestep: int, samples: int, seed: int) -> FPDMLayerProblem:
     """The layer's problem at the sampler's own latents at ``timestep``, which it reaches in 20 steps."""
     model, schedule = embedded_fpdm()
@@ -70,8 +75,8 @@ def fpdm_study(quick: bool) -> bench.Study:
             *curves([convergence(model, x_T, schedule, steps=steps, timesteps=9, iterations=5 if quick else 50)]),
             *_samples(model, schedule, steps=steps, samples=samples),
         ],
-        f"DDIM with {steps} steps and {samples} images; the layer's problem is taken at nine of its timesteps, started "
-        "from the output of the explicit blocks, or from the solution at the step before (reuse).",
+        f"DDIM with {steps} steps and {samples} images, digits 0 to 9 in turn; the layer's problem is taken at nine of "
+        "its timesteps, started from the output of the explicit blocks, or from the last step's solution (reuse).",
     )
 
 
@@ -84,11 +89,14 @@ def _trajectory(
     """
     transitions = Transitions.of(schedule, timesteps, prediction_type=model.config.prediction_type)
     x = initial_noise(seed, range(samples), model.config.sample_shape)
+    y = classes_of(samples)
     previous: Tensor | None = None
     for k, t in enumerate(timesteps):
-        yield int(t), fpdm_layer_problem(model, x, t), fpdm_layer_problem(model, x, t, previous)
+        yield int(t), fpdm_layer_problem(model, x, t, y=y), fpdm_layer_problem(model, x, t, previous, y=y)
         with torch.no_grad():
-            out, solution = model(x, t, solver=Anderson(), rtol=min(RTOLS), max_evals=MAX_EVALS, return_solution=True)
+            out, solution = model(
+                x, t, y, solver=Anderson(), rtol=min(RTOLS), max_evals=MAX_EVALS, return_solution=True
+            )
         previous = solution.value
         x = transitions.step(wide(x), wide(out), k).to(x.dtype)
 
@@ -135,7 +143,9 @@ def _samples(model: FPDM, schedule: NoiseSchedule, *, steps: int, samples: int) 
     for iterations in (1, 2, 4, 8):
         for reuse in (False, True):
             start = time.perf_counter()
-            result = sample_fpdm(model, x_T, schedule, steps=steps, iterations=iterations, reuse=reuse)
+            result = sample_fpdm(
+                model, x_T, schedule, steps=steps, iterations=iterations, reuse=reuse, y=classes_of(samples)
+            )
             seconds = time.perf_counter() - start
             quality = digit_quality(result.images)
             label = f"{iterations} per step, {STARTS[reuse]}"

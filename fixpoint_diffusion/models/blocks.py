@@ -155,7 +155,8 @@ class DiTBlock(nn.Module):
 class ImplicitBlock(nn.Module):
     """The fixed point map ``f(z) = B(W2 gelu(W1 [z; u]), c)`` with ``W1: 2D -> 2D`` and ``W2: 2D -> D``.
 
-    B is one :class:`DiTBlock`, or a group of them, one after the other.
+    B is one :class:`DiTBlock`, or a group of them, one after the other. With a gate, the map is ``z + g (f(z) - z)``:
+    it has the same fixed points, and goes only a part ``g`` of the way to ``f(z)``.
 
     ``W1 [z; u] = Wz z + Wu u``, and neither ``Wu u`` nor the modulations depend on z. :meth:`prepare` computes them
     once; :meth:`forward` takes them as inputs and costs what depends on z alone. ``w1_z`` and ``w1_u`` hold the two
@@ -165,15 +166,20 @@ class ImplicitBlock(nn.Module):
         width: D.
         blocks: The blocks of B, which are conditional.
         gelu: ``"exact"``, or ``"tanh"`` for its approximation.
+        gate_cap: The largest g; it is learned for each of the D features, from half of this on. None: no gate.
     """
 
-    def __init__(self, width: int, blocks: nn.ModuleList, *, gelu: str = "exact") -> None:
+    def __init__(
+        self, width: int, blocks: nn.ModuleList, *, gelu: str = "exact", gate_cap: float | None = None
+    ) -> None:
         super().__init__()
         self.w1_z = nn.Linear(width, 2 * width, bias=False)
         self.w1_u = nn.Linear(width, 2 * width)
         self.w2 = nn.Linear(2 * width, width)
         self.blocks = blocks
         self.approximate = "tanh" if gelu == "tanh" else "none"
+        self.gate_cap = gate_cap
+        self.gate = None if gate_cap is None else nn.Parameter(torch.zeros(width))
 
     def prepare(self, u: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Injection ``u`` ``(N, L, D)`` and conditioning ``(N, D)`` to ``Wu u + b`` and modulations ``(N, k*6D)``."""
@@ -181,10 +187,13 @@ class ImplicitBlock(nn.Module):
 
     def forward(self, z: Tensor, projected: Tensor, modulation: Tensor) -> Tensor:
         """One application of f to ``z`` ``(N, L, D)``, given what :meth:`prepare` returned."""
-        z = self.w2(gelu(self.w1_z(z) + projected, approximate=self.approximate))
+        image = self.w2(gelu(self.w1_z(z) + projected, approximate=self.approximate))
         for block, part in zip(self._group, modulation.chunk(len(self._group), dim=1), strict=True):
-            z = block.transform(z, part)
-        return z
+            image = block.transform(image, part)
+        if self.gate is None:
+            return image
+        assert self.gate_cap is not None
+        return z + (self.gate_cap * self.gate.sigmoid()).to(z.dtype) * (image - z)
 
     @property
     def _group(self) -> Sequence[DiTBlock]:

@@ -11,12 +11,19 @@ from fixpoint_diffusion.sampling.options import option
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Weighting = Literal["plain", "min-snr", "fpdm"]
 Precision = Literal["no", "bf16", "fp16"]
+StateLoss = Literal["none", "supervised", "self-distilled"]
 _COUNTS = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
 _POSITIVE = ("learning_rate", "min_snr_gamma")
 # One step of AdamW changes each weight by about the rate; torch's generators take seeds of 63 bits.
 _LARGEST = {"learning_rate": 1000, "batch_size": 2**20, "seed": 2**63 - 1}
 _NOT_NEGATIVE = ("final_learning_rate", "warmup_steps", "weight_decay", "seed", "jacobian_penalty")
 _FLAGS = ("gradient_checkpointing", "compile_blocks")
+_CHOICES = {
+    "prediction_type": PredictionType,
+    "weighting": Weighting,
+    "precision": Precision,
+    "state_loss": StateLoss,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,10 @@ class TrainingConfig:
         class_dropout: share of the labels that are replaced by the null class, for guidance; unused without labels.
         jacobian_penalty: weight of ``|J|_F^2 / dim`` in the loss, with J the Jacobian of a fixed point layer's map at
             its solution (:func:`fixpoint.jacobian_penalty`); for a model with such a layer.
+        state_loss: another loss, on a state of a fixed point layer on its way; see ``training.layer_states``. The model
+            is then called twice in a step, and goes on in the second call from the state that the first one reached.
+            ``"supervised"`` adds the loss of the first output to that of the second. ``"self-distilled"`` replaces
+            it, from the first step of the run to the last, by the square distance of the two outputs (ELT).
         seed: of everything drawn in training; step k draws the same after any interruption.
         log_every: steps per line of the log, which holds their mean loss.
         checkpoint_every: steps between checkpoints; there is another one on Ctrl-C.
@@ -75,6 +86,7 @@ class TrainingConfig:
     min_snr_gamma: float = 5.0
     class_dropout: float = option(0.1, "Share of the labels replaced by 'no class', for guidance.")
     jacobian_penalty: float = option(0.0, "Weight of the fixed point layer's squared Jacobian in the loss.")
+    state_loss: StateLoss = option("none", "Loss on a fixed point layer's state on its way.")  # noqa: RUF009
     seed: int = option(0, "Seed of the initial weights and of training.", low=0)
     log_every: int = 50
     checkpoint_every: int = option(1000, "Steps between checkpoints.", low=1)
@@ -101,7 +113,7 @@ class TrainingConfig:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if not 0 <= self.class_dropout < 1:
             raise ValueError(f"class_dropout must lie in [0, 1), got {self.class_dropout}")
-        for name, choices in (("prediction_type", PredictionType), ("weighting", Weighting), ("precision", Precision)):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
         if self.prediction_type == "flow_prediction" and self.weighting != "plain":

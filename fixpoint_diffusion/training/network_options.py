@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fixpoint import FixedPointLayer, jacobian_penalty
+from fixpoint import jacobian_penalty
 from fixpoint_diffusion.training.config import TrainingConfig
+from fixpoint_diffusion.training.layer_states import only_layer
 
 
 @contextmanager
@@ -54,10 +55,7 @@ class LayerPenalty:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [module for module in model.modules() if isinstance(module, FixedPointLayer)]
-        if len(layers) != 1:
-            raise ValueError(f"jacobian_penalty is for a model with one fixed point layer, found {len(layers)}")
-        self._layer = layers[0]
+        self._layer = only_layer(model, "jacobian_penalty")
         self._call: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self._hook = self._layer.register_forward_hook(self._note)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,39 +56,89 @@ def diffusion_loss(
     Source: Ho et al. 2020, Eq. 14; Salimans and Ho 2022 for v; Lipman et al. 2023 and Liu et al. 2023 for flows; Hang
     et al. 2023 for the weighting; Nichol and Dhariwal 2021, Eq. 16 for the learned variance.
     """
-    a, flow = alphas_cumprod[t], config.prediction_type == "flow_prediction"
-    size = a.sqrt() + (1 - a).sqrt() if flow else torch.ones_like(a)
-    signal_rate, noise_rate = _spread(a.sqrt() / size, x_0), _spread((1 - a).sqrt() / size, x_0)
-    x_t = signal_rate * x_0 + noise_rate * noise
-    output = model(x_t, t + 1 if flow else t, **(conditioning or {}))
-    output = output if isinstance(output, Tensor) else output.sample
-    channels = x_0.shape[1]
-    if output.shape[1] not in (channels, 2 * channels):
-        raise ValueError(f"the model returns {output.shape[1]} channels for images of {channels}; expected 1 or 2 each")
-    prediction, variance = output[:, :channels], output[:, channels:]
-    if config.prediction_type == "epsilon":
-        target = noise
-    elif config.prediction_type == "v_prediction":
-        target = signal_rate * noise - noise_rate * x_0
-    else:
-        target = noise - x_0 if flow else x_0
-    errors = (prediction - target).square().flatten(1).mean(1)
-    loss = (errors * loss_weight(a, config).to(errors.dtype)).mean()
-    if variance.shape[1]:
-        if flow:
-            raise ValueError("a flow has no variance to learn: train a model with as many channels as the images have")
-        bound = variational_bound(
-            x_0,
-            x_t,
-            t,
-            predicted_x_0(x_t, prediction.detach(), a, config.prediction_type),
-            variance,
-            alphas_cumprod,
-            discretised=discretised,
-        )
-        # One timestep a row stands for the sum over all of them.
-        loss = loss + VLB_WEIGHT * len(alphas_cumprod) * bound.mean()
-    return loss
+    task = DenoisingTask(
+        x_0=x_0, t=t, noise=noise, alphas_cumprod=alphas_cumprod, config=config, discretised=discretised
+    )
+    return task.loss(task.ask(model, conditioning or {}))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DenoisingTask:
+    """What a model is asked in one step of training, and how its answers are judged.
+
+    Attributes: as the arguments of :func:`diffusion_loss`.
+    """
+
+    x_0: Tensor
+    t: Tensor
+    noise: Tensor
+    alphas_cumprod: Tensor
+    config: TrainingConfig
+    discretised: bool = True
+
+    def ask(self, model: nn.Module, conditioning: Mapping[str, Any]) -> Tensor:
+        """The model's output for ``x_t``, ``(B, C, *size)`` or ``(B, 2C, *size)``; errors as :func:`diffusion_loss`."""
+        output = model(self.x_t, self.t + 1 if self._flow else self.t, **conditioning)
+        output = output if isinstance(output, Tensor) else output.sample
+        channels = self.x_0.shape[1]
+        if output.shape[1] not in (channels, 2 * channels):
+            raise ValueError(
+                f"the model returns {output.shape[1]} channels for images of {channels}; expected 1 or 2 each"
+            )
+        return output
+
+    def loss(self, output: Tensor) -> Tensor:
+        """The loss of that output: see :func:`diffusion_loss`."""
+        if self.config.prediction_type == "epsilon":
+            target = self.noise
+        elif self.config.prediction_type == "v_prediction":
+            signal_rate, noise_rate = self._rates
+            target = signal_rate * self.noise - noise_rate * self.x_0
+        else:
+            target = self.noise - self.x_0 if self._flow else self.x_0
+        loss = self.distance(output, target)
+        channels = self.x_0.shape[1]
+        prediction, variance = output[:, :channels], output[:, channels:]
+        if variance.shape[1]:
+            if self._flow:
+                raise ValueError(
+                    "a flow has no variance to learn: train a model with as many channels as the images have"
+                )
+            a = self.alphas_cumprod[self.t]
+            bound = variational_bound(
+                self.x_0,
+                self.x_t,
+                self.t,
+                predicted_x_0(self.x_t, prediction.detach(), a, self.config.prediction_type),
+                variance,
+                self.alphas_cumprod,
+                discretised=self.discretised,
+            )
+            # One timestep a row stands for the sum over all of them.
+            loss = loss + VLB_WEIGHT * len(self.alphas_cumprod) * bound.mean()
+        return loss
+
+    def distance(self, output: Tensor, target: Tensor) -> Tensor:
+        """The weighted mean square difference of two predictions; what an output says of the variance is left out."""
+        channels = self.x_0.shape[1]
+        errors = (output[:, :channels] - target[:, :channels]).square().flatten(1).mean(1)
+        return (errors * loss_weight(self.alphas_cumprod[self.t], self.config).to(errors.dtype)).mean()
+
+    @cached_property
+    def x_t(self) -> Tensor:
+        """The noisy images."""
+        signal_rate, noise_rate = self._rates
+        return signal_rate * self.x_0 + noise_rate * self.noise
+
+    @property
+    def _rates(self) -> tuple[Tensor, Tensor]:
+        a = self.alphas_cumprod[self.t]
+        size = a.sqrt() + (1 - a).sqrt() if self._flow else torch.ones_like(a)
+        return _spread(a.sqrt() / size, self.x_0), _spread((1 - a).sqrt() / size, self.x_0)
+
+    @property
+    def _flow(self) -> bool:
+        return self.config.prediction_type == "flow_prediction"
 
 
 def loss_weight(a: Tensor, config: TrainingConfig) -> Tensor:

@@ -93,6 +93,8 @@ def plan_of(model: Any, config: TrainingConfig, sample_shape: tuple[int, ...], i
         notes.append("the memory is with the weights of attention, which fused kernels do not keep")
     if config.gradient_checkpointing:
         notes.append("gradient checkpointing needs less memory than that, and up to a third more operations")
+    if config.state_loss != "none":
+        notes.append(f"state_loss {config.state_loss!r} calls the model twice in a step")
     if config.jacobian_penalty:
         notes.append("the Jacobian penalty comes on top")
     return TrainingPlan(

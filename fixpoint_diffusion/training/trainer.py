@@ -31,9 +31,10 @@ from fixpoint_diffusion.training.checkpoints import (
 )
 from fixpoint_diffusion.training.config import TrainingConfig, ema_decay_at, learning_rate_at
 from fixpoint_diffusion.training.data import ImageDataset
+from fixpoint_diffusion.training.layer_states import objective_of
 from fixpoint_diffusion.training.logs import LOG_FILE, LayerResidual, TrainingLog, tensorboard_writer
 from fixpoint_diffusion.training.network_options import LayerPenalty, trained_as
-from fixpoint_diffusion.training.objectives import diffusion_loss, drop_classes
+from fixpoint_diffusion.training.objectives import DenoisingTask, drop_classes
 
 
 def train(
@@ -182,6 +183,7 @@ class _Run:
         self.schedule = LambdaLR(optimizer, lambda taken: learning_rate_at(start + taken, config) / peak)
         self.penalty = LayerPenalty(model) if config.jacobian_penalty else None
         self.residual = LayerResidual(model)
+        self.objective = objective_of(model, config)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
 
@@ -219,16 +221,15 @@ class _Run:
         if self.labels is not None:
             given = batch["labels"].to(x_0.device)
             conditioning[CLASS_LABELS] = drop_classes(given, drawn.dropped, self.labels.null_label)
-        loss = diffusion_loss(
-            self.model,
-            x_0,
-            drawn.t,
-            drawn.noise,
-            self.alphas_cumprod,
-            self.share.config,
-            conditioning=conditioning,
+        task = DenoisingTask(
+            x_0=x_0,
+            t=drawn.t,
+            noise=drawn.noise,
+            alphas_cumprod=self.alphas_cumprod,
+            config=self.share.config,
             discretised=self.discretised,
         )
+        loss = self.objective(self.model, task, conditioning, step)
         return loss if self.penalty is None else loss + self.share.config.jacobian_penalty * self.penalty.take()
 
     def state(self, record: dict[str, Any]) -> TrainingState:

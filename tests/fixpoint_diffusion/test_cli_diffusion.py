@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from fixpoint_diffusion.cli import app, main
-from fixpoint_diffusion.denoisers import family
+from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, family
 from fixpoint_diffusion.sampling.options import SamplingOptions
 from fixpoint_diffusion.training import TrainingConfig
 
@@ -172,8 +172,8 @@ def test_ctrl_c_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_info_lists_the_embedded_models() -> None:
     output = invoke("info").output
-    assert "ddpm-digits" in output
-    assert "fpdm-digits" in output
+    for name in EMBEDDED_MODELS:
+        assert name in output
 
 
 def test_info_describes_one_model() -> None:

@@ -137,8 +137,12 @@ def test_json_of_another_kind_is_refused(tmp_path: Path, content: str, message: 
         read_json(tmp_path / "a.json")
 
 
-HUGE = {"ddpm-digits": {"block_out_channels": [30000, 60000]}, "fpdm-digits": {"width": 65536}}
-MANY = {"ddpm-digits": {"layers_per_block": 10**7}, "fpdm-digits": {"n_pre": 10**7}}
+HUGE = {
+    "ddpm-digits": {"block_out_channels": [30000, 60000]},
+    "dit-digits": {"width": 65536},
+    "fpdm-digits": {"width": 65536},
+}
+MANY = {"ddpm-digits": {"layers_per_block": 10**7}, "dit-digits": {"depth": 10**7}, "fpdm-digits": {"n_pre": 10**7}}
 
 
 def test_sizes_that_do_not_fit_the_weights_cost_no_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fixpoint_diffusion.denoisers import embedded
-from fixpoint_diffusion.models import FPDM, DiT, DiTConfig, FPDMConfig, fpdm_layer_problem
+import fixpoint
+from fixpoint_diffusion.models import FPDM, DiT, DiTConfig, FPDMConfig, fpdm_layer_problem, load_fpdm, save_fpdm
 
 SMALL = FPDMConfig(width=16, heads=2)
 CLASSES = [None, 5]
@@ -135,8 +136,12 @@ def test_the_timestep_reaches_every_block_on_request() -> None:
         assert torch.equal(early, late) != everywhere
 
 
-def test_the_embedded_model_keeps_the_positions_that_it_was_trained_with() -> None:
-    model = embedded("fpdm-digits").model
+def test_a_model_from_before_there_was_a_choice_keeps_its_positions(tmp_path: Any) -> None:
+    save_fpdm(FPDM(FPDMConfig(width=96)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["positions"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_fpdm(tmp_path)
     assert model.config.positions == "row-column"
     row, column = 3, 1  # the first half encodes the row
     frequencies = 10000.0 ** (-torch.arange(24) / 24)
@@ -217,3 +222,35 @@ def test_stochastic_jfb_gives_every_parameter_a_gradient(options: dict[str, Any]
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **options)
+
+
+@pytest.mark.parametrize("num_classes", CLASSES)
+def test_gate_goes_a_part_of_the_way_to_the_same_solution(num_classes: int | None, tmp_path: Any) -> None:
+    plain, gated = (
+        shaken(FPDM(dataclasses.replace(SMALL, num_classes=num_classes, gate_cap=cap))) for cap in (None, 0.9)
+    )
+    gate = gated.implicit_block.gate.clone()
+    assert gated.load_state_dict(plain.state_dict(), strict=False).missing_keys == ["implicit.f.gate"]
+    x, t, y = batch(num_classes)
+    problems = [fpdm_layer_problem(model, x, t, y=y) for model in (plain, gated)]
+    z = problems[0].z0
+    part = 0.9 / (1 + torch.exp(-gate))
+    close(problems[1](z), (1 - part) * z + part * problems[0](z))
+    solution = fixpoint.solve(problems[0], solver=fixpoint.Anderson(), rtol=1e-12, max_evals=200).value
+    close(problems[1](solution), solution)
+    # It begins at half of its bound, is trained, and is kept.
+    new = FPDM(dataclasses.replace(SMALL, gate_cap=0.9))
+    torch.testing.assert_close(0.9 * new.implicit_block.gate.sigmoid(), torch.full((16,), 0.45))
+    new.implicit_block.gate.data.fill_(1.0)
+    save_fpdm(new, tmp_path)
+    assert torch.equal(load_fpdm(tmp_path).implicit_block.gate, new.implicit_block.gate)
+    lively = FPDM(gated.config).double()
+    lively.load_state_dict(gated.state_dict())
+    lively(x, t, y, depth=2).square().sum().backward()
+    assert float(lively.implicit_block.gate.grad.abs().min()) > 0
+
+
+@pytest.mark.parametrize("cap", [0, 1.5, -0.1, float("nan"), True])
+def test_gate_that_goes_nowhere_or_too_far_is_refused(cap: Any) -> None:
+    with pytest.raises(ValueError, match=r"FPDMConfig.gate_cap must be None or in \(0, 1\], got"):
+        dataclasses.replace(SMALL, gate_cap=cap)

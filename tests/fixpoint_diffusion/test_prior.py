@@ -13,7 +13,7 @@ from fixpoint_diffusion import (
     initial_noise,
     load_denoiser,
 )
-from fixpoint_diffusion.denoisers.embedded import embedded_folder
+from fixpoint_diffusion.denoisers.embedded import EMBEDDED_MODELS, embedded_folder
 from fixpoint_diffusion.processes import Transitions
 from fixpoint_diffusion.training.data import load_digits
 
@@ -193,7 +193,7 @@ def test_saved_beside_a_model_it_is_found_again(tmp_path):
     assert GaussianPrior.load(tmp_path / "nowhere") is None
 
 
-@pytest.mark.parametrize("name", ["ddpm-digits", "fpdm-digits"])
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
 def test_embedded_models_bring_the_prior_of_their_training_images(name):
     from fixpoint_diffusion.training.data import split_held_out
 

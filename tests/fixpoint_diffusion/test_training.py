@@ -329,7 +329,7 @@ def test_resume_refuses_other_settings_and_other_models(tmp_path, images: ImageD
 def test_checkpoint_from_before_an_option_existed_is_resumed(tmp_path, images: ImageDataset) -> None:
     run(TinyModel(), images, tmp_path / "c")
     state = load_state(tmp_path / "c")
-    for name in ("gradient_checkpointing", "compile_blocks", "jacobian_penalty"):
+    for name in ("gradient_checkpointing", "compile_blocks", "jacobian_penalty", "state_loss"):
         del state.record["config"][name]
     save_state(tmp_path / "c", state)
     run(TinyModel(), images, tmp_path / "c", dataclasses.replace(TINY, steps=14), resume=True)
@@ -353,6 +353,7 @@ def test_checkpoint_from_before_an_option_existed_is_resumed(tmp_path, images: I
         ("precision", "fp8"),
         ("seed", -1),
         ("weighting", "snr"),
+        ("state_loss", "all"),
         ("max_grad_norm", 0.0),
         ("jacobian_penalty", -1.0),
         ("gradient_checkpointing", 1),

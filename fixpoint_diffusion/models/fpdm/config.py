@@ -26,6 +26,8 @@ class FPDMConfig(TransformerConfig):
         timestep_everywhere: Whether the timestep conditions the explicit blocks and the head too.
         injection_gelu: The GELU between the two projections of the fixed point map: exact, or approximated by tanh as
             in the released code.
+        gate_cap: Make the fixed point map ``z + g (f(z) - z)``, with a g between 0 and this number that is learned for
+            each feature: the same fixed points, reached in smaller steps. None: f itself, as in the paper.
         unconditional_adaln: What modulates explicit blocks and the head where neither class nor timestep does: plain
             vectors, or the linear maps of a conditional model, applied to one learned vector (the parameters that the
             paper counts).
@@ -54,6 +56,7 @@ class FPDMConfig(TransformerConfig):
     implicit_blocks: int = 1
     timestep_everywhere: bool = False
     injection_gelu: Gelu = "exact"
+    gate_cap: float | None = None
     unconditional_adaln: UnconditionalAdaLN = "vector"
     backward: Backpropagation = "sjfb"
     max_no_grad: int = 12
@@ -83,6 +86,9 @@ class FPDMConfig(TransformerConfig):
         noise = self.start_noise
         if not isinstance(noise, int | float) or isinstance(noise, bool) or not 0 <= noise < float("inf"):
             raise ValueError(f"FPDMConfig.start_noise must be finite and not negative, got {noise!r}")
+        cap = self.gate_cap
+        if cap is not None and (not isinstance(cap, int | float) or isinstance(cap, bool) or not 0 < cap <= 1):
+            raise ValueError(f"FPDMConfig.gate_cap must be None or in (0, 1], got {cap!r}")
         if self.backward in ("phantom", "ift", "shine") and self.max_no_grad == 0:
             raise ValueError(
                 f"FPDMConfig.backward {self.backward!r} needs a state to attach to: max_no_grad of at least 1, got 0"

@@ -52,7 +52,7 @@ class FPDM(PatchTransformer):
         self.injection = nn.Linear(config.width, config.width)
         blocks = self._blocks(config.implicit_blocks, conditional=True)
         self.implicit = FixedPointLayer(
-            ImplicitBlock(config.width, blocks, gelu=config.injection_gelu),
+            ImplicitBlock(config.width, blocks, gelu=config.injection_gelu, gate_cap=config.gate_cap),
             solver=Picard(),
             backward=training_rule(config).backward,
         )
@@ -139,8 +139,8 @@ class FPDM(PatchTransformer):
         The first ``pre`` and the last ``post`` blocks become the explicit ones, and the middle of the others the fixed
         point map, whose injection starts as the mean of z and ``x_pre``. One iteration then passes ``x_pre`` through
         that middle, so that a DiT of just these blocks, with ``timestep_everywhere=True``, is met exactly by
-        ``depth=1``. Otherwise the explicit blocks are conditioned on the mean of the DiT's vectors for timesteps 0 to
-        999 in place of the timestep's own.
+        ``depth=1`` (but not with ``gate_cap``, which goes only a part of the way). Otherwise the explicit blocks are
+        conditioned on the mean of the DiT's vectors for timesteps 0 to 999 in place of the timestep's own.
 
         Args:
             dit: The DiT; it is not changed.
