@@ -7,16 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
-def start_ranks(
-    size: int, *command: object, before: dict[int, Callable[[], None]] | None = None
-) -> list[subprocess.Popen]:
-    """Start ``python COMMAND`` as ``size`` ranks; ``before`` runs in the process of a rank before its program."""
+def start_ranks(size: int, *command: object) -> list[subprocess.Popen]:
+    """Start ``python COMMAND`` as ``size`` ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -32,7 +29,6 @@ def start_ranks(
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                preexec_fn=(before or {}).get(rank),
             )
         )
     return ranks
