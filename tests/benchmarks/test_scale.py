@@ -55,7 +55,7 @@ def test_operations_are_counted_for_one_row() -> None:
 
 
 def test_known_models_cost_what_their_papers_say() -> None:
-    """The DiT paper counts 118.6 billion multiply-adds of DiT-XL/2; guidance doubles them, and each is two operations."""
+    """The DiT paper counts 118.6 billion multiply-adds; guidance doubles them, and each is two operations."""
     (dit, steps), (unet, _) = (workloads()[name] for name in ("DiT-XL/2, guidance", "CIFAR10 U-Net"))
     assert steps == 250
     large = dit.cost.rows[-1]
