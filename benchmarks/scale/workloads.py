@@ -24,8 +24,8 @@ NETWORK = Network(
 )
 ASSUMED = "\n".join(
     [
-        f"Assumed: an H100 that reaches {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s, and takes at least {CALL * 1e6:.0f} us "
-        "for each array call",
+        f"Assumed: an H100 that reaches {SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s, and takes at least "
+        f"{CALL * 1e6:.0f} us for each array call",
         f"(eager, no CUDA graphs); the solver's round has {SWEEP_CALLS} of them. Outputs in float32 go round a ring:",
         f"{NETWORK.inside.bandwidth / 1e9:.0f} GB/s and {NETWORK.inside.latency * 1e6:.0f} us a hop within "
         f"{NETWORK.per_machine} devices, {NETWORK.between.bandwidth / 1e9:.0f} GB/s and "
