@@ -82,17 +82,16 @@ class Ranks:
 
     def of_first(self, value: T) -> T:
         """The value that rank 0 gives; it must be one that pickles."""
-        return self.gather(value if self.rank == 0 else None)[0]
+        values: list[Any] = self.gather(value if self.rank == 0 else None)
+        return values[0]
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks; they must be such as pickle."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        try:
+        with _others_there():
             dist.all_gather_object(values, value)
-        except RuntimeError as error:
-            raise ChildProcessError("another process of this command has ended; the same command goes on") from error
         return values
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -100,8 +99,17 @@ class Ranks:
         if self.size == 1:
             return tensor
         total = tensor.clone()
-        dist.all_reduce(total)
+        with _others_there():
+            dist.all_reduce(total)
         return total
+
+
+@contextlib.contextmanager
+def _others_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ChildProcessError("another process of this command has ended; the same command goes on") from error
 
 
 ALONE = Ranks()

@@ -49,7 +49,8 @@ def sample(
     Example: fixpoint-diffusion sample --model ddpm-digits --num-images 16 --steps 50 --solver causal
 
     The same command continues a run that was interrupted, or adds images to it if --num-images has grown. For the
-    embedded models, the figures include the confidence of a small classifier of real digits in the images.
+    embedded models, the figures include the confidence of a small classifier of real digits in the images. On several
+    devices: torchrun --nproc-per-node N -m fixpoint_diffusion sample ...
     """
     options = SamplingOptions(**given)
     with Ranks.of_torchrun() as ranks, contextlib.ExitStack() as held:

@@ -165,6 +165,8 @@ def sharded_fpdm(mesh: DeviceMesh | None, **config: Any) -> FPDM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = FPDM(FPDMConfig(**config))
+        for parameter in model.parameters():  # zeros at the end would leave nothing to train before it
+            nn.init.normal_(parameter, std=0.1)
     if mesh is not None:
         for part in (*model.pre, *model.post, model):  # the layer is called beside its own forward, by the model's
             fully_shard(part, mesh=mesh)
