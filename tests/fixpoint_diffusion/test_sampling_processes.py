@@ -94,17 +94,21 @@ def test_two_processes_end_alike_and_speak_with_one_voice(tmp_path: Path) -> Non
     np.save(tmp_path / "samples.npy", samples)
     judged = ["evaluate", tmp_path / "samples.npy", "digits", "--batch-size", 40]
     judged += ["--metric", "frechet", "--metric", "kernel"]
-    commands = [command(out), command(out, "--seed", 7), command(out), [*judged, "--out", tmp_path / "two.json"]]
+    commands = [command(out), command(out, "--seed", 7), command(out, "--model", "nowhere"), command(out)]
+    commands.append([*judged, "--out", tmp_path / "two.json"])
     words = json.dumps([list(map(str, each)) for each in commands])
     (_, said, errors), (_, other_said, other_errors) = ended(start_ranks(2, "-c", IN_TURN, words))
 
-    # The second process cannot write, the first refuses another run; whoever fails says it, and both end so.
+    # The second process cannot write, the first refuses another run, and neither finds a model: whoever fails says it,
+    # the first for both, and both end so.
     assert other_errors.startswith(f"Error: cannot write to {out / 'images'}")
-    assert errors.startswith(f"Error: {out} holds another run: seed is 0 there and 7 here")
-    assert len(errors.splitlines()) == len(other_errors.splitlines()) == 1
-    assert other_said.splitlines() == ["code 2", "code 2", "code 0", "code 0"]
+    assert len(other_errors.splitlines()) == 1
+    refused, unknown = errors.splitlines()
+    assert refused.startswith(f"Error: {out} holds another run: seed is 0 there and 7 here")
+    assert unknown.startswith("Error: no model folder 'nowhere'")
+    assert other_said.splitlines() == ["code 2", "code 2", "code 2", "code 0", "code 0"]
     assert [line for line in said.splitlines() if "code" in line or "already" in line] == (
-        ["code 2", "code 2", "5 images are there already", "code 0", "code 0"]
+        ["code 2", "code 2", "code 2", "5 images are there already", "code 0", "code 0"]
     )
     sampled(whole, "--num-images", 9, "--batch-size", 2)
     assert images(out) == images(whole)
