@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from fixpoint_diffusion.extras import install_line
+from fixpoint_diffusion.ranks import FailedElsewhereError
 
 try:
     import typer
@@ -65,6 +66,8 @@ def main() -> None:
         _stop(error.format_message())
     except typer.Abort:
         sys.exit(130)
+    except FailedElsewhereError:  # that process says what it was
+        sys.exit(2)
     except _USER_ERRORS as error:
         missing = isinstance(error, ModuleNotFoundError)
         hint = f": {install_line()}" if missing and "pip install" not in str(error) else ""

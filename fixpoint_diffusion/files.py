@@ -65,7 +65,9 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with part.open("wb") as file:
+        # Opened for reading too: to a file for writing alone NumPy writes by C's streams, and does not notice when the
+        # last bytes of an array find no room.
+        with part.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fixpoint_diffusion.commands.shared import check_device, path_option
+from fixpoint_diffusion.ranks import Ranks
 
 if TYPE_CHECKING:
     from fixpoint_diffusion.evaluation.extractors import FeatureExtractor
@@ -83,11 +85,9 @@ def evaluate(
     for path in (out, save_statistics):
         if path is not None and path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
-    check_device(device)
-
     import sys
 
-    from fixpoint_diffusion.evaluation.features import collect_features
+    from fixpoint_diffusion.evaluation.features import CollectedFeatures, collect_features
     from fixpoint_diffusion.evaluation.images import Images
     from fixpoint_diffusion.evaluation.report import evaluate as judge
     from fixpoint_diffusion.evaluation.statistics import is_statistics_file
@@ -95,28 +95,35 @@ def evaluate(
     def opened(path: Path, declared: RangeName | None) -> Path | Images:
         return path if is_statistics_file(path) else Images(path, _bounds(declared))
 
-    extractor = _extractor(features, weights)
-    progress = sys.stderr.isatty()
-    one = opened(samples, value_range)
-    if save_statistics is not None:
-        if not isinstance(one, Images):
-            raise ValueError(f"{samples} is a statistics file already; --save-statistics needs images")
-        collected = collect_features(one, extractor, batch_size=batch_size, seed=seed, device=device, progress=progress)
-        collected.statistics().save(save_statistics)
-        typer.echo(f"statistics of {collected.num_images} images written to {save_statistics}")
-        if reference is None:
-            return
-    assert reference is not None
-    report = judge(
-        one if save_statistics is None else collected,
-        opened(reference, reference_range),
-        extractor,
-        metrics=[each.value for each in metric] if metric else None,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
+    with Ranks.of_torchrun() as ranks:
+        own, main = ranks.device(device), ranks.rank == 0
+        ranks.together(partial(check_device, own))
+        extractor = ranks.together(partial(_extractor, features, weights))
+        how: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "device": own, "ranks": ranks}
+        how["progress"] = main and sys.stderr.isatty()
+        one: Path | Images | CollectedFeatures = opened(samples, value_range)
+        if save_statistics is not None:
+            if not isinstance(one, Images):
+                raise ValueError(f"{samples} is a statistics file already; --save-statistics needs images")
+            one = ranks.together(partial(collect_features, one, extractor, **how))
+            if main:
+                one.statistics().save(save_statistics)
+                typer.echo(f"statistics of {one.num_images} images written to {save_statistics}")
+            if reference is None:
+                return
+        assert reference is not None
+        report = ranks.together(
+            partial(
+                judge,
+                one,
+                opened(reference, reference_range),
+                extractor,
+                metrics=[each.value for each in metric] if metric else None,
+                **how,
+            )
+        )
+    if not main:
+        return
     typer.echo(describe(report))
     if out is not None:
         report.save(out)

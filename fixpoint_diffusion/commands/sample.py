@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fixpoint_diffusion.commands.shared import open_model, path_option, with_options
 from fixpoint_diffusion.files import locked, sha256_of, sha256_of_all
+from fixpoint_diffusion.ranks import Ranks
 from fixpoint_diffusion.sampling.options import SamplingOptions
 from fixpoint_diffusion.sampling.run_folder import GRID, IMAGES, ONE_FILE, RECORD, ImageFormat, RunFolder
+
+if TYPE_CHECKING:
+    from fixpoint_diffusion.sampling.job import SamplingJob
 
 # Of so many images the grid is made, and the classifier's confidence taken.
 _SHOWN, _JUDGED = 100, 1000
@@ -44,9 +49,38 @@ def sample(
     Example: fixpoint-diffusion sample --model ddpm-digits --num-images 16 --steps 50 --solver causal
 
     The same command continues a run that was interrupted, or adds images to it if --num-images has grown. For the
-    embedded models, the figures include the confidence of a small classifier of real digits in the images.
+    embedded models, the figures include the confidence of a small classifier of real digits in the images. On several
+    devices: torchrun --nproc-per-node N -m fixpoint_diffusion sample ...
     """
     options = SamplingOptions(**given)
+    with Ranks.of_torchrun() as ranks, contextlib.ExitStack() as held:
+        job, settings = ranks.together(lambda: _opened(model, vae, x_T, options, ranks.device(device)))
+
+        def claimed() -> RunFolder | None:
+            if ranks.rank:
+                return None
+            held.enter_context(locked(out, work="sampling"))
+            return RunFolder(
+                out,
+                settings,
+                num_images=job.num_images,
+                batch_size=options.batch_size,
+                image_shape=job.image_shape,
+                format=format,
+                overwrite=overwrite,
+            )
+
+        folder = ranks.of_first(ranks.together(claimed))
+        assert folder is not None
+        _write_missing(job, folder, ranks)
+        if ranks.rank == 0:
+            _finish(model, options, folder)
+
+
+def _opened(
+    model: str, vae: Path | None, x_T: Path | None, options: SamplingOptions, device: str
+) -> tuple[SamplingJob, dict[str, Any]]:
+    """What is sampled, and the settings on which the images depend."""
     denoiser, model_folder = open_model(model, device=device)
 
     from fixpoint_diffusion.denoisers.loading import model_files
@@ -64,42 +98,47 @@ def sample(
     if x_T is not None:
         settings |= {"x_T": str(x_T), "x_T_sha256": sha256_of(x_T)}
     settings |= {name: value for name, value in asdict(options).items() if name not in ("num_images", "batch_size")}
-    settings |= job.settings | {"classes": None if job.classes is None else list(job.classes)}
-    with locked(out, work="sampling"):
-        folder = RunFolder(
-            out,
-            settings,
-            num_images=job.num_images,
-            batch_size=options.batch_size,
-            image_shape=job.image_shape,
-            format=format,
-            overwrite=overwrite,
-        )
-        if folder.done:
-            typer.echo(f"{folder.done} images are there already")
-        try:
+    return job, settings | job.settings | {"classes": None if job.classes is None else list(job.classes)}
+
+
+def _write_missing(job: SamplingJob, folder: RunFolder, ranks: Ranks) -> None:
+    """Sample and write what is missing, on each rank its share."""
+    main = ranks.rank == 0
+    if main and folder.done:
+        typer.echo(f"{folder.done} images are there already")
+
+    def write_share() -> None:
+        began = time.perf_counter()
+        for batch in job.batches(ranks.share(folder.missing), progress=main):
+            folder.write(batch, seconds=time.perf_counter() - began)
             began = time.perf_counter()
-            for batch in job.batches(folder.done):
-                folder.write(batch, seconds=time.perf_counter() - began)
-                began = time.perf_counter()
-        except KeyboardInterrupt:
+
+    try:
+        ranks.together(write_share)
+    except BaseException as error:
+        if main:
             folder.discard_empty()
-            there = f"{folder.done} of {folder.num_images} images"
-            typer.echo(f"\nInterrupted; {there} are in {out}. The same command goes on.")
-            raise typer.Exit(130) from None
-        except BaseException:
-            folder.discard_empty()
+        if not isinstance(error, KeyboardInterrupt):
             raise
-        figures = folder.finish(_mean_cost(folder) | _judge(model, folder))
-        width = max(map(len, figures))
-        typer.echo("\n".join(f"{name:{width}}  {value}" for name, value in figures.items() if value is not None))
-        written = [_save_grid(folder), ONE_FILE if (out / ONE_FILE).exists() else f"{IMAGES}/", RECORD]
-        typer.echo(f"written to {out}: {', '.join(name for name in written if name)}")
-        missed = folder.num_images - folder.totals.get("converged", folder.num_images)
-        if missed > 0:
-            layers = options.solver == "sequential"  # which has no other tolerance
-            to = f"--layer-rtol {options.layer_rtol}" if layers else f"--rtol {options.rtol}"
-            typer.echo(f"Warning: {missed} of {folder.num_images} images did not converge to {to}", err=True)
+        if main:
+            there = f"{folder.done} of {folder.num_images} images"
+            typer.echo(f"\nInterrupted; {there} are in {folder.folder}. The same command goes on.")
+        raise typer.Exit(130) from None
+
+
+def _finish(model: str, options: SamplingOptions, folder: RunFolder) -> None:
+    """Write what the run came to, and say it."""
+    out, totals = folder.folder, folder.totals
+    figures = folder.finish(_mean_cost(folder) | _judge(model, folder))
+    width = max(map(len, figures))
+    typer.echo("\n".join(f"{name:{width}}  {value}" for name, value in figures.items() if value is not None))
+    written = [_save_grid(folder), ONE_FILE if (out / ONE_FILE).exists() else f"{IMAGES}/", RECORD]
+    typer.echo(f"written to {out}: {', '.join(name for name in written if name)}")
+    missed = folder.num_images - totals.get("converged", folder.num_images)
+    if missed > 0:
+        layers = options.solver == "sequential"  # which has no other tolerance
+        to = f"--layer-rtol {options.layer_rtol}" if layers else f"--rtol {options.rtol}"
+        typer.echo(f"Warning: {missed} of {folder.num_images} images did not converge to {to}", err=True)
 
 
 def _mean_cost(folder: RunFolder) -> dict[str, float]:

@@ -71,8 +71,8 @@ def train(
 
     Digits are trained on four fifths of scikit-learn's set; the rest is held out for judging. Ctrl-C finishes the step
     at hand and writes a checkpoint, from which --resume continues to the same result as an uninterrupted run. An option
-    that is not given takes the value of the model family. On several devices: accelerate launch -m
-    fixpoint_diffusion.cli train ...
+    that is not given takes the value of the model family. On several devices: torchrun
+    --nproc-per-node N -m fixpoint_diffusion train ...
     """
     sources = {name: context.get_parameter_source(name) for name in context.params}
     # By name, because newer versions of typer bring their own copy of click.

@@ -84,7 +84,12 @@ def kernel_distance(samples: Tensor, reference: Tensor, *, subsets: int = 100, s
     # torchmetrics draws its subsets from the global state.
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*save all extracted features in buffer")
-        metric = KernelInceptionDistance(feature=_Given(samples.shape[1]), subsets=subsets, subset_size=subset_size)
+        metric = KernelInceptionDistance(
+            feature=_Given(samples.shape[1]),
+            subsets=subsets,
+            subset_size=subset_size,
+            sync_on_compute=False,  # each process has the features of all images
+        )
         torch.manual_seed(seed)
         metric.update(reference, real=True)
         metric.update(samples, real=False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,8 @@ ARRAY_SUFFIXES = (".npy", ".npz")
 VALUE_RANGES = ((-1, 1), (0, 1), (0, 255))
 # What overshoots [-1, 1] so far is in another range, or a sample that has diverged.
 _LIMIT = 10
+_Read = Callable[[], Tensor]
+_Range = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -62,25 +65,35 @@ class Images:
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """The images in order, ``(n, C, H, W)`` float32 in [-1, 1] n at most ``batch_size``, of one size."""
-        for number, (batch, known_range) in enumerate(self._raw(batch_size)):
-            stated = known_range or self.value_range
-            check_range(batch, stated, name=self.name, by_sight=number == 0)
-            yield to_symmetric(batch, stated or (-1, 1), name=self.name)
+        return (read() for _, read in self.parts(batch_size))
 
-    def _raw(self, batch_size: int) -> Iterator[tuple[Tensor, tuple[float, float] | None]]:
-        """Batches ``(n, C, H, W)`` as stored, and their range where the format says it."""
+    def parts(self, batch_size: int) -> Iterator[tuple[int, Callable[[], Tensor]]]:
+        """Of each of these batches, how many images it has, and what reads it, until the next is asked for."""
+        for number, (count, raw, known_range) in enumerate(self._raw(batch_size)):
+
+            def read(raw: _Read = raw, known: _Range = known_range, first: bool = number == 0) -> Tensor:
+                batch, stated = raw(), known or self.value_range
+                check_range(batch, stated, name=self.name, by_sight=first)
+                return to_symmetric(batch, stated or (-1, 1), name=self.name)
+
+            yield count, read
+
+    def _raw(self, batch_size: int) -> Iterator[tuple[int, _Read, _Range]]:
+        """Sizes of batches, what reads them ``(n, C, H, W)`` as stored, and their range where the format says it."""
         if isinstance(self.data, Tensor):
             if self.data.ndim != 4:
                 raise ValueError(f"images must be (N, C, H, W), got {tuple(self.data.shape)}")
-            yield from ((batch, None) for batch in self.data.detach().split(batch_size))
+            yield from ((len(batch), partial(_same, batch), None) for batch in self.data.detach().split(batch_size))
         elif str(self.data) == "digits":
-            yield from ((batch, (-1, 1)) for batch in load_digits().images.split(batch_size))
+            digits = load_digits().images.split(batch_size)
+            yield from ((len(batch), partial(_same, batch), (-1, 1)) for batch in digits)
         else:
             path = Path(self.data)
             pictures, arrays = _files(path)
             for file in arrays:
-                yield from ((batch, None) for batch in _array_batches(file, batch_size))
-            yield from ((batch, (-1, 1)) for batch in _picture_batches(pictures, batch_size))
+                yield from ((count, read, None) for count, read in _array_batches(file, batch_size))
+            for batch in _picture_batches(pictures, batch_size):
+                yield len(batch), partial(_read_pictures, batch), (-1, 1)
 
 
 def check_range(images: Tensor, value_range: tuple[float, float] | None, *, name: str, by_sight: bool = True) -> None:
@@ -152,29 +165,32 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
     return pictures, arrays
 
 
-def _picture_batches(files: list[Path], batch_size: int) -> Iterator[Tensor]:
-    """Batches of pictures; a new one begins where the size changes."""
-    batch: list[Tensor] = []
+def _picture_batches(files: list[Path], batch_size: int) -> Iterator[list[tuple[Path, str]]]:
+    """Batches of pictures, each a file and its channels without opacity; a new one begins where the size changes."""
+    batch, size = list[tuple[Path, str]](), None
     for file in files:
-        picture = _read_picture(file)
-        if batch and picture.shape != batch[0].shape:
-            yield torch.stack(batch)
+        header = read_header(file)
+        channels = header.channels.removesuffix("A")
+        if batch and ((channels, header.height, header.width) != size or len(batch) == batch_size):
+            yield batch
             batch = []
-        batch.append(picture)
-        if len(batch) == batch_size:
-            yield torch.stack(batch)
-            batch = []
+        batch.append((file, channels))
+        size = (channels, header.height, header.width)
     if batch:
-        yield torch.stack(batch)
+        yield batch
 
 
-def _read_picture(file: Path) -> Tensor:
-    """``(C, H, W)`` in [-1, 1], grey or RGB as the file has it."""
-    return torch.from_numpy(read_picture(file, read_header(file).channels.removesuffix("A")))
+def _read_pictures(files: list[tuple[Path, str]]) -> Tensor:
+    """``(n, C, H, W)`` in [-1, 1], grey or RGB as the files have it."""
+    return torch.stack([torch.from_numpy(read_picture(file, channels)) for file, channels in files])
 
 
-def _array_batches(file: Path, batch_size: int) -> Iterator[Tensor]:
-    """Batches of an array file, channels first; no more than a batch is in memory."""
+def _same(batch: Tensor) -> Tensor:
+    return batch
+
+
+def _array_batches(file: Path, batch_size: int) -> Iterator[tuple[int, _Read]]:
+    """Sizes of batches of an array file and what reads them, channels first; no more than a batch is in memory."""
     try:
         if file.suffix.lower() == ".npz":
             with zipfile.ZipFile(file) as archive, archive.open(_image_member(archive, file)) as member:
@@ -195,7 +211,7 @@ def _image_member(archive: zipfile.ZipFile, file: Path) -> str:
     return chosen[0]
 
 
-def _stream(stream: IO[bytes], file: Path, batch_size: int) -> Iterator[Tensor]:
+def _stream(stream: IO[bytes], file: Path, batch_size: int) -> Iterator[tuple[int, _Read]]:
     try:
         version = np.lib.format.read_magic(stream)
         read: Any = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -208,12 +224,17 @@ def _stream(stream: IO[bytes], file: Path, batch_size: int) -> Iterator[Tensor]:
         raise ValueError(f"{file} holds an array {shape}{order}; expected (N, C, H, W) or (N, H, W, C) with C 1 or 3")
     if dtype != np.uint8 and not np.issubdtype(dtype, np.floating):
         raise ValueError(f"{file} holds {dtype}; expected uint8 or floats")
-    row = int(np.prod(shape[1:])) * dtype.itemsize
-    for first in range(0, shape[0], batch_size):
-        count = min(batch_size, shape[0] - first)
+    row, begin = int(np.prod(shape[1:])) * dtype.itemsize, stream.tell()
+
+    def read_from(first: int, count: int) -> Tensor:
+        stream.seek(begin + first * row)
         content = stream.read(count * row)
         if len(content) < count * row:
             raise ValueError(f"{file} is cut short: {shape[0]} images announced, {first + len(content) // row} found")
         array = np.frombuffer(content, dtype).reshape(count, *shape[1:])
         array = array.transpose(0, 3, 1, 2) if channels_last else array
-        yield torch.from_numpy(np.array(array, dtype=np.uint8 if dtype == np.uint8 else np.float32))
+        return torch.from_numpy(np.array(array, dtype=np.uint8 if dtype == np.uint8 else np.float32))
+
+    for first in range(0, shape[0], batch_size):
+        count = min(batch_size, shape[0] - first)
+        yield count, partial(read_from, first, count)

@@ -28,6 +28,7 @@ from fixpoint_diffusion.evaluation.uncertainty import (
     estimate_of_subsets,
 )
 from fixpoint_diffusion.files import written_whole
+from fixpoint_diffusion.ranks import ALONE, Ranks
 
 METRICS = ("frechet", "kernel", "precision", "recall", "mind")
 _BY_BLOCKS_FROM = 40  # images; with fewer, a block has less than four
@@ -89,6 +90,7 @@ def evaluate(
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> EvaluationReport:
     """Judge samples against a reference.
 
@@ -108,6 +110,7 @@ def evaluate(
         seed: of all random choices.
         device: where the extractor runs.
         progress: show bars.
+        ranks: the processes that share the images; see ``collect_features``.
 
     Raises:
         ValueError: if a name is unknown, images are in another range than stated, sets are too small, or statistics
@@ -130,7 +133,14 @@ def evaluate(
         if not isinstance(each, Images):
             return each
         return collect_features(
-            each, extractor, batch_size=batch_size, max_kept=max_kept, seed=seed, device=device, progress=progress
+            each,
+            extractor,
+            batch_size=batch_size,
+            max_kept=max_kept,
+            seed=seed,
+            device=device,
+            progress=progress,
+            ranks=ranks,
         )
 
     one, other = collected(opened), collected(opened_reference)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fixpoint_diffusion.files import written_whole
+from fixpoint_diffusion.ranks import Ranks
 
 # The common tools write the first of each.
 _MEAN_KEYS, _COV_KEYS = ("mu", "mean", "m"), ("sigma", "cov", "s")
@@ -152,6 +153,19 @@ class RunningMoments:
             if part.count:
                 whole._merge(part.count, part.mean, part.scatter)
         return whole
+
+    def of_all(self, ranks: Ranks, dim: int) -> RunningMoments:
+        """The moments of all ranks together, of features of ``dim`` numbers, the same on each."""
+        if ranks.size == 1:
+            return self
+        mean = self.mean if self.count else torch.zeros(dim, dtype=torch.float64)
+        scatter = self.scatter if self.count else torch.zeros(dim, dim, dtype=torch.float64)
+        count = int(ranks.sum(torch.tensor(self.count)))
+        whole = ranks.sum(self.count * mean) / max(count, 1)
+        shift = mean - whole
+        return RunningMoments(
+            count=count, mean=whole, scatter=ranks.sum(scatter + torch.outer(shift, shift) * self.count)
+        )
 
     def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if not self.count:

@@ -119,25 +119,27 @@ class SamplingJob:
         """The classes of these images, ``(N,)``: they repeat in the given order."""
         return labels_of(self.classes, samples)
 
-    def batches(self, first: int = 0, *, progress: bool = True) -> Iterator[SampleBatch]:
-        """Sample images ``first`` to ``num_images - 1``; no more than a batch is held.
+    def batches(self, parts: Sequence[range] | None = None, *, progress: bool = True) -> Iterator[SampleBatch]:
+        """Sample images, a batch at a time; no more than a batch is held.
 
         Args:
-            first: how many are there already.
+            parts: which images, a range for each batch; None: all, ``batch_size`` at a time.
             progress: show a bar: of images, or of the latents or steps where one batch is all.
 
         Raises:
             FloatingPointError: if images are not finite.
         """
-        total, size = self.num_images, self.options.batch_size
-        single = total - first <= size
+        if parts is None:
+            size = self.options.batch_size
+            parts = [range(i, min(i + size, self.num_images)) for i in range(0, self.num_images, size)]
+        single = len(parts) == 1
         with ProgressBar.tqdm(
-            total=total, initial=first, desc="sampling", unit="image", disable=single or not progress, smoothing=0
+            total=sum(map(len, parts)), desc="sampling", unit="image", disable=single or not progress, smoothing=0
         ) as bar:
-            for start in range(first, total, size):
-                batch = self._sample(range(start, min(start + size, total)), progress=progress and single)
+            for part in parts:
+                batch = self._sample(part, progress=progress and single)
                 yield batch
-                bar.update(len(batch.images))
+                bar.update(len(part))
 
     @torch.no_grad()
     def _sample(self, samples: range, *, progress: bool) -> SampleBatch:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
@@ -18,17 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.files import map_array, read_json, visible_entries, write_json, written_whole
+from fixpoint_diffusion.files import map_array, read_json, sha256_of, visible_entries, write_json, written_whole
 from fixpoint_diffusion.sampling.grids import to_pixels
 from fixpoint_diffusion.sampling.job import SampleBatch
 
-RECORD, GRID, ONE_FILE, IMAGES = "sample.json", "grid.png", "images.npy", "images"
+RECORD, GRID, ONE_FILE, IMAGES, BATCHES = "sample.json", "grid.png", "images.npy", "images", "batches"
 _FILE = re.compile(r"(\d{8,})(?:-class\d+)?\.(npy|png)")
-# What the record says of progress and cost; the rest of it are settings, which a continued run must share.
-_PROGRESS = (
-    *("num_images", "images_done", "seconds", "rounds", "evals", "converged"),
-    *("rows_per_round", "layer_atol", "total_block_passes"),
-)
 
 
 class ImageFormat(StrEnum):
@@ -36,32 +32,63 @@ class ImageFormat(StrEnum):
     png = "png"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """The record of images that are there: ``batches/00000000.json``, which is written behind them."""
+
+    first: int
+    images: int
+    files: dict[str, str]  # with their SHA-256
+    seconds: float
+    counts: dict[str, float]
+    chosen: dict[str, float]
+
+    @property
+    def end(self) -> int:
+        return self.first + self.images
+
+    @classmethod
+    def read(cls, path: Path) -> _Batch:
+        try:
+            batch = cls(**read_json(path))
+            numbers = [batch.first, batch.images, batch.seconds, *batch.counts.values(), *batch.chosen.values()]
+            names = [name == ONE_FILE or _FILE.fullmatch(name) is not None for name in batch.files]
+            if not names or not all(names) or not all(map(_is_count, numbers)) or path.stem != f"{batch.first:08d}":
+                raise ValueError("it is of no batch of images")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, and the run makes its images again") from error
+        return batch
+
+
 class RunFolder:
     """Where a sampling run writes its images: all that is there is whole, and belongs to the same settings.
 
     ``npy``: float32 as sampled, ``(N, C, H, W)``: ``images.npy`` where one batch is all, else a file a batch,
     ``images/00000000.npy``, named by its first image. ``png``: 8 bit, an image a file, ``images/00000042.png``, or
-    ``00000042-class7.png``. ``sample.json`` holds settings, cost and progress. Every file appears whole or not at all.
-    One process at a time: hold the folder by ``fixpoint_diffusion.files.locked``.
+    ``00000042-class7.png``. For each batch, ``batches/00000000.json`` holds the checksums of its files and what it
+    cost; images count as there once it is written. ``sample.json`` holds the settings, and at the end the sums. Every
+    file appears whole or not at all.
+
+    One process makes it, holding the folder by ``fixpoint_diffusion.files.locked``. Others of the same run may get a
+    pickled copy and write batches too.
 
     Args:
         folder: a folder that is there. May hold the same run, whole or in part, which is then continued.
         settings: JSON-able; what the images depend on.
         num_images: how many there are to be; more that are there already stay.
-        batch_size: images in a file, if ``npy``.
+        batch_size: images in a batch.
         image_shape: of one image.
         format: of the files.
         overwrite: delete the images of another run in the folder.
 
     Attributes:
-        done: how many images are there, from the first without a gap.
         num_images: how many there will be.
-        totals: what they cost so far.
+        missing: the batches that are to be sampled, as ranges of images.
 
     Raises:
         FileExistsError: if the folder holds another run, images without a record, or files that no run writes there.
         OSError: if it cannot be written, or the disk has no room for the images.
-        ValueError: if the images do not fit the format, or the record or a file of images is damaged or of another run.
+        ValueError: if the images do not fit the format, a record is damaged, or a file is not what its checksum says.
     """
 
     def __init__(
@@ -81,61 +108,82 @@ class RunFolder:
         if format == ImageFormat.png and (len(image_shape) != 3 or image_shape[0] not in (1, 3)):
             shape = "x".join(map(str, image_shape))
             raise ValueError(f"PNG holds images of 1 or 3 channels, and these are {shape}: use --format npy")
-        self._image_shape = tuple(image_shape)
-        record = self._read_record(overwrite=overwrite)
-        self.totals = {name: record[name] for name in _PROGRESS[2:] if name in record}
-        self.done, to_delete = (0, [path for _, path in _numbered(self.folder)]) if overwrite else self._count()
-        self.num_images = max(num_images, self.done)
-        self._one_file = format == ImageFormat.npy and self.done == 0 and num_images <= batch_size
-        self._check_room(to_delete)
+        self._check_record(overwrite=overwrite)
+        kept = [] if overwrite else self._kept()
+        self.num_images = max(num_images, kept[-1].end if kept else 0)
+        self._one_file = format == ImageFormat.npy and not kept and num_images <= batch_size
+        to_delete = self._not_of(kept)
+        self._check_room(self.num_images - sum(batch.images for batch in kept), tuple(image_shape), to_delete)
+        self.missing = _gaps(kept, self.num_images, batch_size)
         # From here on nothing is refused: what makes room for this run may go.
         try:
             for file in [*([self.folder / GRID] if overwrite else []), *to_delete]:
                 file.unlink(missing_ok=True)
-        except OSError as error:
-            raise OSError(f"cannot write to {self.folder}: {error.strerror or error}") from error
-        try:
+            (self.folder / BATCHES).mkdir(exist_ok=True)
+            if self.missing and not self._one_file:
+                (self.folder / IMAGES).mkdir(exist_ok=True)
+                if (self.folder / ONE_FILE).exists():  # of a finished run, to which images are added
+                    os.replace(self.folder / ONE_FILE, self.folder / IMAGES / f"{0:08d}.npy")
             self._write_record()
-        except OSError:
+        except OSError as error:
             self.discard_empty()
-            raise
+            raise OSError(f"cannot write to {self.folder}: {error.strerror or error}") from error
+
+    @property
+    def done(self) -> int:
+        """How many images are there, of all processes."""
+        return sum(batch.images for batch in self._batches())
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """What these images cost, and what was chosen by measuring."""
+        totals = dict[str, float]()
+        for batch in self._batches():
+            for name, count in {**batch.counts, "seconds": batch.seconds}.items():
+                totals[name] = round(totals.get(name, 0) + count, 3)
+            for name, value in batch.chosen.items():
+                totals[name] = max(totals.get(name, 0), value)
+        return totals
 
     def write(self, batch: SampleBatch, *, seconds: float) -> None:
-        """Add a batch that follows those that are there.
+        """Add one of the missing batches.
 
         Args:
-            batch: the images, with ``batch.first == done``.
+            batch: the images.
             seconds: what they took.
 
         Raises:
             OSError: if the disk is full or the folder has gone; what was there before still is.
         """
-        assert batch.first == self.done
         files = self.folder / IMAGES
-        if not self._one_file:
-            files.mkdir(exist_ok=True)
-            if (self.folder / ONE_FILE).exists():  # a finished run of one file, to which more images are added
-                os.replace(self.folder / ONE_FILE, files / f"{0:08d}.npy")
         if self.format == ImageFormat.npy:
-            with written_whole(self.folder / ONE_FILE if self._one_file else files / f"{batch.first:08d}.npy") as file:
+            written = [self.folder / ONE_FILE if self._one_file else files / f"{batch.first:08d}.npy"]
+            with written_whole(written[0]) as file:
                 np.save(file, batch.images.numpy())
         else:
-            for number, image in enumerate(batch.images):
-                label = "" if batch.labels is None else f"-class{int(batch.labels[number])}"
-                _write_png(files / f"{batch.first + number:08d}{label}.png", image)
-        self.done += len(batch.images)
-        for name, count in {**batch.counts, "seconds": round(seconds, 3)}.items():
-            self.totals[name] = round(self.totals.get(name, 0) + count, 3)
-        for name, value in batch.chosen.items():
-            self.totals[name] = max(self.totals.get(name, 0), value)
-        self._write_record()
+            classes = [""] * len(batch.images)
+            if batch.labels is not None:
+                classes = [f"-class{label}" for label in batch.labels.tolist()]
+            written = [files / f"{batch.first + n:08d}{label}.png" for n, label in enumerate(classes)]
+            for path, image in zip(written, batch.images, strict=True):
+                _write_png(path, image)
+        record = _Batch(
+            first=batch.first,
+            images=len(batch.images),
+            files={path.name: sha256_of(path) for path in written},
+            seconds=round(seconds, 3),
+            counts=batch.counts,
+            chosen=batch.chosen,
+        )
+        write_json(self.folder / BATCHES / f"{batch.first:08d}.json", asdict(record))
 
     def discard_empty(self) -> None:
-        """Where no image was written, delete the record and the folder that was made for images."""
+        """Where no image was written, delete the record and the folders that were made for images."""
         if self.done == 0:
             (self.folder / RECORD).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not there, or something else is in it
-                (self.folder / IMAGES).rmdir()
+            for name in (IMAGES, BATCHES):
+                with contextlib.suppress(OSError):  # not there, or something else is in it
+                    (self.folder / name).rmdir()
 
     def read(self, count: int) -> Tensor:
         """The first images that are there, at most so many: ``(n, *image_shape)`` float32."""
@@ -156,90 +204,102 @@ class RunFolder:
         return torch.cat(parts)
 
     def finish(self, figures: Mapping[str, Any]) -> dict[str, Any]:
-        """Write further figures of the run into the record, and return all of it."""
-        self._write_record(figures)
-        return {**self._record(), **figures}
+        """Write the sums and further figures of the run into the record, and return all of it."""
+        return self._write_record(figures)
 
-    def _record(self) -> dict[str, Any]:
-        return {**self.settings, "num_images": self.num_images, "images_done": self.done, **self.totals}
+    def _write_record(self, figures: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        progress = {"num_images": self.num_images, "images_done": self.done}
+        record = {**self.settings, **progress, **self.totals, **(figures or {})}
+        write_json(self.folder / RECORD, record)
+        return record
 
-    def _write_record(self, figures: Mapping[str, Any] | None = None) -> None:
-        write_json(self.folder / RECORD, {**self._record(), **(figures or {})})
-
-    def _read_record(self, *, overwrite: bool) -> dict[str, Any]:
-        """The record of the same run, empty where there is none."""
+    def _check_record(self, *, overwrite: bool) -> None:
+        """Refuse a folder of something else, or of another run."""
         path = self.folder / RECORD
         if not path.is_file():
-            there = [name for name in (RECORD, GRID, ONE_FILE, IMAGES) if (self.folder / name).exists()]
+            there = [name for name in (RECORD, GRID, ONE_FILE, IMAGES, BATCHES) if (self.folder / name).exists()]
             if there:
                 raise FileExistsError(f"{self.folder} holds {there[0]} of something else: choose another --out")
-            return {}
+            return
         if overwrite:
-            return {}
+            return
         try:
             record = read_json(path)
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}): choose another --out, or pass --overwrite") from error
-        for name in _PROGRESS[2:]:
-            count = record.get(name, 0)
-            if isinstance(count, bool) or not isinstance(count, int | float) or not 0 <= count < math.inf:
-                raise ValueError(
-                    f"{path} is damaged: {name} is {_short(count)}; choose another --out, or pass --overwrite"
-                )
         for name, value in self.settings.items():
             if record.get(name) != value:
                 raise FileExistsError(
                     f"{self.folder} holds another run: {name} is {_short(record.get(name))} there and {_short(value)} "
                     f"here; choose another --out, or pass --overwrite to delete that run"
                 )
-        return record
+        if _numbered(self.folder) and not (self.folder / BATCHES).is_dir():
+            raise FileExistsError(
+                f"{self.folder} holds images without checksums, of an earlier version: choose another --out, "
+                f"or pass --overwrite to delete them"
+            )
 
-    def _count(self) -> tuple[int, list[Path]]:
-        """How many images are there without a gap, and array files behind a gap, which are to be made again."""
-        count, behind_gap = 0, list[Path]()
+    def _batches(self) -> list[_Batch]:
+        """What the records say, in the order of the images."""
+        folder = self.folder / BATCHES
+        paths = [path for path in visible_entries(folder) if path.suffix == ".json"] if folder.is_dir() else []
+        return sorted(map(_Batch.read, paths), key=lambda batch: batch.first)
+
+    def _kept(self) -> list[_Batch]:
+        """The batches whose files are all there, checked; of two with the same image, the one that begins first."""
         for path in run_files(self.folder):
             if path.suffix != f".{self.format.value}":
                 raise FileExistsError(f"{path} is not of this run, which writes {self.format.value}: move it away")
-            match = _FILE.fullmatch(path.name)
-            if behind_gap or (match is not None and int(match[1]) != count):
-                behind_gap.append(path)
-            else:
-                count += self._images_in(path)
-        return count, [path for path in behind_gap if path.suffix == ".npy"]
+        kept, end = list[_Batch](), 0
+        for batch in self._batches():
+            paths = self._paths(batch)
+            if batch.first < end or not all(path.is_file() for path in paths):
+                continue
+            for path, checksum in zip(paths, batch.files.values(), strict=True):
+                if sha256_of(path) != checksum:
+                    raise ValueError(
+                        f"{path} is damaged: its checksum is not the one in {BATCHES}/{batch.first:08d}.json; "
+                        f"delete it, and the run makes it again"
+                    )
+            kept.append(batch)
+            end = batch.end
+        return kept
 
-    def _images_in(self, path: Path) -> int:
-        """How many images a file holds; raises where they are not whole, or not of this run's shape."""
-        from PIL import Image
+    def _paths(self, batch: _Batch) -> list[Path]:
+        """The files of a batch, where they are now: ``images.npy`` moves when more images are added."""
+        if list(batch.files) == [ONE_FILE] and (self.folder / ONE_FILE).exists():
+            return [self.folder / ONE_FILE]
+        return [self.folder / IMAGES / (f"{0:08d}.npy" if name == ONE_FILE else name) for name in batch.files]
 
-        try:
-            if path.suffix == ".png":
-                with Image.open(path) as picture:
-                    shape, dtype = (len(picture.getbands()), *picture.size[::-1]), np.dtype(np.uint8)
-                fits, count = shape == self._image_shape, 1
-            else:
-                array = map_array(path)
-                shape, dtype = array.shape, array.dtype
-                fits, count = shape[1:] == self._image_shape and dtype == np.float32, len(array) if shape else 0
-        except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it, and the run makes it again") from error
-        if not fits:
-            raise ValueError(
-                f"{path} is not of this run: it holds {dtype} {shape}, expected images "
-                f"{self._image_shape}: delete it, and the run makes it again"
-            )
-        return count
+    def _not_of(self, kept: list[_Batch]) -> list[Path]:
+        """Files of images and batches that do not count, and what was left when a process was killed as it wrote."""
+        counted = {path for batch in kept for path in self._paths(batch)}
+        counted |= {self.folder / BATCHES / f"{batch.first:08d}.json" for batch in kept}
+        folders = [self.folder, self.folder / IMAGES, self.folder / BATCHES]
+        there = [path for _, path in _numbered(self.folder)] + list((self.folder / BATCHES).glob("*.json"))
+        return [path for path in there if path not in counted] + [p for each in folders for p in each.glob(".*.part")]
 
-    def _check_room(self, to_delete: list[Path]) -> None:
+    def _check_room(self, count: int, image_shape: tuple[int, ...], to_delete: list[Path]) -> None:
         """Refuse what cannot fit on the disk; of PNG only the least size is known."""
         disk = shutil.disk_usage(self.folder)
         free = disk.free + sum(path.stat().st_size for path in to_delete)
-        each = 100 if self.format == ImageFormat.png else 4 * int(np.prod(self._image_shape))
-        need = (self.num_images - self.done) * each
+        each = 100 if self.format == ImageFormat.png else 4 * int(np.prod(image_shape))
+        need = count * each
         if need > free and disk.total:  # a file system that knows no size says 0
             raise OSError(
-                f"{self.num_images} images of {'x'.join(map(str, self._image_shape))} need at least "
+                f"{count} images of {'x'.join(map(str, image_shape))} need at least "
                 f"{need / 1e9:,.3f} GB, and the disk of {self.folder} has {free / 1e9:,.3f} GB left"
             )
+
+
+def _gaps(kept: list[_Batch], num_images: int, batch_size: int) -> list[range]:
+    """What lies between the batches that are there, in pieces of at most ``batch_size`` images."""
+    ends = [0, *(batch.end for batch in kept)]
+    starts = [*(batch.first for batch in kept), num_images]
+    pieces = list[range]()
+    for end, start in zip(ends, starts, strict=True):
+        pieces += [range(first, min(first + batch_size, start)) for first in range(end, start, batch_size)]
+    return pieces
 
 
 def run_files(folder: Path) -> list[Path]:
@@ -274,6 +334,10 @@ def _write_png(path: Path, image: Tensor) -> None:
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     with written_whole(path) as file:
         picture.save(file, format="png")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _short(value: Any) -> str:

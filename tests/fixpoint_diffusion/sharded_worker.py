@@ -1,6 +1,6 @@
 """One process of a chain that is solved by several.
 
-``python -m tests.fixpoint_diffusion.sharded_worker RANK WORLD_SIZE STORE OUT [die]``; imported, the same without
+``python -m tests.fixpoint_diffusion.sharded_worker RANK WORLD_SIZE STORE OUT [die|mesh]``; imported, the same without
 processes.
 """
 
@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 import fixpoint
 from fixpoint_diffusion import (
@@ -137,6 +139,67 @@ def faults(rank: int) -> dict[str, str]:
     }
 
 
+class Layers(nn.Module):
+    """A denoiser with two layers, whose parameters can be sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layers(x) + (t / 1000)[:, None]
+
+
+def images_of(denoiser: Any, first: int) -> list[Any]:
+    """Two samples of a seed's, from the given one on."""
+    x_T = initial_noise(seed=0, samples=range(first, first + 2), shape=(4,)).to(D)
+    with torch.no_grad():
+        result = sample(DDIMChain(denoiser, x_T, NoiseSchedule.linear(), steps=9), rtol=1e-8)
+    return [result.images, result.rounds]
+
+
+def sharded_fpdm(mesh: DeviceMesh | None, **config: Any) -> FPDM:
+    """An FPDM, its parameters sharded over a mesh if there is one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FPDM(FPDMConfig(**config))
+        for parameter in model.parameters():  # zeros at the end would leave nothing to train before it
+            nn.init.normal_(parameter, std=0.1)
+    if mesh is not None:
+        for part in (*model.pre, *model.post, model):  # the layer is called beside its own forward, by the model's
+            fully_shard(part, mesh=mesh)
+    return model
+
+
+def training_step(mesh: DeviceMesh | None) -> list[Tensor]:
+    """The parameters of a small FPDM after one step on two images a rank; without a mesh, on all of them."""
+    model = sharded_fpdm(mesh, width=16, heads=2).double()
+    x = initial_noise(seed=0, samples=range(8), shape=(1, 8, 8)).to(D)
+    if mesh is not None:
+        x = x[2 * dist.get_rank() :][:2]
+    torch.manual_seed(3)  # the depths of stochastic JFB are the same everywhere
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()(x, torch.full((len(x),), 500)).square().mean().backward()
+    optimizer.step()
+    return [each.full_tensor() if mesh is not None else each.detach() for each in model.parameters()]
+
+
+def two_dimensions() -> dict[str, Any]:
+    """Rows along one dimension of a mesh of 2 x 2; along the other other samples, or parts of the parameters."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("others", "rows"))
+    first = 2 * mesh.get_local_rank("others")
+    network = Layers().requires_grad_(False)
+    found: dict[str, Any] = {"first": first, "samples": images_of(sharded(network, mesh["rows"]), first)}
+    for part in (*network.layers[::2], network):
+        fully_shard(part, mesh=mesh["others"])
+    found["parameters here"] = sum(each.to_local().numel() for each in network.parameters())
+    found["fsdp"] = images_of(sharded(network, mesh["rows"]), 0)
+    found["trained"] = training_step(dist.init_device_mesh("cpu", (4,)))
+    return found
+
+
 def die(rank: int) -> str:
     """Rank 1 is killed in the middle of a sample; what rank 0 says."""
     calls = 0
@@ -165,5 +228,9 @@ if __name__ == "__main__":
     if sys.argv[5:] == ["die"]:
         torch.save(die(rank), out)
         os._exit(0)
+    if sys.argv[5:] == ["mesh"]:
+        torch.save(two_dimensions(), out)
+        dist.destroy_process_group()
+        sys.exit()
     torch.save({"found": everything(sharded), "faults": faults(rank)}, out)
     dist.destroy_process_group()

@@ -80,7 +80,7 @@ class TestCollecting:
         alive: list[int] = []
 
         class Counting(Images):
-            def batches(self, batch_size: int):
+            def parts(self, batch_size: int):
                 import weakref
 
                 seen: list[weakref.ref] = []
@@ -88,7 +88,7 @@ class TestCollecting:
                     batch = torch.rand(batch_size, 1, 1, 4) - 0.5
                     seen.append(weakref.ref(batch))
                     alive.append(sum(ref() is not None for ref in seen))
-                    yield batch
+                    yield batch_size, lambda given=batch: given
                     del batch
 
         found = collect_features(Counting("x"), ModuleFeatures(lambda x: x.flatten(1) + 0, name="x", num_features=4))

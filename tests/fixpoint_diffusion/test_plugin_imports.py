@@ -16,6 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     "extras",
     "files",
+    "ranks",
     "processes",
     "models",
     "denoisers",
@@ -30,6 +31,7 @@ ORDER = (
     "problems",
     "commands",
     "cli",
+    "__main__",
     "__init__",
 )
 

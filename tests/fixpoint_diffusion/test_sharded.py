@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fixpoint_diffusion.denoisers import sharded
+from fixpoint_diffusion.models import FPDMConfig
 from tests.fixpoint_diffusion import sharded_worker as worker
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +57,39 @@ def test_several_processes_find_what_one_finds_in_the_same_rounds(tmp_path: Path
             else f"RuntimeError: the denoiser failed on rank 1 of {size}: ZeroDivisionError: no such row"
         )
         assert said["after all that"] == ""
+
+
+def test_rows_are_shared_along_one_dimension_of_a_mesh_beside_samples_or_parameters(tmp_path: Path) -> None:
+    codes, results = run_ranks(tmp_path, 4, "mesh")
+    assert codes == [0] * 4
+    network = worker.Layers()
+    for result in results:
+        alone = worker.images_of(network, result["first"])
+        torch.testing.assert_close(result["samples"], alone, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(result["fsdp"], worker.images_of(network, 0), rtol=1e-6, atol=1e-9)
+        assert result["parameters here"] == sum(each.numel() for each in network.parameters()) // 2
+    assert [result["first"] for result in results] == [0, 0, 2, 2]
+    alone = worker.training_step(None)
+    untrained = worker.sharded_fpdm(None, width=16, heads=2).double().parameters()
+    assert any(bool((one != other).any()) for one, other in zip(alone, untrained, strict=True))
+    for result in results:
+        torch.testing.assert_close(result["trained"], alone, rtol=1e-6, atol=1e-9)
+
+
+def test_an_xl_model_is_sharded_without_memory_for_it() -> None:
+    """FSDP2 over eight ranks, of which this is one, and the others need not be there: nothing is sent."""
+    config = dataclasses.asdict(FPDMConfig.preset("XL/2"))
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=8)
+    try:
+        with torch.device("meta"):
+            whole = sum(each.numel() for each in worker.sharded_fpdm(None, **config).parameters())
+            model = worker.sharded_fpdm(dist.init_device_mesh("cpu", (8,)), **config)
+    finally:
+        dist.destroy_process_group()
+    here = sum(each.to_local().numel() for each in model.parameters())
+    assert whole > 80_000_000
+    assert whole / 8 <= here < whole / 7.9
+    assert all(each.is_meta for each in model.parameters())
 
 
 def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:

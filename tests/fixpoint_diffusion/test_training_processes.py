@@ -2,56 +2,81 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+import json
 from collections import Counter
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from fixpoint_diffusion.models.fpdm.config import Backpropagation
 from fixpoint_diffusion.training.batches import Share, StepSampler, draw
 from fixpoint_diffusion.training.checkpoints import load_state
 from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.runs import TrainingRun
+from tests.fixpoint_diffusion.processes import ended, start_ranks, wait_for
 
-# A conditional FPDM: class dropout, and depths of stochastic JFB that must be the same everywhere.
-OPTIONS = {
-    "kind": "fpdm",
-    "classes": True,
-    "settings": {"width": 16, "heads": 2, "max_no_grad": 3, "max_grad": 3},
-    "training": {"steps": 4, "batch_size": 8, "class_dropout": 0.3},
-}
-SCRIPT = f"""
-import sys
+RULES = get_args(Backpropagation)
+
+
+def options(rule: str, steps: int = 2) -> dict[str, Any]:
+    """A conditional FPDM: class dropout, and depths of stochastic JFB that must be the same everywhere."""
+    return {
+        "kind": "fpdm",
+        "classes": True,
+        "settings": {"width": 16, "heads": 2, "max_no_grad": 3, "max_grad": 3, "backward": rule},
+        "training": {"steps": steps, "batch_size": 8, "class_dropout": 0.3, "checkpoint_every": 2},
+    }
+
+
+# By every rule; and at last once more, where the second process waits in its third step to be killed.
+SCRIPT = """
+import json, os, sys, time
+from pathlib import Path
+from fixpoint_diffusion.training import trainer
 from fixpoint_diffusion.training.runs import TrainingRun
-TrainingRun.start(sys.argv[1], **{OPTIONS!r}).run(progress=False)
+from tests.fixpoint_diffusion.processes import ended, start_ranks, wait_for
+folder, runs, killed = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+for name, options in runs.items():
+    TrainingRun.start(folder / name, **options).run(progress=False)
+original = trainer._Run.step
+def step(self, batches, number, interrupted):
+    if number == 2 and os.environ["RANK"] == "1":
+        (folder / "waiting").touch()
+        time.sleep(600)
+    return original(self, batches, number, interrupted)
+trainer._Run.step = step
+TrainingRun.start(folder / "killed", **killed).run(progress=False)
 """
 
 
-def start(folder: Path, *, rank: int, port: int) -> subprocess.Popen:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    environment = {**os.environ, **{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, "-c", SCRIPT, str(folder)]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def assert_same(folder: Path, other: Path) -> None:
+    one, two = (load_state(each / "checkpoint" / "state.safetensors") for each in (folder, other))
+    for name, value in one.model.items():
+        torch.testing.assert_close(two.model[name], value, rtol=1e-3, atol=2e-5, msg=f"{folder.name}: {name}")
+    assert two.record["log"]["pending"] == pytest.approx(one.record["log"]["pending"], rel=1e-4)
+    assert two.record["config"] == one.record["config"]
 
 
 def test_two_processes_train_what_one_does_with_the_same_batch(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [start(tmp_path / "two", rank=rank, port=port) for rank in range(2)]
-    TrainingRun.start(tmp_path / "one", **OPTIONS).run(progress=False)
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-    one, two = (load_state(tmp_path / name / "checkpoint" / "state.safetensors") for name in ("one", "two"))
-    for name, value in one.model.items():
-        torch.testing.assert_close(two.model[name], value, rtol=1e-3, atol=2e-5, msg=name)
-    assert two.record["log"]["pending"] == pytest.approx(one.record["log"]["pending"], rel=1e-4)
-    assert (tmp_path / "two" / "config.json").read_text() == (tmp_path / "one" / "config.json").read_text()
+    runs, whole = {rule: options(rule) for rule in RULES}, options("sjfb", steps=4)
+    ranks = start_ranks(2, "-c", SCRIPT, tmp_path / "two", json.dumps(runs), json.dumps(whole))
+    for rule, each in runs.items():
+        TrainingRun.start(tmp_path / "one" / rule, **each).run(progress=False)
+    TrainingRun.start(tmp_path / "one" / "killed", **whole).run(progress=False)
+    try:
+        wait_for(tmp_path / "two" / "waiting")
+    finally:
+        ranks[1].kill()
+        (code, said, _), _ = ended(ranks)
+    assert code != 0, said
+    for rule in RULES:
+        assert_same(tmp_path / "one" / rule, tmp_path / "two" / rule)
+    resumed = TrainingRun.resume(tmp_path / "two" / "killed")
+    assert resumed.steps_done == 2
+    resumed.run(progress=False)  # by one process
+    assert_same(tmp_path / "one" / "killed", tmp_path / "two" / "killed")
 
 
 CONFIG = TrainingConfig(steps=6, batch_size=8, accumulate=2, seed=3)

@@ -1,0 +1,115 @@
+"""The processes that do one piece of work together, as ``torchrun`` starts them: shares, and one end for all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+# Whoever is ready first waits for the last. A process that has ended is noticed at once, whatever this is.
+_PATIENCE = timedelta(days=1)
+
+
+class FailedElsewhereError(RuntimeError):
+    """Another rank has failed, and says why."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that work together; by default it is alone.
+
+    Attributes:
+        rank: its number.
+        size: how many there are.
+
+    >>> Ranks().share(range(4)), Ranks(1, 3).share(range(4))
+    (range(0, 4), range(1, 4, 3))
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    @contextlib.contextmanager
+    def of_torchrun(cls) -> Iterator[Ranks]:
+        """The processes that ``torchrun`` has started, with a process group of gloo for what they tell each other."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield cls()
+            return
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+        try:
+            yield cls(dist.get_rank(), dist.get_world_size())
+        finally:
+            dist.destroy_process_group()
+
+    def device(self, name: str) -> str:
+        """The device of this process, where a name such as ``"cuda"`` leaves open which."""
+        return name if self.size == 1 or name == "cpu" or ":" in name else f"{name}:{os.environ.get('LOCAL_RANK', 0)}"
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Every ``size``-th of them, from the ``rank``-th on."""
+        return items[self.rank :: self.size]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns here, once it has returned on all ranks.
+
+        Raises:
+            Exception: that of ``work``, on the first rank where it has failed.
+            FailedElsewhereError: on the others.
+            ChildProcessError: if a process has ended before.
+        """
+        if self.size == 1:
+            return work()
+        results, failure = list[T](), None
+        try:
+            results.append(work())
+        except Exception as error:  # the others must hear of it, or they would wait
+            failure = error
+        said = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        failed = [rank for rank, each in enumerate(said) if each is not None]
+        if failed and failed[0] == self.rank and failure is not None:
+            raise failure
+        if failed:
+            raise FailedElsewhereError(f"rank {failed[0]} of {self.size} failed: {said[failed[0]]}") from failure
+        return results[0]
+
+    def of_first(self, value: T) -> T:
+        """The value that rank 0 gives; it must be one that pickles."""
+        values: list[Any] = self.gather(value if self.rank == 0 else None)
+        return values[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks; they must be such as pickle."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _others_there():
+            dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of the ranks' tensors, which have one shape and are on the CPU."""
+        if self.size == 1:
+            return tensor
+        total = tensor.clone()
+        with _others_there():
+            dist.all_reduce(total)
+        return total
+
+
+@contextlib.contextmanager
+def _others_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ChildProcessError("another process of this command has ended; the same command goes on") from error
+
+
+ALONE = Ranks()

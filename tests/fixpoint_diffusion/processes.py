@@ -1,0 +1,56 @@
+"""Several processes of one command, as ``torchrun`` starts them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def start_ranks(size: int, *command: object) -> list[subprocess.Popen]:
+    """Start ``python COMMAND`` as ``size`` ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(size):
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+        environment = {**os.environ, **{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"}
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                env=environment,
+                cwd=ROOT,  # so that the package beside these tests is used
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
+    return ranks
+
+
+def ended(ranks: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each, of errors only lines of ours: no bars, and nothing that gloo says."""
+    try:
+        found = [(*process.communicate(timeout=240), process.returncode) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    return [(code, out, "\n".join(_ours(error))) for out, error, code in found]
+
+
+def _ours(error: str) -> list[str]:
+    return [line for line in error.splitlines() if line.startswith(("Error", "Warning", "Traceback"))]
+
+
+def wait_for(path: Path) -> None:
+    """Until there is such a file."""
+    end = time.monotonic() + 240
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.05)
