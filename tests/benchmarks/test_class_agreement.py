@@ -22,7 +22,7 @@ class DrawsDigits:
         wanted = torch.arange(100) % 10
         wrong = torch.where(torch.arange(100) < 10, (wanted + 1) % 10, wanted)
         rows = [int((data.labels == label).nonzero()[number // 10]) for number, label in enumerate(wrong)]
-        self.batch = SampleBatch(first=0, images=data.images[rows], labels=wanted, counts={})
+        self.batch = SampleBatch(first=0, images=data.images[rows], labels=wanted, counts={}, chosen={})
 
     def batches(self, *, progress: bool) -> list[SampleBatch]:
         return [self.batch]
