@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fixpoint_diffusion.denoisers.protocol import Description
+from fixpoint_diffusion.denoisers.protocol import Description, networks_of
 
 # Two batches of other sizes may be rounded in other ways; then a second look decides, at one size.
 _CLOSE = 1e-3
@@ -138,14 +138,11 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _in_training(denoiser: object, kind: type[nn.Module]) -> str | None:
     """What to do about modules of that kind in training mode, or a network as a whole; None if there is none."""
-    while denoiser is not None:
-        network = denoiser if isinstance(denoiser, nn.Module) else getattr(denoiser, "model", None)
-        if isinstance(network, nn.Module):
-            active = [part for part in network.modules() if part.training]
-            found = [part for part in active if isinstance(part, kind)] or active
-            if found:
-                return f"{type(found[0]).__name__} is in training mode; call model.eval()"
-        denoiser = getattr(denoiser, "denoiser", None)  # of a denoiser around a denoiser
+    for network in networks_of(denoiser):
+        active = [part for part in network.modules() if part.training]
+        found = [part for part in active if isinstance(part, kind)] or active
+        if found:
+            return f"{type(found[0]).__name__} is in training mode; call model.eval()"
     return None
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fixpoint_diffusion.processes import GaussianPrior
 
@@ -129,3 +129,18 @@ def describe(denoiser: Callable[..., Tensor]) -> Description:
     plain = Description()
     given = {name: getattr(denoiser, name, None) for name in vars(plain)}
     return Description(**{name: value for name, value in given.items() if value is not None})
+
+
+def from_outside(denoiser: object) -> Iterator[object]:
+    """A denoiser, the one that it is around (its attribute ``denoiser``), and so on."""
+    while denoiser is not None:
+        yield denoiser
+        denoiser = getattr(denoiser, "denoiser", None)
+
+
+def networks_of(denoiser: object) -> Iterator[nn.Module]:
+    """The modules among these, or in their attribute ``model``, from outside."""
+    for each in from_outside(denoiser):
+        network = each if isinstance(each, nn.Module) else getattr(each, "model", None)
+        if isinstance(network, nn.Module):
+            yield network

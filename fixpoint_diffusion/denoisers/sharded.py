@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
-from fixpoint_diffusion.denoisers.protocol import describe
+from fixpoint_diffusion.denoisers.protocol import describe, from_outside, networks_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -131,7 +131,7 @@ class ShardedDenoiser:
         return self._call(share, mine(x), mine(t), given)[: share.count].contiguous()
 
     def _call(self, share: _Share, x: Tensor, t: Tensor, inputs: dict[str, Any]) -> Tensor:
-        network = _network_of(self.denoiser) if torch.is_grad_enabled() else None
+        network = next(networks_of(self.denoiser), None) if torch.is_grad_enabled() else None
         learned = dict(network.named_parameters()) if network is not None else {}
         learned = {name: value for name, value in learned.items() if value.requires_grad}
         if network is None or not learned:
@@ -261,7 +261,7 @@ class _Total(torch.autograd.Function):
 
 def is_sharded(denoiser: object) -> bool:
     """Whether the rows of a denoiser, or of the one that it is around, are shared among ranks."""
-    return any(isinstance(each, ShardedDenoiser) for each in _from_outside(denoiser))
+    return any(isinstance(each, ShardedDenoiser) for each in from_outside(denoiser))
 
 
 class _CallWith(nn.Module):
@@ -274,22 +274,6 @@ class _CallWith(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, **inputs: Any) -> Tensor:
         return self._denoiser[0](x, t, **inputs)
-
-
-def _network_of(denoiser: object) -> nn.Module | None:
-    """The module in a denoiser, or in the one that it is around."""
-    for each in _from_outside(denoiser):
-        network = each if isinstance(each, nn.Module) else getattr(each, "model", None)
-        if isinstance(network, nn.Module):
-            return network
-    return None
-
-
-def _from_outside(denoiser: object) -> Iterator[object]:
-    """A denoiser, the one that it is around, and so on."""
-    while denoiser is not None:
-        yield denoiser
-        denoiser = getattr(denoiser, "denoiser", None)
 
 
 def _digest(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fixpoint import bench
@@ -68,6 +68,20 @@ def curve(records: Sequence[Record], measure: str) -> tuple[list[float], list[fl
     padded = [[*each, *[each[-1]] * (length - len(each))] for each in curves]
     means = [None if None in column else statistics.fmean(column) for column in zip(*padded, strict=True)]
     return [float(k + 1) for k in range(length)], means
+
+
+def curves_by(
+    records: Sequence[Record], measure: str, keys: Sequence[str], words: Mapping[str, str] | None = None
+) -> dict[str, tuple[list[float], list[float | None]]]:
+    """:func:`curve` for each group by these keys, labelled by what they are; ``words`` say more of some values."""
+    words = words or {}
+    return {
+        ", ".join(
+            words.get(value, value) if isinstance(value, str) else f"{key}={value:g}"
+            for key, value in zip(keys, group, strict=True)
+        ): curve(members, measure)
+        for group, members in grouped(records, *keys).items()
+    }
 
 
 def first_seed(records: Sequence[Record]) -> list[Record]:

@@ -98,10 +98,10 @@ class ParallelInverse:
 
 
 class _Phase(NamedTuple):
-    """Some rounds of a ``ParallelInverse``: on a grid of steps, or on all (None); and whether they have probes."""
+    """Some rounds: on a grid of steps, or on all (None); by secants, or by the solver (None)."""
 
     grid: StepGrid | None
-    probing: bool
+    secants: BlockSecants | None
     last: bool
 
 
@@ -128,11 +128,10 @@ class _Search:
 
     def phases(self) -> list[_Phase]:
         """One grid after another, and all steps. What probes did not get there goes on without them."""
-        probing = self._secants is not None
-        phases = [_Phase(grid, probing, False) for grid in self.problem.grids]
-        if probing:
-            phases.append(_Phase(None, True, False))
-        return [*phases, _Phase(None, False, True)]
+        phases = [_Phase(grid, self._secants, False) for grid in self.problem.grids]
+        if self._secants is not None:
+            phases.append(_Phase(None, self._secants, False))
+        return [*phases, _Phase(None, None, True)]
 
     def begin(self, phase: _Phase) -> None:
         """Go on with another phase, from the latents that the one before has led to."""
@@ -165,7 +164,8 @@ class _Search:
         problem, active = self.problem, self._working.nonzero().flatten()
         before = problem.chain.evals
         latents = self._latents[active]
-        probes = self._secants.probes() if self._secants is not None and self._phase.probing else None
+        secants = self._phase.secants
+        probes = None if secants is None else secants.probes()
         seen = problem.look(latents, active, self._phase.grid, probes)
         self._images[active] = seen.images
         doubts = None
@@ -175,8 +175,8 @@ class _Search:
         self._misses.zero_()
         self._misses[active] = self._images[active] - problem.after(latents, active)
         self._forecast.observe(self._latents, self._images)
-        if self._secants is not None and seen.responses is not None:
-            self._secants.observe(self._latents, self._images, active, seen.responses)
+        if secants is not None and seen.responses is not None:
+            secants.observe(self._latents, self._images, active, seen.responses)
         if doubts is None:
             missed, doubt = self._predict(self._misses[None])[0], self._doubt
         else:
@@ -192,10 +192,10 @@ class _Search:
         )
         self.history.append(latest)
         self._judge(missed, doubt)
-        if self._secants is None or not self._phase.probing:
+        if secants is None:
             self._mix()
         else:
-            self._latents += torch.where(self._working[:, None, None], self._secants.correction(self._misses), 0)
+            self._latents += torch.where(self._working[:, None, None], secants.correction(self._misses), 0)
         return latest
 
     def _predict(self, misses: Tensor) -> Tensor:

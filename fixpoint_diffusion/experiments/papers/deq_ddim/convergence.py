@@ -9,7 +9,7 @@ from fixpoint import bench
 from fixpoint_diffusion.experiments.experiment import Experiment, Verdict
 from fixpoint_diffusion.experiments.papers.deq_ddim.solving import SOLVES
 from fixpoint_diffusion.experiments.records import Config, Record
-from fixpoint_diffusion.experiments.summaries import curve, grouped, lower, mean_spread, values
+from fixpoint_diffusion.experiments.summaries import curves_by, grouped, lower, mean_spread, values
 
 _FALLS = 0.1  # what must be left of the first residual, on average
 
@@ -49,15 +49,9 @@ def _grid(
 
 def _curves(title: str, *keys: str) -> Callable[[Sequence[Record]], bench.Lines]:
     def make(records: Sequence[Record]) -> bench.Lines:
-        series = {}
-        for key, group in grouped(records, *keys).items():
-            parts = (
-                each if isinstance(each, str) else f"{name}={each:g}" for name, each in zip(keys, key, strict=True)
-            )
-            series[", ".join(parts)] = curve(group, "residual")
         return bench.Lines(
             title,
-            series,
+            curves_by(records, "residual", keys),
             "solver steps (rounds)",
             "||h(z) - z||, mean of the samples",
             caption="A curve ends where the last sample had converged to 1e-3, or at the limit of rounds.",

@@ -10,7 +10,7 @@ from fixpoint import bench
 from fixpoint_diffusion.experiments.experiment import Experiment, Verdict
 from fixpoint_diffusion.experiments.papers.deq_ddim.inverting import DIRECT, INVERSIONS, LABELS
 from fixpoint_diffusion.experiments.records import Config, Record
-from fixpoint_diffusion.experiments.summaries import curve, grouped, lower, mean, mean_spread, values
+from fixpoint_diffusion.experiments.summaries import curves_by, grouped, lower, mean, mean_spread, values
 
 # Ten times the paper's rate of 0.01 and a twentieth of its epochs, so that x_T may go half as far. The baseline
 # gets 2.5 times the epochs, as on CIFAR10 with T = 100.
@@ -93,14 +93,8 @@ def curves(title: str, *keys: str) -> Callable[[Sequence[Record]], list[bench.Bl
     """The table, and the losses of every descent by these entries of its configuration."""
 
     def make(records: Sequence[Record]) -> list[bench.Block]:
-        series = {}
         descents = [record for record in records if "losses" in record.measures]
-        for key, group in grouped(descents, *keys).items():
-            parts = (
-                LABELS.get(each, each) if isinstance(each, str) else f"{name} {each:g}"
-                for name, each in zip(keys, key, strict=True)
-            )
-            series[", ".join(parts)] = curve(group, "losses")
+        series = curves_by(descents, "losses", keys, LABELS)
         return [_table(records), bench.Lines(title, series, "epoch", "loss, mean of the images")]
 
     return make

@@ -119,22 +119,22 @@ def _wins_at_low_budgets(records: Sequence[Record]) -> Verdict:
     return Verdict(holds, "; ".join(parts))
 
 
+def _middle(record: Record) -> str:
+    """DDPM at the middle budget, as the column of its distances is called."""
+    budgets = sorted(record.config["budgets"])
+    return f"DDPM {budgets[len(budgets) // 2]}"
+
+
 def _wins_everywhere(records: Sequence[Record]) -> Verdict:
     """FPDM ahead of DiT on every set, with DDPM at the middle budget."""
     parts, holds = [], True
     for (data,), group in grouped(records, "data").items():
         usual = {network: each for (network,), each in grouped(group, "network").items()}
-        budgets = sorted(group[0].config["budgets"])
-        column = f"DDPM {budgets[len(budgets) // 2]}"
+        column = _middle(group[0])
         one, other = distances(usual["fpdm"], column), distances(usual["dit"], column)
         holds = holds and lower(one, other)
         parts.append(f"{data}: {mean_spread(one)} against DiT's {mean_spread(other)}")
     return Verdict(holds, "; ".join(parts))
-
-
-def _middle(record: Record) -> str:
-    budgets = sorted(record.config["budgets"])
-    return f"DDPM {budgets[len(budgets) // 2]}"
 
 
 def _few_are_best(records: Sequence[Record]) -> Verdict:
