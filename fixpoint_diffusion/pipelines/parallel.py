@@ -12,15 +12,14 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from fixpoint import Progress, Solution, Solver
@@ -29,6 +28,7 @@ from fixpoint_diffusion.denoisers import DiffusersDenoiser, Guided, sharded
 from fixpoint_diffusion.denoisers.guided import NEGATIVE
 from fixpoint_diffusion.pipelines.callbacks import check_assignment
 from fixpoint_diffusion.pipelines.schedulers import check_scheduler, scheduler_noise, scheduler_transitions
+from fixpoint_diffusion.pipelines.stand_ins import Listener, OneStep
 from fixpoint_diffusion.sampling import SamplingResult, sample
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class ParallelPipeline(DiffusionPipeline):
                 bound.arguments.setdefault(name, value)
         bound.apply_defaults()
         after_round = run._after_round(bound.arguments, self)
-        asked = _Listener(real[self._network])
+        asked = Listener(real[self._network])
 
         def take_step(step: Mapping[str, Any]) -> Tensor:
             run.__dict__.update(real)
@@ -173,7 +173,7 @@ class ParallelPipeline(DiffusionPipeline):
             # A loop may carry the latents of a guided batch twice.
             return torch.cat([images] * (len(step["sample"]) // len(images)))
 
-        run.__dict__.update({"scheduler": _OneStep(real["scheduler"], take_step), self._network: asked})
+        run.__dict__.update({"scheduler": OneStep(real["scheduler"], take_step), self._network: asked})
         return original(*bound.args, **bound.kwargs), before, run
 
     def shard_rows(self, mesh: DeviceMesh | ProcessGroup | None = None) -> Self:
@@ -226,7 +226,7 @@ class ParallelPipeline(DiffusionPipeline):
         self.__dict__.update({name: value for name, value in left.items() if name not in ("scheduler", "_interrupt")})
 
     def _chain(
-        self, asked: _Listener, step: Mapping[str, Any], guidance: Guidance | None, max_rows: int | None
+        self, asked: Listener, step: Mapping[str, Any], guidance: Guidance | None, max_rows: int | None
     ) -> SamplingChain:
         """All steps of the original's loop, from what it asked the network and the scheduler in the first."""
         eta, out = step.get("eta", 0.0), step["model_output"]
@@ -275,53 +275,6 @@ class ParallelPipeline(DiffusionPipeline):
 
             options: dict[str, Any] = {} if solver is None else {"solver": solver}
             return sample(chain, rtol=rtol, callback=report, **options)
-
-
-class _OneStep:
-    """A scheduler as it is, but with one timestep, whose step is ``take_step`` of the arguments by name."""
-
-    def __init__(self, scheduler: Any, take_step: Callable[[Mapping[str, Any]], Tensor]) -> None:
-        self._scheduler = scheduler
-        signature = inspect.signature(scheduler.step)
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            latents = take_step(bound.arguments)
-            return SimpleNamespace(prev_sample=latents) if bound.arguments["return_dict"] else (latents,)
-
-        # Pipelines look there for what the scheduler accepts.
-        step.__signature__ = signature  # type: ignore[attr-defined]
-        self.step = step
-
-    @property
-    def timesteps(self) -> Tensor:
-        return self._scheduler.timesteps[:1]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_scheduler"], name)
-
-
-class _Listener(nn.Module):
-    """A network as it is, but when called it notes the inputs and answers zeros."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        vars(self)["_real"] = network  # not a submodule, which would be moved and counted twice
-        self.rows = 0
-        self.inputs: dict[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_real"], name)
-
-    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
-        """The real ones: a pipeline finds the device to run on by the offloading hooks on them."""
-        return vars(self)["_real"].modules()
-
-    def forward(self, sample: Tensor, timestep: Tensor, *, return_dict: bool = True, **inputs: Any) -> Any:
-        self.rows, self.inputs = len(sample), inputs
-        out = sample.new_zeros(len(sample), self.config.out_channels, *sample.shape[2:])
-        return SimpleNamespace(sample=out) if return_dict else (out,)
 
 
 def _placeholders(latents: Tensor | None, network: Any) -> dict[str, Any]:
