@@ -7,12 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fixpoint_diffusion.processes.ddim import ddim_weights
 from fixpoint_diffusion.processes.predictions import DENOISER_PREDICTIONS, Reading
 from fixpoint_diffusion.processes.schedules import NoiseSchedule, check_choice, check_timesteps
 from fixpoint_diffusion.processes.x0_hooks import X0Hook, apply_hook
-
-# In diffusers' words. The first is DDIM's own, the others are DDPM's, with eta = 1.
-VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 _PART = 2**18  # entries of latents that are summed at a time: 2 MiB
 
@@ -173,36 +171,18 @@ class Transitions:
             tensor([0.7746, 0.0000], dtype=torch.float64)
         """
         check_choice("prediction_type", prediction_type, DENOISER_PREDICTIONS)
-        check_choice("variance_type", variance_type, VARIANCE_TYPES)
-        if variance_type != "fixed_small" and eta != 1:
-            raise ValueError(f"variance_type={variance_type!r} is DDPM's and needs eta=1, got eta={eta:g}")
         if prediction_type == "epsilon" and alphas[0] == 0:
             raise ValueError(
                 f"timestep {float(timesteps[0]):g} holds no signal (zero terminal SNR), where a prediction of the "
                 "noise says nothing about the image: use a denoiser that predicts v or the sample, or leave that "
                 "timestep out"
             )
-        share = 1 - alphas / alphas_prev
-        if not eta >= 0:
-            raise ValueError(f"eta must be a number of at least 0, got {eta}")
-        # 1 - a' - sigma^2 >= 0 for every step that arrives at a noisy latent.
-        bounds = ((1 - alphas) / share).sqrt()[alphas_prev < 1]
-        largest = float(bounds.min()) if len(bounds) else float("inf")
-        if eta > largest * (1 + 1e-12):
-            raise ValueError(
-                f"eta={eta:g} asks a step for more noise than its latent may hold (a negative variance for what is "
-                f"left of the old noise); the largest legal eta for these timesteps is {largest:.6g}"
-            )
-        kept = alphas / alphas_prev * (1 - alphas_prev) / (1 - alphas)
-        sigma = eta * (share * (1 - alphas_prev) / (1 - alphas)).sqrt()
-        if variance_type == "fixed_large":
-            sigma = share.sqrt() * (timesteps > 0)
+        direction, sigma = ddim_weights(timesteps, alphas, alphas_prev, eta=eta, variance_type=variance_type)
         return cls(
             timesteps=timesteps,
             alphas=alphas,
             alphas_prev=alphas_prev,
-            # 1 - a' - sigma^2, written so that nothing cancels at eta = 1; above, rounding must not leave -1e-17.
-            direction=((1 - alphas_prev) * (1 - eta**2 + eta**2 * kept)).clamp(min=0).sqrt(),
+            direction=direction,
             sigma=sigma,
             prediction_type=prediction_type,
             x0_hook=x0_hook,
@@ -212,15 +192,10 @@ class Transitions:
 
     def with_eta(self, eta: float) -> Transitions:
         """The same steps with another share of DDPM's noise; arguments and errors as for :meth:`of`."""
-        other = Transitions.between(
-            self.timesteps,
-            self.alphas,
-            self.alphas_prev,
-            eta=eta,
-            prediction_type=self.prediction_type,
-            variance_type=self.variance_type,
+        direction, sigma = ddim_weights(
+            self.timesteps, self.alphas, self.alphas_prev, eta=eta, variance_type=self.variance_type
         )
-        return replace(self, direction=other.direction, sigma=other.sigma)
+        return replace(self, direction=direction, sigma=sigma)
 
     def as_input(self, x: Tensor, k: Tensor) -> Tensor:
         """Latents ``(N, *shape)`` before the steps k ``(N,)`` as the denoiser is to see them."""
