@@ -71,6 +71,19 @@ def test_denoiser_that_is_no_fixed_function_of_rows_is_named(
         RUNS[run](chain)
 
 
+def test_the_cause_is_found_in_a_denoiser_around_a_denoiser() -> None:
+    class Halved:
+        def __init__(self, denoiser: nn.Module) -> None:
+            self.denoiser = denoiser
+
+        def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.denoiser(x, t) / 2
+
+    chain = DDIMChain(Halved(Network("dropout").train()), initial_noise(0, range(2), (1, 8, 8)), LINEAR, steps=6)
+    with pytest.raises(ValueError, match="Dropout is in training mode"):
+        chain.sequential()
+
+
 @pytest.mark.parametrize("kind", ["dropout", "batch norm", "plain"])
 def test_the_same_networks_in_evaluation_mode_pass(kind: str) -> None:
     chain = DDIMChain(Network(kind).eval(), initial_noise(0, range(3), (1, 8, 8)), LINEAR, steps=6, max_rows=4)

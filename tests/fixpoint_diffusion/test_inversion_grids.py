@@ -85,6 +85,17 @@ def test_a_denoiser_that_jumps_is_seen_and_inverted() -> None:
     assert (inverse.error <= 1e-5).all()
 
 
+def test_a_grid_that_will_not_do_is_passed_over() -> None:
+    """Where outputs jump, twice as many steps do not help: no round has the rows of the next grid."""
+    x_0 = images(1, 5)
+    chain = chain_of(x_0, jumping)
+    sizes = [len(grid.steps) for grid in step_grids(chain.timesteps, x_0.device)]
+    method = ParallelInverse(second_try=None, probes=0)
+    inverse = invert(chain, x_0, method=method, rtol=0, atol=1e-5)
+    assert len(sizes) > 1
+    assert {round.rows for round in inverse.history} == {sizes[0], chain.steps}
+
+
 def test_a_sample_does_not_depend_on_the_others_of_its_batch() -> None:
     """They need different numbers of rounds."""
     x_0 = images(3, 5)
