@@ -197,15 +197,15 @@ FIGURE_6A = Experiment(
     theirs="part (a) of Figure 6: FID by iterations, 1000 images",
     kind=drawing.DRAWS,
     grid={
-        "quick": [sampling._config(k, 3, 0, images=8, reuse=reuse) for k in (1, 4) for reuse in (False, True)],
+        "quick": [sampling.config(k, 3, 0, images=8, reuse=reuse) for k in (1, 4) for reuse in (False, True)],
         "mini": [
-            sampling._config(k, 20, seed, reuse=reuse)
+            sampling.config(k, 20, seed, reuse=reuse)
             for k in (1, 2, 4, 8)
             for reuse in (False, True)
             for seed in range(3)
         ],
         "paper": [
-            sampling._published(k, 20, images=1000, reuse=reuse)
+            sampling.published(k, 20, images=1000, reuse=reuse)
             for k in (1, 2, 4, 8, 16, 26)
             for reuse in (False, True)
         ],

@@ -17,7 +17,7 @@ _PAPER_FID = {3: (48.0, 48.0, 46.7), 5: (45.8, 46.3, 44.8), 6: (46.6, 47.3, 45.9
 _PAPER_FID |= {12: (48.5, 49.1, 48.0), 26: (62.5, 63.2, 61.7)}
 
 
-def _config(
+def config(
     iterations: int,
     steps: int,
     seed: int,
@@ -42,10 +42,10 @@ def _config(
     }
 
 
-def _published(
+def published(
     iterations: int, steps: int, *, images: int = 50_000, allocation: str = "constant", reuse: bool = True
 ) -> Config:
-    return _config(
+    return config(
         iterations,
         steps,
         0,
@@ -91,9 +91,9 @@ FIGURE_4 = Experiment(
     theirs="280 passes, ImageNet: best for k = 4 to 8 of 1 to 68, ahead of DiT (for DiT see fpdm/table-1)",
     kind=DRAWS,
     grid={
-        "quick": [_config(k, steps, 0, images=8) for k, steps in ((1, 4), (2, 3), (4, 2))],
-        "mini": [_config(k, steps, seed) for k, steps in _SPLITS for seed in range(3)],
-        "paper": [_published(k, steps) for k, steps in _PAPER_SPLITS],
+        "quick": [config(k, steps, 0, images=8) for k, steps in ((1, 4), (2, 3), (4, 2))],
+        "mini": [config(k, steps, seed) for k, steps in _SPLITS for seed in range(3)],
+        "paper": [published(k, steps) for k, steps in _PAPER_SPLITS],
     },
     blocks=_smoothing,
     trend=_interior,
@@ -103,7 +103,7 @@ FIGURE_5 = Experiment(
     name="fpdm/figure-5",
     claim="Images at equal block passes are best with few iterations in each of many steps.",
     kind=DRAWS,
-    grid={**FIGURE_4.grid, "paper": [_published(k, steps, images=64) for k, steps in _PAPER_SPLITS]},
+    grid={**FIGURE_4.grid, "paper": [published(k, steps, images=64) for k, steps in _PAPER_SPLITS]},
     blocks=lambda records: [
         stacked(
             "Samples by iterations x steps",
@@ -150,15 +150,15 @@ TABLE_5 = Experiment(
     "k=26 62.5/63.2/61.7",
     kind=DRAWS,
     grid={
-        "quick": [_config(3, 3, 0, images=8, allocation=name) for name in _ALLOCATIONS],
+        "quick": [config(3, 3, 0, images=8, allocation=name) for name in _ALLOCATIONS],
         "mini": [
-            _config(k, steps, seed, allocation=name)
+            config(k, steps, seed, allocation=name)
             for k, steps in ((3, 24), (4, 20), (6, 15), (8, 12), (13, 8))
             for name in _ALLOCATIONS
             for seed in range(3)
         ],
         "paper": [
-            _published(k, steps, images=1000, allocation=name)
+            published(k, steps, images=1000, allocation=name)
             for k, steps in ((3, 56), (5, 40), (6, 35), (8, 28), (12, 20), (26, 10))
             for name in _ALLOCATIONS
         ],
