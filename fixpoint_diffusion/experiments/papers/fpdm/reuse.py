@@ -205,9 +205,7 @@ FIGURE_6A = Experiment(
             for seed in range(3)
         ],
         "paper": [
-            sampling.published(k, 20, images=1000, reuse=reuse)
-            for k in (1, 2, 4, 8, 16, 26)
-            for reuse in (False, True)
+            sampling.published(k, 20, images=1000, reuse=reuse) for k in (1, 2, 4, 8, 16, 26) for reuse in (False, True)
         ],
     },
     blocks=_by_reuse,
