@@ -38,7 +38,7 @@ def draw_lines(block: Lines, path: Path) -> None:
     axes.set(title=block.title, xlabel=block.x_label, ylabel=block.y_label)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(block.series) > 6:
+    if len(block.series) > 4:  # more would cover curves
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     elif block.series:
         axes.legend(frameon=False, fontsize=9)
