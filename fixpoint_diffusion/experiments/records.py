@@ -8,11 +8,13 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fixpoint import bench
-from fixpoint_diffusion.files import locked, read_json, written_whole
+from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded_folder
+from fixpoint_diffusion.files import locked, read_json, sha256_of, written_whole
 
 Config = Mapping[str, Any]
 Measures = dict[str, Any]
@@ -26,6 +28,7 @@ class Record:
         kind: of the run.
         config: what was run; its seed is in it.
         code: version of the code that ran, as ``fixpoint.bench.code_version`` gives it.
+        weights: of the embedded model that the configuration names, the start of their SHA-256; empty: it names none.
         measures: what came out, as plain values; what is not finite is None.
         seconds: how long it took.
         date: when it ended.
@@ -35,6 +38,7 @@ class Record:
     kind: str
     config: Config
     code: str
+    weights: str
     measures: Measures
     seconds: float
     date: str
@@ -48,7 +52,7 @@ class Records:
 
     Args:
         folder: has a subfolder for each kind.
-        any_code: whether records count that another version of the code has made.
+        any_code: whether records count that another version of the code has made, with the embedded weights of today.
 
     >>> import tempfile
     >>> records = Records(Path(tempfile.mkdtemp()))
@@ -75,7 +79,8 @@ class Records:
         if not self.any_code:
             return None
         earlier = [_read(path) for path in self.folder.glob(f"{kind}/{_key(config)}-*.json")]
-        return max(earlier, key=lambda record: record.date, default=None)
+        fitting = [record for record in earlier if record.weights == _weights(config)]
+        return max(fitting, key=lambda record: record.date, default=None)
 
     def compute(self, kind: str, config: Config, run: Callable[[Config], Measures]) -> Record:
         """The record of that run, which is made if it is not there.
@@ -94,6 +99,7 @@ class Records:
                 kind=kind,
                 config=bench.plain(dict(config)),
                 code=self.code,
+                weights=_weights(config),
                 measures=measures,
                 seconds=round(time.perf_counter() - start, 2),
                 date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -110,6 +116,18 @@ class Records:
 def _key(config: Config) -> str:
     text = json.dumps(bench.plain(dict(config)), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _weights(config: Config) -> str:
+    model = config.get("model")
+    if model not in EMBEDDED_MODELS:
+        return ""
+    return _start_of_sha256(embedded_folder(model) / "diffusion_pytorch_model.safetensors")
+
+
+@cache
+def _start_of_sha256(path: Path) -> str:
+    return sha256_of(path)[:12]
 
 
 def _read(path: Path) -> Record:

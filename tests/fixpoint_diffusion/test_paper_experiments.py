@@ -40,7 +40,7 @@ PROMISED = [
 
 
 def record(config: dict, **measures: object) -> Record:
-    return Record(kind="k", config=config, code="c", measures=measures, seconds=1.0, date="d", machine={})
+    return Record(kind="k", config=config, code="c", weights="", measures=measures, seconds=1.0, date="d", machine={})
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,17 @@ def test_a_run_is_computed_once_and_found_by_its_configuration_and_code(tmp_path
     changed.code = forgiving.code = "another"
     assert changed.find("k", {"a": 1, "seed": 0}) is None
     assert forgiving.find("k", {"a": 1, "seed": 0}) == first
+
+
+def test_a_record_counts_for_the_embedded_weights_that_made_it(tmp_path, monkeypatch):
+    records = Records(tmp_path, any_code=True)
+    config = {"model": "ddpm-digits", "seed": 0}
+    first = records.compute("k", config, lambda config: {"value": 1})
+    records.code = "another"
+    assert records.find("k", config) == first
+    monkeypatch.setattr("fixpoint_diffusion.experiments.records._start_of_sha256", lambda path: "trained anew")
+    assert records.find("k", config) is None
+    assert records.compute("k", config, lambda config: {"value": 2}).measures == {"value": 2}
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path):
