@@ -1,21 +1,24 @@
 """Digits for so many block passes an image: an FPDM, in several ways to spend them, beside a DiT of equal training.
 
-    python -m benchmarks.fpdm_budget [--images 1024] [--seeds 3] [--fpdm FOLDER] [--dit FOLDER] [--only WAY ...]
+    python -m benchmarks.fpdm_budget [--images 1024] [--seeds 3] [--pair FPDM DIT]... [--only WAY ...]
 
-What is in the record already, of the same models and as many images, is not computed again. Without folders the models
-are those that the package ships. Each way takes as many steps as the budget allows; a DiT of depth D has budget / D of
-them. DDIM without guidance, classes 0 to 9 in turn. A seed is one of the noise that images start from; each model was
-trained once. Written are the Frechet distance to held-out digits, the classifier's confidence, the share of images that
-are read as their class, and the block passes and operations (FLOPs) that were spent: an iteration of the FPDM's layer
-has, beside its block, the two projections of the injection. Last come the two targets of the shipped FPDM, the second
-one beside the shipped U-Net, which is told no class.
+What is in the record already, of the same models and as many images, is not computed again. The first pair of models
+is what the package ships; each `--pair` adds two folders of a further training, with other seeds. Each way takes as
+many steps as the budget allows; a DiT of depth D has budget / D of them. DDIM without guidance, classes 0 to 9 in
+turn. A seed is one of the noise that images start from; the spread is over seeds and trainings. Written are the
+Frechet distance to held-out digits, the classifier's confidence, the share of images that are read as their class,
+and the block passes and operations (FLOPs) that were spent: an iteration of the FPDM's layer has, beside its block,
+the two projections of the injection. Last come the two targets of the shipped FPDM, the second one beside the shipped
+U-Net, which is told no class.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,7 +27,7 @@ import torch
 
 from benchmarks.fpdm_measures import dit_quality, sample_quality
 from fixpoint.bench import provenance
-from fixpoint_diffusion.denoisers import embedded, embedded_folder, load_denoiser
+from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded, embedded_folder, load_denoiser
 from fixpoint_diffusion.evaluation import digit_frechet_distance
 from fixpoint_diffusion.experiments.fpdm import classes_of
 from fixpoint_diffusion.files import sha256_of
@@ -37,6 +40,7 @@ from fixpoint_diffusion.sampling.options import SamplingOptions
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 BUDGETS = (40, 80, 160, 320)
+SHIPPED = ("fpdm-digits", "dit-digits")
 # Mean iterations a step, and how they are spent.
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "4, reuse": (4, {}),
@@ -52,11 +56,19 @@ class Models:
 
     def __init__(self, fpdm: Path, dit: Path, images: int) -> None:
         first, second = load_denoiser(fpdm), load_denoiser(dit)
+        self.weights = {"fpdm": sha256_of(fpdm / WEIGHTS_FILE), "dit": sha256_of(dit / WEIGHTS_FILE)}
         self.fpdm, self.dit, self.images = first.model.eval(), second.model.eval(), images
         assert first.schedule_config is not None
         self.schedule = NoiseSchedule.from_diffusers(first.schedule_config)
         self._outside = cost(self.fpdm, iterations=0).flops
         self._iteration = cost(self.fpdm, iterations=1).flops - self._outside
+
+    def key(self, way: str) -> dict[str, Any]:
+        """By what a run of that way is found again, beside its budget and its seed."""
+        return {"model": self.weights["dit" if way == "DiT" else "fpdm"], "images": self.images}
+
+    def quality(self, way: str, budget: int, seed: int) -> dict[str, float]:
+        return self.of_dit(budget, seed) if way == "DiT" else self.of_fpdm(way, budget, seed)
 
     def of_dit(self, budget: int, seed: int) -> dict[str, float]:
         steps = budget // self.dit.config.depth
@@ -111,46 +123,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
     parser.add_argument("--only", nargs="+", choices=("DiT", *WAYS), default=["DiT", *WAYS], metavar="WAY")
-    parser.add_argument("--fpdm", type=Path, default=None, help="model folder (default: the shipped one)")
-    parser.add_argument("--dit", type=Path, default=None, help="model folder (default: the shipped one)")
+    parser.add_argument("--pair", nargs=2, action="append", metavar=("FPDM", "DIT"), help="folders or shipped models")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fpdm-budget.json"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    fpdm = options.fpdm or embedded_folder("fpdm-digits")
-    dit = options.dit or embedded_folder("dit-digits")
-    models = Models(fpdm, dit, options.images)
-    about = {"images": options.images, "fpdm": sha256_of(fpdm / WEIGHTS_FILE), "dit": sha256_of(dit / WEIGHTS_FILE)}
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-    same = {name: kept.get(name) == value for name, value in about.items()}
-    for way in list(kept.get("runs", ())):
-        if not (same["images"] and same["dit" if way == "DiT" else "fpdm"]):
-            del kept["runs"][way]
-    kept = {"runs": {}, **kept, "targets": kept["targets"] if same["images"] and same["fpdm"] else []}
-    kept |= {**about, "machine": provenance.machine(), "versions": provenance.versions(), "commit": provenance.commit()}
+    pairs = [Models(_folder(fpdm), _folder(dit), options.images) for fpdm, dit in options.pair or [SHIPPED]]
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {"runs": [], "targets": []}
+    kept |= {"machine": provenance.machine(), "versions": provenance.versions(), "commit": provenance.commit()}
 
-    def write() -> None:
+    def found(part: str, key: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is in that part of the record under this key, which is computed and written if it is not there."""
+        for each in kept[part]:
+            if key.items() <= each.items():
+                return each  # type: ignore[no-any-return]
+        kept[part].append({**key, **compute()})
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(kept, indent=1) + "\n")
+        return kept[part][-1]  # type: ignore[no-any-return]
 
-    print(f"Frechet distance of {options.images} images (lowest..highest of {options.seeds} seeds of the noise)")
+    print(
+        f"Frechet distance of {options.images} images "
+        f"(lowest..highest of {len(pairs)} training(s) with {options.seeds} seed(s) of the noise each)"
+    )
     print(f"{'block passes':22}" + "".join(f"{budget:>20}" for budget in options.budgets), flush=True)
     for way in options.only:
         cells = []
         for budget in options.budgets:
-            runs = kept["runs"].setdefault(way, {}).setdefault(str(budget), [])
-            for seed in range(len(runs) + 1, options.seeds + 1):
-                found = models.of_dit(budget, seed) if way == "DiT" else models.of_fpdm(way, budget, seed)
-                runs.append(found)
-                write()
-            frechet = [run["frechet"] for run in runs]
+            frechet = []
+            for models, seed in itertools.product(pairs, range(1, options.seeds + 1)):
+                key = {"way": way, "budget": budget, "seed": seed, **models.key(way)}
+                frechet.append(found("runs", key, partial(models.quality, way, budget, seed))["frechet"])
             cells.append(f"{mean(frechet):.2f} ({min(frechet):.2f}..{max(frechet):.2f})".rjust(20))
         print(f"{way if way == 'DiT' else f'FPDM {way}':22}" + "".join(cells), flush=True)
-    print("\nTargets in 50 steps, 4 iterations each with reuse")
-    kept["targets"] = kept["targets"] or targets(models)
-    write()
-    for each in kept["targets"]:
+    print("\nTargets in 50 steps, 4 iterations each with reuse" + (", of the first training" if len(pairs) > 1 else ""))
+    for each in found("targets", pairs[0].key("FPDM"), lambda: {"targets": targets(pairs[0])})["targets"]:
         words = [f"{name} {value:.3f}" for name, value in each.items() if name not in ("name", "found")]
         print(f"{each['name']}: {each['found']:.3f} ({', '.join(words)})")
+
+
+def _folder(name: str) -> Path:
+    return embedded_folder(name) if name in EMBEDDED_MODELS else Path(name)
 
 
 if __name__ == "__main__":

@@ -101,28 +101,29 @@ def test_every_way_keeps_within_the_budget(tmp_path: Path, capsys: Any, monkeypa
         scheduler.save_pretrained(tmp_path / folder)
     out = tmp_path / "budget.json"
     call = ["--images", "20", "--seeds", "1", "--budgets", "40", "--out", str(out)]
-    fpdm_budget.main([*call, "--fpdm", str(tmp_path / "fpdm"), "--dit", str(tmp_path / "dit")])
+    call += ["--pair", str(tmp_path / "fpdm"), str(tmp_path / "dit")]
+    fpdm_budget.main(call)
     found = json.loads(out.read_text())
-    runs = {name: cells["40"][0] for name, cells in found["runs"].items()}
+    runs = {run["way"]: run for run in found["runs"]}
     assert runs["DiT"]["block_passes"] == 40
     printed = capsys.readouterr().out
     for name, run in runs.items():
         assert 0.85 * 40 < run["block_passes"] <= (1.1 if "adaptive" in name else 1) * 40
         assert f"{run['frechet']:.2f} ({run['frechet']:.2f}.." in printed
-    confidence, distance = found["targets"]
+    confidence, distance = found["targets"][0]["targets"]
     assert f"{confidence['found']:.3f} (at least 0.970)" in printed
     assert distance["at most"] == pytest.approx(1.25 * distance["U-Net"])
     # As many iterations cost as much, whatever they start from; what is beside the blocks comes on top.
     assert runs["2, extrapolate"]["flops"] == runs["2, reuse"]["flops"] > runs["DiT"]["flops"]
-    # What is known is kept, as long as the models are the same.
-    call += ["--fpdm", str(tmp_path / "fpdm"), "--dit", str(tmp_path / "dit")]
+    # What is known is kept, and another training is one more pair.
     monkeypatch.setattr(fpdm_measures, "quality", lambda x, classes: {"frechet": -1.0, "confidence": 0.0})
     fpdm_budget.main([*call, "--only", "DiT"])
     assert json.loads(out.read_text())["runs"] == found["runs"]
-    save_dit(lively(DiT(DiTConfig(**SHAPE, depth=2))), tmp_path / "dit")
-    fpdm_budget.main([*call, "--only", "DiT"])
-    again = json.loads(out.read_text())["runs"]
-    (cell,) = again.pop("DiT")["40"]
-    assert cell["frechet"] == -1
-    assert cell["steps"] == 20
-    assert again == {way: cells for way, cells in found["runs"].items() if way != "DiT"}
+    save_dit(lively(DiT(DiTConfig(**SHAPE, depth=2))), tmp_path / "other")
+    scheduler.save_pretrained(tmp_path / "other")
+    fpdm_budget.main([*call, "--pair", str(tmp_path / "fpdm"), str(tmp_path / "other"), "--only", "DiT"])
+    *earlier, added = json.loads(out.read_text())["runs"]
+    assert earlier == found["runs"]
+    assert (added["way"], added["frechet"], added["steps"]) == ("DiT", -1, 20)
+    first = runs["DiT"]["frechet"]
+    assert f"{(first - 1) / 2:.2f} (-1.00..{first:.2f})" in capsys.readouterr().out
