@@ -2,14 +2,14 @@
 
     python -m benchmarks.fpdm_budget [--images 1024] [--seeds 3] [--pair FPDM DIT]... [--only WAY ...]
 
-What is in the record already, of the same models and as many images, is not computed again. The first pair of models
-is what the package ships; each `--pair` adds two folders of a further training, with other seeds. Each way takes as
-many steps as the budget allows; a DiT of depth D has budget / D of them. DDIM without guidance, classes 0 to 9 in
-turn. A seed is one of the noise that images start from; the spread is over seeds and trainings. Written are the
-Frechet distance to held-out digits, the classifier's confidence, the share of images that are read as their class,
-and the block passes and operations (FLOPs) that were spent: an iteration of the FPDM's layer has, beside its block,
-the two projections of the injection. Last come the two targets of the shipped FPDM, the second one beside the shipped
-U-Net, which is told no class.
+What is in the record already, of the same models and as many images, is not computed again. Each `--pair` is two
+model folders, or names of shipped models (the default), of one training each. Each way takes as many steps as the
+budget allows; a DiT of depth D has budget / D of them. DDIM without guidance, classes 0 to 9 in turn. A seed is one
+of the noise that images start from; the spread is over seeds and trainings. Written are the Frechet distance to held-
+out digits, the classifier's confidence, the share of images that are read as their class, and the block passes and
+operations (FLOPs) that were spent: an iteration of the FPDM's layer has, beside its block, the two projections of the
+injection. Last come the two targets of the shipped FPDM, the second one beside the shipped U-Net, which is told no
+class.
 """
 
 from __future__ import annotations
