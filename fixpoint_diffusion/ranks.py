@@ -16,6 +16,8 @@ T = TypeVar("T")
 # Whoever is ready first waits for the last. A process that has ended is noticed at once, whatever this is.
 _PATIENCE = timedelta(days=1)
 
+_GOES_ON = "the same command goes on"
+
 
 class FailedElsewhereError(RuntimeError):
     """Another rank has failed, and says why."""
@@ -90,7 +92,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _others_there():
+        with others_there(_GOES_ON):
             dist.all_gather_object(values, value)
         return values
 
@@ -99,17 +101,28 @@ class Ranks:
         if self.size == 1:
             return tensor
         total = tensor.clone()
-        with _others_there():
+        with others_there(_GOES_ON):
             dist.all_reduce(total)
         return total
 
 
 @contextlib.contextmanager
-def _others_there() -> Iterator[None]:
+def others_there(what_now: str) -> Iterator[None]:
+    """What a process group says in this block of a process that has ended, or does not answer, becomes one sentence.
+
+    Args:
+        what_now: the end of the sentence, such as ``"the same command goes on"``.
+
+    Raises:
+        ChildProcessError: in place of the error of the process group; other errors are left alone.
+    """
     try:
         yield
     except RuntimeError as error:
-        raise ChildProcessError("another process of this command has ended; the same command goes on") from error
+        # Gloo has no class for its errors; they name the file of its source that gave up.
+        if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
+            raise
+        raise ChildProcessError(f"another process of this command has ended; {what_now}") from error
 
 
 ALONE = Ranks()
