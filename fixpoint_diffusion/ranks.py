@@ -1,4 +1,7 @@
-"""The processes that do one piece of work together, as ``torchrun`` starts them: shares, and one end for all."""
+"""The processes that do one piece of work together, as ``torchrun`` starts them: shares, and one end for all.
+
+PyTorch is imported where there are several: the command line comes by here before it has looked at its options.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch.distributed as dist
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 # Whoever is ready first waits for the last. A process that has ended is noticed at once, whatever this is.
@@ -45,6 +48,8 @@ class Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield cls()
             return
+        import torch.distributed as dist
+
         dist.init_process_group("gloo", timeout=_PATIENCE)
         try:
             yield cls(dist.get_rank(), dist.get_world_size())
@@ -91,6 +96,8 @@ class Ranks:
         """The values of all ranks; they must be such as pickle."""
         if self.size == 1:
             return [value]
+        import torch.distributed as dist
+
         values: list[Any] = [None] * self.size
         with others_there(_GOES_ON):
             dist.all_gather_object(values, value)
@@ -100,6 +107,8 @@ class Ranks:
         """The sum of the ranks' tensors, which have one shape and are on the CPU."""
         if self.size == 1:
             return tensor
+        import torch.distributed as dist
+
         total = tensor.clone()
         with others_there(_GOES_ON):
             dist.all_reduce(total)
@@ -119,6 +128,8 @@ def others_there(what_now: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        import torch.distributed as dist
+
         # Gloo has no class for its errors; they name the file of its source that gave up.
         if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
             raise

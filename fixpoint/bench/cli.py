@@ -52,10 +52,9 @@ def bench_command(
     solver: Annotated[
         list[str] | None,
         typer.Option(
-            help="picard, anderson, broyden or causal (for chains), with options as in "
-            "anderson:memory=10,blocks=50 (blocks: parts of a row "
-            "with coefficients of their own); or package.module:Class, or file.py:Class. Repeat to compare several; without it, a problem that has a study of its "
-            "own runs that.",
+            help="picard, anderson, broyden or causal (for chains), or package.module:Class, or file.py:Class, with "
+            "options as in anderson:memory=10,blocks=50 (blocks: parts of a row with coefficients of their own). "
+            "Repeat to compare several; without it, a problem that has a study of its own runs that.",
             show_default=False,
         ),
     ] = None,

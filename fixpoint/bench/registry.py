@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GROUP = "fixpoint.problems"
 Value = bool | int | float | str
 # A place is "package.module:name" or "path/to/file.py:name".
-_PLACE = re.compile(r"(?P<place>(?:[^:=,]+\.py|\w+(?:\.\w+)+):[A-Za-z_]\w*)(?::(?P<options>.*))?")
+_PLACE = re.compile(r"([^:=,]+\.py|\w+(\.\w+)+):[A-Za-z_]\w*(?=:|$)")
 
 
 @runtime_checkable
@@ -202,8 +202,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Value]]:
         ('solvers/mine.py:Mine', {'memory': 5})
     """
     name, colon, rest = spec.partition(":")
-    if place := _PLACE.fullmatch(spec.strip()):
-        name, colon, rest = place["place"], place["options"] is not None, place["options"] or ""
+    if place := _PLACE.match(spec):
+        name, (colon, rest) = place[0], (spec[place.end() :][:1], spec[place.end() + 1 :])
     options: dict[str, Value] = {}
     for item in rest.split(",") if colon else ():
         key, equals, text = item.partition("=")

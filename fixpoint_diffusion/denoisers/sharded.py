@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from fixpoint_diffusion.denoisers.protocol import describe, from_outside, networks_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 # What every rank tells the others once it has its part, as int64.
 _TOLD = ("calls", "rows", "width of the output", "failed", "latents", "timesteps")
@@ -298,10 +297,14 @@ class _CallWith(nn.Module):
 
 def _is_fully_sharded(network: nn.Module) -> bool:
     """Whether ``fully_shard`` gathers the parameters of a network, or of parts of it, as they are called."""
+    from torch.distributed.fsdp import FSDPModule  # with the next ones, imported for a second or two
+
     return any(isinstance(each, FSDPModule) for each in network.modules())
 
 
 def _is_part(value: Tensor) -> TypeGuard[DTensor]:
+    from torch.distributed.tensor import DTensor
+
     return isinstance(value, DTensor)
 
 
@@ -314,6 +317,8 @@ def _as_part(of: Tensor, part: Tensor) -> Tensor:
     """The inverse of :func:`_part_here`."""
     if not _is_part(of):
         return part
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(part, of.device_mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride())
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from fixpoint import ProgressBar
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
 from fixpoint_diffusion.extras import needed_for
+from fixpoint_diffusion.options.training import TrainingConfig, ema_decay_at, learning_rate_at
 from fixpoint_diffusion.ranks import others_there
 from fixpoint_diffusion.training.batches import Share, StepSampler, draw, seed_of
 from fixpoint_diffusion.training.checkpoints import (
@@ -30,7 +31,6 @@ from fixpoint_diffusion.training.checkpoints import (
     restore_optimizer,
     save_state,
 )
-from fixpoint_diffusion.training.config import TrainingConfig, ema_decay_at, learning_rate_at
 from fixpoint_diffusion.training.data import ImageDataset
 from fixpoint_diffusion.training.layer_states import objective_of
 from fixpoint_diffusion.training.logs import LOG_FILE, LayerResidual, TrainingLog, tensorboard_writer

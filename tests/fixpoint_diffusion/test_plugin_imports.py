@@ -17,6 +17,7 @@ ORDER = (
     "extras",
     "files",
     "ranks",
+    "options",
     "processes",
     "models",
     "denoisers",

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fixpoint_diffusion.models.fpdm.config import Backpropagation
+from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.training.batches import Share, StepSampler, draw
 from fixpoint_diffusion.training.checkpoints import load_state
-from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.runs import TrainingRun
 from tests.fixpoint_diffusion.processes import ended, start_ranks, wait_for
 
