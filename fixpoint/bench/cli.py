@@ -77,7 +77,7 @@ def bench_command(
     try:
         bench.check(problems or (), solver or ())
     except (LookupError, TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error.args[0])) from None
+        raise typer.BadParameter(str(error)) from None
     _check_writable(out)
     results = bench.run(
         problems or (), solver or (), rtols=rtol or (1e-5,), max_evals=max_evals, quick=quick, progress=_bar

@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -103,10 +104,10 @@ def load_object(place: str) -> Any:
     if where.endswith(".py"):
         if not Path(where).is_file():
             raise LookupError(f"no file {where}")
-        spec = util.spec_from_file_location(Path(where).stem, where)
+        spec = util.spec_from_file_location(where, where)
         assert spec is not None
         assert spec.loader is not None
-        module = util.module_from_spec(spec)
+        module = sys.modules[where] = util.module_from_spec(spec)  # dataclasses look their module up
         spec.loader.exec_module(module)
     else:
         try:

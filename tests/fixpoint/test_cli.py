@@ -88,11 +88,14 @@ def test_a_typo_is_a_usage_error_with_a_suggestion(arguments, suggestion):
 
 _OWN = '''
 """A problem and a solver of a user."""
+from __future__ import annotations
+from dataclasses import dataclass
 import torch
 import fixpoint
 
+@dataclass(frozen=True)
 class Halved(fixpoint.Picard):
-    """Damped more."""
+    damping: float = 0.5
 
 class Cosine:
     z0 = torch.zeros(3)
