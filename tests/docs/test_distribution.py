@@ -90,7 +90,7 @@ def test_the_wheel_holds_the_packages_once_and_nothing_else(archives: tuple[Path
         "fixpoint", "fixpoint_diffusion", "fixpoint_torch",
     }  # fmt: skip
     for package in ("fixpoint", "fixpoint_diffusion"):
-        files = [path for path in (ROOT / package).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        files = [path for path in (ROOT / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         assert {str(path.relative_to(ROOT)) for path in files} == {n for n in names if n.startswith(f"{package}/")}
 
 
