@@ -17,8 +17,8 @@ import torch
 
 from fixpoint_diffusion.denoisers import load_denoiser
 from fixpoint_diffusion.evaluation import digit_probabilities
+from fixpoint_diffusion.options.sampling import SamplingOptions
 from fixpoint_diffusion.sampling.job import SamplingJob
-from fixpoint_diffusion.sampling.options import SamplingOptions
 
 TARGET = 0.9
 

@@ -33,10 +33,10 @@ from fixpoint_diffusion.experiments.fpdm import classes_of
 from fixpoint_diffusion.files import sha256_of
 from fixpoint_diffusion.models import cost
 from fixpoint_diffusion.models.checkpoint import WEIGHTS_FILE
+from fixpoint_diffusion.options.sampling import SamplingOptions
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.sampling import adaptive_tolerance
 from fixpoint_diffusion.sampling.job import SamplingJob
-from fixpoint_diffusion.sampling.options import SamplingOptions
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 BUDGETS = (40, 80, 160, 320)

@@ -22,10 +22,10 @@ from fixpoint.bench.pictures import draw_images
 from fixpoint.plotting import plot_residuals
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, sample
 from fixpoint_diffusion.denoisers import embedded
+from fixpoint_diffusion.options.sampling import SamplingOptions, SolverName
 from fixpoint_diffusion.restoration import restore
 from fixpoint_diffusion.sampling.grids import save_grid
 from fixpoint_diffusion.sampling.job import SamplingJob
-from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName
 from fixpoint_diffusion.training.data import load_digits as bundled_digits
 from fixpoint_diffusion.training.data import split_held_out
 

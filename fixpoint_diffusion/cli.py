@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from importlib import metadata
+from typing import Annotated, Any, NoReturn
 
-from fixpoint_diffusion.extras import install_line
+from fixpoint_diffusion.extras import DISTRIBUTION, install_line
 from fixpoint_diffusion.ranks import FailedElsewhereError
 
 try:
@@ -27,9 +28,17 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Sample from diffusion models in parallel or in sequence, train small ones, look at model folders, reproduce "
     "both papers.",
 )
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        typer.echo(metadata.version(DISTRIBUTION))
+        raise typer.Exit()
 
 
 def _interruptible(command: Callable[..., None]) -> Callable[..., None]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -78,6 +79,19 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
         raise OSError(f"cannot write to {path}: {reason}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before there is anything to lose, a file that could not be written; nothing is left behind.
+
+    Raises:
+        OSError: If its folder, or where that would be made, takes no file.
+    """
+    there = next(each for each in path.absolute().parents if each.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OSError(f"cannot write to {path}: {error.strerror or error}") from error
 
 
 def visible_entries(folder: Path) -> list[Path]:

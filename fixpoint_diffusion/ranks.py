@@ -1,4 +1,7 @@
-"""The processes that do one piece of work together, as ``torchrun`` starts them: shares, and one end for all."""
+"""The processes that do one piece of work together, as ``torchrun`` starts them: shares, and one end for all.
+
+PyTorch is imported where there are several: the command line comes by here before it has looked at its options.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch.distributed as dist
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 # Whoever is ready first waits for the last. A process that has ended is noticed at once, whatever this is.
 _PATIENCE = timedelta(days=1)
+
+_GOES_ON = "the same command goes on"
 
 
 class FailedElsewhereError(RuntimeError):
@@ -43,6 +48,8 @@ class Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield cls()
             return
+        import torch.distributed as dist
+
         dist.init_process_group("gloo", timeout=_PATIENCE)
         try:
             yield cls(dist.get_rank(), dist.get_world_size())
@@ -89,8 +96,10 @@ class Ranks:
         """The values of all ranks; they must be such as pickle."""
         if self.size == 1:
             return [value]
+        import torch.distributed as dist
+
         values: list[Any] = [None] * self.size
-        with _others_there():
+        with others_there(_GOES_ON):
             dist.all_gather_object(values, value)
         return values
 
@@ -98,18 +107,33 @@ class Ranks:
         """The sum of the ranks' tensors, which have one shape and are on the CPU."""
         if self.size == 1:
             return tensor
+        import torch.distributed as dist
+
         total = tensor.clone()
-        with _others_there():
+        with others_there(_GOES_ON):
             dist.all_reduce(total)
         return total
 
 
 @contextlib.contextmanager
-def _others_there() -> Iterator[None]:
+def others_there(what_now: str) -> Iterator[None]:
+    """What a process group says in this block of a process that has ended, or does not answer, becomes one sentence.
+
+    Args:
+        what_now: the end of the sentence, such as ``"the same command goes on"``.
+
+    Raises:
+        ChildProcessError: in place of the error of the process group; other errors are left alone.
+    """
     try:
         yield
     except RuntimeError as error:
-        raise ChildProcessError("another process of this command has ended; the same command goes on") from error
+        import torch.distributed as dist
+
+        # Gloo has no class for its errors; they name the file of its source that gave up.
+        if not dist.is_available() or not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+            raise
+        raise ChildProcessError(f"another process of this command has ended; {what_now}") from error
 
 
 ALONE = Ranks()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -40,21 +44,23 @@ def bench_command(
         list[str] | None,
         typer.Argument(
             metavar="PROBLEM",
-            help="Names from 'fixpoint problems', with options as in linear:rho=0.99,dim=50. None: the classical ones.",
+            help="Names from 'fixpoint problems', or package.module:name, or file.py:name, with options as in "
+            "linear:rho=0.99,dim=50. None: the classical ones.",
             show_default=False,
         ),
     ] = None,
     solver: Annotated[
         list[str] | None,
         typer.Option(
-            help="picard, anderson, broyden or causal (for chains), with options as in "
-            "anderson:memory=10,blocks=50 (blocks: parts of a row "
-            "with coefficients of their own). Repeat to compare several; without it, a problem that has a study of its "
-            "own runs that.",
+            help="picard, anderson, broyden or causal (for chains), or package.module:Class, or file.py:Class, with "
+            "options as in anderson:memory=10,blocks=50 (blocks: parts of a row with coefficients of their own). "
+            "Repeat to compare several; without it, a problem that has a study of its own runs that.",
             show_default=False,
         ),
     ] = None,
-    rtol: Annotated[list[float] | None, typer.Option(help="Relative tolerance [1e-5]; repeat for several.")] = None,
+    rtol: Annotated[
+        list[float] | None, typer.Option(min=0, help="Relative tolerance [1e-5]; repeat for several.")
+    ] = None,
     max_evals: Annotated[int, typer.Option(min=1, help="Evaluations of f granted to each solve.")] = 300,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for results.json, pictures and page.")] = Path(
         "runs"
@@ -67,10 +73,12 @@ def bench_command(
     """
     if importlib.util.find_spec("matplotlib") is None:
         _stop(f"drawing needs matplotlib: {EXTRA}")
+    sys.path.append(os.getcwd())  # for package.module:name, last so that it hides nothing
     try:
         bench.check(problems or (), solver or ())
     except (LookupError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
+    _check_writable(out)
     results = bench.run(
         problems or (), solver or (), rtols=rtol or (1e-5,), max_evals=max_evals, quick=quick, progress=_bar
     )
@@ -98,6 +106,7 @@ def report_command(
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder [that of the results].")] = None,
 ) -> None:
     """Draw pictures and page again from results alone."""
+    _check_writable(out or results.parent)
     try:
         data = json.loads(results.read_text(encoding="utf-8"))
         page = report.render(data, out or results.parent)
@@ -115,6 +124,15 @@ def _bar(names: Sequence[str]) -> Iterator[str]:
             bar.set_description(name)
             yield name
             bar.update()
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder, and refuse one that cannot be written before there is anything to lose."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write to {folder}: {error.strerror or error}", param_hint="--out") from None
 
 
 def _stop(message: str) -> None:

@@ -18,7 +18,15 @@ import torch
 
 from fixpoint.bench import provenance
 from fixpoint.bench.problems import CLASSICAL
-from fixpoint.bench.registry import Problem, check_keywords, find_problem, parse_spec, problem_names, unknown
+from fixpoint.bench.registry import (
+    Problem,
+    check_keywords,
+    find_problem,
+    load_object,
+    parse_spec,
+    problem_names,
+    unknown,
+)
 from fixpoint.bench.results import Cell, Lines, Study, Table
 from fixpoint.chains.causal import CausalQuasiNewton
 from fixpoint.engine.layout import Layout
@@ -44,6 +52,8 @@ _SOLVERS: Mapping[str, type[Solver]] = {
 def make_solver(spec: str) -> Solver:
     """The solver that ``"name:key=value,..."`` names; ``blocks=T`` gives each of T parts of a row its own coefficients.
 
+    In place of a name, ``"package.module:Solver"`` or ``"path/to/file.py:Solver"`` says where a class stands.
+
     Raises:
         LookupError: If there is no such solver.
         TypeError, ValueError: If an option is unknown or illegal.
@@ -53,11 +63,14 @@ def make_solver(spec: str) -> Solver:
         Broyden(memory=10, history_dtype=None)
     """
     name, options = parse_spec(spec)
-    if name not in _SOLVERS:
+    if ":" not in name and name not in _SOLVERS:
         raise unknown("solver", name, _SOLVERS)
+    make = load_object(name) if ":" in name else _SOLVERS[name]
+    if not (isinstance(make, type) and issubclass(make, Solver)):
+        raise TypeError(f"{name} must be a class of solvers (a fixpoint.Solver), found {make!r}")
     blocks = options.pop("blocks", None)
-    check_keywords(f"solver {name!r}", _SOLVERS[name], options, also=("blocks",))
-    solver = _SOLVERS[name](**options)
+    check_keywords(f"solver {name!r}", make, options, also=("blocks",))
+    solver = make(**options)
     return solver if blocks is None else Blockwise(solver, blocks=int(blocks))
 
 
@@ -165,11 +178,11 @@ def check(names: Sequence[str] = (), solvers: Sequence[str] = ()) -> None:
         make_solver(spec)
     for spec in names:
         name, options = parse_spec(spec)
-        if name not in problem_names():
-            raise unknown("problem", name, problem_names())
         try:
             entry = find_problem(name)
         except Exception:
+            if name not in problem_names():
+                raise
             continue
         entry.check(options, name)
 

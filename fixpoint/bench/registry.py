@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib
 import inspect
+import re
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata, util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -15,6 +20,8 @@ if TYPE_CHECKING:
 
 GROUP = "fixpoint.problems"
 Value = bool | int | float | str
+# A place is "package.module:name" or "path/to/file.py:name".
+_PLACE = re.compile(r"([^:=,]+\.py|\w+(\.\w+)+):[A-Za-z_]\w*(?=:|$)")
 
 
 @runtime_checkable
@@ -86,13 +93,53 @@ def problem_names() -> list[str]:
     return sorted(_entry_points())
 
 
-def find_problem(name: str) -> RegisteredProblem:
-    """The registered problem of that name; no other is imported.
+@functools.cache
+def load_object(place: str) -> Any:
+    """What stands at ``"package.module:name"`` or ``"path/to/file.py:name"``; the file is run once.
 
     Raises:
-        LookupError: If nobody registered the name.
+        LookupError: If there is no such module, file or name.
+    """
+    where, _, name = place.rpartition(":")
+    if where.endswith(".py"):
+        if not Path(where).is_file():
+            raise LookupError(f"no file {where}")
+        spec = util.spec_from_file_location(where, where)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[where] = util.module_from_spec(spec)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise LookupError(f"cannot import {where}: {error}") from error
+    if not hasattr(module, name):
+        raise LookupError(f"{where} has no {name!r}.{hint(name, [each for each in vars(module) if each[0] != '_'])}")
+    return getattr(module, name)
+
+
+def _at_place(place: str) -> RegisteredProblem:
+    """The problem at a place, which holds a problem, what makes one, or a ``RegisteredProblem``."""
+    found = load_object(place)
+    if isinstance(found, RegisteredProblem):
+        return found
+    if isinstance(found, Problem) and not isinstance(found, type):
+        return RegisteredProblem(lambda: found, place)
+    if not callable(found):
+        raise TypeError(f"{place} must be a problem (z0 and __call__) or make one, found {type(found).__name__}")
+    return RegisteredProblem(found, (inspect.getdoc(found) or place).partition("\n")[0])
+
+
+def find_problem(name: str) -> RegisteredProblem:
+    """The registered problem of that name, or that at a place such as ``"file.py:name"``; no other is imported.
+
+    Raises:
+        LookupError: If nobody registered the name, or there is nothing at the place.
         TypeError: If the entry point holds something else than a ``RegisteredProblem``.
     """
+    if ":" in name:
+        return _at_place(name)
     entries = _entry_points()
     if name not in entries:
         raise unknown("problem", name, entries)
@@ -121,6 +168,9 @@ def available_problems() -> dict[str, RegisteredProblem]:
 def load_problem(spec: str) -> Problem:
     """Make the problem that ``"name:key=value,..."`` names.
 
+    In place of a registered name, ``"package.module:name"`` or ``"path/to/file.py:name"`` says where a problem stands,
+    or what makes one of keyword options.
+
     Raises:
         LookupError: If there is no such problem.
         TypeError: If it does not take an option.
@@ -141,14 +191,20 @@ def load_problem(spec: str) -> Problem:
 def parse_spec(spec: str) -> tuple[str, dict[str, Value]]:
     """Split ``"name:key=value,..."`` into the name and its options; values become bool, int, float or stay text.
 
+    The name may be a place, ``"package.module:name"`` or ``"path/to/file.py:name"``.
+
     Raises:
         ValueError: If the text has another form.
 
     Example:
         >>> parse_spec("linear:rho=0.99,dim=50,dtype=float64")
         ('linear', {'rho': 0.99, 'dim': 50, 'dtype': 'float64'})
+        >>> parse_spec("solvers/mine.py:Mine:memory=5")
+        ('solvers/mine.py:Mine', {'memory': 5})
     """
     name, colon, rest = spec.partition(":")
+    if place := _PLACE.match(spec):
+        name, (colon, rest) = place[0], (spec[place.end() :][:1], spec[place.end() + 1 :])
     options: dict[str, Value] = {}
     for item in rest.split(",") if colon else ():
         key, equals, text = item.partition("=")
@@ -188,15 +244,27 @@ def unknown(kind: str, name: str, legal: Collection[str]) -> LookupError:
     return LookupError(f"unknown {kind} {name!r}.{hint(name, legal)}")
 
 
-def check_keywords(owner: str, make: Callable[..., object], options: Collection[str], also: Iterable[str] = ()) -> None:
+def check_keywords(
+    owner: str, make: Callable[..., object], options: Mapping[str, Any], also: Iterable[str] = ()
+) -> None:
     """Raise ``TypeError`` for an option that ``make`` does not take by keyword; ``also`` names further legal ones.
+
+    Text for an option whose default is a number is refused too.
 
     Example:
         >>> check_keywords("problem 'p'", lambda *, rho=0.9: None, {"roh": 1})
         Traceback (most recent call last):
         TypeError: problem 'p' has no option 'roh'. Did you mean 'rho'? Legal: rho.
+        >>> check_keywords("problem 'p'", lambda *, rho=0.9: None, {"rho": "abc"})
+        Traceback (most recent call last):
+        TypeError: problem 'p': option 'rho' must be a number, found 'abc'
     """
     parameters = inspect.signature(make).parameters.values()
+    for parameter in parameters:
+        value, default = options.get(parameter.name), parameter.default
+        if isinstance(value, str) and isinstance(default, int | float):
+            expected = "true or false" if isinstance(default, bool) else "a number"
+            raise TypeError(f"{owner}: option {parameter.name!r} must be {expected}, found {value!r}")
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

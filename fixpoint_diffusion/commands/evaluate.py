@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fixpoint_diffusion.commands.shared import check_device, path_option
+from fixpoint_diffusion.files import check_writable
 from fixpoint_diffusion.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def evaluate(
     for path in (out, save_statistics):
         if path is not None and path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
+        if path is not None:
+            check_writable(path)
     import sys
 
     from fixpoint_diffusion.evaluation.features import CollectedFeatures, collect_features

@@ -21,16 +21,11 @@ def info(
 
     Example: fixpoint-diffusion info ddpm-digits
     """
-    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, describe
+    from fixpoint_diffusion.denoisers import describe
     from fixpoint_diffusion.denoisers.checksums import CHECKSUM_FILE, verify_checksums
 
     if model is None:
-        for name in EMBEDDED_MODELS:
-            denoiser, _ = open_model(name)
-            parameters = sum(p.numel() for p in denoiser.model.parameters())
-            shape = "x".join(map(str, denoiser.sample_shape or ()))
-            typer.echo(f"{name:12} {type(denoiser.model).__name__}, {parameters:,} parameters, samples {shape}")
-        typer.echo("\nMore of one: fixpoint-diffusion info NAME_OR_FOLDER")
+        _list_embedded()
         return
     denoiser, folder = open_model(model)
     about = describe(denoiser)
@@ -51,6 +46,26 @@ def info(
     for name, value in rows.items():
         if value is not None:
             typer.echo(f"{name:10} {value}")
+
+
+def _list_embedded() -> None:
+    """A line for each, read from its files: to build networks takes longer."""
+    from math import prod
+
+    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded_folder
+    from fixpoint_diffusion.denoisers.loading import model_files
+    from fixpoint_diffusion.files import read_json
+    from fixpoint_diffusion.models.weights import read_headers
+
+    for name in EMBEDDED_MODELS:
+        folder = embedded_folder(name)
+        config = read_json(folder / "config.json")
+        weights = [path for path in model_files(folder) if path.name.startswith("diffusion_pytorch_model")]
+        parameters = sum(prod(each.shape) for each in read_headers(weights).values())
+        side = config["sample_size"]
+        about = f"{config['_class_name']}, {parameters:,} parameters, samples {config['in_channels']}x{side}x{side}"
+        typer.echo(f"{name:12} {about}")
+    typer.echo("\nMore of one: fixpoint-diffusion info NAME_OR_FOLDER")
 
 
 def _classes(known: ConditioningInput | None) -> str:

@@ -12,12 +12,12 @@ import typer
 
 from fixpoint_diffusion.commands.shared import open_model, path_option, with_options
 from fixpoint_diffusion.files import locked, sha256_of, sha256_of_all
+from fixpoint_diffusion.options.sampling import ImageFormat, SamplingOptions
 from fixpoint_diffusion.ranks import Ranks
-from fixpoint_diffusion.sampling.options import SamplingOptions
-from fixpoint_diffusion.sampling.run_folder import GRID, IMAGES, ONE_FILE, RECORD, ImageFormat, RunFolder
 
 if TYPE_CHECKING:
     from fixpoint_diffusion.sampling.job import SamplingJob
+    from fixpoint_diffusion.sampling.run_folder import RunFolder
 
 # Of so many images the grid is made, and the classifier's confidence taken.
 _SHOWN, _JUDGED = 100, 1000
@@ -46,7 +46,7 @@ def sample(
 ) -> None:
     """Draw images from a model, and write them with the figures of the run.
 
-    Example: fixpoint-diffusion sample --model ddpm-digits --num-images 16 --steps 50 --solver causal
+    Example: fixpoint-diffusion sample --model ddpm-digits --num-images 1 --steps 1000 --solver causal
 
     The same command continues a run that was interrupted, or adds images to it if --num-images has grown. For the
     embedded models, the figures include the confidence of a small classifier of real digits in the images. On several
@@ -57,6 +57,8 @@ def sample(
         job, settings = ranks.together(lambda: _opened(model, vae, x_T, options, ranks.device(device)))
 
         def claimed() -> RunFolder | None:
+            from fixpoint_diffusion.sampling.run_folder import RunFolder
+
             if ranks.rank:
                 return None
             held.enter_context(locked(out, work="sampling"))
@@ -75,6 +77,8 @@ def sample(
         _write_missing(job, folder, ranks)
         if ranks.rank == 0:
             _finish(model, options, folder)
+            if slower := job.slower_than_sequential():
+                typer.echo(slower, err=True)
 
 
 def _opened(
@@ -128,6 +132,8 @@ def _write_missing(job: SamplingJob, folder: RunFolder, ranks: Ranks) -> None:
 
 def _finish(model: str, options: SamplingOptions, folder: RunFolder) -> None:
     """Write what the run came to, and say it."""
+    from fixpoint_diffusion.sampling.run_folder import IMAGES, ONE_FILE, RECORD
+
     out, totals = folder.folder, folder.totals
     figures = folder.finish(_mean_cost(folder) | _judge(model, folder))
     width = max(map(len, figures))
@@ -161,6 +167,7 @@ def _judge(model: str, folder: RunFolder) -> dict[str, float]:
 def _save_grid(folder: RunFolder) -> str | None:
     """Show the first images; what is no picture (a sequence, a volume) has no grid."""
     from fixpoint_diffusion.sampling.grids import save_grid
+    from fixpoint_diffusion.sampling.run_folder import GRID
 
     images = folder.read(_SHOWN)
     if images.ndim != 4:

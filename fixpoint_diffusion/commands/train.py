@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device, path_option, with_options
-from fixpoint_diffusion.training.config import TrainingConfig
+from fixpoint_diffusion.options.training import TrainingConfig
 
 _OBJECTIVES = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample", "flow": "flow_prediction"}
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from fixpoint_diffusion.denoisers.protocol import describe, from_outside, networks_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 # What every rank tells the others once it has its part, as int64.
 _TOLD = ("calls", "rows", "width of the output", "failed", "latents", "timesteps")
@@ -31,14 +31,15 @@ def sharded(denoiser: Callable[..., Tensor], mesh: DeviceMesh | dist.ProcessGrou
 
     Args:
         denoiser: called as ``denoiser(x, t, **inputs)``; on each rank a copy with the same weights, on its own device.
-            Its parameters may be sharded too (FSDP2, tensor parallel) along another dimension of the mesh.
+            Its parameters may be sharded too: by tensor parallelism along another dimension of the mesh, by FSDP2
+            (``fully_shard``) along another or the same.
         mesh: a mesh with one dimension, such as ``mesh["rows"]``, or a process group; None: all processes.
 
     Returns:
         A denoiser. On one process alone, it calls the given one and nothing else.
 
     Raises:
-        ValueError: for a mesh of more than one dimension.
+        ValueError: for a mesh of more than one dimension; at a call, for tensor parallelism over the same ranks.
         RuntimeError: without a process group; at a call, on all ranks, if they are asked for different rows, or if one
             of them fails. A rank that dies ends the others by the time-out of the process group at the latest
             (``init_process_group(timeout=...)``).
@@ -106,12 +107,28 @@ class ShardedDenoiser:
         share = _Share(len(x), dist.get_rank(self._group), size, self._group)
         out, failure = None, None
         try:
+            if self._calls == 1:
+                self._check_parts()
             out = self._own(share, x, t, inputs)
         except Exception as error:  # the other ranks must hear of it, or they would wait
             failure = error
         self._agree(x, t, out, failure)
         assert out is not None
         return _Gather.apply(out, share)
+
+    def _check_parts(self) -> None:
+        """Refuse a layer divided over the ranks that share rows: they would add up parts of different rows."""
+        sharing = set(dist.get_process_group_ranks(self._group))
+        for network in networks_of(self.denoiser):
+            if _is_fully_sharded(network):  # which divides parameters, and gathers them for a call
+                continue
+            for name, value in network.named_parameters():
+                together = sharing & set(value.device_mesh.mesh.flatten().tolist()) if _is_part(value) else set()
+                if len(together) > 1:
+                    raise ValueError(
+                        f"{name} is divided by tensor parallelism over ranks {sorted(together)}, which share rows: "
+                        f"give sharded() another dimension of the mesh"
+                    )
 
     def _own(self, share: _Share, x: Tensor, t: Tensor, inputs: dict[str, Any]) -> Tensor:
         """The outputs for this rank's rows. A rank without any evaluates one and drops the output.
@@ -136,13 +153,15 @@ class ShardedDenoiser:
         learned = {name: value for name, value in learned.items() if value.requires_grad}
         if network is None or not learned:
             return self.denoiser(x, t, **inputs)
-        if any(isinstance(value, DTensor) for value in learned.values()):
+        if _is_fully_sharded(network):
             raise NotImplementedError(
-                "gradients of parameters that are themselves sharded are not summed over the ranks: sample under "
+                "gradients of the parameters of fully_shard are not summed over the ranks: sample under "
                 "torch.no_grad(), or call requires_grad_(False)"
             )
-        summed = _Same.apply(share, *learned.values())
-        swapped = {f"network.{name}": value for name, value in zip(learned, summed, strict=True)}
+        summed = _Same.apply(share, *map(_part_here, learned.values()))
+        swapped = {
+            f"network.{name}": _as_part(of, value) for (name, of), value in zip(learned.items(), summed, strict=True)
+        }
         return functional_call(_CallWith(network, self.denoiser), swapped, (x, t), inputs)
 
     def _agree(self, x: Tensor, t: Tensor, out: Tensor | None, failure: Exception | None) -> None:
@@ -274,6 +293,33 @@ class _CallWith(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, **inputs: Any) -> Tensor:
         return self._denoiser[0](x, t, **inputs)
+
+
+def _is_fully_sharded(network: nn.Module) -> bool:
+    """Whether ``fully_shard`` gathers the parameters of a network, or of parts of it, as they are called."""
+    from torch.distributed.fsdp import FSDPModule  # with the next ones, imported for a second or two
+
+    return any(isinstance(each, FSDPModule) for each in network.modules())
+
+
+def _is_part(value: Tensor) -> TypeGuard[DTensor]:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
+def _part_here(value: Tensor) -> Tensor:
+    """A parameter as a plain tensor: of one that tensor parallelism has divided, the part of this rank."""
+    return value.to_local() if _is_part(value) else value
+
+
+def _as_part(of: Tensor, part: Tensor) -> Tensor:
+    """The inverse of :func:`_part_here`."""
+    if not _is_part(of):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(part, of.device_mesh, of.placements, run_check=False, shape=of.shape, stride=of.stride())
 
 
 def _digest(x: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ def sincos_positions(side: int, width: int, order: PositionOrder = "column-row")
 
     ``"column-row"`` is DiT's order.
     """
+    if torch.get_default_device().type == "meta":  # `arange` there imports a compiler, for seconds
+        return torch.empty(side * side, width)
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -202,6 +204,8 @@ class ImplicitBlock(nn.Module):
     @torch.no_grad()
     def initialise_w1(self) -> None:
         """Xavier's values for W1 as a whole, on whose size their range depends."""
+        if self.w1_z.weight.is_meta:
+            return
         whole = nn.init.xavier_uniform_(torch.cat([self.w1_z.weight, self.w1_u.weight], dim=1))
         for half, values in zip((self.w1_z, self.w1_u), whole.chunk(2, dim=1), strict=True):
             half.weight.copy_(values)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from fixpoint_diffusion.extras import needed_for
 
@@ -70,12 +71,24 @@ def build_on_meta(build: Callable[[], nn.Module], stored: int, source: Path) -> 
     limit = 4 * stored + 1000
     try:
         message = f"it asks for more than {limit} tensors, and the weights hold {stored}"
-        with at_most_tensors(limit, message), torch.device("meta"):
+        with at_most_tensors(limit, message), torch.device("meta"), _WithoutValues():
             return build()
     except ImportError:
         raise
     except Exception as error:  # a constructor that is given arbitrary values raises whatever it likes
         raise ValueError(f"{source} does not describe a usable network: {describe_error(error)}") from error
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Initial values are not drawn. On the device "meta" there are none, and to draw them imports a compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
 
 
 @contextmanager

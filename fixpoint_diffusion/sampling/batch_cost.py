@@ -70,11 +70,11 @@ class BatchCost:
             torch.OutOfMemoryError: not even one row a sample fits.
         """
         samples, largest = len(chain.x_T), len(chain.x_T) * chain.steps
-        sizes, seconds = [samples], [_seconds(chain, samples, calls=2 + min(2, chain.steps // 100))]
+        sizes, seconds = [samples], [seconds_of_call(chain, samples, calls=2 + min(2, chain.steps // 100))]
         while sizes[-1] < largest and 4 * seconds[-1] < _SHARE * chain.steps * seconds[0]:
             size = min(4 * sizes[-1], largest)
             try:
-                took = _seconds(chain, size)
+                took = seconds_of_call(chain, size)
             except (torch.OutOfMemoryError, MemoryError):
                 return cls(tuple(sizes), tuple(seconds), limit=sizes[-1])
             cheaper = took / size < _WORTH * seconds[-1] / sizes[-1]
@@ -104,8 +104,11 @@ class BatchCost:
         return samples * min(windows, key=expected)
 
 
-def _seconds(chain: SamplingChain, rows: int, *, calls: int = 1) -> float:
-    """The least time of so many calls: the first may have to warm up, and the machine may have been busy elsewhere."""
+def seconds_of_call(chain: SamplingChain, rows: int, *, calls: int = 1) -> float:
+    """The least time of so many calls of the chain's denoiser, which the chain counts as rounds.
+
+    The first may have to warm up, and the machine may have been busy elsewhere.
+    """
     row = torch.arange(rows, device=chain.x_T.device)
     sample, step = row % len(chain.x_T), row % chain.steps
     x, least = chain.x_T[sample], math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +17,11 @@ from fixpoint_diffusion.chains import SamplingChain, chain_from_scheduler
 from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided, NetworkDenoiser, describe, family_of
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS
 from fixpoint_diffusion.files import map_array
+from fixpoint_diffusion.options.sampling import SamplingOptions, SolverName, check_guidance, parse_classes
 from fixpoint_diffusion.processes import SERVED, Clip, SamplerConfig, initial_noise
 from fixpoint_diffusion.processes.flow import is_flow
+from fixpoint_diffusion.sampling.batch_cost import seconds_of_call
 from fixpoint_diffusion.sampling.fpdm.job import PROBE_IMAGES, Drawn, FPDMJob, refuse_fpdm_options
-from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, check_guidance, parse_classes
 from fixpoint_diffusion.sampling.sample import sample
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ SOLVERS: dict[SolverName, Solver] = {
     SolverName.broyden: Broyden(),
 }
 _NUM_IMAGES = 16
+# A parallel solver is said not to pay where it takes so many times as long: clocks and machines vary.
+_SLOWER = 1.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,7 @@ class SamplingJob:
         self._device = denoiser.device
         self._x_T = x_T
         self._x0_hook = Clip(float("inf")) if options.no_clip else None
+        self._took: tuple[int, float, float] | None = None
         self.num_images = options.num_images or (_NUM_IMAGES if x_T is None else len(x_T))
         if x_T is not None and self.num_images > len(x_T):
             raise ValueError(f"--num-images {self.num_images} are more than the {len(x_T)} that --x-T holds")
@@ -118,6 +123,19 @@ class SamplingJob:
     def labels(self, samples: range) -> Tensor | None:
         """The classes of these images, ``(N,)``: they repeat in the given order."""
         return labels_of(self.classes, samples)
+
+    def slower_than_sequential(self) -> str | None:
+        """One line for whoever asked for a parallel solver where it does not pay; None where it does, or nobody did.
+
+        It goes by the first batch: what it took, and what one call of its images takes, which was timed after it.
+        """
+        if self._took is None or self._took[1] <= _SLOWER * self._took[2]:
+            return None
+        images, took, sequential = self._took
+        return (
+            f"Note: --solver {self.options.solver} took {took:.2g} s for {images} images; --solver sequential would "
+            f"take about {sequential:.2g} s. Parallel solvers pay for few images of many steps, or on a GPU"
+        )
 
     def batches(self, parts: Sequence[range] | None = None, *, progress: bool = True) -> Iterator[SampleBatch]:
         """Sample images, a batch at a time; no more than a batch is held.
@@ -171,6 +189,7 @@ class SamplingJob:
         if options.solver == SolverName.sequential:
             images, outcome = chain.sequential(trajectory=False, progress=progress), {}
         else:
+            began = time.perf_counter()
             result = sample(
                 chain,
                 solver=SOLVERS[options.solver],
@@ -183,6 +202,10 @@ class SamplingJob:
             images, outcome = result.images, {"converged": int(result.solution.converged.sum())}
             if options.max_rows == "auto":
                 chosen["rows_per_round"] = result.max_rows or len(samples) * options.steps  # no bound: all at once
+            outcome |= {"rounds": chain.rounds, "evals": chain.evals}
+            if self._took is None:
+                took = time.perf_counter() - began
+                self._took = len(samples), took, options.steps * seconds_of_call(chain, len(samples), calls=2)
         return images, {"rounds": chain.rounds, "evals": chain.evals, **outcome}, chosen
 
     def _chain(self, samples: range, *, eta: float) -> SamplingChain:

@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,12 @@ import torch
 from torch import Tensor
 
 from fixpoint_diffusion.files import map_array, read_json, sha256_of, visible_entries, write_json, written_whole
+from fixpoint_diffusion.options.sampling import ImageFormat
 from fixpoint_diffusion.sampling.grids import to_pixels
 from fixpoint_diffusion.sampling.job import SampleBatch
 
 RECORD, GRID, ONE_FILE, IMAGES, BATCHES = "sample.json", "grid.png", "images.npy", "images", "batches"
 _FILE = re.compile(r"(\d{8,})(?:-class\d+)?\.(npy|png)")
-
-
-class ImageFormat(StrEnum):
-    npy = "npy"
-    png = "png"
 
 
 @dataclass(frozen=True, kw_only=True)

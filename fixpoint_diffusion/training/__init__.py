@@ -1,6 +1,6 @@
 """Training of denoisers: data, objectives, the loop, its checkpoints, recipes, runs that live in a folder."""
 
-from fixpoint_diffusion.training.config import TrainingConfig
+from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.training.logs import TrainingLog
 from fixpoint_diffusion.training.objectives import diffusion_loss, variational_bound
 from fixpoint_diffusion.training.plan import TrainingPlan

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.processes.noise import step_noise
-from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.data import EpochSampler
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fixpoint import FixedPointLayer
-from fixpoint_diffusion.training.config import TrainingConfig
+from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.training.objectives import DenoisingTask
 
 Objective = Callable[[nn.Module, DenoisingTask, Mapping[str, Any], int], Tensor]

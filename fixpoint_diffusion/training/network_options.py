@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fixpoint import jacobian_penalty
-from fixpoint_diffusion.training.config import TrainingConfig
+from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.training.layer_states import only_layer
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fixpoint_diffusion.training.config import TrainingConfig
+from fixpoint_diffusion.options.training import TrainingConfig
 
 VLB_WEIGHT = 1e-3
 _HALF_LEVEL = 1 / 255  # half the distance of two grey values, images in [-1, 1]

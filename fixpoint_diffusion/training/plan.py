@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fixpoint_diffusion.models import FPDM, DiT, cost
 from fixpoint_diffusion.models.cost import saved_bytes
 from fixpoint_diffusion.models.fpdm.training_rules import training_rule
-from fixpoint_diffusion.training.config import TrainingConfig
+from fixpoint_diffusion.options.training import TrainingConfig
 
 # The peak of NVIDIA's A100 in bf16, and the share of it that trainings of transformers of this size reach.
 GPU, GPU_FLOPS, UTILISATION = "A100", 312e12, 0.4

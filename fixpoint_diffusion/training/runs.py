@@ -19,11 +19,11 @@ from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInpu
 from fixpoint_diffusion.denoisers.registry import Family, family
 from fixpoint_diffusion.extras import machine_memory
 from fixpoint_diffusion.files import locked, write_json
+from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.processes.flow import FLOW_SCHEDULE, flow_levels, is_flow
 from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.training.checkpoints import load_record
-from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.data import ImageDataset, open_dataset, split_held_out
 from fixpoint_diffusion.training.export import export, prior_of
 from fixpoint_diffusion.training.logs import TrainingLog

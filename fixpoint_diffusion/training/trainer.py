@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader
 from fixpoint import ProgressBar
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
 from fixpoint_diffusion.extras import needed_for
+from fixpoint_diffusion.options.training import TrainingConfig, ema_decay_at, learning_rate_at
+from fixpoint_diffusion.ranks import others_there
 from fixpoint_diffusion.training.batches import Share, StepSampler, draw, seed_of
 from fixpoint_diffusion.training.checkpoints import (
     TrainingState,
@@ -29,7 +31,6 @@ from fixpoint_diffusion.training.checkpoints import (
     restore_optimizer,
     save_state,
 )
-from fixpoint_diffusion.training.config import TrainingConfig, ema_decay_at, learning_rate_at
 from fixpoint_diffusion.training.data import ImageDataset
 from fixpoint_diffusion.training.layer_states import objective_of
 from fixpoint_diffusion.training.logs import LOG_FILE, LayerResidual, TrainingLog, tensorboard_writer
@@ -84,6 +85,7 @@ def train(
             what it cannot do; an ``epsilon`` model on a
             zero-terminal-SNR schedule; a batch that does not divide among processes.
         FloatingPointError: if the loss, the gradient or the weights stop being finite; the last checkpoint stays.
+        ChildProcessError: if another of the processes has ended; the last checkpoint stays.
     """
     if config.prediction_type == "epsilon" and float(alphas_cumprod.min()) <= 0:
         raise ValueError("with zero terminal SNR the noise says nothing of x_0: use prediction_type 'v_prediction'")
@@ -103,7 +105,8 @@ def train(
         try:
             if state is not None:
                 run.restore(state)
-            _loop(run, iter(loader), start, log, Path(checkpoint), origin, progress)
+            with others_there("training can be resumed from its last checkpoint, if it had come to one"):
+                _loop(run, iter(loader), start, log, Path(checkpoint), origin, progress)
         finally:
             run.close()
     average = run.average.module

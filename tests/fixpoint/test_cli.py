@@ -69,12 +69,68 @@ def test_a_failed_study_gives_exit_code_1_and_the_others_are_written(tmp_path):
         (["bench", "--solver", "andersen"], "Did you mean 'anderson'?"),
         (["bench", "--solver", "anderson:memroy=3"], "Did you mean 'memory'?"),
         (["bench", "linear", "--solver", "picard:damping=7"], "damping must lie in (0, 2), found 7"),
+        (["bench", "linear:rho=abc"], "problem 'linear': option 'rho' must be a number, found 'abc'"),
+        (["bench", "linear", "--solver", "anderson:memory=x"], "option 'memory' must be a number, found 'x'"),
+        (["bench", "linear", "--rtol", "-1"], "--rtol"),
+        (["bench", "linear", "--solver", "no_such.module:Solver"], "cannot import no_such.module"),
+        (["bench", "linear", "--solver", "fixpoint.solvers.picard:Picrad"], "Did you mean 'Picard'?"),
+        (["bench", "linear", "--solver", "math.py:Solver"], "no file math.py"),
+        (["bench", "linear", "--solver", "fixpoint.solve:solve"], "must be a class of solvers"),
+        (["bench", "fixpoint.bench.problems:CLASSICAL"], "must be a problem (z0 and __call__) or make one"),
+        (["bench", "linear", "--out", "/dev/null/here"], "cannot write to /dev/null/here"),
     ],
 )
 def test_a_typo_is_a_usage_error_with_a_suggestion(arguments, suggestion):
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert suggestion in words(result)
+
+
+_OWN = '''
+"""A problem and a solver of a user."""
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
+import fixpoint
+
+@dataclass(frozen=True)
+class Halved(fixpoint.Picard):
+    damping: float = 0.5
+
+class Cosine:
+    z0 = torch.zeros(3)
+    def __call__(self, z):
+        return z.cos()
+
+cosine = Cosine()
+
+def line(*, slope=0.5):
+    """A straight line."""
+    class Line:
+        z0 = torch.zeros(2)
+        def __call__(self, z):
+            return slope * z + 1
+    return Line()
+'''
+
+
+def test_problems_and_solvers_of_ones_own_come_from_a_file_or_a_module(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").touch()
+    (tmp_path / "own" / "things.py").write_text(_OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    problems = ["own/things.py:cosine", "own.things:Cosine", f"{tmp_path}/own/things.py:line:slope=0.25"]
+    solvers = ["own.things:Halved:damping=0.9", "own/things.py:Halved"]
+    result = invoke("bench", *problems, "--solver", solvers[0], "--solver", solvers[1], "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    studies = {study["name"]: study for study in json.loads((tmp_path / "results.json").read_text())["studies"]}
+    for name in problems:
+        rows = studies[name]["blocks"][0]["rows"]
+        assert [row[0] for row in rows] == solvers
+        assert all(row[-1] == row[-2] for row in rows)
+    assert studies[problems[2]]["title"].endswith("A straight line.")
+    assert invoke("bench", problems[2].replace("slope", "slpoe")).exit_code == 2
 
 
 def test_problems_lists_every_registered_problem_with_its_summary():
@@ -102,6 +158,7 @@ def test_report_refuses_a_file_that_holds_no_results(text, tmp_path):
 def test_version_and_help():
     assert invoke("--version").output.strip() == fixpoint.__version__
     assert "bench" in invoke("--help").output
+    assert invoke("bench", "-h").output == invoke("bench", "--help").output
 
 
 @pytest.mark.parametrize("missing", ["typer", "tqdm", "matplotlib"])

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fixpoint
 from fixpoint_diffusion import (
@@ -32,7 +34,7 @@ from fixpoint_diffusion import (
     invert,
     sample,
 )
-from fixpoint_diffusion.denoisers import FPDMDenoiser, Guided, sharded
+from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided, sharded
 from fixpoint_diffusion.models import FPDM, FPDMConfig
 from fixpoint_diffusion.pipelines import ParallelDDIMPipeline
 
@@ -160,6 +162,46 @@ def images_of(denoiser: Any, first: int) -> list[Any]:
     return [result.images, result.rounds]
 
 
+def transformer(mesh: DeviceMesh | None = None) -> DiTTransformer2DModel:
+    """A small one of diffusers, its attention and MLP divided by tensor parallelism over a mesh if there is one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 4, "patch_size": 2}
+        channels = {"in_channels": 1, "out_channels": 1, "num_embeds_ada_norm": 10, "norm_num_groups": 1}
+        model = DiTTransformer2DModel(**sizes, **channels).double().eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    if mesh is not None:
+        (block,) = model.transformer_blocks
+        block.attn1.heads //= mesh.size()
+        plan = dict.fromkeys(["attn1.to_q", "attn1.to_k", "attn1.to_v", "ff.net.0.proj"], ColwiseParallel())
+        parallelize_module(block, mesh, {**plan, "attn1.to_out.0": RowwiseParallel(), "ff.net.2": RowwiseParallel()})
+    return model
+
+
+def solved(network: DiTTransformer2DModel, wrap: Wrap) -> dict[str, Any]:
+    """A sample, an inverse and gradients with a network that may be in parts, the denoiser as ``wrap`` makes it."""
+    denoiser, schedule = wrap(DiffusersDenoiser(network, prediction_type="epsilon")), NoiseSchedule.linear()
+    start = initial_noise(seed=0, samples=range(2), shape=(1, 4, 4)).to(D).requires_grad_()
+
+    def chain(steps: int) -> DDIMChain:
+        labels = torch.tensor([1, 2])
+        return DDIMChain(denoiser, start, schedule, steps=steps, conditioning={"class_labels": labels})
+
+    with torch.no_grad():
+        result = sample(chain(9), rtol=1e-8)
+        inverse = invert(chain(9), result.images, rtol=1e-2)
+    solver, backward = fixpoint.CausalQuasiNewton(), fixpoint.IFT(rtol=1e-10)
+    z = fixpoint.solve(chain(5), rtol=1e-10, solver=solver, backward=backward).value
+    z[:, -1].square().sum().backward()
+    gradients = [each.grad for each in (start, *network.parameters())]
+    return {
+        "sample": [result.images, result.rounds],
+        "invert": [inverse.x_T, inverse.error, inverse.rounds],
+        "gradients": [each.full_tensor() if isinstance(each, DTensor) else each for each in gradients],
+    }
+
+
 def sharded_fpdm(mesh: DeviceMesh | None, **config: Any) -> FPDM:
     """An FPDM, its parameters sharded over a mesh if there is one."""
     with torch.random.fork_rng():
@@ -196,7 +238,17 @@ def two_dimensions() -> dict[str, Any]:
         fully_shard(part, mesh=mesh["others"])
     found["parameters here"] = sum(each.to_local().numel() for each in network.parameters())
     found["fsdp"] = images_of(sharded(network, mesh["rows"]), 0)
-    found["trained"] = training_step(dist.init_device_mesh("cpu", (4,)))
+    everybody = dist.init_device_mesh("cpu", (4,))
+    same = fully_shard(Layers().requires_grad_(False), mesh=everybody)
+    found["fsdp over the ranks that share rows"] = images_of(sharded(same), 0)
+    divided = transformer(mesh["others"])
+    found["tensor parallel"] = solved(divided, lambda denoiser: sharded(denoiser, mesh["rows"]))
+    found["parameters of tensor parallelism here"] = divided.transformer_blocks[0].ff.net[2].weight.to_local().numel()
+    try:
+        solved(divided, sharded)
+    except ValueError as error:
+        found["refused"] = str(error)
+    found["trained"] = training_step(everybody)
     return found
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from fixpoint_diffusion.cli import app, main
-from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, family
-from fixpoint_diffusion.sampling.options import SamplingOptions
+from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded, family
+from fixpoint_diffusion.options.sampling import SamplingOptions
 from fixpoint_diffusion.training import TrainingConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -136,6 +137,9 @@ def test_values_out_of_range_are_usage_errors(arguments: tuple[str, ...]) -> Non
         (("sample", "--max-rows", "some", "--solver", "causal"), "expected a number or auto, got 'some'"),
         (("sample", "--max-rows", "0", "--solver", "causal"), "--max-rows must be from 1 to 1000000000, got 0"),
         (("sample", "--steps", "2000"), "1000 timesteps"),
+        (("sample", "--rtol", "-1"), "--rtol"),
+        (("sample", "--out", "/dev/null/here"), "cannot write to /dev/null/here"),
+        (("evaluate", "digits", "digits", "--out", "/dev/null/x.json"), "cannot write to /dev/null/x.json"),
     ],
 )
 def test_unusable_input_ends_in_one_line(
@@ -166,14 +170,46 @@ def test_ctrl_c_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fixpoint_diffusion.commands.info.open_model", interrupted)
-    assert run_main(monkeypatch, "info") == 130
+    assert run_main(monkeypatch, "info", "ddpm-digits") == 130
     assert capsys.readouterr().err.strip() == "Interrupted."
 
 
+# PyTorch takes seconds to import, diffusers and PyTorch's compiler as long again.
+_IN_ORDER = """
+import sys
+from fixpoint_diffusion.cli import main
+
+def run(*words):
+    sys.argv[1:] = words
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code
+
+assert run("smaple") == run("sample", "--stpes", "3") == run("train", "--eta") == run("sample", "--eta", "2") == 2
+assert run("--version") == run("-h") == run("sample", "-h") == 0
+assert not {"torch", "diffusers"} & sys.modules.keys()
+assert run("info") == run("info", "fpdm-digits") == 0
+assert not {"diffusers", "torch._dynamo", "torch.distributed.tensor"} & sys.modules.keys()
+"""
+
+
+def test_commands_import_what_they_need_and_no_more() -> None:
+    done = subprocess.run([sys.executable, "-c", _IN_ORDER], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = ["No such command 'smaple'", "No such option: --stpes", "No such option: --eta", "Invalid value for '--eta'"]
+    for line, start in zip(done.stderr.splitlines(), said, strict=True):
+        assert line.startswith(f"Error: {start}")
+    assert done.stdout.startswith(metadata.version("fixpoint-torch"))
+
+
 def test_info_lists_the_embedded_models() -> None:
-    output = invoke("info").output
+    output = invoke("info").output.splitlines()
     for name in EMBEDDED_MODELS:
-        assert name in output
+        denoiser = embedded(name)
+        count = sum(each.numel() for each in denoiser.model.parameters())
+        about = f"{type(denoiser.model).__name__}, {count:,} parameters, samples 1x8x8"
+        assert f"{name:12} {about}" in output
 
 
 def test_info_describes_one_model() -> None:
@@ -213,6 +249,21 @@ def test_sequential_sampling_costs_one_round_per_step(tmp_path: Path) -> None:
     assert (figures["rounds"], figures["evals"]) == (6, 18)
 
 
+@pytest.mark.parametrize(
+    ("solver", "call", "told"), [("causal", 0, True), ("causal", 1e3, False), ("sequential", 0, False)]
+)
+def test_whoever_asks_for_a_parallel_solver_where_it_does_not_pay_is_told_so(
+    tmp_path: Path, monkeypatch, solver: str, call: float, told: bool
+) -> None:
+    monkeypatch.setattr("fixpoint_diffusion.sampling.job.seconds_of_call", lambda chain, rows, calls: call)
+    result = invoke("sample", "--num-images", 2, "--steps", 3, "--out", tmp_path / "out", "--solver", solver)
+    notes = [line for line in result.output.splitlines() if line.startswith("Note:")]
+    assert len(notes) == told, result.output
+    if told:
+        assert "--solver causal took" in notes[0]
+        assert "for 2 images; --solver sequential would take about 0 s" in notes[0]
+
+
 def test_budget_of_rows_bounds_every_round_and_changes_no_image(tmp_path: Path) -> None:
     expected, _ = sampled(tmp_path, "one")
     images, figures = sampled(tmp_path, "other", "--solver", "causal", "--max-rows", 4, "--rtol", 1e-5)
@@ -224,7 +275,7 @@ def test_budget_of_rows_bounds_every_round_and_changes_no_image(tmp_path: Path) 
 def test_budget_of_rows_by_timing_is_named_in_what_the_run_says(tmp_path: Path, monkeypatch) -> None:
     seconds = {3: 0.1, 12: 0.11}  # more rows cost nothing, then much
     monkeypatch.setattr(
-        "fixpoint_diffusion.sampling.batch_cost._seconds", lambda chain, rows, calls=1: seconds.get(rows, 10.0)
+        "fixpoint_diffusion.sampling.batch_cost.seconds_of_call", lambda chain, rows, calls=1: seconds.get(rows, 10.0)
     )
     options = ("--num-images", 3, "--steps", 200, "--solver", "causal", "--max-rows", "auto", "--out", tmp_path)
     result = invoke("sample", *options)

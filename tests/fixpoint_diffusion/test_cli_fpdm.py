@@ -16,10 +16,10 @@ from fixpoint_diffusion import sample
 from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.denoisers import FPDMDenoiser, Guided, load_denoiser
 from fixpoint_diffusion.models import allocate
+from fixpoint_diffusion.options.sampling import SamplingOptions, flag
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.sampling import ToTolerance, adaptive_tolerance, sample_fpdm, sample_fpdm_jointly
 from fixpoint_diffusion.sampling.fpdm.job import refuse_fpdm_options
-from fixpoint_diffusion.sampling.options import SamplingOptions, flag
 from tests.fixpoint_diffusion.command_line import SCHEDULE, contents, run_main, sampled, saved_fpdm
 
 STEPS, IMAGES = 5, 3

@@ -26,11 +26,11 @@ from fixpoint_diffusion.denoisers import embedded, load_denoiser
 from fixpoint_diffusion.denoisers.registry import family
 from fixpoint_diffusion.files import locked
 from fixpoint_diffusion.models.autoencoder import LatentDecoder, load_autoencoder
+from fixpoint_diffusion.options.sampling import SamplingOptions, parse_classes
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise, step_noise
 from fixpoint_diffusion.sampling.fpdm import sample_fpdm
 from fixpoint_diffusion.sampling.grids import to_pixels
 from fixpoint_diffusion.sampling.job import SamplingJob
-from fixpoint_diffusion.sampling.options import SamplingOptions, parse_classes
 from fixpoint_diffusion.training import TrainingRun
 from fixpoint_diffusion.training.logs import TrainingLog
 from tests.fixpoint_diffusion.command_line import SCHEDULE, contents, invoke, run_main, sampled, saved_fpdm

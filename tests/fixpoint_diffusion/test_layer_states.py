@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fixpoint_diffusion.denoisers import family
 from fixpoint_diffusion.models import FPDM, FPDMConfig
+from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.training.batches import Share, StepSampler, draw
-from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.data import ImageDataset, LabelledImages, open_dataset
 from fixpoint_diffusion.training.layer_states import objective_of
 from fixpoint_diffusion.training.networks import TrainableDenoiser

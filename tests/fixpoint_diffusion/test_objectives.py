@@ -12,9 +12,9 @@ from scipy.stats import norm
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
+from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.processes.flow import FLOW_SCHEDULE, flow_levels
-from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.objectives import (
     VLB_WEIGHT,
     diffusion_loss,

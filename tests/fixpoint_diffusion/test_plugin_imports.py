@@ -17,6 +17,7 @@ ORDER = (
     "extras",
     "files",
     "ranks",
+    "options",
     "processes",
     "models",
     "denoisers",
@@ -151,6 +152,15 @@ def test_the_check_sees_each_way_to_reach_into_the_core(source: str) -> None:
 
 def test_the_check_allows_public_names() -> None:
     assert private_uses("import fixpoint\nfrom fixpoint import solve, Anderson\nfixpoint.Picard()") == []
+
+
+def test_public_names_are_there_when_asked_for_and_no_others() -> None:
+    assert sorted(" ".join(fixpoint_diffusion._PLACES.values()).split()) == sorted(fixpoint_diffusion.__all__)
+    for name in fixpoint_diffusion.__all__:
+        assert getattr(fixpoint_diffusion, name).__name__ == name
+    assert fixpoint_diffusion.restoration.__name__ == "fixpoint_diffusion.restoration"
+    with pytest.raises(AttributeError, match="no attribute 'sampel'"):
+        _ = fixpoint_diffusion.sampel
 
 
 def test_every_bar_is_one_that_does_not_fill_a_log() -> None:

@@ -59,7 +59,7 @@ def test_several_processes_find_what_one_finds_in_the_same_rounds(tmp_path: Path
         assert said["after all that"] == ""
 
 
-def test_rows_are_shared_along_one_dimension_of_a_mesh_beside_samples_or_parameters(tmp_path: Path) -> None:
+def test_rows_are_shared_along_one_dimension_of_a_mesh_beside_samples_or_parts_of_the_network(tmp_path: Path) -> None:
     codes, results = run_ranks(tmp_path, 4, "mesh")
     assert codes == [0] * 4
     network = worker.Layers()
@@ -68,12 +68,21 @@ def test_rows_are_shared_along_one_dimension_of_a_mesh_beside_samples_or_paramet
         torch.testing.assert_close(result["samples"], alone, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(result["fsdp"], worker.images_of(network, 0), rtol=1e-6, atol=1e-9)
         assert result["parameters here"] == sum(each.numel() for each in network.parameters()) // 2
+        same = result["fsdp over the ranks that share rows"]
+        torch.testing.assert_close(same, worker.images_of(network, 0), rtol=1e-6, atol=1e-9)
     assert [result["first"] for result in results] == [0, 0, 2, 2]
     alone = worker.training_step(None)
     untrained = worker.sharded_fpdm(None, width=16, heads=2).double().parameters()
     assert any(bool((one != other).any()) for one, other in zip(alone, untrained, strict=True))
     for result in results:
         torch.testing.assert_close(result["trained"], alone, rtol=1e-6, atol=1e-9)
+    whole = worker.transformer()
+    alone = worker.solved(whole, lambda denoiser: denoiser)
+    for result in results:
+        torch.testing.assert_close(result["tensor parallel"], alone, rtol=1e-6, atol=1e-9)
+        parameters = whole.transformer_blocks[0].ff.net[2].weight.numel()
+        assert result["parameters of tensor parallelism here"] == parameters // 2
+        assert "divided by tensor parallelism over ranks [" in result["refused"]
 
 
 def test_an_xl_model_is_sharded_without_memory_for_it() -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fixpoint_diffusion.options.training import TrainingConfig, learning_rate_at
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.training.checkpoints import load_state, save_state
-from fixpoint_diffusion.training.config import TrainingConfig, learning_rate_at
 from fixpoint_diffusion.training.data import ImageDataset, LabelledImages, open_dataset
 from fixpoint_diffusion.training.trainer import train
 

@@ -13,9 +13,9 @@ import fixpoint
 from benchmarks.fpdm_memory import peak_of
 from fixpoint_diffusion.denoisers import family
 from fixpoint_diffusion.models import FPDM, DiT, DiTConfig, FPDMConfig
+from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.training.checkpoints import load_state
-from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.data import ImageDataset, LabelledImages, open_dataset
 from fixpoint_diffusion.training.logs import LayerResidual, TrainingLog
 from fixpoint_diffusion.training.network_options import LayerPenalty

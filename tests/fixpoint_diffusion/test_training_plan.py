@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from benchmarks.fpdm_memory import peak_of
 from fixpoint_diffusion.cli import app, main
 from fixpoint_diffusion.models import FPDM, DiTConfig, FPDMConfig
+from fixpoint_diffusion.options.training import learning_rate_at
 from fixpoint_diffusion.training import TrainingConfig, TrainingRun
-from fixpoint_diffusion.training.config import learning_rate_at
 from fixpoint_diffusion.training.presets import PRESETS
 from tests.fixpoint_diffusion.test_cost import bytes_kept
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fixpoint_diffusion.models.fpdm.config import Backpropagation
+from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.training.batches import Share, StepSampler, draw
 from fixpoint_diffusion.training.checkpoints import load_state
-from fixpoint_diffusion.training.config import TrainingConfig
 from fixpoint_diffusion.training.runs import TrainingRun
 from tests.fixpoint_diffusion.processes import ended, start_ranks, wait_for
 
@@ -34,10 +34,10 @@ def options(rule: str, steps: int = 2) -> dict[str, Any]:
 SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
+from fixpoint_diffusion.cli import main
 from fixpoint_diffusion.training import trainer
 from fixpoint_diffusion.training.runs import TrainingRun
-from tests.fixpoint_diffusion.processes import ended, start_ranks, wait_for
-folder, runs, killed = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+folder, runs = Path(sys.argv.pop(1)), json.loads(sys.argv.pop(1))
 for name, options in runs.items():
     TrainingRun.start(folder / name, **options).run(progress=False)
 original = trainer._Run.step
@@ -47,7 +47,7 @@ def step(self, batches, number, interrupted):
         time.sleep(600)
     return original(self, batches, number, interrupted)
 trainer._Run.step = step
-TrainingRun.start(folder / "killed", **killed).run(progress=False)
+main()
 """
 
 
@@ -61,7 +61,19 @@ def assert_same(folder: Path, other: Path) -> None:
 
 def test_two_processes_train_what_one_does_with_the_same_batch(tmp_path: Path) -> None:
     runs, whole = {rule: options(rule) for rule in RULES}, options("sjfb", steps=4)
-    ranks = start_ranks(2, "-c", SCRIPT, tmp_path / "two", json.dumps(runs), json.dumps(whole))
+    (tmp_path / "settings.json").write_text(json.dumps(whole["settings"]))
+    command = [
+        "train",
+        "fpdm",
+        "--classes",
+        "--settings",
+        tmp_path / "settings.json",
+        "--out",
+        tmp_path / "two" / "killed",
+    ]
+    for name, value in whole["training"].items():
+        command += ["--" + name.replace("_", "-"), value]
+    ranks = start_ranks(2, "-c", SCRIPT, tmp_path / "two", json.dumps(runs), *command)
     for rule, each in runs.items():
         TrainingRun.start(tmp_path / "one" / rule, **each).run(progress=False)
     TrainingRun.start(tmp_path / "one" / "killed", **whole).run(progress=False)
@@ -69,8 +81,12 @@ def test_two_processes_train_what_one_does_with_the_same_batch(tmp_path: Path) -
         wait_for(tmp_path / "two" / "waiting")
     finally:
         ranks[1].kill()
-        (code, said, _), _ = ended(ranks)
-    assert code != 0, said
+        (code, _, error), _ = ended(ranks)
+    assert code == 2
+    assert error == (
+        "Error: another process of this command has ended; training can be resumed from its last checkpoint, "
+        "if it had come to one"
+    )
     for rule in RULES:
         assert_same(tmp_path / "one" / rule, tmp_path / "two" / rule)
     resumed = TrainingRun.resume(tmp_path / "two" / "killed")

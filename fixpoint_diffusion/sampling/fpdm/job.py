@@ -11,12 +11,12 @@ from fixpoint import Anderson, Broyden, CausalQuasiNewton, Picard, ProgressBar, 
 from fixpoint_diffusion.denoisers import FPDMDenoiser
 from fixpoint_diffusion.models import FPDMConfig
 from fixpoint_diffusion.models.allocation import allocate, iterations_per_step
+from fixpoint_diffusion.options.sampling import SamplingOptions, SolverName, flag
 from fixpoint_diffusion.processes import Transitions
 from fixpoint_diffusion.sampling.fpdm.adaptive import threshold_for
 from fixpoint_diffusion.sampling.fpdm.iterations import ToTolerance
 from fixpoint_diffusion.sampling.fpdm.joint import follow_jointly
 from fixpoint_diffusion.sampling.fpdm.sampler import FPDMOptions, Reuse, follow_transitions
-from fixpoint_diffusion.sampling.options import SamplingOptions, SolverName, flag
 
 # Images; what they cost, to be added up; what was chosen by measuring: as in ``SampleBatch``.
 Drawn = tuple[Tensor, dict[str, float], dict[str, float]]

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fixpoint_diffusion.sampling.options import option
+from fixpoint_diffusion.options.sampling import option
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Weighting = Literal["plain", "min-snr", "fpdm"]

@@ -22,6 +22,13 @@ class SolverName(StrEnum):
     broyden = "broyden"
 
 
+class ImageFormat(StrEnum):
+    """How a sampling run writes its images: arrays as sampled, or pictures of 8 bit."""
+
+    npy = "npy"
+    png = "png"
+
+
 def option(
     default: Any,
     help: str,
