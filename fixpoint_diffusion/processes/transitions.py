@@ -197,6 +197,20 @@ class Transitions:
         )
         return replace(self, direction=direction, sigma=sigma)
 
+    def part(self, steps: slice) -> Transitions:
+        """Some of these steps, one after another: no slice with gaps.
+
+        Example:
+            >>> schedule = NoiseSchedule.linear()
+            >>> Transitions.of(schedule, schedule.timesteps(4)).part(slice(2, None)).timesteps
+            tensor([250,   0])
+        """
+        first, last, _ = steps.indices(self.steps)
+        names = ("timesteps", "alphas", "alphas_prev", "direction", "sigma", "history", "input_scale")
+        given = {name: getattr(self, name) for name in names}
+        cut = {name: None if values is None else values[first:last] for name, values in given.items()}
+        return replace(self, **cut, scales=None if self.scales is None else self.scales[first : last + 1])
+
     def as_input(self, x: Tensor, k: Tensor) -> Tensor:
         """Latents ``(N, *shape)`` before the steps k ``(N,)`` as the denoiser is to see them."""
         return x if self.input_scale is None else (self._like("input_scale", wide(x), k) * x).to(x.dtype)
