@@ -47,10 +47,10 @@ class Callbacks:
 
     def __init__(self, run: Any, shared: Any, arguments: dict[str, Any]) -> None:
         self._run, self._shared, self._arguments = run, shared, arguments
-        self._callback = arguments.get(_ON_STEP_END)
-        if isinstance(self._callback, PipelineCallback | MultiPipelineCallbacks):
-            raise ValueError(f"{type(self._callback).__name__} changes later steps; {CANNOT_CHANGE}")
-        self.wanted = self._callback is not None
+        callback = arguments.get(_ON_STEP_END)
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            raise ValueError(f"{type(callback).__name__} changes later steps; {CANNOT_CHANGE}")
+        self.wanted, self._callback = callback is not None, callback or _unseen
         deprecated = arguments if "callback" in arguments else arguments.get("kwargs", {})
         if deprecated.get("callback"):
             deprecated["callback"] = partial(self._look, deprecated["callback"])
@@ -96,6 +96,10 @@ class Callbacks:
         with read_only(self._run, self._shared):
             callback(index, timestep, given)
         check_unchanged({"latents": latents}, {"latents": given}, how="changed in place")
+
+
+def _unseen(*_: Any) -> None:
+    """The callback of a caller who has none."""
 
 
 @contextmanager

@@ -82,8 +82,8 @@ class InversionMixin(ParallelPipeline):
         """
         if check_scheduler(self.scheduler) is None:
             raise ValueError(
-                f"invert is for DDIM and DDPM schedulers, found {type(self.scheduler).__name__}: invert and sample with "
-                f"pipe.scheduler = {ADVICE}"
+                f"invert is for DDIM and DDPM schedulers, found {type(self.scheduler).__name__}: invert and sample "
+                f"with pipe.scheduler = {ADVICE}"
             )
         taken = [name for name in _NOT_TAKEN if name in call]
         if taken:

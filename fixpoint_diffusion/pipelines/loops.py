@@ -51,10 +51,10 @@ def joined(calls: Sequence[Asked], shared: Sequence[str]) -> Asked:
     flat = [dict(_flatten(call.inputs)) for call in calls]
     first, inputs = calls[0], flat[0]
     for name, value in inputs.items():
-        found = [each.get(name) for each in flat]
         if not isinstance(value, Tensor) or name in shared or len(calls) == 1:
             continue
-        if any(not isinstance(each, Tensor) or each.shape != value.shape for each in found):
+        found = [each[name] for each in flat if name in each and isinstance(each[name], Tensor)]
+        if len(found) < len(calls) or any(each.shape != value.shape for each in found):
             raise ValueError(f"the network is asked twice in a step, with {name} of different shapes")
         inputs[name] = torch.cat(found)
     return replace(
@@ -97,9 +97,7 @@ class LoopDenoiser(DiffusersDenoiser):
         return self.asks(x, **{self._name: self._told(t)}, **_nested({**inputs, **self._shared}))
 
 
-def conditioning(
-    asked: Asked, batch: int, guidance: Guidance | None, shared: Sequence[str]
-) -> dict[str, Tensor]:
+def conditioning(asked: Asked, batch: int, guidance: Guidance | None, shared: Sequence[str]) -> dict[str, Tensor]:
     """What differs from image to image, with the negative half of a guided batch under its own name.
 
     Raises:
@@ -113,7 +111,8 @@ def conditioning(
             if _holds_tensors(value):
                 raise ValueError(f"{name} holds tensors ({type(value).__name__}), which cannot be solved in parallel")
         elif value.shape[:1] != (rows,):
-            raise ValueError(f"the loop asks about {rows} rows of latents, but {name} is {tuple(value.shape)}")
+            count = value.shape[0] // (rows // batch) if value.ndim else "all"
+            raise ValueError(f"there are {batch} latents, but {name} for {count}")
         elif guidance:
             found[NEGATIVE + name], found[name] = guidance.halves(value)
         else:

@@ -167,7 +167,7 @@ class ParallelPipeline(DiffusionPipeline):
             if not callbacks.wanted:
                 return finish(callbacks.stopped)
             solve_later.append(finish)
-            return step["sample"]  # type: ignore[no-any-return]
+            return step["sample"]
 
         def settings() -> dict[str, Any]:
             told = {name: value for name, value in asked.calls[0].inputs.items() if not isinstance(value, Tensor)}
@@ -298,24 +298,19 @@ class ParallelPipeline(DiffusionPipeline):
             conditioning=told,
             max_rows=max_rows,
         )
-        if max_rows is None:
-            # By the images that are decoded, whose activations are what takes memory.
-            entries = int(getattr(self, "vae_scale_factor", 1)) ** 2 * (2 if guidance else 1)
-            chain.max_rows = max(usual_rows(chain) // entries, batch)
+        # By the size of the images that are decoded: so large are a network's activations, too.
+        entries = int(getattr(self, "vae_scale_factor", 1)) ** 2 * (2 if guidance else 1)
+        chain.max_rows = chain.max_rows or max(usual_rows(chain) // entries, batch)
         return chain
 
     def _sample(self, call: Call, solver: Solver | None, rtol: float, max_rows: int | str | None) -> SamplingResult:
         """Solve the chain, with the pipeline's own progress bar over rounds, out of those of plain iteration."""
-        chain, options = call.chain, dict[str, Any]()
-        if solver is not None:
-            options["solver"] = solver
+        chain = call.chain
+        options: dict[str, Any] = {} if solver is None else {"solver": solver}
         if max_rows == "auto":
-            chain.max_rows = None
-        planned = solver is None or (
-            isinstance(solver, CausalQuasiNewton) and solver.window is None and solver.max_rows is None
-        )
-        if max_rows == "auto" or planned:
-            options["max_rows"] = max_rows if max_rows == "auto" else chain.max_rows
+            chain.max_rows, options["max_rows"] = None, max_rows
+        elif solver is None or (isinstance(solver, CausalQuasiNewton) and solver.window is solver.max_rows is None):
+            options["max_rows"] = chain.max_rows
         with super().progress_bar(total=chain.steps + 1) as bar:
 
             def report(progress: Progress) -> bool:

@@ -38,7 +38,9 @@ def check_pipeline(pipeline: Any, network: nn.Module) -> None:
             "call its disable_cache()"
         )
     if getattr(pipeline, "transformer_2", None) is not None:
-        raise ValueError("a pipeline whose later steps ask another network (transformer_2) cannot be solved in parallel")
+        raise ValueError(
+            "a pipeline whose later steps ask another network (transformer_2) cannot be solved in parallel"
+        )
 
 
 def check_source(pipeline: Any) -> None:

@@ -32,5 +32,6 @@ class ParallelStableDiffusionImg2ImgPipeline(ParallelPipeline, StableDiffusionIm
 
     Callbacks and errors are those of :class:`ParallelStableDiffusionPipeline`; there are no ``latents`` to give.
 
-    Source: Meng et al., "SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations" (ICLR 2022).
+    Source: Meng et al., "SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations"
+    (ICLR 2022).
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -208,7 +209,7 @@ class Transitions:
         first, last, _ = steps.indices(self.steps)
         names = ("timesteps", "alphas", "alphas_prev", "direction", "sigma", "history", "input_scale")
         given = {name: getattr(self, name) for name in names}
-        cut = {name: None if values is None else values[first:last] for name, values in given.items()}
+        cut: dict[str, Any] = {name: None if each is None else each[first:last] for name, each in given.items()}
         return replace(self, **cut, scales=None if self.scales is None else self.scales[first : last + 1])
 
     def as_input(self, x: Tensor, k: Tensor) -> Tensor:
