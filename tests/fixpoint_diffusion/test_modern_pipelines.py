@@ -152,11 +152,11 @@ def test_a_callback_stops_a_run_and_cannot_change_it() -> None:
         parallel(**call_of("SD3", callback_on_step_end=stop, callback_on_step_end_tensor_inputs=["other"]))
 
 
-@pytest.mark.parametrize("case", ["XL", "FLUX", "SD3, DPM-Solver++"])
+@pytest.mark.parametrize("case", ["XL, ancestral", "FLUX", "SD3, DPM-Solver++"])
 def test_latents_to_start_from_are_those_of_the_original(case: str) -> None:
     original, parallel = pair(*CASES[case][:2])
     shape = (1, 4, 16) if case == "FLUX" else (1, 4, 4, 4)
-    given = {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(9))}
+    given = {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(9)), "output_type": "latent"}
     expected = original(**call_of(case, **given)).images
     torch.testing.assert_close(parallel(**call_of(case, **given), **TIGHT).images, expected, rtol=1e-4, atol=1e-4)
 
@@ -173,6 +173,20 @@ def test_half_precision_networks_are_told_what_their_loops_tell_them(case: str) 
     assert output.images.dtype == torch.bfloat16
     assert output.solution.value.dtype == torch.float32
     torch.testing.assert_close(output.images, expected, rtol=0, atol=0.1)
+
+
+def test_rounded_timesteps_are_those_of_the_loop() -> None:
+    original, parallel = pair(FLUX)
+    original.to(torch.bfloat16)
+    call = {name: each.bfloat16() if isinstance(each, Tensor) else each for name, each in call_of("FLUX").items()}
+    told: list[set[float]] = [set(), set()]
+    for pipe, seen in zip((original, parallel), told, strict=True):
+        hook = original.transformer.register_forward_pre_hook(
+            lambda module, args, given, seen=seen: seen.update(given["timestep"].tolist()), with_kwargs=True
+        )
+        pipe(**call)
+        hook.remove()
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("solver", [None, fixpoint.Picard(), fixpoint.CausalQuasiNewton(window=3)])
