@@ -32,7 +32,7 @@ class Worth:
         sampler, calls: the sampler, and its calls of the network in sequence.
         way: a key of ``WAYS``.
         distance, interval: Frechet distance to the held-out digits, and its 95% interval.
-        alone, batched: seconds for one image by itself (the least of three), and for one in a large batch.
+        alone, batched: seconds of one core for one image by itself (the least of three), and for one in a large batch.
     """
 
     sampler: str
@@ -46,7 +46,8 @@ class Worth:
 
 @torch.no_grad()
 def measure(cases: Sequence[tuple[str, int]], *, images: int) -> list[Worth]:
-    """Every case, both ways, from the same noise."""
+    """Every case, both ways, from the same noise, on one thread."""
+    torch.set_num_threads(1)
     _, held_out = split_held_out(load_digits())
     batches = [range(first, min(first + _BATCH, images)) for first in range(0, images, _BATCH)]
     found = []
@@ -76,8 +77,8 @@ def table(found: Sequence[Worth], images: int) -> str:
     width = max(len(each.sampler) for each in found)
     lines = [
         f"{images} digits. distance: Frechet's in the classifier's features, to {len(held_out)} held-out digits,",
-        f"with its 95% interval; the {len(train)} training digits are at {floor:.2f}. ms: for one image by itself (the",
-        f"least of three), and for one of batches of {_BATCH}. In parallel: to rtol {RTOL:g}, by the usual rule.",
+        f"with its 95% interval; the {len(train)} training digits are at {floor:.2f}. ms: of one core for one image by",
+        f"itself (least of three), and for one of batches of {_BATCH}. In parallel: to rtol {RTOL:g}, by the usual rule.",
         "",
         f"{'':{width}} calls {'':11}  distance (interval)  ms alone  ms in batch",
     ]
@@ -96,7 +97,7 @@ def as_json(found: Sequence[Worth], images: int) -> dict[str, object]:
 
 
 def _timed(name: str, calls: int, way: str, batches: Sequence[range]) -> tuple[Tensor, float]:
-    """The images, and the seconds that they took."""
-    start = time.perf_counter()
+    """The images, and the seconds of one core that they took, which do not depend on what else the machine does."""
+    start = time.process_time()
     pictures = torch.cat([WAYS[way](chain_of(name, calls, samples)) for samples in batches])
-    return pictures, time.perf_counter() - start
+    return pictures, time.process_time() - start
