@@ -46,8 +46,7 @@ class Worth:
 
 @torch.no_grad()
 def measure(cases: Sequence[tuple[str, int]], *, images: int) -> list[Worth]:
-    """Every case, both ways, from the same noise, on one thread."""
-    torch.set_num_threads(1)
+    """Every case, both ways, from the same noise."""
     _, held_out = split_held_out(load_digits())
     batches = [range(first, min(first + _BATCH, images)) for first in range(0, images, _BATCH)]
     found = []
@@ -78,7 +77,8 @@ def table(found: Sequence[Worth], images: int) -> str:
     lines = [
         f"{images} digits. distance: Frechet's in the classifier's features, to {len(held_out)} held-out digits,",
         f"with its 95% interval; the {len(train)} training digits are at {floor:.2f}. ms: of one core for one image by",
-        f"itself (least of three), and for one of batches of {_BATCH}. In parallel: to rtol {RTOL:g}, by the usual rule.",
+        f"itself (least of three), and for one of batches of {_BATCH}. "
+        f"In parallel: to rtol {RTOL:g}, by the usual rule.",
         "",
         f"{'':{width}} calls {'':11}  distance (interval)  ms alone  ms in batch",
     ]
