@@ -13,7 +13,7 @@ import fixpoint
 from fixpoint_diffusion import pipelines
 from fixpoint_diffusion.pipelines import Guidance
 from fixpoint_diffusion.pipelines.stand_ins import OneStep
-from tests.fixpoint_diffusion.tiny import tiny_pipeline
+from tests.fixpoint_diffusion.tiny import awake, tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -207,6 +207,38 @@ def test_rows_may_go_by_the_clock() -> None:
     expected = original(**call_of("SD3")).images
     output = parallel(**call_of("SD3"), rtol=1e-5, max_rows="auto")
     torch.testing.assert_close(output.images, expected, rtol=1e-2, atol=1e-2)
+
+
+class ParallelWanPipeline(pipelines.ParallelPipeline, diffusers.WanPipeline):
+    """Of videos; its loop asks the network twice, the negative rows last."""
+
+    _network = "transformer"
+
+
+def test_another_pipeline_takes_two_lines() -> None:
+    torch.manual_seed(0)
+    sizes = {"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1}
+    transformer = diffusers.WanTransformer3DModel(**sizes, text_dim=8, freq_dim=16, ffn_dim=16)
+    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    original = diffusers.WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=diffusers.UniPCMultistepScheduler(**flow),
+        transformer=awake(transformer),
+    )
+    parallel = ParallelWanPipeline.from_pipe(original)
+    for pipe in (original, parallel):
+        pipe.set_progress_bar_config(disable=True)
+    call = {**embeddings("prompt_embeds", "negative_prompt_embeds"), "num_inference_steps": 6, "output_type": "latent"}
+    call |= {"height": 16, "width": 16, "num_frames": 5}
+    expected = original(**call, generator=torch.Generator().manual_seed(5)).frames
+    output = parallel(**call, generator=torch.Generator().manual_seed(5), **TIGHT)
+    torch.testing.assert_close(output.frames, expected, rtol=1e-4, atol=1e-4)
+    parallel.register_modules(transformer_2=transformer)
+    with pytest.raises(ValueError, match="later steps ask another network"):
+        parallel(**call)
 
 
 class OtherGuidance(pipelines.ParallelStableDiffusion3Pipeline):
