@@ -51,12 +51,11 @@ def joined(calls: Sequence[Asked], shared: Sequence[str]) -> Asked:
     flat = [dict(_flatten(call.inputs)) for call in calls]
     first, inputs = calls[0], flat[0]
     for name, value in inputs.items():
-        if not isinstance(value, Tensor) or name in shared or len(calls) == 1:
-            continue
-        found = [each[name] for each in flat if name in each and isinstance(each[name], Tensor)]
-        if len(found) < len(calls) or any(each.shape != value.shape for each in found):
-            raise ValueError(f"the network is asked twice in a step, with {name} of different shapes")
-        inputs[name] = torch.cat(found)
+        rows = isinstance(value, Tensor) and name not in shared
+        if not all(_alike(value, each.get(name), values=not rows) for each in flat):
+            raise ValueError(f"the network is asked more than once in a step, with {name} that do not fit together")
+        if rows:
+            inputs[name] = torch.cat([each[name] for each in flat])
     return replace(
         first,
         sample=torch.cat([call.sample for call in calls]),
@@ -164,6 +163,13 @@ def _compare(what: str, found: Tensor, expected: Tensor) -> None:
         same = bool((found - expected).norm() <= _CLOSE * expected.norm())
     if not same:
         raise ValueError(f"the loop of this pipeline {what} than is served, so it cannot be solved in parallel")
+
+
+def _alike(one: Any, other: Any, *, values: bool) -> bool:
+    """Whether two inputs have one type and shape and, if ``values``, are the same."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return bool(one is other or (type(one) is type(other) and not _holds_tensors(one) and one == other))
+    return one.shape == other.shape and (not values or torch.equal(one, other))
 
 
 def _flatten(inputs: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

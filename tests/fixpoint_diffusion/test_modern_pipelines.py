@@ -12,7 +12,7 @@ from torch import Tensor
 import fixpoint
 from fixpoint_diffusion import pipelines
 from fixpoint_diffusion.pipelines import Guidance
-from fixpoint_diffusion.pipelines.stand_ins import OneStep
+from fixpoint_diffusion.pipelines.stand_ins import Listener, OneStep
 from tests.fixpoint_diffusion.tiny import awake, tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -326,6 +326,31 @@ def test_only_ddim_and_ddpm_are_inverted() -> None:
     _, parallel = pair("StableDiffusionPipeline", EULER)
     with pytest.raises(ValueError, match="invert is for DDIM and DDPM schedulers, found EulerDiscreteScheduler"):
         parallel.invert(IMAGE, prompt="a")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("txt_ids", lambda ids: ids + 1),
+        ("encoder_hidden_states", lambda prompts: prompts[:, :-1]),
+        ("joint_attention_kwargs", lambda kwargs: {"scale": 2.0}),
+    ],
+)
+def test_loops_that_ask_twice_about_different_things_are_refused(
+    name: str, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a negative prompt of another length, or attention that is told something else in the second call."""
+    _, parallel = pair(FLUX)
+    forward = Listener.forward
+
+    def changed(self: Listener, **given: Any) -> Any:
+        if self.calls:
+            given[name] = change(given[name])
+        return forward(self, **given)
+
+    monkeypatch.setattr(Listener, "forward", changed)
+    with pytest.raises(ValueError, match=f"more than once in a step, with {name}"):
+        parallel(**call_of("FLUX, true guidance"))
 
 
 def test_loops_that_step_in_their_own_way_are_refused() -> None:
