@@ -2,7 +2,7 @@
 
     python -m benchmarks.chains [--only PART] [--out benchmarks/results] [--quick]
 
-Parts are ``rounds``, ``speed``, ``quality``, ``honesty``, ``mixtures`` and ``modern``. Each writes its own
+Parts are ``rounds``, ``speed``, ``quality``, ``honesty``, ``mixtures``, ``modern`` and ``worth``. Each writes its own
 ``chains-PART.json`` and ``chains-PART.txt``, and ``rounds`` two pictures beside.
 """
 
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.chains import honesty, mixtures, modern, quality, rounds, speed
+from benchmarks.chains import honesty, mixtures, modern, quality, rounds, speed, worth
 from benchmarks.chains.cases import FULL, QUICK
 from benchmarks.solvers.report import targets_text
 from benchmarks.solvers.standings import Target
@@ -68,6 +68,13 @@ def run_modern(quick: bool, out: Path) -> Part:
     return modern.table(found), modern.as_json(found), [] if quick else modern.targets(found)
 
 
+def run_worth(quick: bool, out: Path) -> Part:
+    """Frechet distance and seconds of the same sampler in sequence and in parallel."""
+    images = 50 if quick else 2000
+    found = worth.measure(worth.QUICK if quick else worth.CASES, images=images)
+    return worth.table(found, images), worth.as_json(found, images), []
+
+
 PARTS: dict[str, Callable[[bool, Path], Part]] = {
     "rounds": run_rounds,
     "speed": run_speed,
@@ -75,6 +82,7 @@ PARTS: dict[str, Callable[[bool, Path], Part]] = {
     "honesty": run_honesty,
     "mixtures": run_mixtures,
     "modern": run_modern,
+    "worth": run_worth,
 }
 
 

@@ -1,79 +1,66 @@
-"""Rounds and rows of today's samplers: flow matching, Euler, Heun, DPM-Solver++, UniPC, on the embedded U-Net."""
+"""Rounds and rows of today's samplers: flow matching, Euler, Heun, DPM-Solver++, UniPC, on the embedded U-Nets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import diffusers
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.chains.curves import spread
 from benchmarks.solvers.standings import Target
-from fixpoint_diffusion import NoiseSchedule, embedded, initial_noise, sample
+from fixpoint_diffusion import SamplingChain, embedded, initial_noise, sample
 from fixpoint_diffusion.chains import chain_from_scheduler
 
 RTOL = 1e-3
 _NEVER_ABOVE = 2 * RTOL
 HOW_TO_READ = f"""\
-The embedded U-Net, solved to rtol {RTOL:g} with CausalQuasiNewton by its own rule, each sample by itself.
+The embedded U-Nets, solved to rtol {RTOL:g} with CausalQuasiNewton by its own rule, each sample by itself.
 calls: of the network in sequence. rounds: batched calls in parallel, median/worst sample, and the median by calls.
 rows: network rows by those of the sequential sampler, median. error: ||x_0 - sequential|| / ||sequential||, the worst.
 What is fewer than the calls in sequence saves time only where a large call costs less than as many small ones.
-Flow: the U-Net as a model of (1 - sigma) x_0 + sigma eps, asked at the level of the same signal-to-noise ratio.
+Flow: flow-digits, which was trained along (1 - sigma) x_0 + sigma eps; the others: ddpm-digits.
 """
-# A name, the scheduler's class and its options. The network is asked as a flow where the name begins so.
-SAMPLERS: list[tuple[str, str, dict[str, Any]]] = [
-    ("flow, Euler", "FlowMatchEulerDiscreteScheduler", {}),
-    ("flow, Euler, shift 3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
-    (
-        "flow, UniPC-2, shift 3",
+# By name, the scheduler's class and its options. The network is the flow's where the name begins so.
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "flow, Euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow, Euler, shift 3": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "flow, UniPC-2, shift 3": (
         "UniPCMultistepScheduler",
         {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"},
     ),
-    ("DDIM", "DDIMScheduler", {"clip_sample": False}),
-    ("Euler", "EulerDiscreteScheduler", {}),
-    ("Euler, Karras", "EulerDiscreteScheduler", {"use_karras_sigmas": True}),
-    ("Euler, ancestral", "EulerAncestralDiscreteScheduler", {}),
-    ("Heun, Karras", "HeunDiscreteScheduler", {"use_karras_sigmas": True}),
-    ("DPM-Solver++ 2M", "DPMSolverMultistepScheduler", {}),
-    ("DPM-Solver++ 2M, Karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    ("DPM-Solver++ 2M, SDE", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    ("DPM-Solver++ 3M", "DPMSolverMultistepScheduler", {"solver_order": 3}),
-    ("UniPC-2", "UniPCMultistepScheduler", {}),
-]
+    "DDIM": ("DDIMScheduler", {"clip_sample": False}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Euler, Karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "Euler, ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "Heun, Karras": ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+    "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "DPM-Solver++ 2M, Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "DPM-Solver++ 2M, SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "DPM-Solver++ 3M": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "UniPC-2": ("UniPCMultistepScheduler", {}),
+}
+_model = cache(embedded)
 
 
-class AsFlow:
-    """A network that predicts the noise as one that predicts ``eps - x_0`` along ``(1 - sigma) x_0 + sigma eps``.
-
-    Args:
-        denoiser: predicts the noise of latents at unit size.
-    """
-
-    prediction_type = "flow_prediction"
-
-    def __init__(self, denoiser: Any) -> None:
-        self.denoiser, self.prior, self.sample_shape = denoiser, denoiser.prior, denoiser.sample_shape
-        alphas = NoiseSchedule.from_diffusers(denoiser.schedule_config).alphas_cumprod
-        self._log_ratios = ((1 - alphas) / alphas).log() / 2
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """For latents ``(N, *shape)`` at timesteps ``1000 sigma`` ``(N,)``."""
-        sigma = (t.double() / 1000).clamp(1e-4, 1)
-        # Where there is next to no signal, the level of its training with the least.
-        ratio = (sigma / (1 - sigma)).log().clamp(float(self._log_ratios[0]), float(self._log_ratios[-1]))
-        above = torch.searchsorted(self._log_ratios, ratio.contiguous()).clamp(1, len(self._log_ratios) - 1)
-        low, high = self._log_ratios[above - 1], self._log_ratios[above]
-        time = above - 1 + (ratio - low) / (high - low)
-        alpha, sigma = (y.reshape(-1, *[1] * (x.ndim - 1)) for y in ((1 + (2 * ratio).exp()).reciprocal(), sigma))
-        unit = x.double() / ((1 - sigma).square() + sigma.square()).sqrt()
-        eps = self.denoiser(unit.to(x.dtype), time.to(x.dtype)).double()
-        image = (unit - (1 - alpha).sqrt() * eps) / alpha.sqrt()
-        return ((x - image) / sigma).to(x.dtype)
+def chain_of(name: str, calls: int, samples: range) -> SamplingChain:
+    """The chain of some samples; Heun's method is given half as many steps, for the same number of calls."""
+    kind, options = SAMPLERS[name]
+    flow = name.startswith("flow")
+    denoiser = _model("flow-digits" if flow else "ddpm-digits")
+    if not flow:
+        keys = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+        options = options | {key: (denoiser.schedule_config or {})[key] for key in keys}
+    return chain_from_scheduler(
+        denoiser,
+        initial_noise(0, samples, (1, 8, 8)),
+        getattr(diffusers, kind)(**options),
+        steps=calls if kind != "HeunDiscreteScheduler" else (calls + 1) // 2,
+        first_sample=samples.start,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,25 +74,13 @@ class Found:
     errors: list[float]
 
 
-def measure(steps: Sequence[int], *, samples: int, only: Sequence[str] | None = None) -> list[Found]:
-    """Solve and compare; Heun's method is given half as many steps, for the same number of calls."""
-    unet, found = embedded("ddpm-digits"), []
-    process = {
-        key: unet.schedule_config[key] for key in ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
-    }  # type: ignore[index]
-    cases = [(count, *case) for count in steps for case in SAMPLERS if only is None or case[0] in only]
-    for count, name, kind, options in tqdm(cases, unit="sampler", mininterval=1):
-        flow = name.startswith("flow")
-        scheduler = getattr(diffusers, kind)(**options | ({} if flow else process))
+def measure(calls: Sequence[int], *, samples: int, only: Sequence[str] = tuple(SAMPLERS)) -> list[Found]:
+    """Solve and compare."""
+    found = []
+    for count, name in tqdm([(count, name) for count in calls for name in only], unit="sampler", mininterval=1):
         rounds, rows, errors = list[float](), list[float](), list[float]()
         for i in range(samples):
-            chain = chain_from_scheduler(
-                AsFlow(unet) if flow else unet,
-                initial_noise(0, range(i, i + 1), (1, 8, 8)),
-                scheduler,
-                steps=count if name[:4] != "Heun" else (count + 1) // 2,
-                first_sample=i,
-            )
+            chain = chain_of(name, count, range(i, i + 1))
             expected = chain.sequential(trajectory=False)
             result = sample(chain, rtol=RTOL, max_rows=10**6)
             rounds.append(result.rounds)

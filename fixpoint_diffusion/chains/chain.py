@@ -82,7 +82,7 @@ class SamplingChain:
         self.transitions = transitions
         self.noise = None if noise is None else self._check_noise(noise)
         self.conditioning = check_conditioning(conditioning or {}, describe(denoiser), len(x_T), x_T.device)
-        self.max_rows = max_rows
+        self.max_rows: int | None = max_rows
         self.check_evals = 0
         self._timesteps_here = transitions.timesteps, transitions.timesteps
         self.reset_counters()

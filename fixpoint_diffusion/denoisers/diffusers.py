@@ -109,11 +109,15 @@ class DiffusersDenoiser:
         given |= inputs
         self._complete(given, x)
         given = {name: _cast(value, dtype) for name, value in given.items()}
-        output = self.model(x.to(dtype), t, **given)
+        output = self._ask(x.to(dtype), t, given)
         if not isinstance(output, Tensor):
             output = output[0] if isinstance(output, tuple) else output.sample
         channels = x.shape[1] * (2 if self.learned_variance else 1)
         return output[:, :channels].to(x.device, x.dtype)
+
+    def _ask(self, x: Tensor, t: Tensor, inputs: dict[str, Any]) -> Any:
+        """The model's own output."""
+        return self.model(x, t, **inputs)
 
     def _complete(self, given: dict[str, Any], x: Tensor) -> None:
         """Add what the model wants and was not told, or say what is missing."""

@@ -11,7 +11,7 @@ from fixpoint_diffusion.denoisers.checksums import verify_checksums
 from fixpoint_diffusion.denoisers.loading import load_denoiser
 from fixpoint_diffusion.denoisers.protocol import NetworkDenoiser
 
-EMBEDDED_MODELS = ("ddpm-digits", "dit-digits", "fpdm-digits")
+EMBEDDED_MODELS = ("ddpm-digits", "dit-digits", "flow-digits", "fpdm-digits")
 
 
 def embedded_folder(name: str) -> Path:
@@ -19,7 +19,8 @@ def embedded_folder(name: str) -> Path:
 
     Args:
         name: ``"ddpm-digits"`` (a ``UNet2DModel`` that predicts the noise), ``"fpdm-digits"`` (an FPDM that predicts v
-            and is told the digit as a class) or ``"dit-digits"`` (a DiT that does the same, after as long a training).
+            and is told the digit as a class), ``"dit-digits"`` (a DiT that does the same, after as long a training) or
+            ``"flow-digits"`` (a ``UNet2DModel`` that predicts ``noise - x_0`` along a flow).
 
     Raises:
         ValueError: if there is no such model, or a file is not as it was shipped.

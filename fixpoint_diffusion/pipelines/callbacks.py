@@ -1,15 +1,21 @@
-"""Callbacks of a pipeline's run: they may look at it and stop it, but what would change it is refused by name."""
+"""Callbacks of a pipeline's run: they may look at it and stop it, but what would change it is refused by name.
+
+A loop of diffusers calls back with its own tensors, at the end of its one step. The solve is run from there, so that
+the caller's callback is given these tensors, by the names that the original has for them, after every round.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
 CANNOT_CHANGE = "a callback can look at a parallel solve and stop it, but not change it: all steps are solved at once"
@@ -17,6 +23,83 @@ CANNOT_CHANGE = "a callback can look at a parallel solve and stop it, but not ch
 _MAY_BE_SET = ("_interrupt", "_progress_bar_config", "_internal_dict")
 # The pipelines whose callback is running in this thread.
 _READ_ONLY: ContextVar[tuple[Any, ...]] = ContextVar("read_only_pipelines", default=())
+
+
+# Called with the number of a round and its x_0; something true stops the solve.
+AfterRound = Callable[[int, Tensor], bool]
+_ON_STEP_END = "callback_on_step_end"
+_ITS_TENSORS = "callback_on_step_end_tensor_inputs"
+
+
+class Callbacks:
+    """What the caller of a pipeline wants to see of a run, taken out of the arguments of the call.
+
+    Args:
+        run, shared: the copy of the pipeline that the call works on, and the pipeline that was called.
+        arguments: of the original's call, by name; changed here.
+
+    Attributes:
+        wanted: whether there is a callback for every round, so that :meth:`solve_at_the_end` is to be called.
+
+    Raises:
+        ValueError: one of diffusers' own callbacks, which change later steps.
+    """
+
+    def __init__(self, run: Any, shared: Any, arguments: dict[str, Any]) -> None:
+        self._run, self._shared, self._arguments = run, shared, arguments
+        callback = arguments.get(_ON_STEP_END)
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            raise ValueError(f"{type(callback).__name__} changes later steps; {CANNOT_CHANGE}")
+        self.wanted, self._callback = callback is not None, callback or _unseen
+        deprecated = arguments if "callback" in arguments else arguments.get("kwargs", {})
+        if deprecated.get("callback"):
+            deprecated["callback"] = partial(self._look, deprecated["callback"])
+        if hasattr(type(shared), "interrupt"):
+            shared._interrupt = False
+
+    def solve_at_the_end(self, solve: Callable[[AfterRound], Tensor], settings: Callable[[], dict[str, Any]]) -> None:
+        """Have the original call back for ``solve``, whose latents its loop goes on with.
+
+        Args:
+            solve: given what to do after every round.
+            settings: what the network is told beside tensors, and the state of network and scheduler.
+        """
+        names, known = self._arguments[_ITS_TENSORS], self._run._callback_tensor_inputs
+        if set(names) <= set(known):  # otherwise the original says what is wrong
+            self._arguments[_ITS_TENSORS] = known
+
+        def at_the_end(_: Any, __: int, ___: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+            return {"latents": solve(partial(self._after_round, names, tensors, settings))}
+
+        self._arguments[_ON_STEP_END] = at_the_end
+
+    def _after_round(
+        self, names: list[str], tensors: dict[str, Any], settings: Callable[[], dict[str, Any]], index: int, x_0: Tensor
+    ) -> bool:
+        held = {**tensors, "latents": x_0.to(tensors["latents"].dtype)}
+        given = {name: None if held[name] is None else held[name].clone() for name in names}
+        before = {name: _copy(value) for name, value in settings().items()}
+        with read_only(self._run, self._shared):
+            last = self._run.scheduler.timesteps[-1]
+            returned = self._callback(self._run, index, last, dict(given))
+        check_unchanged(held | before, {**given, **settings()}, how="changed in place")
+        check_returned(held, returned)
+        return self.stopped()
+
+    def stopped(self, *_: Any) -> bool:
+        """Whether someone asks for the end of this run."""
+        return any(getattr(pipe, "interrupt", False) for pipe in (self._run, self._shared))
+
+    def _look(self, callback: Callable[..., Any], index: int, timestep: Tensor, latents: Tensor) -> None:
+        """Call the deprecated ``callback``, which comes once, at the end, and returns nothing."""
+        given = latents.clone()
+        with read_only(self._run, self._shared):
+            callback(index, timestep, given)
+        check_unchanged({"latents": latents}, {"latents": given}, how="changed in place")
+
+
+def _unseen(*_: Any) -> None:
+    """The callback of a caller who has none."""
 
 
 @contextmanager

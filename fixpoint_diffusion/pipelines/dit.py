@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import DiTPipeline
 
 from fixpoint_diffusion.pipelines.inversion import InversionMixin
-from fixpoint_diffusion.pipelines.parallel import Guidance
+from fixpoint_diffusion.pipelines.loops import Guidance
 
 
 class ParallelDiTPipeline(InversionMixin, DiTPipeline):
@@ -30,6 +30,7 @@ class ParallelDiTPipeline(InversionMixin, DiTPipeline):
 
     _network = "transformer"
 
-    def _guidance(self, arguments: Mapping[str, Any]) -> Guidance | None:
+    def _guidance(self, arguments: Mapping[str, Any], *, doubled: bool) -> Guidance | None:
+        """The loop carries the latents of a guided batch twice."""
         scale = arguments["guidance_scale"]
         return Guidance(scale=scale, negative_first=False) if scale > 1 else None

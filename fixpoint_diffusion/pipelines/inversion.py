@@ -15,7 +15,7 @@ from fixpoint_diffusion.inversion import Inverse, InverseMethod, ParallelInverse
 from fixpoint_diffusion.inversion.problem import ClippedChainError, check_finite, rms
 from fixpoint_diffusion.models.autoencoder import LatentEncoder
 from fixpoint_diffusion.pipelines.parallel import Call, ParallelPipeline
-from fixpoint_diffusion.pipelines.schedulers import ADVICE
+from fixpoint_diffusion.pipelines.schedulers import ADVICE, check_scheduler
 
 # What a sampling call takes and an inversion does not.
 _NOT_TAKEN = ("latents", "return_dict", "callback_on_step_end", "callback_steps")
@@ -80,6 +80,11 @@ class InversionMixin(ParallelPipeline):
                 an ``eta`` above 0 without a
                 ``generator`` (give one of the same seed, and the same ``eta``, to the call that samples).
         """
+        if check_scheduler(self.scheduler) is None:
+            raise ValueError(
+                f"invert is for DDIM and DDPM schedulers, found {type(self.scheduler).__name__}: invert and sample "
+                f"with pipe.scheduler = {ADVICE}"
+            )
         taken = [name for name in _NOT_TAKEN if name in call]
         if taken:
             raise ValueError(f"invert takes no {taken[0]}")

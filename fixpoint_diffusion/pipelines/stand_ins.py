@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from fixpoint_diffusion.denoisers.modules import uncompiled
 
 
 class OneStep:
-    """A scheduler as it is, but with one timestep, whose step is ``take_step`` of the arguments by name."""
+    """A scheduler as it is, but loops end after one step, which is ``take_step`` of its arguments by name."""
 
     def __init__(self, scheduler: Any, take_step: Callable[[Mapping[str, Any]], Tensor]) -> None:
         self._scheduler = scheduler
+        self.taken = False
+        # Which of the scheduler's timesteps were walked last: those of the loop, once its step is taken.
+        self.walked = slice(None)
         signature = inspect.signature(scheduler.step)
 
         def step(*args: Any, **kwargs: Any) -> Any:
+            if self.taken:
+                raise ValueError("this pipeline's loop takes more steps than it has timesteps")
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             latents = take_step(bound.arguments)
+            self.taken = True
             return SimpleNamespace(prev_sample=latents) if bound.arguments["return_dict"] else (latents,)
 
         # Pipelines look there for what the scheduler accepts.
@@ -29,20 +39,72 @@ class OneStep:
 
     @property
     def timesteps(self) -> Tensor:
-        return self._scheduler.timesteps[:1]
+        return Timesteps.of(self, self._scheduler.timesteps)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_scheduler"], name)
 
 
+class Timesteps(Tensor):
+    """A scheduler's timesteps, or some of them in a row: whoever walks them stops when the step has been taken."""
+
+    owner: OneStep
+    first: int
+
+    @classmethod
+    def of(cls, owner: OneStep, values: Tensor, first: int = 0) -> Timesteps:
+        """``first`` is which of the scheduler's timesteps these begin with."""
+        found = values.as_subclass(cls)
+        found.owner, found.first = owner, first
+        return found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What is made of timesteps is a plain tensor, but for a part of them, or all of them elsewhere."""
+        with torch._C.DisableTorchFunctionSubclass():
+            made = func(*args, **(kwargs or {}))
+        given = args[0] if args else None
+        if not isinstance(given, cls) or not isinstance(made, Tensor) or made.ndim != 1:
+            return made.as_subclass(Tensor) if isinstance(made, cls) else made
+        if func is Tensor.__getitem__ and isinstance(args[1], slice) and args[1].step is None:
+            return cls.of(given.owner, made, given.first + args[1].indices(len(given))[0])
+        return cls.of(given.owner, made, given.first) if func is Tensor.to else made.as_subclass(Tensor)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.owner.walked = slice(self.first, self.first + len(self))
+        for timestep in self.as_subclass(Tensor).unbind():
+            yield timestep
+            if self.owner.taken:
+                return
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Asked:
+    """What a loop asks a network in one step, in one call or in several, whose rows are then one after another.
+
+    Attributes:
+        sample, answer: latents and what came back, ``(N, *shape)``.
+        timestep: as the network was told it.
+        timestep_name: what the network calls it.
+        inputs: all else, by name.
+        calls: how many there were.
+    """
+
+    sample: Tensor
+    timestep: Tensor
+    timestep_name: str
+    inputs: dict[str, Any]
+    answer: Tensor
+    calls: int = 1
+
+
 class Listener(nn.Module):
-    """A network as it is, but when called it notes the inputs and answers zeros."""
+    """A network as it is, but when called it notes what it is asked, and answers at random."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         vars(self)["_real"] = network  # not a submodule, which would be moved and counted twice
-        self.rows = 0
-        self.inputs: dict[str, Any] = {}
+        self.calls: list[Asked] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_real"], name)
@@ -51,7 +113,18 @@ class Listener(nn.Module):
         """The real ones: a pipeline finds the device to run on by the offloading hooks on them."""
         return vars(self)["_real"].modules()
 
-    def forward(self, sample: Tensor, timestep: Tensor, *, return_dict: bool = True, **inputs: Any) -> Any:
-        self.rows, self.inputs = len(sample), inputs
-        out = sample.new_zeros(len(sample), self.config.out_channels, *sample.shape[2:])
-        return SimpleNamespace(sample=out) if return_dict else (out,)
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        signature = inspect.signature(type(uncompiled(vars(self)["_real"])).forward)
+        (_, *names), more = signature.parameters, dict(kwargs)
+        more.update(zip(names, args, strict=False))
+        timestep_name = "timestep" if "timestep" in more else names[1]
+        sample, timestep = more.pop(names[0]), more.pop(timestep_name)
+        shape = list(sample.shape)
+        if sample.ndim > 3:  # otherwise tokens, with their channels last
+            shape[1] = self.config.out_channels or shape[1]
+        draw = torch.Generator().manual_seed(len(self.calls))
+        answer = torch.randn(shape, generator=draw).to(sample)
+        self.calls.append(
+            Asked(sample=sample, timestep=timestep, timestep_name=timestep_name, inputs=more, answer=answer)
+        )
+        return SimpleNamespace(sample=answer) if return_dict else (answer,)

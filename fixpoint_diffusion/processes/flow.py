@@ -14,6 +14,8 @@ FLOW_SCHEDULE: dict[str, Any] = {
     "shift": 1.0,
 }
 
+_MOST_TIMESTEPS = 1_000_000
+
 
 def is_flow(schedule_config: Mapping[str, Any] | None) -> bool:
     """Whether a model that was trained on this, a scheduler's configuration, predicts ``noise - x_0`` along a flow.
@@ -28,10 +30,17 @@ def is_flow(schedule_config: Mapping[str, Any] | None) -> bool:
 def flow_levels(schedule_config: Mapping[str, Any]) -> Tensor:
     """The signal levels of a flow at unit size, ``(N,)`` float64: entry i is that of ``sigma = (i + 1) / N``.
 
+    Raises:
+        ValueError: a number of timesteps that is none.
+
     Example:
         >>> flow_levels({"num_train_timesteps": 4})
         tensor([0.9000, 0.5000, 0.1000, 0.0000], dtype=torch.float64)
     """
-    steps = int(schedule_config["num_train_timesteps"])
+    steps = schedule_config.get("num_train_timesteps", 1000)
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= _MOST_TIMESTEPS:
+        raise ValueError(
+            f"num_train_timesteps of a flow must be a whole number from 1 to {_MOST_TIMESTEPS}, got {steps!r}"
+        )
     sigma = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     return (1 - sigma).square() / ((1 - sigma).square() + sigma.square())

@@ -31,11 +31,12 @@ def heun_weights(sigmas: Tensor) -> Tensor:
     return weights
 
 
-def dpm_solver_weights(config: Mapping[str, Any], signal: Tensor, noise: Tensor) -> Tensor | None:
+def dpm_solver_weights(config: Mapping[str, Any], signal: Tensor, noise: Tensor, first: int = 0) -> Tensor | None:
     """Of DPM-Solver++, ``(T, order - 1)``; None for order 1.
 
     Args:
         config: of a :class:`diffusers.DPMSolverMultistepScheduler`.
+        first: the step that a loop begins with, which nothing was predicted before.
 
     Source: Lu et al., "DPM-Solver++" (2022), Algorithm 2 and its variants with noise.
     """
@@ -46,14 +47,14 @@ def dpm_solver_weights(config: Mapping[str, Any], signal: Tensor, noise: Tensor)
     first_at_end = config["euler_at_final"] or short or config["final_sigmas_type"] == "zero"
     weights, lambdas = torch.zeros(steps, order - 1, dtype=torch.float64), signal.log() - noise.log()
     noisy = config["algorithm_type"].startswith("sde")
-    for k in range(1, steps):
+    for k in range(first + 1, steps):
         left = steps - k  # steps that are left, this one counted
         if left == 1 and first_at_end:
             continue
         h = lambdas[k + 1] - lambdas[k]
         z = 2 * h if noisy else h
         r_1 = (lambdas[k] - lambdas[k - 1]) / h
-        second = order == 2 or k == 1 or (left == 2 and short)
+        second = order == 2 or k == first + 1 or (left == 2 and short)
         # What weighs the slope of x_0 in lambda, times h; the midpoint rule has its limit for small h.
         halved = second and config["solver_type"] == "midpoint"
         slope = signal[k + 1] * (-torch.expm1(-z) / 2 if halved else torch.expm1(-z) / z + 1)
@@ -68,22 +69,24 @@ def dpm_solver_weights(config: Mapping[str, Any], signal: Tensor, noise: Tensor)
     return weights
 
 
-def unipc_weights(config: Mapping[str, Any], signal: Tensor, noise: Tensor) -> Tensor:
+def unipc_weights(config: Mapping[str, Any], signal: Tensor, noise: Tensor, first: int = 0) -> Tensor:
     """Of UniPC, ``(T, order)``: a step corrects the latent that it starts from, and predicts the next.
 
     Args:
         config: of a :class:`diffusers.UniPCMultistepScheduler`.
+        first: as for :func:`dpm_solver_weights`.
 
     Source: Zhao et al., "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models" (2023).
     """
     steps, order = len(signal) - 1, config["solver_order"]
     weights, lambdas = torch.zeros(steps, order, dtype=torch.float64), signal.log() - noise.log()
-    orders = [min(order, k + 1, steps - k if config["lower_order_final"] else order) for k in range(steps)]
-    for k in range(steps):
+    final = config["lower_order_final"]
+    orders = {k: min(order, k - first + 1, steps - k if final else order) for k in range(first, steps)}
+    for k in range(first, steps):
         predicted, _, scale = _unipc_rule(config["solver_type"], lambdas, k, orders[k])
         for j, weight in enumerate(predicted):
             weights[k, j] -= signal[k + 1] * scale * weight
-        if k == 0 or k - 1 in config["disable_corrector"]:
+        if k == first or k - 1 in config["disable_corrector"]:
             continue
         # What the corrector adds to the latent that the predictor of the step before had made of the same predictions.
         predicted, corrected, scale = _unipc_rule(config["solver_type"], lambdas, k - 1, orders[k - 1])

@@ -80,7 +80,7 @@ def with_timesteps(scheduler: Any, steps: int) -> Any:
 
 
 def solver_transitions(
-    scheduler: Any, *, prediction_type: str | None = None, x0_hook: X0Hook | None = None
+    scheduler: Any, *, prediction_type: str | None = None, x0_hook: X0Hook | None = None, part: slice = slice(None)
 ) -> Transitions:
     """What the ``step`` of a scheduler of diffusers does at each of its timesteps.
 
@@ -89,6 +89,8 @@ def solver_transitions(
         prediction_type: what the denoiser says that it predicts. None, along a flow and for EDM: what the scheduler
             says.
         x0_hook: what is done to each predicted x_0, instead of the scheduler's clipping or thresholding.
+        part: which of the scheduler's timesteps a loop walks, without gaps, such as those that are left for an image
+            that is not all noise. Steps that look back see nothing before its first.
 
     Returns:
         As many steps as the scheduler has timesteps: Heun's has two for each but the last.
@@ -118,7 +120,7 @@ def solver_transitions(
     if flow and kind == "v_prediction":
         raise refusal(name, "prediction_type", kind, "flow_prediction, along a flow")
     alphas = (signal / size).square()
-    own = _OWN[name](config, signal, sigmas, size)
+    own = _OWN[name](config, signal, sigmas, size, part.indices(len(scheduler.timesteps))[0])
     if not all(bool(values.isfinite().all()) for values in (alphas, *filter(torch.is_tensor, own.values()))):
         raise ValueError(f"with so many steps and these options, {name} makes coefficients that are not finite")
     transitions = Transitions.between(
@@ -130,7 +132,7 @@ def solver_transitions(
         x0_hook=x0_hook or _hook(config),
         noise_from_clipped=True,
     )
-    return replace(transitions, **own)
+    return replace(transitions, **own).part(part)
 
 
 def check_served(scheduler: Any) -> None:
@@ -150,44 +152,45 @@ def _hook(config: Mapping[str, Any]) -> X0Hook | None:
 
 
 # What each class has of its own. ``signal``, ``sigmas`` and ``size`` are ``(T + 1,)``: s, n and sqrt(s^2 + n^2).
-_Own = Callable[[Mapping[str, Any], Tensor, Tensor, Tensor], dict[str, Any]]
+# ``first`` is the step that a loop begins with.
+_Own = Callable[[Mapping[str, Any], Tensor, Tensor, Tensor, int], dict[str, Any]]
 
 
-def _euler(config: Mapping[str, Any], signal: Tensor, sigmas: Tensor, size: Tensor) -> dict[str, Any]:
+def _euler(config: Mapping[str, Any], signal: Tensor, sigmas: Tensor, size: Tensor, first: int) -> dict[str, Any]:
     """Networks see the latents at unit size."""
     return {"scales": size}
 
 
-def _flow(config: Mapping[str, Any], signal: Tensor, sigmas: Tensor, size: Tensor) -> dict[str, Any]:
+def _flow(config: Mapping[str, Any], signal: Tensor, sigmas: Tensor, size: Tensor, first: int) -> dict[str, Any]:
     own: dict[str, Any] = {"scales": size, "input_scale": size[:-1]}
     if config["stochastic_sampling"]:
         own |= {"direction": torch.zeros_like(sigmas[1:]), "sigma": sigmas[1:] / size[1:]}
     return own
 
 
-def _edm(config: Mapping[str, Any], signal: Tensor, sigmas: Tensor, size: Tensor) -> dict[str, Any]:
+def _edm(config: Mapping[str, Any], signal: Tensor, sigmas: Tensor, size: Tensor, first: int) -> dict[str, Any]:
     data = float(config["sigma_data"])
     seen = size[:-1] / (sigmas[:-1].square() + data**2).sqrt()
     return {"scales": size, "input_scale": seen, "sigma_data": data}
 
 
-def _heun(config: Mapping[str, Any], signal: Tensor, sigmas: Tensor, size: Tensor) -> dict[str, Any]:
+def _heun(config: Mapping[str, Any], signal: Tensor, sigmas: Tensor, size: Tensor, first: int) -> dict[str, Any]:
     return {"scales": size, "history": heun_weights(sigmas) / size[1:, None]}
 
 
-def _multistep(config: Mapping[str, Any], signal: Tensor, sigmas: Tensor, size: Tensor) -> dict[str, Any]:
+def _multistep(config: Mapping[str, Any], signal: Tensor, sigmas: Tensor, size: Tensor, first: int) -> dict[str, Any]:
     """Of DPM-Solver and UniPC, which keep latents at unit size, or as a flow does."""
     own: dict[str, Any] = {}
     if config["use_flow_sigmas"]:
         own = {"scales": size, "input_scale": size[:-1]}
     signal, noise = signal / size, sigmas / size
     if "predict_x0" in config:
-        return own | {"history": unipc_weights(config, signal, noise)}
+        return own | {"history": unipc_weights(config, signal, noise, first)}
     if config["algorithm_type"] == "sde-dpmsolver++":
         # exp(-h), by how much the share of noise falls in a step.
         fall = noise[1:] * signal[:-1] / (signal[1:] * noise[:-1])
         own |= {"direction": noise[1:] * fall, "sigma": noise[1:] * (1 - fall.square()).sqrt()}
-    history = dpm_solver_weights(config, signal, noise)
+    history = dpm_solver_weights(config, signal, noise, first)
     return own | ({} if history is None else {"history": history})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -196,6 +197,20 @@ class Transitions:
             self.timesteps, self.alphas, self.alphas_prev, eta=eta, variance_type=self.variance_type
         )
         return replace(self, direction=direction, sigma=sigma)
+
+    def part(self, steps: slice) -> Transitions:
+        """Some of these steps, one after another: no slice with gaps.
+
+        Example:
+            >>> schedule = NoiseSchedule.linear()
+            >>> Transitions.of(schedule, schedule.timesteps(4)).part(slice(2, None)).timesteps
+            tensor([250,   0])
+        """
+        first, last, _ = steps.indices(self.steps)
+        names = ("timesteps", "alphas", "alphas_prev", "direction", "sigma", "history", "input_scale")
+        given = {name: getattr(self, name) for name in names}
+        cut: dict[str, Any] = {name: None if each is None else each[first:last] for name, each in given.items()}
+        return replace(self, **cut, scales=None if self.scales is None else self.scales[first : last + 1])
 
     def as_input(self, x: Tensor, k: Tensor) -> Tensor:
         """Latents ``(N, *shape)`` before the steps k ``(N,)`` as the denoiser is to see them."""

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from benchmarks.chains import __main__ as cli
-from benchmarks.chains import curves, honesty, mixtures, modern, quality, rounds, speed
+from benchmarks.chains import curves, honesty, mixtures, modern, quality, rounds, speed, worth
 from benchmarks.chains.cases import FULL, Setting, batch, chain
 from benchmarks.chains.curves import Curve, Outcome, spread
 from benchmarks.chains.methods import BY_NAME, FULL_WINDOW, METHODS, RTOL
 from fixpoint import CausalQuasiNewton, Recurrence
-from fixpoint_diffusion import NoiseSchedule, embedded, sample
+from fixpoint_diffusion import NoiseSchedule, sample
 from fixpoint_diffusion.training.data import load_digits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -97,18 +97,6 @@ def test_targets_say_what_is_met() -> None:
     assert [t.met for t in speed.targets(figures)] == [True, False]
 
 
-def test_a_network_that_predicts_the_noise_answers_as_a_flow() -> None:
-    """At the timesteps of its training: its own noise and image, from latents of the flow's size."""
-    unet = embedded("ddpm-digits")
-    alphas, t = NoiseSchedule.from_diffusers(unet.schedule_config).alphas_cumprod, torch.tensor([30, 500, 900])
-    unit = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    signal, noise = ((x[t].sqrt().float().reshape(-1, 1, 1, 1)) for x in (alphas, 1 - alphas))
-    eps = unet(unit, t)
-    image, sigma = (unit - noise * eps) / signal, noise / (signal + noise)
-    found = modern.AsFlow(unet)(unit / (signal + noise), 1000 * sigma.flatten())
-    torch.testing.assert_close(found, eps - image, rtol=1e-3, atol=1e-3)
-
-
 def test_modern_counts_rounds_against_calls() -> None:
     (found,) = modern.measure((6,), samples=1, only=["DPM-Solver++ 2M"])
     assert found.calls == 6
@@ -119,6 +107,15 @@ def test_modern_counts_rounds_against_calls() -> None:
     slow = modern.Found(calls=50, rounds=[17.0], sampler="slow", rows=[4.0], errors=[3e-3])
     assert [aim.met for aim in modern.targets([few, many, slow])] == [True, True, False, False]
     assert "ours    50   12/12       0.24" in modern.table([many])
+
+
+def test_worth_runs_the_same_sampler_both_ways() -> None:
+    steps, solved = worth.measure([("DPM-Solver++ 2M", 4)], images=50)
+    assert (steps.way, solved.way) == ("in sequence", "in parallel")
+    assert steps.distance == pytest.approx(solved.distance, rel=1e-2)
+    assert steps.interval[0] < steps.distance < steps.interval[1]
+    line = worth.table([solved], 50).splitlines()[-1]
+    assert f"4 in parallel   {solved.distance:.3f} ({solved.interval[0]:.3f}" in line
 
 
 def test_honesty_counts_what_misses_the_tolerance() -> None:

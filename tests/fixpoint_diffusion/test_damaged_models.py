@@ -140,9 +140,15 @@ def test_json_of_another_kind_is_refused(tmp_path: Path, content: str, message: 
 HUGE = {
     "ddpm-digits": {"block_out_channels": [30000, 60000]},
     "dit-digits": {"width": 65536},
+    "flow-digits": {"block_out_channels": [30000, 60000]},
     "fpdm-digits": {"width": 65536},
 }
-MANY = {"ddpm-digits": {"layers_per_block": 10**7}, "dit-digits": {"depth": 10**7}, "fpdm-digits": {"n_pre": 10**7}}
+MANY = {
+    "ddpm-digits": {"layers_per_block": 10**7},
+    "dit-digits": {"depth": 10**7},
+    "flow-digits": {"layers_per_block": 10**7},
+    "fpdm-digits": {"n_pre": 10**7},
+}
 
 
 def test_sizes_that_do_not_fit_the_weights_cost_no_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

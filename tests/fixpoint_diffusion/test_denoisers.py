@@ -281,7 +281,7 @@ def test_embedded_unet_is_a_folder_that_diffusers_itself_reads(batch: tuple[Tens
 
 
 def test_unknown_embedded_model_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="ddpm-digits, dit-digits, fpdm-digits"):
+    with pytest.raises(ValueError, match="ddpm-digits, dit-digits, flow-digits, fpdm-digits"):
         embedded("digits")
 
 

@@ -65,6 +65,12 @@ def test_loss_of_a_perfect_prediction_is_zero(prediction_type: str, weighting: s
     assert float(diffusion_loss(Perfect(), x_0, t, noise, SCHEDULE, config)) == pytest.approx(0, abs=1e-25)
 
 
+@pytest.mark.parametrize("count", [0, -1, 2.5, True, "many", None, 10**30])
+def test_a_flow_has_a_number_of_timesteps(count: object) -> None:
+    with pytest.raises(ValueError, match=r"num_train_timesteps of a flow must be a whole number from 1"):
+        flow_levels(FLOW_SCHEDULE | {"num_train_timesteps": count})
+
+
 def test_a_flow_is_asked_between_image_and_noise_for_the_way_from_one_to_the_other() -> None:
     x_0, noise = torch.randn(2, 4, 1, 4, 4, dtype=torch.float64)
     t = torch.tensor([0, 399, 998, 999])

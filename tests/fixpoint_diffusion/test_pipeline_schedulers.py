@@ -201,9 +201,9 @@ class OtherSteps(DDIMScheduler):
 
 SOLVERS = [
     diffusers.PNDMScheduler,
-    diffusers.DPMSolverMultistepScheduler,
-    diffusers.EulerDiscreteScheduler,
-    diffusers.EulerAncestralDiscreteScheduler,
+    diffusers.KDPM2DiscreteScheduler,
+    diffusers.DEISMultistepScheduler,
+    diffusers.LMSDiscreteScheduler,
 ]
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading"}
 
@@ -238,8 +238,9 @@ def test_the_advice_for_other_solvers_works_on_latents(kind: type) -> None:
     ("scheduler", "message"),
     [
         (OtherSteps(), "the scheduler OtherSteps is not known"),
-        (diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler describes a flow"),
-        (diffusers.EulerDiscreteScheduler(use_karras_sigmas=True), "with use_karras_sigmas=True cannot be honoured"),
+        (diffusers.FlowMatchHeunDiscreteScheduler(), "FlowMatchHeunDiscreteScheduler describes a flow"),
+        (diffusers.LMSDiscreteScheduler(use_karras_sigmas=True), "with use_karras_sigmas=True cannot be honoured"),
+        (diffusers.UniPCMultistepScheduler(predict_x0=False), "predict_x0=False cannot be honoured"),
         (DDPMScheduler(variance_type="fixed_large_log"), "with variance_type='fixed_large_log' cannot be honoured"),
     ],
 )
@@ -256,6 +257,8 @@ def test_schedulers_that_cannot_be_read_are_named(scheduler: Any, message: str) 
         DDPMScheduler(variance_type="learned_range", thresholding=True),
         diffusers.DDIMParallelScheduler(),
         diffusers.CogVideoXDDIMScheduler(),
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        diffusers.EulerDiscreteScheduler(use_karras_sigmas=True),
     ],
 )
 def test_schedulers_that_can_be_served_pass(scheduler: Any) -> None:

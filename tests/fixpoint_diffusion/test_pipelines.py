@@ -80,7 +80,6 @@ def test_ddpm_equals_its_original(unet: nn.Module, config: dict[str, Any]) -> No
     scheduler = DDPMScheduler(**config)
     original, parallel = diffusers.DDPMPipeline(unet, scheduler), pipelines.ParallelDDPMPipeline(unet, scheduler)
     output = assert_same_images(original, parallel, batch_size=2)
-    assert isinstance(output, pipelines.ParallelImagePipelineOutput)
     assert isinstance(output, diffusers.ImagePipelineOutput)
 
 
@@ -286,7 +285,7 @@ def test_half_precision_networks_keep_latents_in_single_precision(unet: nn.Modul
 def test_constructors_are_those_of_the_originals() -> None:
     for name in pipelines.__all__:
         kind = getattr(pipelines, name)
-        if name.endswith("Pipeline"):
+        if name.endswith("Pipeline") and name != "ParallelPipeline":
             original = getattr(diffusers, name.removeprefix("Parallel"))
             assert issubclass(kind, original)
             assert inspect.signature(kind.__init__) == inspect.signature(original.__init__)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fixpoint_diffusion import SamplingChain
 from fixpoint_diffusion.chains import MultistepChain, chain_from_scheduler
+from fixpoint_diffusion.processes import solver_transitions
 
 # Schedulers of diffusers use what newer versions of NumPy deprecate, and deprecated values of their own.
 pytestmark = pytest.mark.filterwarnings(
@@ -47,8 +48,10 @@ class _Float64:
         return getattr(self._module, "float64" if name == "float32" else name)
 
 
-def diffusers_loop(scheduler: Any, noise: Tensor | None, denoiser: Callable[..., Tensor] = network) -> Tensor:
-    """All latents of diffusers' own loop from ``X_T``, in float64: ``(B, T, 3, 4)``."""
+def diffusers_loop(
+    scheduler: Any, noise: Tensor | None, denoiser: Callable[..., Tensor] = network, first: int = 0
+) -> Tensor:
+    """All latents of diffusers' own loop from ``X_T``, at its step ``first``, in float64: ``(B, T, 3, 4)``."""
     module = sys.modules[type(scheduler).__module__]
     latents, drawn = [], iter(() if noise is None else noise.unbind(1))
     with pytest.MonkeyPatch.context() as patch:
@@ -57,8 +60,8 @@ def diffusers_loop(scheduler: Any, noise: Tensor | None, denoiser: Callable[...,
             patch.setattr(module, "randn_tensor", lambda *args, **options: next(drawn, torch.zeros_like(X_T)))
         x = X_T * float(getattr(scheduler, "init_noise_sigma", 1.0))
         scheduler.sigmas = scheduler.sigmas.double()
-        scheduler.set_begin_index(0)  # as pipelines do: timesteps may repeat
-        for t in scheduler.timesteps:
+        scheduler.set_begin_index(first)  # as pipelines do: timesteps may repeat
+        for t in scheduler.timesteps[first:]:
             seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             x = scheduler.step(denoiser(seen, t.expand(len(x))), t, x).prev_sample
             latents.append(x)
@@ -244,3 +247,30 @@ def test_unipc(options: dict[str, Any], process: dict[str, Any], kind: str, step
     options = {"prediction_type": kind} | options | process
     assume("final_sigmas_type" in options or ("lower_order_final" not in options and "solver_type" not in options))
     assert_steps_are_those_of("UniPCMultistepScheduler", steps, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("EulerDiscreteScheduler", {}),
+        ("HeunDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}),
+        ("UniPCMultistepScheduler", {"solver_order": 3}),
+    ],
+)
+@pytest.mark.parametrize(("first", "last"), [(4, 12), (2, 10)])
+def test_a_part_of_the_steps_is_that_of_a_loop_that_begins_there(
+    name: str, options: dict[str, Any], first: int, last: int
+) -> None:
+    scheduler = getattr(diffusers, name)(**options)
+    scheduler.set_timesteps(12)
+    transitions = solver_transitions(scheduler, part=slice(first, last))
+    scales = torch.ones(transitions.steps + 1) if transitions.scales is None else transitions.scales
+    noise = torch.randn(2, transitions.steps, 3, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    kind = SamplingChain if transitions.history is None else MultistepChain
+    x = X_T * float(getattr(scheduler, "init_noise_sigma", 1.0)) / scales[0]
+    found = kind(network, x, transitions, noise=noise).sequential() * scales[1:].reshape(-1, 1, 1)
+    expected = diffusers_loop(scheduler, noise, first=first)[:, : last - first]
+    torch.testing.assert_close(found / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-10)

@@ -41,7 +41,7 @@ def tiny_conditional_unet() -> nn.Module:
     ).eval()
 
 
-def tiny_vae() -> nn.Module:
+def tiny_vae(**options: Any) -> nn.Module:
     """From latents ``(4, 4, 4)`` to images ``(3, 8, 8)``."""
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
@@ -49,6 +49,7 @@ def tiny_vae() -> nn.Module:
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
         norm_num_groups=4,
         sample_size=8,
+        **options,
     ).eval()
 
 
@@ -108,3 +109,65 @@ class NearlyGaussian(nn.Module):
         noise = (1 - self.alphas[timestep]).sqrt().to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         out = noise * x + self.share * out
         return SimpleNamespace(sample=out) if return_dict else (out,)
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """Weights that start at zero are moved from there."""
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def tiny_pipeline(kind: str) -> Any:
+    """A pipeline of diffusers that is given embeddings of prompts, for it has no text models."""
+    torch.manual_seed(0)
+    texts = dict.fromkeys(["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2"])
+    texts["tokenizer_3"] = None
+    if kind == "StableDiffusion3Pipeline":
+        transformer = diffusers.SD3Transformer2DModel(
+            sample_size=4,
+            num_layers=1,
+            attention_head_dim=4,
+            num_attention_heads=2,
+            joint_attention_dim=8,
+            caption_projection_dim=8,
+            pooled_projection_dim=8,
+            in_channels=4,
+            out_channels=4,
+            pos_embed_max_size=4,
+        )
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        parts = {**texts, "transformer": awake(transformer), "scheduler": scheduler, "vae": tiny_vae(shift_factor=0.1)}
+    elif kind == "FluxPipeline":
+        transformer = diffusers.FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=8,
+            pooled_projection_dim=8,
+            axes_dims_rope=(4, 4, 8),
+            guidance_embeds=True,
+        )
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        parts = {name: texts[name] for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
+        parts |= {"transformer": awake(transformer), "scheduler": scheduler, "vae": tiny_vae(shift_factor=0.1)}
+    elif kind == "StableDiffusionXLPipeline":
+        unet = diffusers.UNet2DConditionModel(
+            **dict(tiny_conditional_unet().config)
+            | {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 4,
+                "projection_class_embeddings_input_dim": 8 + 6 * 4,
+            }
+        ).eval()
+        scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading")
+        parts = {name: texts[name] for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
+        parts |= {"unet": unet, "scheduler": scheduler, "vae": tiny_vae()}
+    else:
+        return getattr(diffusers, kind)(**tiny_stable_diffusion())
+    pipe = getattr(diffusers, kind)(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

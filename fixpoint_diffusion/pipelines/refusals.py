@@ -1,0 +1,51 @@
+"""What no parallel pipeline can serve, by name: arguments, networks that keep a state, other loops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+_IP_ADAPTER = "IP adapters are not served"
+_ARGUMENTS = {
+    "ip_adapter_image": _IP_ADAPTER,
+    "ip_adapter_image_embeds": _IP_ADAPTER,
+    "negative_ip_adapter_image": _IP_ADAPTER,
+    "negative_ip_adapter_image_embeds": _IP_ADAPTER,
+    "skip_guidance_layers": "its guidance changes from step to step, and all steps are solved at once",
+}
+# By a part of the name of a pipeline's class.
+_LOOPS = {
+    "PAG": "its guidance asks the network again with other attention",
+    "ControlNet": "its loop asks a second network in every step",
+    "Adapter": "its adapter is no part of the pipelines that are served",
+}
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` that names an argument of a call which is not served."""
+    for name, reason in _ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name} cannot be solved in parallel: {reason}")
+
+
+def check_pipeline(pipeline: Any, network: nn.Module) -> None:
+    """Raise a ``ValueError`` for a network that keeps something from one step to the next, or a second network."""
+    if getattr(network, "is_cache_enabled", False):
+        raise ValueError(
+            "the network keeps a cache from one step to the next, and all steps are solved at once: "
+            "call its disable_cache()"
+        )
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise ValueError(
+            "a pipeline whose later steps ask another network (transformer_2) cannot be solved in parallel"
+        )
+
+
+def check_source(pipeline: Any) -> None:
+    """Raise a ``ValueError`` for a pipeline of which only a part would be taken over."""
+    name = type(pipeline).__name__
+    for part, reason in _LOOPS.items():
+        if part in name:
+            raise ValueError(f"{name} cannot be solved in parallel: {reason}")

@@ -1,0 +1,19 @@
+"""diffusers' StableDiffusion3Pipeline, solved in parallel."""
+
+from __future__ import annotations
+
+from diffusers import StableDiffusion3Pipeline
+
+from fixpoint_diffusion.pipelines.parallel import ParallelPipeline
+
+
+class ParallelStableDiffusion3Pipeline(ParallelPipeline, StableDiffusion3Pipeline):
+    """``diffusers.StableDiffusion3Pipeline`` with all of its steps solved at once.
+
+    Callbacks and errors are those of :class:`ParallelStableDiffusionPipeline`; ``skip_guidance_layers`` are refused,
+    for they are skipped in some steps only.
+
+    Source: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (ICML 2024).
+    """
+
+    _network = "transformer"
