@@ -165,7 +165,7 @@ class _Search:
         before = problem.chain.evals
         latents = self._latents[active]
         secants = self._phase.secants
-        probes = None if secants is None else secants.probes()
+        probes = () if secants is None else secants.probes(active)
         seen = problem.look(latents, active, self._phase.grid, probes)
         self._images[active] = seen.images
         doubts = None
@@ -175,7 +175,7 @@ class _Search:
         self._misses.zero_()
         self._misses[active] = self._images[active] - problem.after(latents, active)
         self._forecast.observe(self._latents, self._images)
-        if secants is not None and seen.responses is not None:
+        if secants is not None:
             secants.observe(self._latents, self._images, active, seen.responses)
         if doubts is None:
             missed, doubt = self._predict(self._misses[None])[0], self._doubt
