@@ -39,7 +39,8 @@ class ParallelInverse:
 
     Args:
         probes: random directions in which each of the last steps is probed in a round. These steps are an eighth of
-            the chain, and at least ten; of a chain of 130 steps or more, few of them. 0: nothing is probed, the Jacobians are the prior's slopes alone, and ``solver`` accelerates the rounds.
+            the chain, and at least ten; of a chain of 130 steps or more, few of them. 0: nothing is probed, the
+            Jacobians are the prior's slopes alone, and ``solver`` accelerates the rounds.
         solver: the update rule without probes, whose vectors are what the steps of a sample miss by.
         max_rounds: most rounds.
         second_try: what is tried on samples that did not converge; the better of the two x_T is kept. None: nothing.
