@@ -26,7 +26,7 @@ for. "baseline" is Algorithm 1, "paper" and "released code" are the presets, all
 starts from plain DDIM inversion; "ours, parallel" solves for the latents instead.
 """
 _RATE, _EPOCHS, _DIGITS = 0.1, 20, 4
-_STEPS, _ETAS, _STOCHASTIC_STEPS = (10, 20, 50), (0.5, 1.0), (10, 20)
+_STEPS, _ETAS, _STOCHASTIC_STEPS = (10, 20, 50), (0.5, 1.0), (10,)
 METHODS = ("baseline", "paper", "released code")
 
 

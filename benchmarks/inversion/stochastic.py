@@ -22,7 +22,7 @@ T=1000 the exact denoiser of a mixture of ten Gaussians, told the digit's class.
 """
 _TOLERANCE = 1e-3
 _ETAS, _SEEDS = (0.5, 1.0), (0, 1, 2)
-_SIZES = {("unet", 10): 4, ("unet", 20): 4, ("unet", 50): 2, ("unet", 100): 2, ("mixture", 1000): 4}
+_SIZES = {("unet", 10): 4, ("unet", 20): 4, ("unet", 50): 2, ("unet", 100): 1, ("mixture", 1000): 4}
 METHODS = (
     Method("ours, parallel", ParallelInverse(), ours=True),
     Method("ours, stepwise", StepwiseInverse(), ours=True),
@@ -59,7 +59,7 @@ def text(document: Cell) -> str:
     for setting in dict.fromkeys(cell["setting"] for cell in document.values()):
         runs = {name.removeprefix(f"{setting}, "): c for name, c in document.items() if c["setting"] == setting}
         samples = len(next(iter(runs.values()))["errors"])
-        lines += [f"{setting}, {samples // len(_SEEDS)} digits, {len(_SEEDS)} seeds", *run_table(runs), ""]
+        lines += [f"{setting}, {samples // len(_SEEDS)} digits, {len(_SEEDS)} seeds each", *run_table(runs), ""]
     return "\n".join(lines).rstrip()
 
 

@@ -15,11 +15,11 @@ def run_table(runs: Mapping[str, Cell]) -> list[str]:
     latents = any("latents" in cell for cell in runs.values())
     width = max(map(len, runs))
     extra = f"{'noise':>17}{'wrong':>8}" if latents else ""
-    lines = [f"{'':{width}}{'error':>17}{extra}{'rounds':>8}{'rows/digit':>12}{'s':>8}{'claims':>8}"]
+    lines = [f"{'':{width}}{'digits':>8}{'error':>17}{extra}{'rounds':>8}{'rows/digit':>12}{'s':>8}{'claims':>8}"]
     for name, cell in runs.items():
         extra = f"{pair(spread(cell['latents'])):>17}{_share(wrong_roots(cell)):>8}" if latents else ""
         lines.append(
-            f"{name:{width}}{pair(spread(cell['errors'])):>17}{extra}{cell['rounds']:>8}"
+            f"{name:{width}}{len(cell['errors']):>8}{pair(spread(cell['errors'])):>17}{extra}{cell['rounds']:>8}"
             f"{cell['rows'] / len(cell['errors']):>12.0f}{cell['seconds']:>8.1f}"
             f"{_share(truthful(cell, cell['tolerance'])):>8}"
         )

@@ -29,6 +29,11 @@ class StepGrid:
     weights: Tensor
     coarser: Tensor
 
+    @property
+    def half(self) -> Tensor:
+        """Every second step."""
+        return self.steps[(self.coarser != 0).any(dim=0)]
+
     def fill(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs ``(N, T, *)`` of all steps from those ``(N, n, *)`` of the grid, and the same by its coarser half."""
         parts = (torch.einsum("tn,bnd->btd", weights, out.flatten(2)) for weights in (self.weights, self.coarser))

@@ -31,14 +31,16 @@ class ParallelInverse:
 
     A round evaluates every step once, in one batch. A sweep from the image end then takes back what each step misses
     by, with a model of the step's Jacobian: the slopes that the chain's Gaussian prior gives it, and what the latest
-    rounds have shown. The same batch holds probes: the steps nearest the image, evaluated a little beside their
-    latents. They make rounds dearer and fewer; samples that do not get there with them go on without. A sample is done
+    rounds have shown. The same batch holds probes: steps evaluated a little beside their latents. Those nearest the
+    image are probed in random directions, and all of them in the one in which the sampler is predicted to drift off.
+    They make rounds dearer and fewer; samples that do not get there with them go on without. A sample is done
     when the predicted error of its x_0 is within the tolerance and a run of the ordinary sampler has confirmed it;
     where it has not, the prediction is corrected by that and the rounds go on.
 
     Args:
-        probes: directions in which each of the last steps is probed in a round. These steps are an eighth of the chain,
-            and at least ten. 0: the Jacobians are the prior's slopes alone, and ``solver`` accelerates the rounds.
+        probes: random directions in which each of the last steps is probed in a round. These steps are an eighth of
+            the chain, and at least ten; of a chain of 130 steps or more, few of them. 0: nothing is probed, the
+            Jacobians are the prior's slopes alone, and ``solver`` accelerates the rounds.
         solver: the update rule without probes, whose vectors are what the steps of a sample miss by.
         max_rounds: most rounds.
         second_try: what is tried on samples that did not converge; the better of the two x_T is kept. None: nothing.
@@ -165,7 +167,7 @@ class _Search:
         before = problem.chain.evals
         latents = self._latents[active]
         secants = self._phase.secants
-        probes = None if secants is None else secants.probes()
+        probes = () if secants is None else secants.probes(active)
         seen = problem.look(latents, active, self._phase.grid, probes)
         self._images[active] = seen.images
         doubts = None
@@ -175,7 +177,7 @@ class _Search:
         self._misses.zero_()
         self._misses[active] = self._images[active] - problem.after(latents, active)
         self._forecast.observe(self._latents, self._images)
-        if secants is not None and seen.responses is not None:
+        if secants is not None:
             secants.observe(self._latents, self._images, active, seen.responses)
         if doubts is None:
             missed, doubt = self._predict(self._misses[None])[0], self._doubt

@@ -103,7 +103,7 @@ class InverseProblem:
         return self.step(latents.flatten(0, 1), *all_rows(samples, self.steps)).reshape(latents.shape)
 
     def look(
-        self, latents: Tensor, samples: Tensor, grid: StepGrid | None = None, probes: Probes | None = None
+        self, latents: Tensor, samples: Tensor, grid: StepGrid | None = None, probes: Sequence[Probes] = ()
     ) -> Look:
         """As ``images``, in one round too, but with more to see.
 
@@ -111,33 +111,35 @@ class InverseProblem:
             latents: ``(N, T, D)``.
             samples: ``(N,)``.
             grid: the denoiser is asked at its steps alone; None: at all steps.
-            probes: what the last steps are to be probed with.
+            probes: what steps are to be probed with.
         """
         count, device = len(samples), latents.device
         steps = torch.arange(self.steps, device=device) if grid is None else grid.steps
-        x = latents[:, steps]
-        probed = steps[:0] if probes is None else steps[steps >= probes.first]
-        changes = x.new_zeros(0, x.shape[2]) if probes is None else probes.changes
-        beside = (latents[:, None, probed] + changes[:, None]).flatten(1, 2)
-        step = torch.cat((steps, probed.repeat(len(changes))))
-        x = self.from_coordinates(torch.cat((x, beside), dim=1)).flatten(0, 1)
-        out = wide(self.chain.denoise(x.to(self.dtype), samples.repeat_interleave(len(step)), step.repeat(count)))
-        out = out.unflatten(0, (count, -1))
-        out, out_beside = out.split((len(steps), len(step) - len(steps)), dim=1)
+        x, asked = [latents[:, steps]], [steps]
+        for each in probes:
+            beside = latents[:, None, each.steps] + each.at(each.steps)
+            x.append(beside.flatten(1, 2))
+            asked.append(each.steps.repeat(beside.shape[1]))
+        step = torch.cat(asked)
+        flat = self.from_coordinates(torch.cat(x, dim=1)).flatten(0, 1)
+        out = wide(self.chain.denoise(flat.to(self.dtype), samples.repeat_interleave(len(step)), step.repeat(count)))
+        out, *out_beside = out.unflatten(0, (count, -1)).split([len(each) for each in asked], dim=1)
         filled, coarse = (out, None) if grid is None else grid.fill(out)
         images = self._arrive_all(latents, samples, filled, 0)
         doubts = None if coarse is None else images - self._arrive_all(latents, samples, coarse, 0)
-        if probes is None:
-            return Look(images, doubts, None)
-        # The change of the output, at the steps that were not asked: on a line between those that were.
-        first = probes.first
-        change = out_beside.unflatten(1, (len(changes), -1)) - out[:, None, steps >= first]
-        change = torch.einsum("tn,bpn...->pbt...", lines(probed, first, self.steps), change)
-        responses = [
-            self._arrive_all(latents[:, first:] + nudge, samples, filled[:, first:] + extra, first) - images[:, first:]
-            for nudge, extra in zip(changes, change, strict=True)
-        ]
-        return Look(images, doubts, torch.stack(responses, dim=2))
+        responses = []
+        for each, seen in zip(probes, out_beside, strict=True):
+            change = seen.unflatten(1, (-1, len(each.steps))) - out[:, None, torch.isin(steps, each.steps)]
+            # The change of the output, at the steps that were not probed: on a line between those that were.
+            change = torch.einsum("tn,bpn...->bpt...", lines(each.steps, each.first, self.steps), change)
+            late = torch.arange(each.first, self.steps, device=device)
+            moved = (latents[:, None, each.first :] + each.at(late)).unbind(dim=1)
+            arrived = [
+                self._arrive_all(x, samples, filled[:, each.first :] + extra, each.first)
+                for x, extra in zip(moved, change.unbind(dim=1), strict=True)
+            ]
+            responses.append(torch.stack(arrived, dim=2) - images[:, each.first :, None])
+        return Look(images, doubts, responses)
 
     def step(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """Chosen steps of latents ``(N, D)``, in one round; only the denoiser computes in less than ``wide``."""
@@ -175,15 +177,21 @@ class InverseProblem:
 
 @dataclass(frozen=True, eq=False)
 class Probes:
-    """Small changes of the latents before the last steps, to see what these steps make of them.
+    """Small changes of the latents before steps, to see what these steps make of them.
 
     Attributes:
-        first: the first step that is probed.
-        changes: ``(P, D)``, coordinates; the same for all steps.
+        first: the steps from this one on are asked about.
+        steps: ``(n,)``, rising, those of them that are probed; of a grid that is given too, all must be steps.
+        changes: ``(1 or N, P, 1 or T - first, D)``, coordinates, of samples and steps.
     """
 
     first: int
+    steps: Tensor
     changes: Tensor
+
+    def at(self, steps: Tensor) -> Tensor:
+        """The changes before chosen steps, ``(1 or N, P, 1 or n, D)``."""
+        return self.changes if self.changes.shape[2] == 1 else self.changes[:, :, steps - self.first]
 
 
 class Look(NamedTuple):
@@ -192,12 +200,12 @@ class Look(NamedTuple):
     Attributes:
         images: what every step makes of its latent ``(N, T, D)``.
         doubts: by how much the images by the next coarser grid would differ; None without a grid.
-        responses: by how much the probes change the images of the last steps ``(N, n, P, D)``; None without probes.
+        responses: by how much the probes change the images, for each of them ``(N, T - first, P, D)``.
     """
 
     images: Tensor
     doubts: Tensor | None
-    responses: Tensor | None
+    responses: list[Tensor]
 
 
 class BestSoFar:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,35 +24,47 @@ class BlockSecants:
 
     A *probe* evaluates a late step a little beside its latent, in a random direction. The directions of a round are
     orthogonal, and the same for all samples and steps. So a round shows a block of what the Jacobians do, and not only
-    what they do to the last move. Early steps learn from their moves alone.
+    what they do to the last move. One more probe, of all steps, looks along the drift: how far off the sampler is
+    predicted to be before each step. What a model has not been shown, it takes for smaller than it is; so of the
+    direction that decides how far off x_0 will be, something must be shown.
 
     Args:
         problem: whose steps they are.
-        probes: of each late step and round; at most as many as a latent has entries are made.
+        probes: random ones, of each late step and round; at most as many as a latent has entries are made.
     """
 
     def __init__(self, problem: InverseProblem, probes: int) -> None:
         self._problem = problem
         self._first = max(problem.steps - max(problem.steps // _LATE_SHARE, _LATE_LEAST), 0)
         slopes, (samples, size) = problem.slopes, problem.x_0.shape
+        # Jacobians change less from step to step than outputs do: half of the coarsest grid is enough for them.
+        self._probed = problem.grids[0].half if problem.grids else torch.arange(len(slopes), device=slopes.device)
         self._count = min(probes, size)
-        self._early = StepModels(slopes[: self._first].expand(-1, size), samples, 1)
+        self._early = StepModels(slopes[: self._first].expand(-1, size), samples, 2)
         # Pixels differ most there, and a model must have its diagonal in one basis: that of pixels.
         mean = slopes[self._first :].mean(dim=1, keepdim=True).expand(-1, size)
-        self._late = StepModels(mean, samples, self._count + 1, fitted=True)
+        self._late = StepModels(mean, samples, self._count + 2, fitted=True)
+        self._drift = slopes.new_zeros(samples, len(slopes), size)
         self._generator = torch.Generator().manual_seed(0)
         # Latents and images of the latest round; not finite where there is none.
         self._last = slopes.new_full((2, samples, len(slopes), size), torch.nan)
 
-    def probes(self) -> Probes:
-        """New ones, for the next round."""
+    def probes(self, samples: Tensor) -> list[Probes]:
+        """New ones, for the next round with these samples ``(N,)``: random ones, and the one along the drift."""
         size = self._problem.x_0.shape[1]
         signs = torch.randint(0, 2, (size, self._count), generator=self._generator) * 2.0 - 1
         pixels = torch.linalg.qr(signs.double())[0].mT * (_NUDGE * size**0.5)
-        self._changes = self._problem.chain.prior.to_coordinates(pixels.to(self._problem.x_0.device))
-        return Probes(self._first, self._changes)
+        changes = self._problem.chain.prior.to_coordinates(pixels.to(self._problem.x_0.device))
+        along = self._drift[samples, None]
+        length = along.norm(dim=3, keepdim=True)
+        along = torch.where((length > 0) & torch.isfinite(length), along / length * (_NUDGE * size**0.5), 0)
+        late = self._probed[self._probed >= self._first]
+        self._changes = changes[None, :, None], along
+        random = Probes(self._first, late, changes[None, :, None])
+        # No drift is known before the first round, and before the first step there never is one.
+        return [random, Probes(0, self._probed[1:], along)] if bool(along.any()) else [random]
 
-    def observe(self, latents: Tensor, images: Tensor, samples: Tensor, responses: Tensor) -> None:
+    def observe(self, latents: Tensor, images: Tensor, samples: Tensor, responses: Sequence[Tensor]) -> None:
         """Learn from a round.
 
         Args:
@@ -60,10 +74,13 @@ class BlockSecants:
             responses: what the latest probes of these samples did, as of :class:`Look`.
         """
         first, latents, images = self._first, latents[samples], images[samples]
-        move, change = latents - self._last[0][samples], images - self._last[1][samples]
-        moved = torch.cat((self._changes.expand_as(responses), move[:, first:, None]), dim=2)
-        seen = torch.cat((responses, change[:, first:, None]), dim=2)
-        self._early.learn(samples, move[:, :first, None], change[:, :first, None])
+        random, along = self._changes
+        moves = torch.stack((along[:, 0], latents - self._last[0][samples]), dim=2)
+        drifted = responses[1][:, :, 0] if len(responses) > 1 else torch.zeros_like(images)
+        changes = torch.stack((drifted, images - self._last[1][samples]), dim=2)
+        moved = torch.cat((random.transpose(1, 2).expand_as(responses[0]), moves[:, first:]), dim=2)
+        seen = torch.cat((responses[0], changes[:, first:]), dim=2)
+        self._early.learn(samples, moves[:, :first], changes[:, :first])
         self._late.learn(samples, self._pixels(moved), self._pixels(seen))
         self._last[0][samples], self._last[1][samples] = latents, images
         self._inverses = self._early.inverse(), self._late.inverse()
@@ -73,19 +90,24 @@ class BlockSecants:
         self._last = torch.full_like(self._last, torch.nan)
 
     def error(self, misses: Tensor) -> Tensor:
-        """As of :class:`Forecast`, with what is learnt here: RMS ``(n, B)`` of n sorts of misses ``(n, B, T, D)``."""
-        early, late = self._inverses
-        errors = []
-        for each in misses:
-            x = torch.zeros_like(each[:, 0])
-            for k in range(each.shape[1]):
-                if k >= self._first:
-                    grown = self._problem.chain.prior.to_coordinates(late.forward(k - self._first, self._pixels(x)))
-                else:
-                    grown = early.forward(k, x)
-                x = grown + each[:, k]
-            errors.append(x.square().mean(dim=1).sqrt())
-        return torch.stack(errors)
+        """As of :class:`Forecast`, with what is learnt here: RMS ``(n, B)`` of n sorts of misses ``(n, B, T, D)``.
+
+        The next round's probes will look along the drift that the first sort leads to.
+        """
+        drifts = [self._drifts(each) for each in misses]
+        self._drift = torch.stack(drifts[0][:-1], dim=1)
+        return torch.stack([each[-1] for each in drifts]).square().mean(dim=2).sqrt()
+
+    def _drifts(self, misses: Tensor) -> list[Tensor]:
+        """How far off the sampler is before each step, and in the end: T + 1 times ``(B, D)``."""
+        (early, late), e = self._inverses, [torch.zeros_like(misses[:, 0])]
+        for k in range(misses.shape[1]):
+            if k >= self._first:
+                grown = self._problem.chain.prior.to_coordinates(late.forward(k - self._first, self._pixels(e[-1])))
+            else:
+                grown = early.forward(k, e[-1])
+            e.append(grown + misses[:, k])
+        return e
 
     def correction(self, misses: Tensor) -> Tensor:
         """Changes of the latents that take back what the steps miss by, both ``(B, T, D)``: a sweep from the image."""

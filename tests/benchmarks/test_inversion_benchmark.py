@@ -76,7 +76,7 @@ def test_claims_and_wrong_roots() -> None:
     assert wrong_roots(cell) == 1 / 5
     assert wrong_roots({**cell, "errors": [1e-4] * 5, "latents": [0.5, 0.05, 0.2, 0.0, None]}) == 3 / 5
     line = run_table({"a": {**cell, "rounds": 7, "rows": 50, "seconds": 1.0}})[1]
-    assert line.split() == ["a", "2.0e-03/-", "5.0e-01/-", "20%", "7", "10", "1.0", "60%"]
+    assert line.split() == ["a", "5", "2.0e-03/-", "5.0e-01/-", "20%", "7", "10", "1.0", "60%"]
 
 
 def test_rounds_to_an_error_count_from_where_it_stays_below() -> None:

@@ -67,8 +67,7 @@ def test_one_round_is_a_newton_step_on_a_linear_chain() -> None:
     x_0 = random(3, 6) / 2
     problem = InverseProblem(chain_of(x_0, 10), x_0)
     secants, latents = BlockSecants(problem, 8), problem.guess()
-    seen = problem.look(latents, EVERYONE, probes=secants.probes())
-    assert seen.responses is not None
+    seen = problem.look(latents, EVERYONE, probes=secants.probes(EVERYONE))
     misses = seen.images - problem.after(latents, EVERYONE)
     secants.observe(latents, seen.images, EVERYONE, seen.responses)
     moved = latents + secants.correction(misses)
@@ -87,9 +86,18 @@ def test_probes_save_rounds_and_their_rows_are_counted() -> None:
         found[probes] = invert(chain_of(x_0, 20, bending), x_0, method=method, rtol=0, atol=1e-6)
         assert found[probes].converged.all()
     assert found[8].rounds < found[0].rounds
-    # Ten steps are probed, in no more directions than there are.
+    # Ten steps are probed, in no more directions than there are, and later all but the first along the drift.
     assert found[0].history[0].rows == 3 * 20
     assert found[8].history[0].rows == 3 * (20 + 10 * 6)
+    assert found[8].history[1].rows == 3 * (20 + 10 * 6 + 19)
+
+
+def test_a_long_chain_is_probed_at_few_steps() -> None:
+    x_0 = random(3, 6) / 2
+    inverse = invert(chain_of(x_0, 300, bending), x_0, rtol=0, atol=1e-4)
+    # Asked at 65 steps; probed at half of them, of which eight are the last of the chain.
+    assert inverse.history[0].rows == 3 * (65 + 8 * 6)
+    assert inverse.history[1].rows == 3 * (65 + 8 * 6 + 32)
 
 
 def test_a_round_with_probes_is_one_round() -> None:
@@ -97,22 +105,55 @@ def test_a_round_with_probes_is_one_round() -> None:
     chain = chain_of(x_0, 20)
     problem = InverseProblem(chain, x_0)
     chain.reset_counters()
-    problem.look(problem.guess(), EVERYONE, probes=BlockSecants(problem, 2).probes())
+    problem.look(problem.guess(), EVERYONE, probes=BlockSecants(problem, 2).probes(EVERYONE))
     assert (chain.rounds, chain.evals) == (1, 3 * (20 + 10 * 2))
 
 
-def test_probes_of_some_steps_tell_of_those_between() -> None:
+@pytest.mark.parametrize("first", [0, 260])
+def test_probes_of_some_steps_tell_of_those_between(first: int) -> None:
+    """Random ones, the same for all samples and steps; and another for each."""
     x_0 = random(3, 6)
     problem = InverseProblem(chain_of(x_0, 300, bending), x_0)
-    latents, probes = problem.guess(), Probes(260, 0.01 * random(2, 6))
-    exact = problem.look(latents, EVERYONE, probes=probes).responses
-    near = problem.look(latents, EVERYONE, problem.grids[0], probes).responses
-    assert exact is not None
-    assert near is not None
-    beside = problem.images(latents + probes.changes[1], EVERYONE) - problem.images(latents, EVERYONE)
-    torch.testing.assert_close(exact[:, :, 1], beside[:, 260:])
-    unknown = exact - probes.changes  # what a step does beyond passing a change on
+    latents, half = problem.guess(), problem.grids[0].half
+    turning = torch.linspace(0, 1, 300, dtype=torch.float64)[:, None]
+    changes = (
+        random(1, 2, 1, 6) if first else turning.cos() * random(3, 1, 1, 6) + turning.sin() * random(3, 2, 1, 6)[:, 1:]
+    )
+    changes = 0.01 * changes
+    all_steps, some = Probes(first, torch.arange(first, 300), changes), Probes(first, half[half >= first], changes)
+    assert len(some.steps) < len(all_steps.steps) / 4
+    exact = problem.look(latents, EVERYONE, probes=[all_steps]).responses[0]
+    near = problem.look(latents, EVERYONE, problem.grids[0], [some]).responses[0]
+    wide = changes.transpose(1, 2).expand_as(exact)
+    beside = latents.clone()
+    beside[:, first:] += wide[:, :, -1]
+    torch.testing.assert_close(
+        exact[:, :, -1], (problem.images(beside, EVERYONE) - problem.images(latents, EVERYONE))[:, first:]
+    )
+    unknown = exact - wide  # what a step does beyond passing a change on
     assert (near - exact).norm() < 0.05 * unknown.norm()
+
+
+def test_one_probe_looks_along_the_drift() -> None:
+    """Then the error of x_0 is foretold, though of most directions nothing was shown."""
+    size = 40
+    weights = torch.randn(size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 12
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * x + (t / 1000)[:, None] * (x @ weights)
+
+    x_0 = random(3, size) / 2
+    problem = InverseProblem(chain_of(x_0, 20, denoiser), x_0)
+    latents = problem.guess()
+    found = problem.chain.sequential(x_T=latents[:, 0], samples=EVERYONE)[:, -1] - x_0
+    actual = found.square().mean(dim=1).sqrt()
+    secants, off = BlockSecants(problem, 1), []
+    for _ in range(6):
+        seen = problem.look(latents, EVERYONE, probes=secants.probes(EVERYONE))
+        secants.observe(latents, seen.images, EVERYONE, seen.responses)
+        misses = seen.images - problem.after(latents, EVERYONE)
+        off.append(float((secants.error(misses[None])[0] / actual - 1).abs().max()))
+    assert off[-1] < 0.05 < off[0]
 
 
 def test_samples_at_rest_forget_nothing() -> None:
@@ -121,10 +162,9 @@ def test_samples_at_rest_forget_nothing() -> None:
     secants, latents, misses = BlockSecants(problem, 6), problem.guess(), random(3, 10, 6)
 
     def look(samples: Tensor) -> Tensor:
-        seen = problem.look(latents[samples], samples, probes=secants.probes())
+        seen = problem.look(latents[samples], samples, probes=secants.probes(samples))
         images = torch.zeros_like(latents)
         images[samples] = seen.images
-        assert seen.responses is not None
         secants.observe(latents, images, samples, seen.responses)
         return secants.correction(misses)
 
