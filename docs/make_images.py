@@ -5,10 +5,8 @@ Everything is seeded and computed here; nothing is downloaded.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import matplotlib.pyplot as plt
 import torch
@@ -17,32 +15,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import fixpoint
-from fixpoint.bench import Images
-from fixpoint.bench.pictures import draw_images
-from fixpoint.plotting import plot_residuals
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, sample
 from fixpoint_diffusion.denoisers import embedded
 from fixpoint_diffusion.options.sampling import SamplingOptions, SolverName
-from fixpoint_diffusion.restoration import restore
 from fixpoint_diffusion.sampling.grids import save_grid
 from fixpoint_diffusion.sampling.job import SamplingJob
-from fixpoint_diffusion.training.data import load_digits as bundled_digits
-from fixpoint_diffusion.training.data import split_held_out
 
 FOLDER = Path(__file__).parent / "images"
 SIZE = (6.4, 3.6)
-
-
-def residuals(path: Path) -> None:
-    """Residual against evaluations, for three solvers on a slowly contracting linear problem."""
-    problem = fixpoint.load_problem("linear:rho=0.99,rows=16")
-    solvers = {"Picard": fixpoint.Picard(), "Anderson": fixpoint.Anderson(), "Broyden": fixpoint.Broyden()}
-    options = {"rtol": 1e-5, "max_evals": 150, "on_failure": "ignore", "record": True}
-    solutions = {name: fixpoint.solve(problem, solver=solver, **options) for name, solver in solvers.items()}
-    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-    plot_residuals(solutions, axes)
-    axes.set_title("f(z) = A z + b, spectral radius 0.99, 200-d, 16 rows")
-    figure.savefig(path, dpi=150)
 
 
 def gradient_bias(path: Path) -> None:
@@ -216,19 +196,6 @@ def fpdm_architecture(path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def restoration(path: Path) -> None:
-    """Digits, what a measurement determines of them, and what is restored: three rows for each kind."""
-    examples = _load_example("restoration")
-    images = split_held_out(bundled_digits())[1].images[:10]
-    rows, labels = [images], ["original"]
-    for name, degradation in examples.degradations().items():
-        chain = examples.chain_for(degradation, images)
-        with torch.no_grad():
-            rows += [degradation.pinv(chain.measurement), chain.sequential()[:, -1], restore(chain).images]
-        labels += [f"{name}: measured", "restored step by step", "restored at once"]
-    draw_images(Images.of("restoration", torch.stack(rows), row_labels=labels), path)
-
-
 def inversion(path: Path) -> None:
     """Sweeps towards the trajectories that lead to given numbers, and steps near the image that are flat or fold."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
@@ -307,25 +274,13 @@ def _draw_step(axes: plt.Axes, chain: DDIMChain, x: Tensor, k: int, *, label: st
     axes.legend(fontsize=7)
 
 
-def _load_example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 PICTURES = {
-    "residuals": residuals,
     "gradient-bias": gradient_bias,
     "causal-chain": causal_chain,
     "sweep": sweep,
     "ddim-samples": ddim_samples,
     "fpdm-samples": fpdm_samples,
     "fpdm-architecture": fpdm_architecture,
-    "restoration": restoration,
     "inversion": inversion,
 }
 
