@@ -10,6 +10,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 project = "fixpoint"
 author = "The fixpoint developers"
+copyright = f"2026, {author}"
 release = fixpoint.__version__
 extensions = [
     "myst_parser",
@@ -21,7 +22,8 @@ extensions = [
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
 ]
-myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence"]
+myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence", "substitution"]
+myst_substitutions = {"version": release}
 myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
@@ -50,7 +52,7 @@ sphinx_gallery_conf = {
     "capture_repr": (),
 }
 html_theme = "furo"
-html_title = "fixpoint"
+html_title = f"fixpoint {release}"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
 exclude_patterns = ["_build", "gallery"]

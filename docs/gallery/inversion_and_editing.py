@@ -69,8 +69,10 @@ print(f"{int(inverse.converged.sum())} of 4 inverted")
 
 classes = torch.tensor([0, 3, 5, 8, 9])
 with torch.no_grad():
-    edited = sampler(inverse.x_T.repeat(5, 1, 1, 1), classes.repeat_interleave(4), guidance=1.5).sequential()[:, -1]
-show(torch.cat([images[None], edited.unflatten(0, (5, 4))]), ["image", *(f"as {label}" for label in classes.tolist())])
+    labels = classes.repeat_interleave(4)
+    edited = sampler(inverse.x_T.repeat(5, 1, 1, 1), labels, guidance=1.5).sequential()[:, -1]
+rows = torch.cat([images[None], edited.unflatten(0, (5, 4))])
+show(rows, ["image", *(f"as {label}" for label in classes.tolist())])
 
 # %%
 # How inversion works, and where it cannot: :doc:`/inversion`. More edits, beside SDEdit, in

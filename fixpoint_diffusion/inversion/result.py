@@ -91,6 +91,9 @@ class Inverse:
         evals: denoiser rows of the search.
         history: figures by round, step or epoch: of ``ParallelInverse`` an :class:`InverseRound` each.
         noise: ``(B, T, *shape)``, of the steps, where the method has found it too (``DrawnInverse``); else None.
+
+    Example:
+        See :func:`fixpoint_diffusion.invert`, which returns one.
     """
 
     x_T: Tensor  # noqa: N815

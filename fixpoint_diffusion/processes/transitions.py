@@ -57,6 +57,12 @@ class Transitions:
         scales: ``(T + 1,)``: by how much larger a scheduler of diffusers keeps the latents, before each step and after
             the last. None: 1.
         sigma_data: as for a network of EDM, see :meth:`Reading.of`.
+
+    Example:
+        >>> from fixpoint_diffusion import NoiseSchedule, Transitions
+        >>> schedule = NoiseSchedule.linear()
+        >>> Transitions.of(schedule, schedule.timesteps(10)).sigma.sum()
+        tensor(0., dtype=torch.float64)
     """
 
     timesteps: Tensor
