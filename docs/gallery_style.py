@@ -1,4 +1,4 @@
-"""How the gallery's scripts start, and in which order they are shown."""
+"""How the gallery's scripts start, in which order they are shown, and the style of all pictures of these pages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INK = "#7d8590"  # is read on white as well as on black
 COLOURS = ["#2f81d7", "#e0752d", "#2da44e", "#c94f8c", "#8a6fe0", "#b0892b"]
 
 
-def prepare(_conf: object, _script: str) -> None:
+def prepare(_conf: object = None, _script: str | None = None) -> None:
     """One thread and one random state for every script; pictures without a background, for light and dark pages."""
     torch.manual_seed(0)
     torch.set_num_threads(1)

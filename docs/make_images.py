@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from gallery_style import INK, prepare
 from matplotlib.patches import FancyBboxPatch
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -149,11 +150,11 @@ def fpdm_architecture(path: Path) -> None:
     axes.axis("off")
 
     def box(x: float, y: float, text: str, colour: str = "#e8e8e8", width: float = 2.4) -> None:
-        style = {"boxstyle": "round,pad=0.15", "facecolor": colour, "edgecolor": "black", "linewidth": 0.8}
+        style = {"boxstyle": "round,pad=0.15", "facecolor": colour, "edgecolor": INK, "linewidth": 0.8}
         axes.add_patch(FancyBboxPatch((x - width / 2, y - 0.2), width, 0.4, **style))
-        axes.text(x, y, text, ha="center", va="center", fontsize=8)
+        axes.text(x, y, text, ha="center", va="center", fontsize=8, color="black")
 
-    def arrow(*points: tuple[float, float], colour: str = "black") -> None:
+    def arrow(*points: tuple[float, float], colour: str = INK) -> None:
         xs, ys = zip(*points, strict=True)
         axes.plot(xs[:-1], ys[:-1], color=colour, lw=0.9)
         axes.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 0.9})
@@ -205,7 +206,7 @@ def inversion(path: Path) -> None:
     for number, color in zip((0, 1, 2, 4, 8), plt.get_cmap("viridis")(torch.linspace(0.9, 0, 5)), strict=True):
         label = "prior's path" if number == 0 else f"round {number}"
         axes[0].plot(latents[number].T, color=color, lw=1.2, label=[label, *["_"] * (len(x_0) - 1)])
-    axes[0].plot(exact.T, "k:", lw=1.6, label=["step by step", *["_"] * (len(x_0) - 1)])
+    axes[0].plot(exact.T, ":", color=INK, lw=1.6, label=["step by step", *["_"] * (len(x_0) - 1)])
     axes[0].set(title="sweeps towards two numbers, T = 20", xlabel="step: noise at 0, image at 20", ylabel="latent")
     axes[0].legend(fontsize=7, loc="lower right", ncols=2)
     axes[0].set_ylim(-2.2, 2)
@@ -286,11 +287,11 @@ PICTURES = {
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     FOLDER.mkdir(exist_ok=True)
     for name in sys.argv[1:] or PICTURES:
         if name not in PICTURES:
             raise SystemExit(f"no picture {name!r}; there are {', '.join(PICTURES)}")
+        prepare()
         PICTURES[name](FOLDER / f"{name}.png")
 
 
