@@ -33,8 +33,8 @@ print(f"{sum(p.numel() for p in tiny.model.parameters())} parameters, trained fo
 # %%
 # The embedded model
 # ------------------
-# A minute is not enough for good digits, so the rest of this page takes the model that ships with
-# the package. Ten digits, four iterations of the layer in each of 20 steps:
+# Such a short training is not enough for good digits, so the rest of this page takes the model that
+# ships with the package. Ten digits, four iterations of the layer in each of 20 steps:
 
 denoiser = embedded("fpdm-digits")
 model, schedule = denoiser.model, NoiseSchedule.from_diffusers(denoiser.schedule_config)
