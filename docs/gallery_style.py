@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import matplotlib as mpl
 import torch
 from sphinx_gallery.sorting import FunctionSortKey
+
+# Their notes about missing optional packages are no part of a page.
+os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
 
 ORDER = (
     "deq",
