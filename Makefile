@@ -53,4 +53,4 @@ matrix: $(INSTALLED)
 	$(BIN)/python tests/matrix.py $(MATRIX_FLAGS)
 
 clean:
-	rm -rf $(VENV) runs mutants docs/_build
+	rm -rf $(VENV) runs mutants docs/_build docs/auto_gallery

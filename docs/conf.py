@@ -5,11 +5,12 @@ from pathlib import Path
 
 import fixpoint
 
-# `benchmarks` is not installed: the pages import it from this checkout.
-sys.path.insert(0, str(Path(__file__).parents[1]))
+# `benchmarks` is not installed: the pages import it from this checkout; the gallery, its style from this folder.
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 project = "fixpoint"
 author = "The fixpoint developers"
+copyright = f"2026, {author}"
 release = fixpoint.__version__
 extensions = [
     "myst_parser",
@@ -18,8 +19,11 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx-mathjax-offline",  # formulas need no network to be drawn
     "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx_gallery.gen_gallery",
 ]
-myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence"]
+myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence", "substitution"]
+myst_substitutions = {"version": release}
 myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
@@ -33,8 +37,22 @@ del torch  # each page imports what it uses, as a reader has to
 doctest_test_doctest_blocks = ""  # docstrings are run by pytest --doctest-modules
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "auto_gallery",
+    "filename_pattern": r"\.py$",
+    "within_subsection_order": "gallery_style.in_order",
+    "reset_modules": ("matplotlib", "gallery_style.prepare"),
+    "abort_on_example_error": True,
+    "remove_config_comments": True,
+    "download_all_examples": False,
+    "show_signature": False,
+    "write_computation_times": False,
+    "image_srcset": ["2x"],
+    "capture_repr": (),
+}
 html_theme = "furo"
-html_title = "fixpoint"
+html_title = f"fixpoint {release}"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "gallery"]

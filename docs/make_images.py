@@ -5,44 +5,25 @@ Everything is seeded and computed here; nothing is downloaded.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import matplotlib.pyplot as plt
 import torch
+from gallery_style import INK, prepare
 from matplotlib.patches import FancyBboxPatch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 import fixpoint
-from fixpoint.bench import Images
-from fixpoint.bench.pictures import draw_images
-from fixpoint.plotting import plot_residuals
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, sample
 from fixpoint_diffusion.denoisers import embedded
 from fixpoint_diffusion.options.sampling import SamplingOptions, SolverName
-from fixpoint_diffusion.restoration import restore
 from fixpoint_diffusion.sampling.grids import save_grid
 from fixpoint_diffusion.sampling.job import SamplingJob
-from fixpoint_diffusion.training.data import load_digits as bundled_digits
-from fixpoint_diffusion.training.data import split_held_out
 
 FOLDER = Path(__file__).parent / "images"
 SIZE = (6.4, 3.6)
-
-
-def residuals(path: Path) -> None:
-    """Residual against evaluations, for three solvers on a slowly contracting linear problem."""
-    problem = fixpoint.load_problem("linear:rho=0.99,rows=16")
-    solvers = {"Picard": fixpoint.Picard(), "Anderson": fixpoint.Anderson(), "Broyden": fixpoint.Broyden()}
-    options = {"rtol": 1e-5, "max_evals": 150, "on_failure": "ignore", "record": True}
-    solutions = {name: fixpoint.solve(problem, solver=solver, **options) for name, solver in solvers.items()}
-    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-    plot_residuals(solutions, axes)
-    axes.set_title("f(z) = A z + b, spectral radius 0.99, 200-d, 16 rows")
-    figure.savefig(path, dpi=150)
 
 
 def gradient_bias(path: Path) -> None:
@@ -169,11 +150,11 @@ def fpdm_architecture(path: Path) -> None:
     axes.axis("off")
 
     def box(x: float, y: float, text: str, colour: str = "#e8e8e8", width: float = 2.4) -> None:
-        style = {"boxstyle": "round,pad=0.15", "facecolor": colour, "edgecolor": "black", "linewidth": 0.8}
+        style = {"boxstyle": "round,pad=0.15", "facecolor": colour, "edgecolor": INK, "linewidth": 0.8}
         axes.add_patch(FancyBboxPatch((x - width / 2, y - 0.2), width, 0.4, **style))
-        axes.text(x, y, text, ha="center", va="center", fontsize=8)
+        axes.text(x, y, text, ha="center", va="center", fontsize=8, color="black")
 
-    def arrow(*points: tuple[float, float], colour: str = "black") -> None:
+    def arrow(*points: tuple[float, float], colour: str = INK) -> None:
         xs, ys = zip(*points, strict=True)
         axes.plot(xs[:-1], ys[:-1], color=colour, lw=0.9)
         axes.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 0.9})
@@ -216,19 +197,6 @@ def fpdm_architecture(path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def restoration(path: Path) -> None:
-    """Digits, what a measurement determines of them, and what is restored: three rows for each kind."""
-    examples = _load_example("restoration")
-    images = split_held_out(bundled_digits())[1].images[:10]
-    rows, labels = [images], ["original"]
-    for name, degradation in examples.degradations().items():
-        chain = examples.chain_for(degradation, images)
-        with torch.no_grad():
-            rows += [degradation.pinv(chain.measurement), chain.sequential()[:, -1], restore(chain).images]
-        labels += [f"{name}: measured", "restored step by step", "restored at once"]
-    draw_images(Images.of("restoration", torch.stack(rows), row_labels=labels), path)
-
-
 def inversion(path: Path) -> None:
     """Sweeps towards the trajectories that lead to given numbers, and steps near the image that are flat or fold."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
@@ -238,7 +206,7 @@ def inversion(path: Path) -> None:
     for number, color in zip((0, 1, 2, 4, 8), plt.get_cmap("viridis")(torch.linspace(0.9, 0, 5)), strict=True):
         label = "prior's path" if number == 0 else f"round {number}"
         axes[0].plot(latents[number].T, color=color, lw=1.2, label=[label, *["_"] * (len(x_0) - 1)])
-    axes[0].plot(exact.T, "k:", lw=1.6, label=["step by step", *["_"] * (len(x_0) - 1)])
+    axes[0].plot(exact.T, ":", color=INK, lw=1.6, label=["step by step", *["_"] * (len(x_0) - 1)])
     axes[0].set(title="sweeps towards two numbers, T = 20", xlabel="step: noise at 0, image at 20", ylabel="latent")
     axes[0].legend(fontsize=7, loc="lower right", ncols=2)
     axes[0].set_ylim(-2.2, 2)
@@ -307,35 +275,23 @@ def _draw_step(axes: plt.Axes, chain: DDIMChain, x: Tensor, k: int, *, label: st
     axes.legend(fontsize=7)
 
 
-def _load_example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 PICTURES = {
-    "residuals": residuals,
     "gradient-bias": gradient_bias,
     "causal-chain": causal_chain,
     "sweep": sweep,
     "ddim-samples": ddim_samples,
     "fpdm-samples": fpdm_samples,
     "fpdm-architecture": fpdm_architecture,
-    "restoration": restoration,
     "inversion": inversion,
 }
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     FOLDER.mkdir(exist_ok=True)
     for name in sys.argv[1:] or PICTURES:
         if name not in PICTURES:
             raise SystemExit(f"no picture {name!r}; there are {', '.join(PICTURES)}")
+        prepare()
         PICTURES[name](FOLDER / f"{name}.png")
 
 

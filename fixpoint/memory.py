@@ -28,6 +28,9 @@ class MemoryEstimate:
         bytes: The most that is alive at any moment, what a step needs for a while included.
         states: The most that is held while f is evaluated, counted in states; the loop's own are among them.
         state_bytes: Size of one state.
+
+    Example:
+        See :func:`fixpoint.estimate_memory`, which returns one.
     """
 
     bytes: int

@@ -27,6 +27,15 @@ class Progress:
         value: A copy of the state just evaluated, in the structure of z0.
         predicted_error: What the solver predicts for the error of each row, where it judges by that and measures no
             residual (``CausalQuasiNewton`` on a chain; ``residual`` is then NaN). None for all other solvers.
+
+    Example:
+        >>> import torch, fixpoint
+        >>> seen = []
+        >>> def note(progress):
+        ...     seen.append(float(progress.residual))
+        >>> solution = fixpoint.solve(torch.cos, torch.ones(3), callback=note)
+        >>> len(seen) == solution.nfev, seen[-1] < seen[0]
+        (True, True)
     """
 
     nfev: int
@@ -83,6 +92,12 @@ class Solution:
             earlier one, per row. Measured by following a displacement through the steps where ``CausalQuasiNewton``
             certifies a row; elsewhere estimated from what each step was seen to make of changes of its input, which
             may be far off. None for all other solvers, and where gradients are recorded.
+
+    Example:
+        >>> import torch, fixpoint
+        >>> solution = fixpoint.solve(torch.cos, torch.ones(3, 2))
+        >>> solution.converged, solution.value.shape
+        (tensor([True, True, True]), torch.Size([3, 2]))
     """
 
     value: Any

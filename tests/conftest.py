@@ -15,6 +15,7 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("MPLBACKEND", "Agg")  # scripts of the gallery show their figures; no window opens
     # The same examples in every run, so a failure in CI is a failure here; others with `--hypothesis-seed`.
     derandomize = config.getoption("--hypothesis-seed", default=None) is None
     settings.register_profile("fixpoint", derandomize=derandomize, database=None, deadline=None, max_examples=40)

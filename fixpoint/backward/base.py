@@ -36,6 +36,9 @@ class ForwardSolve:
         report_adjoint: Takes the outcome of a backward solve, which becomes ``Solution.adjoint``, and what to do about
             rows that did not converge: "warn", "raise" or "ignore".
         results: The outcomes so far, for whoever meets an error in what comes after.
+
+    Example:
+        See :class:`fixpoint.Backward`, whose ``attach`` is given one.
     """
 
     f: RowMap

@@ -272,7 +272,14 @@ def document(
 
 
 def write(results: Mapping[str, Any], out_dir: str | Path) -> Path:
-    """Write ``results.json`` into ``out_dir``, which is made if need be, and return its path."""
+    """Write ``results.json`` into ``out_dir``, which is made if need be, and return its path.
+
+    Example:
+        >>> import tempfile
+        >>> from fixpoint import bench
+        >>> bench.write(bench.run(["linear:dim=20"], ["picard"]), tempfile.mkdtemp()).name
+        'results.json'
+    """
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"

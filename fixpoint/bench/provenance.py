@@ -16,7 +16,13 @@ _PACKAGES = ("torch", "numpy", "scipy", "diffusers", "scikit-learn")
 
 
 def machine() -> dict[str, str | int]:
-    """Operating system and architecture, processor count and the threads that torch uses."""
+    """Operating system and architecture, processor count and the threads that torch uses.
+
+    Example:
+        >>> from fixpoint import bench
+        >>> "threads" in " ".join(bench.machine())
+        True
+    """
     return {
         "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count() or 1,
@@ -26,7 +32,13 @@ def machine() -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python, of this library and of the installed packages that matter."""
+    """The versions of Python, of this library and of the installed packages that matter.
+
+    Example:
+        >>> from fixpoint import bench
+        >>> "torch" in bench.versions()
+        True
+    """
     import fixpoint  # which imports this module first
 
     found = {"python": platform.python_version(), "fixpoint": fixpoint.__version__}

@@ -27,6 +27,13 @@ def render(results: Mapping[str, Any], out_dir: str | Path) -> Path:
     Raises:
         ValueError: If ``results`` has another format.
         ModuleNotFoundError: If matplotlib is missing.
+
+    Example:
+        >>> import tempfile
+        >>> from fixpoint import bench
+        >>> results = bench.run(["linear:dim=20"], ["picard"])
+        >>> bench.render(results, tempfile.mkdtemp()).name
+        'report.html'
     """
     studies = _studies(results)
     folder = Path(out_dir)

@@ -65,6 +65,12 @@ class Images:
     Attributes:
         shape: ``(rows, columns, height, width)``, or with a last 3 for colour.
         pixels: Base64 of the uint8 array of that shape.
+
+    Example:
+        >>> import torch
+        >>> from fixpoint import bench
+        >>> bench.Images.of("noise", torch.rand(2, 5, 8, 8)).shape
+        (2, 5, 8, 8)
     """
 
     title: str
@@ -133,6 +139,9 @@ class Study:
     Attributes:
         summary: What was asked and how, in a sentence or two.
         detail: True where another study sums this one up, so that its table is not printed in the terminal.
+
+    Example:
+        See :func:`fixpoint.bench.compare`, which returns one.
     """
 
     name: str
@@ -163,7 +172,14 @@ class Study:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as strict JSON knows it: tensors, arrays and tuples become lists, NaN and infinities None."""
+    """``value`` as strict JSON knows it: tensors, arrays and tuples become lists, NaN and infinities None.
+
+    Example:
+        >>> import torch
+        >>> from fixpoint import bench
+        >>> bench.plain({"x": torch.tensor([1.0, float("nan")])})
+        {'x': [1.0, None]}
+    """
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):

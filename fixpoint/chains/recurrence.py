@@ -17,6 +17,9 @@ class Chain(Protocol):
     are honoured if present: ``slopes``, ``(T,)`` or ``(T, D)``, what each step does to a small displacement of its
     input; and ``basis``, ``(D, D)`` orthogonal, in whose coordinates (columns) the slopes count. Where D is large, a
     sequence of matrices ``(n, n)``, one for each dimension of a state, stands for their Kronecker product.
+
+    Example:
+        See :class:`fixpoint.Recurrence`, which is one.
     """
 
     @property

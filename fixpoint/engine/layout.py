@@ -98,6 +98,9 @@ class Layout:
 
     Complex leaves become pairs of real numbers, so solvers never see them. The entries of a leaf stand in a row as they
     stand in memory, so that f is shown the memory format of z0, such as ``torch.channels_last``.
+
+    Example:
+        See :class:`fixpoint.ForwardSolve`, whose ``z0`` is laid out so.
     """
 
     example: Any  # the state that it was made from

@@ -40,6 +40,9 @@ class LoopResult:
         state: The solver's state after its last step.
         predicted_error: Norm of the predicted errors ``(rows,)``, from a solver that judges by them.
         amplification: How many times larger a chain makes relative errors ``(rows,)``, from a solver of chains.
+
+    Example:
+        See :class:`fixpoint.Backward`, whose ``attach`` returns one.
     """
 
     z: Tensor

@@ -56,11 +56,24 @@ _ADVICE = {
 
 
 class ConvergenceWarning(UserWarning):
-    """Some rows did not converge (``on_failure="warn"``), or an adjoint did not."""
+    """Some rows did not converge (``on_failure="warn"``), or an adjoint did not.
+
+    Example:
+        See :class:`fixpoint.Status`, whose advice the warning gives.
+    """
 
 
 class ConvergenceError(RuntimeError):
-    """Some rows did not converge (``on_failure="raise"``). ``solution`` holds what was found all the same."""
+    """Some rows did not converge (``on_failure="raise"``). ``solution`` holds what was found all the same.
+
+    Example:
+        >>> import torch, fixpoint
+        >>> try:
+        ...     fixpoint.solve(torch.exp, torch.zeros(2, 1), solver=fixpoint.Picard(), on_failure="raise")
+        ... except fixpoint.ConvergenceError as error:
+        ...     print(error.solution.converged)
+        tensor([False, False])
+    """
 
     def __init__(self, message: str, solution: object) -> None:
         super().__init__(message)
@@ -155,6 +168,9 @@ class Tolerance:
         leaves: Lengths of the parts of a row that must each meet the tolerance; None: the row as a whole.
         rounding: The relative rounding of f where that is coarser than the state's. It alters no tolerance: it says
             where a row that gets no better has stagnated.
+
+    Example:
+        See :func:`fixpoint.solve`, whose ``rtol``, ``atol`` and ``norm`` make one.
     """
 
     rtol: float | Array

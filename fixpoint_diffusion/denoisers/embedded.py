@@ -25,6 +25,11 @@ def embedded_folder(name: str) -> Path:
     Raises:
         ValueError: if there is no such model, or a file is not as it was shipped.
         FileNotFoundError: if this installation lacks the folder.
+
+    Example:
+        >>> from fixpoint_diffusion.denoisers import embedded_folder
+        >>> (embedded_folder("fpdm-digits") / "config.json").is_file()
+        True
     """
     if name not in EMBEDDED_MODELS:
         raise ValueError(f"no embedded model {name!r}; there are {', '.join(EMBEDDED_MODELS)}")

@@ -61,6 +61,12 @@ def load_denoiser(
         ValueError: if a file is damaged, the config is unusable, the weights do not fit it, are packed integers or are
             not finite, or only a pickle is there.
         ImportError: if the class needs diffusers and that is not installed.
+
+    Example:
+        >>> from fixpoint_diffusion import load_denoiser
+        >>> from fixpoint_diffusion.denoisers import embedded_folder
+        >>> load_denoiser(embedded_folder("ddpm-digits")).sample_shape
+        (1, 8, 8)
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -23,6 +23,9 @@ class ConditioningInput:
         dtype: dtype of the rows.
         num_classes: for class labels, how many classes there are: labels run from 0 to ``num_classes - 1``.
         null_label: the label that stands for "no class", which guidance needs; None: the model has none.
+
+    Example:
+        See :func:`fixpoint_diffusion.denoisers.describe`, which returns them by name.
     """
 
     shape: tuple[int, ...] = ()
@@ -50,6 +53,9 @@ class Denoiser(Protocol):
         prior: what is known of the samples before the denoiser is asked; or None.
         learned_variance: whether the output has twice the channels.
         conditioning: the inputs that it takes, by name. Class labels are called ``class_labels``.
+
+    Example:
+        See :func:`fixpoint_diffusion.denoisers.describe`, which reads one.
     """
 
     @property
@@ -80,6 +86,9 @@ class NetworkDenoiser(Denoiser, Protocol):
     Attributes:
         model: the network.
         device: where it computes, which is where x should be; offloaded weights may be elsewhere.
+
+    Example:
+        See :func:`fixpoint_diffusion.load_denoiser`, which returns one.
     """
 
     model: Any
@@ -96,6 +105,9 @@ class Description:
         prediction_type: None where the denoiser does not say; a chain then takes the schedule's.
         per_sample: inputs that the denoiser itself holds with one row for each sample, such as a guidance scale for
             each. A chain passes to every call the rows of the samples that the call is about.
+
+    Example:
+        See :func:`fixpoint_diffusion.denoisers.describe`, which returns one.
     """
 
     prediction_type: str | None = None

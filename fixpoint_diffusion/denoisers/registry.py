@@ -48,6 +48,9 @@ class Family:
         conditioning: the inputs beside x and t, from the network's config.
         schedule_config: the schedule that it is trained on unless told otherwise, as a diffusers scheduler's config.
         training: settings of training that differ from the trainer's defaults, by name.
+
+    Example:
+        See :func:`fixpoint_diffusion.denoisers.families`, which lists them.
     """
 
     name: str
@@ -70,6 +73,13 @@ def register_family(family: Family) -> None:
 
     Raises:
         ValueError: if its name or its class belongs to another family.
+
+    Example:
+        >>> from fixpoint_diffusion.denoisers import family, register_family
+        >>> register_family(family("unet"))
+        Traceback (most recent call last):
+        ...
+        ValueError: ...
     """
     _check_new(family, {**_own_families(), **_registered})
     _registered[family.name] = family
@@ -90,6 +100,12 @@ def family(name: str) -> Family:
 
     Raises:
         ValueError: if there is none; the message names those that there are.
+
+    Example:
+        >>> from fixpoint_diffusion.denoisers import family
+        >>> network = family("unet").build((1, 8, 8), None, {})
+        >>> type(network).__name__
+        'UNet2DModel'
     """
     known = families()
     if name not in known:
@@ -98,12 +114,25 @@ def family(name: str) -> Family:
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """The family that a network belongs to, by the name of its class; None for a class that no family claims."""
+    """The family that a network belongs to, by the name of its class; None for a class that no family claims.
+
+    Example:
+        >>> from fixpoint_diffusion import embedded
+        >>> from fixpoint_diffusion.denoisers import family_of
+        >>> family_of(embedded("fpdm-digits").model).name
+        'fpdm'
+    """
     return family_of_class(type(uncompiled(model)).__name__)
 
 
 def family_of_class(class_name: object) -> Family | None:
-    """The family whose ``config.json`` has this ``_class_name``; None if there is none."""
+    """The family whose ``config.json`` has this ``_class_name``; None if there is none.
+
+    Example:
+        >>> from fixpoint_diffusion.denoisers import family_of_class
+        >>> family_of_class("UNet2DModel").name, family_of_class("Unknown")
+        ('unet', None)
+    """
     return next((known for known in families().values() if known.class_name == class_name), None)
 
 

@@ -81,6 +81,9 @@ class ShardedDenoiser:
         rows_here: rows that this rank has evaluated so far.
         prediction_type, sample_shape, schedule_config, prior, learned_variance, conditioning, per_sample: those of the
             denoiser.
+
+    Example:
+        See :func:`fixpoint_diffusion.denoisers.sharded`, which returns one.
     """
 
     def __init__(self, denoiser: Callable[..., Tensor], group: Any) -> None:

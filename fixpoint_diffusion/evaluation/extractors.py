@@ -28,6 +28,9 @@ class FeatureExtractor(nn.Module):
         num_features: d.
         weights_hash: SHA-256 of its weights, 64 hexadecimal digits; None if it has none that could be read.
         preparation: the resize rule, rounding, and the range that the network sees, in words.
+
+    Example:
+        See :class:`fixpoint_diffusion.evaluation.ModuleFeatures`, which makes one of any module.
     """
 
     def __init__(self, *, name: str, num_features: int, weights_hash: str | None, preparation: str) -> None:
@@ -106,6 +109,9 @@ class InceptionFeatures(FeatureExtractor):
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds other tensors.
+
+    Example:
+        See :class:`fixpoint_diffusion.evaluation.DigitFeatures`, which is used alike and needs no file.
     """
 
     def __init__(self, weights: str | Path, *, resize: str = "bilinear") -> None:
@@ -153,6 +159,9 @@ class DINOv2Features(FeatureExtractor):
         ValueError: if it holds another kind of model.
 
     Source: Stein et al., "Exposing flaws of generative model evaluation metrics..." (NeurIPS 2023).
+
+    Example:
+        See :class:`fixpoint_diffusion.evaluation.DigitFeatures`, which is used alike and needs no file.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -28,6 +28,9 @@ class CollectedFeatures:
         features: what computed the features (``FeatureExtractor.label``).
         blocks: moments of ten random parts of the set, as equal as N allows.
         kept: at most ``max_kept`` features, drawn at random without replacement, in random order; ``(K, d)``.
+
+    Example:
+        See :func:`fixpoint_diffusion.evaluation.collect_features`, which returns one.
     """
 
     name: str

@@ -50,6 +50,9 @@ class EvaluationReport:
         confidence: of the intervals.
         figures: by the name of the metric.
         notes: what a reader should know, one sentence each.
+
+    Example:
+        See :func:`fixpoint_diffusion.evaluation.evaluate`, which returns one.
     """
 
     samples: str

@@ -28,6 +28,9 @@ class FeatureStatistics:
         cov: ``(d, d)`` float64, with ``N - 1`` in the denominator.
         num_images: N; None where a file does not say.
         features: what computed the features (``FeatureExtractor.label``); None where a file does not say.
+
+    Example:
+        See :func:`fixpoint_diffusion.evaluation.frechet_distance`, which compares two.
     """
 
     mean: Tensor

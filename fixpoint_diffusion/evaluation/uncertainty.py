@@ -15,7 +15,11 @@ _Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A value, its 95% confidence interval, and its extrapolation to infinitely many samples; None where not known."""
+    """A value, its 95% confidence interval, and its extrapolation to infinitely many samples; None where not known.
+
+    Example:
+        See :func:`fixpoint_diffusion.evaluation.evaluate`, whose figures they are.
+    """
 
     value: float
     interval: tuple[float, float] | None = None

@@ -71,6 +71,9 @@ def ddim_encoding(chain: SamplingChain, x_0: Tensor, *, progress: bool = False) 
 
     Returns:
         x_T ``(B, *shape)`` and the latents after each step ``(B, T, *shape)``, the last of them the images.
+
+    Example:
+        See :class:`fixpoint_diffusion.ExplicitInverse`, which is this with a measured error.
     """
     transitions, samples = chain.transitions, torch.arange(len(x_0), device=x_0.device)
     levels = transitions.alphas_prev

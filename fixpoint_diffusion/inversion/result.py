@@ -23,6 +23,9 @@ class InverseRound:
         residual: ``(B,)`` float64, the RMS of ``Phi_k(x_k) - x_{k+1}`` over a sample's trajectory, NaN as above.
         rows: denoiser rows of the round.
         x_T: ``(B, *shape)``, what the round has evaluated.
+
+    Example:
+        See :class:`fixpoint_diffusion.ParallelInverse`, whose history has one a round.
     """
 
     predicted_error: Tensor
@@ -42,6 +45,9 @@ class Found:
         trajectory: ``(B, T, *shape)`` of the ordinary sampler from x_T, if it was run; None: it has yet to be.
         history: one entry a round, step or epoch.
         noise: ``(B, T, *shape)``, from a method that finds the steps' noise too.
+
+    Example:
+        See :func:`fixpoint_diffusion.invert`, which measures what was found.
     """
 
     x_T: Tensor  # noqa: N815
@@ -54,7 +60,11 @@ class Found:
 
 
 class InverseMethod(Protocol):
-    """A way to invert a chain, for :func:`invert`."""
+    """A way to invert a chain, for :func:`invert`.
+
+    Example:
+        See :class:`fixpoint_diffusion.ExplicitInverse`, which is one.
+    """
 
     def run(
         self,
@@ -91,6 +101,9 @@ class Inverse:
         evals: denoiser rows of the search.
         history: figures by round, step or epoch: of ``ParallelInverse`` an :class:`InverseRound` each.
         noise: ``(B, T, *shape)``, of the steps, where the method has found it too (``DrawnInverse``); else None.
+
+    Example:
+        See :func:`fixpoint_diffusion.invert`, which returns one.
     """
 
     x_T: Tensor  # noqa: N815

@@ -35,12 +35,23 @@ def save_fpdm(model: FPDM, folder: str | Path, *, dtype: torch.dtype | None = No
 
     Returns:
         The folder.
+
+    Example:
+        >>> import tempfile
+        >>> from fixpoint_diffusion.models import FPDM, FPDMConfig, load_fpdm, save_fpdm
+        >>> model = FPDM(FPDMConfig(width=16, heads=2))
+        >>> load_fpdm(save_fpdm(model, tempfile.mkdtemp())).config == model.config
+        True
     """
     return _save(model, folder, dtype)
 
 
 def save_dit(model: DiT, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
-    """As :func:`save_fpdm`, for a :class:`DiT`; ``model.to_diffusers().save_pretrained`` writes it for diffusers."""
+    """As :func:`save_fpdm`, for a :class:`DiT`; ``model.to_diffusers().save_pretrained`` writes it for diffusers.
+
+    Example:
+        See :func:`fixpoint_diffusion.models.save_fpdm`.
+    """
     return _save(model, folder, dtype)
 
 
@@ -61,6 +72,9 @@ def load_fpdm(
         FileNotFoundError: If the folder, its configuration or its weights are absent.
         ValueError: If the configuration is of another class or has unknown keys, or the weights do not fit it, are of
             a dtype that is no floating-point one, or are not finite.
+
+    Example:
+        See :func:`fixpoint_diffusion.models.save_fpdm`.
     """
 
     def config(values: dict[str, Any]) -> FPDMConfig:
@@ -71,7 +85,11 @@ def load_fpdm(
 
 
 def load_dit(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> DiT:
-    """As :func:`load_fpdm`, for what :func:`save_dit` wrote; :meth:`DiT.from_diffusers` reads diffusers' own."""
+    """As :func:`load_fpdm`, for what :func:`save_dit` wrote; :meth:`DiT.from_diffusers` reads diffusers' own.
+
+    Example:
+        See :func:`fixpoint_diffusion.models.save_fpdm`, which goes with ``load_fpdm`` as ``save_dit`` with this.
+    """
     return _load(folder, DiT, DiTConfig.from_dict, dtype, device)
 
 

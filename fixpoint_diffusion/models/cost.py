@@ -23,6 +23,9 @@ class Cost:
             of a forward pass.
         parameters: Of the network.
         activation_bytes: What autograd keeps of the call for the backward pass, in float32 and beside parameters.
+
+    Example:
+        See :func:`fixpoint_diffusion.models.cost`, which returns one.
     """
 
     block_passes: int

@@ -37,6 +37,9 @@ class TransformerConfig:
 
     Raises:
         ValueError: If a value is out of its range; the message names the field, the value and the range.
+
+    Example:
+        See :class:`fixpoint_diffusion.FPDMConfig`, which is one.
     """
 
     sample_size: int = 8

@@ -67,6 +67,9 @@ class TrainingConfig:
 
     Raises:
         ValueError: if a value is out of range; the message names it.
+
+    Example:
+        See :class:`fixpoint_diffusion.training.TrainingRun`, whose ``start`` takes its fields as ``training``.
     """
 
     steps: int = option(10_000, "Optimiser steps in all.", low=1)

@@ -20,6 +20,9 @@ class ParallelFluxPipeline(ParallelPipeline, FluxPipeline):
     :class:`ParallelStableDiffusionPipeline`.
 
     Source: Black Forest Labs, FLUX.1 (2024).
+
+    Example:
+        See :class:`fixpoint_diffusion.pipelines.ParallelDDIMPipeline`, which is made and called alike.
     """
 
     _network = "transformer"

@@ -32,6 +32,9 @@ class PipelineInverse:
             of it is about the samples of the network, which are latents where the pipeline has an autoencoder.
         vae_error: ``(B,)``, RMS of decoded(encoded(image)) - image, for pixels from -1 to 1: what the autoencoder loses
             whatever the inversion does. None where there is none, or where latents were given.
+
+    Example:
+        See :meth:`fixpoint_diffusion.pipelines.ParallelDDIMPipeline.invert`, which returns one.
     """
 
     latents: Tensor

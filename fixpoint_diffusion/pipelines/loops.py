@@ -24,6 +24,9 @@ class Guidance:
     Attributes:
         scale, rescale: as for :class:`~fixpoint_diffusion.denoisers.Guided`.
         negative_first: which half the negative rows are in.
+
+    Example:
+        See :class:`fixpoint_diffusion.denoisers.Guided`, which it becomes.
     """
 
     scale: float

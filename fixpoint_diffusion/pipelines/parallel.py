@@ -57,6 +57,9 @@ class ParallelPipeline(DiffusionPipeline):
     guides (``_guidance``). Every call checks that this is what the loop does, before the network is asked anything.
 
     Source: Pokle, Geng, Kolter, "Deep Equilibrium Approaches to Diffusion Models" (NeurIPS 2022), Sec. 4.
+
+    Example:
+        See :class:`fixpoint_diffusion.pipelines.ParallelDDIMPipeline`, which is one.
     """
 
     _network = "unet"

@@ -24,6 +24,9 @@ class ParallelStableDiffusionPipeline(InversionMixin, StableDiffusionPipeline):
             scheduler or the network's weights, or that returns another tensor.
 
     Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CVPR 2022).
+
+    Example:
+        See :class:`fixpoint_diffusion.pipelines.ParallelDDIMPipeline`, which is made and called alike.
     """
 
 
@@ -34,4 +37,7 @@ class ParallelStableDiffusionImg2ImgPipeline(ParallelPipeline, StableDiffusionIm
 
     Source: Meng et al., "SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations"
     (ICLR 2022).
+
+    Example:
+        See :class:`fixpoint_diffusion.pipelines.ParallelDDIMPipeline`, which is made and called alike.
     """

@@ -14,6 +14,9 @@ class ParallelStableDiffusion3Pipeline(ParallelPipeline, StableDiffusion3Pipelin
     for they are skipped in some steps only.
 
     Source: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (ICML 2024).
+
+    Example:
+        See :class:`fixpoint_diffusion.pipelines.ParallelDDIMPipeline`, which is made and called alike.
     """
 
     _network = "transformer"

@@ -14,4 +14,7 @@ class ParallelStableDiffusionXLPipeline(ParallelPipeline, StableDiffusionXLPipel
     :class:`ParallelStableDiffusionPipeline`.
 
     Source: Podell et al., "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis" (2023).
+
+    Example:
+        See :class:`fixpoint_diffusion.pipelines.ParallelDDIMPipeline`, which is made and called alike.
     """

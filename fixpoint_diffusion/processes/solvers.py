@@ -68,6 +68,12 @@ def with_timesteps(scheduler: Any, steps: int) -> Any:
 
     Raises:
         ValueError: a class or a value that is not served; a shift that depends on more than the number of steps.
+
+    Example:
+        >>> from diffusers import EulerDiscreteScheduler
+        >>> from fixpoint_diffusion.processes import with_timesteps
+        >>> with_timesteps(EulerDiscreteScheduler(), 4).timesteps
+        tensor([999., 666., 333.,   0.])
     """
     check_served(scheduler)
     fresh = type(scheduler).from_config(scheduler.config)

@@ -17,7 +17,14 @@ _PART = 2**18  # entries of latents that are summed at a time: 2 MiB
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float64 (float32 on devices without it): sums over a chain cancel, 1 / sqrt(alpha_T) is about 157."""
+    """x in float64 (float32 on devices without it): sums over a chain cancel, 1 / sqrt(alpha_T) is about 157.
+
+    Example:
+        >>> import torch
+        >>> from fixpoint_diffusion.processes import wide
+        >>> wide(torch.zeros(2)).dtype
+        torch.float64
+    """
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
@@ -57,6 +64,12 @@ class Transitions:
         scales: ``(T + 1,)``: by how much larger a scheduler of diffusers keeps the latents, before each step and after
             the last. None: 1.
         sigma_data: as for a network of EDM, see :meth:`Reading.of`.
+
+    Example:
+        >>> from fixpoint_diffusion import NoiseSchedule, Transitions
+        >>> schedule = NoiseSchedule.linear()
+        >>> Transitions.of(schedule, schedule.timesteps(10)).sigma.sum()
+        tensor(0., dtype=torch.float64)
     """
 
     timesteps: Tensor

@@ -18,6 +18,9 @@ class Degradation(Protocol):
 
     A class of your own needs these two methods. ``pinv(apply(x))`` must be the orthogonal projection of x onto what A
     sees, as it is for the Moore-Penrose inverse; :func:`check_degradation` says if it is not.
+
+    Example:
+        See :class:`fixpoint_diffusion.restoration.Mask`, which is one.
     """
 
     def apply(self, x: Tensor) -> Tensor:
@@ -28,7 +31,15 @@ class Degradation(Protocol):
 
 
 def project(degradation: Degradation, x: Tensor) -> Tensor:
-    """``A^+ A x``: the part of images ``(N, *shape)`` that the measurement determines."""
+    """``A^+ A x``: the part of images ``(N, *shape)`` that the measurement determines.
+
+    Example:
+        >>> import torch
+        >>> from fixpoint_diffusion.restoration import BlockMean, project
+        >>> project(BlockMean(2), torch.arange(4.0).reshape(1, 1, 2, 2))
+        tensor([[[[1.5000, 1.5000],
+                  [1.5000, 1.5000]]]])
+    """
     return degradation.pinv(degradation.apply(x))
 
 

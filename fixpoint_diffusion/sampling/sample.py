@@ -29,6 +29,9 @@ class SamplingResult:
         evals: denoiser rows of this run, likewise.
         max_rows: the budget of rows a round that the run kept to; None: there was none.
         cost: what calls of the denoiser were seen to take, with ``max_rows="auto"``; else None.
+
+    Example:
+        See :func:`fixpoint_diffusion.sample`, which returns one.
     """
 
     images: Tensor

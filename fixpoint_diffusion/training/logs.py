@@ -23,6 +23,9 @@ class TrainingLog:
 
     The residual is that of :class:`LayerResidual`; None for a model without a fixed point layer. ``pending`` is the
     sum of the losses of the next line.
+
+    Example:
+        See :class:`fixpoint_diffusion.training.TrainingRun`, whose ``run`` returns one.
     """
 
     lines: list[tuple[int, float, float, float, float | None]] = field(default_factory=list)

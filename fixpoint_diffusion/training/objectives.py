@@ -55,6 +55,9 @@ def diffusion_loss(
 
     Source: Ho et al. 2020, Eq. 14; Salimans and Ho 2022 for v; Lipman et al. 2023 and Liu et al. 2023 for flows; Hang
     et al. 2023 for the weighting; Nichol and Dhariwal 2021, Eq. 16 for the learned variance.
+
+    Example:
+        See :class:`fixpoint_diffusion.training.TrainingRun`, which minimises it.
     """
     task = DenoisingTask(
         x_0=x_0, t=t, noise=noise, alphas_cumprod=alphas_cumprod, config=config, discretised=discretised
@@ -195,6 +198,9 @@ def variational_bound(
         ``(B,)``.
 
     Source: Nichol and Dhariwal 2021, Eq. 4 to 7 and 15; Ho et al. 2020, Eq. 6, 7 and 13.
+
+    Example:
+        See :func:`fixpoint_diffusion.training.diffusion_loss`, which adds it for a learned variance.
     """
     forward, backward, from_x_0, from_x_t = _step_back(alphas_cumprod, t)
     mean = _spread(from_x_0, x_0) * predicted + _spread(from_x_t, x_0) * x_t

@@ -34,6 +34,9 @@ class TrainingPlan:
         config: how it is trained.
         images: in the data set.
         notes: what to know of these figures.
+
+    Example:
+        See :class:`fixpoint_diffusion.training.TrainingRun`, whose ``plan`` returns one.
     """
 
     parameters: int

@@ -47,6 +47,9 @@ class DataOptions:
     """What to train on: the arguments of ``open_dataset`` that a run keeps.
 
     Of ``"digits"``, the part that ``split_held_out`` holds out is left out.
+
+    Example:
+        See :class:`fixpoint_diffusion.training.TrainingRun`, whose ``start`` takes them.
     """
 
     source: str = "digits"
@@ -82,6 +85,15 @@ class TrainingRun:
         device: where it trains.
         workers: processes that read images.
         steps_done: steps already taken, which the folder's checkpoint holds; 0 for a new run.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from fixpoint_diffusion.training import TrainingRun
+        >>> options = {"settings": {"width": 16, "heads": 2}, "training": {"steps": 2, "batch_size": 4}}
+        >>> run = TrainingRun.start(Path(tempfile.mkdtemp()) / "run", kind="fpdm", **options)
+        >>> run.run(progress=False).seconds > 0
+        True
     """
 
     folder: Path

@@ -86,6 +86,9 @@ def train(
             zero-terminal-SNR schedule; a batch that does not divide among processes.
         FloatingPointError: if the loss, the gradient or the weights stop being finite; the last checkpoint stays.
         ChildProcessError: if another of the processes has ended; the last checkpoint stays.
+
+    Example:
+        See :class:`fixpoint_diffusion.training.TrainingRun`, which calls it with what a folder needs.
     """
     if config.prediction_type == "epsilon" and float(alphas_cumprod.min()) <= 0:
         raise ValueError("with zero terminal SNR the noise says nothing of x_0: use prediction_type 'v_prediction'")

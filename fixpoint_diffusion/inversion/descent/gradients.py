@@ -56,6 +56,9 @@ class Epoch:
         evals: denoiser rows of these calls.
         products: batched products with the denoiser's Jacobian (each about as dear as two calls).
         product_rows: rows of these products.
+
+    Example:
+        See :class:`fixpoint_diffusion.inversion.OptimisedInverse`, whose history has one an epoch.
     """
 
     loss: Tensor

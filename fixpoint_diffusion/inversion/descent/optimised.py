@@ -43,6 +43,9 @@ class Descent:
             first, and for a sequential run.
         optimiser: the optimiser's state, ``Optimizer.state_dict()``.
         history: one entry an epoch.
+
+    Example:
+        See :class:`fixpoint_diffusion.inversion.OptimisedInverse`, whose ``descend`` returns one.
     """
 
     x_T: Tensor  # noqa: N815

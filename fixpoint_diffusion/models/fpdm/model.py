@@ -182,6 +182,9 @@ class FPDMLayerProblem:
     Attributes:
         z0: Starting state ``(N, L, D)``.
         batch_dims: 1: each image is a problem of its own.
+
+    Example:
+        See :func:`fixpoint_diffusion.models.fpdm_layer_problem`, which returns one.
     """
 
     block: ImplicitBlock

@@ -46,6 +46,9 @@ class JointSamples:
         evals: Steps of single images in them.
         block_passes: Forward passes of blocks, for one image and row of the network, as in ``FPDMSamples``: the work.
         serial_block_passes: Those that have to wait for each other, which is what parallel sampling makes fewer.
+
+    Example:
+        See :func:`fixpoint_diffusion.sampling.sample_fpdm_jointly`, which returns one.
     """
 
     images: Tensor

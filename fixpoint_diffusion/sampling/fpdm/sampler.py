@@ -20,7 +20,11 @@ Reuse = bool | Literal["extrapolate"]
 
 
 class FPDMOptions(TypedDict, total=False):
-    """Options of a sampling run of an FPDM, whatever its steps; :func:`sample_fpdm` says what they mean."""
+    """Options of a sampling run of an FPDM, whatever its steps; :func:`sample_fpdm` says what they mean.
+
+    Example:
+        See :func:`fixpoint_diffusion.sample_fpdm`, which takes the same options.
+    """
 
     iterations: int | Sequence[int] | Tensor | ToTolerance
     reuse: Reuse
@@ -42,6 +46,9 @@ class FPDMStep:
         z0: Where the fixed point layer started, ``(N, L, D)``; None: at the pre blocks' output.
         solution: What the layer returned; its ``trace`` is None unless recorded.
         after: The less noisy images that the step leads to, ``(N, C, H, W)``.
+
+    Example:
+        See :func:`fixpoint_diffusion.sampling.fpdm_steps`, which yields them.
     """
 
     timestep: int
@@ -65,6 +72,9 @@ class FPDMSamples:
             projections of the injection.
         residuals: For each step ``(k, N)`` norms ``||f(z) - z||`` at every evaluation, a row that is done with its last
             one; None unless recorded.
+
+    Example:
+        See :func:`fixpoint_diffusion.sample_fpdm`, which returns one.
     """
 
     images: Tensor
@@ -204,6 +214,9 @@ def follow_transitions(
 
     Raises:
         ValueError: As :func:`sample_fpdm`.
+
+    Example:
+        See :func:`fixpoint_diffusion.sample_fpdm`, which takes its steps from a schedule.
     """
     if reuse not in (True, False, "extrapolate"):
         raise ValueError(f"reuse must be True, False or 'extrapolate', got {reuse!r}")

@@ -28,6 +28,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
         num_classes: how many classes there are, or None.
         class_names: one name a class, or None.
         is_latent: rows are latents: floats of any range, neither cut nor mirrored.
+
+    Example:
+        See :func:`fixpoint_diffusion.training.data.open_dataset`, which returns one.
     """
 
     def __init__(

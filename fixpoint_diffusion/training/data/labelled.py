@@ -24,7 +24,11 @@ Data = TypeVar("Data", bound=_Labelled)
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledImages:
-    """Images ``(N, C, H, W)``, float32 in [-1, 1], and their integer labels ``(N,)`` where known."""
+    """Images ``(N, C, H, W)``, float32 in [-1, 1], and their integer labels ``(N,)`` where known.
+
+    Example:
+        See :func:`fixpoint_diffusion.training.data.load_digits`, which returns one.
+    """
 
     images: Tensor
     labels: Tensor | None = None
