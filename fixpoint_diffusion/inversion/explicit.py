@@ -62,7 +62,7 @@ def ddim_encoding(chain: SamplingChain, x_0: Tensor, *, progress: bool = False) 
     """Plain DDIM inversion: each step undone with the denoiser's output at the latent that it arrived at.
 
     The output is read at the signal level of that latent. Where that is 1 and the denoiser predicts the image, it says
-    nothing of the noise there, and is read at the level before the step.
+    nothing of the noise there, and is read at the level before the step. Along a flow this is Euler's method backwards.
 
     Args:
         chain: of B samples and T steps; its x_T plays no part.
@@ -80,12 +80,17 @@ def ddim_encoding(chain: SamplingChain, x_0: Tensor, *, progress: bool = False) 
     if transitions.prediction_type == "sample":
         levels = torch.where(levels < 1, levels, transitions.alphas)
     reading = replace(transitions, alphas=levels, x0_hook=None)
+    shown = torch.ones(chain.steps, dtype=torch.float64)
+    if transitions.prediction_type == "flow_prediction" and transitions.scales is not None:
+        # The network is shown a latent as large as it is at its own level, not at that of the step.
+        shown = transitions.scales[1:] / transitions.scales[:-1]
     latents = [x_0]
     with torch.no_grad():
         for k in ProgressBar.tqdm(range(chain.steps)[::-1], desc="inverting", unit="step", disable=not progress):
             x = latents[-1]
             step = torch.full_like(samples, k)
-            eps = reading.predict(wide(x), wide(chain.denoise(x, samples, step)), k)[1]
+            out = chain.denoise((float(shown[k]) * wide(x)).to(x.dtype), samples, step)
+            eps = reading.predict(wide(x), wide(out), k)[1]
             added = transitions.direction[k] * eps
             if chain.noise is not None:
                 added = added + transitions.sigma[k] * wide(chain.noise[:, k])

@@ -28,7 +28,8 @@ class TransformerConfig:
         mlp_ratio: Hidden width of a block's MLP, in units of D.
         num_classes: Number of classes, or None for an unconditional model. A null row is added for "no class".
         learn_sigma: Whether the head also predicts the variance (twice the output channels).
-        prediction_type: What the head predicts: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
+        prediction_type: What the head predicts: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or, of a DiT,
+            ``"flow_prediction"``.
         positions: Which coordinate of a patch the first half of its position features encodes; ``"column-row"`` is
             DiT's order, ``"row-column"`` that of models from before this field.
         norm_eps: Added to the variance in the layer norm before a block's MLP.

@@ -203,6 +203,8 @@ class SamplingJob:
             if options.max_rows == "auto":
                 chosen["rows_per_round"] = result.max_rows or len(samples) * options.steps  # no bound: all at once
             outcome |= {"rounds": chain.rounds, "evals": chain.evals}
+            if self._fpdm is not None and self._fpdm.passes_of_call is not None:
+                outcome["total_block_passes"] = chain.evals * self._fpdm.passes_of_call
             if self._took is None:
                 took = time.perf_counter() - began
                 self._took = len(samples), took, options.steps * seconds_of_call(chain, len(samples), calls=2)

@@ -188,8 +188,6 @@ class TrainingRun:
             clipping = {"clip_sample": not opened.is_latent}
             schedule_config = {**its_family.schedule_config, "prediction_type": prediction_type, **clipping}
             if prediction_type == "flow_prediction":
-                if its_family.name == "fpdm":
-                    raise ValueError("an fpdm is not trained along a flow: its samplers take DDIM's and DDPM's steps")
                 schedule_config = FLOW_SCHEDULE
         return cls._with(
             network,

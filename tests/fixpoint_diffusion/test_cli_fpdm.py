@@ -144,6 +144,7 @@ def test_chain_and_layers_as_one_fixed_point(tmp_path: Path, fpdm: Path) -> None
     assert torch.equal(images, joint.images)
     assert (figures["rounds"], figures["evals"], figures["converged"]) == (joint.rounds, joint.evals, IMAGES)
     assert figures["mean_block_passes"] == pytest.approx(joint.block_passes, abs=1e-3)
+    assert figures["block_passes"] is None
     sampled(
         *(tmp_path / "parts", "--model", fpdm, "--num-images", IMAGES, "--steps", STEPS, "--batch-size", 2),
         *("--solver", "causal", "--reuse", "--iterations", 2, "--eta", 0.5, *labels),
@@ -169,6 +170,18 @@ def test_a_parallel_chain_solves_its_layers_inside(tmp_path: Path, fpdm: Path, s
     chain = chain_from_scheduler(Guided(denoiser, 2.0), noise(), CONFIG, steps=STEPS, eta=0.0, conditioning=labels)
     by_name = {"causal": fixpoint.CausalQuasiNewton(), "picard": fixpoint.Picard()}
     assert torch.equal(images, sample(chain, solver=by_name[solver], rtol=1e-4).images)
+
+
+@pytest.mark.parametrize("solver", ["causal", "picard"])
+def test_block_passes_of_a_parallel_chain_count_every_evaluation(tmp_path: Path, fpdm: Path, solver: str) -> None:
+    """Not only one of each step, which is what the sequential sampler takes."""
+    _, figures = by_command(tmp_path / "out", fpdm, "--solver", solver, "--iterations", 4)
+    assert figures["evals"] > STEPS * IMAGES
+    assert figures["mean_block_passes"] == pytest.approx(figures["evals"] * (2 + 4 * 2 + 1) / IMAGES, abs=1e-3)
+    assert figures["block_passes"] is None
+    _, figures = by_command(tmp_path / "tolerance", fpdm, "--solver", solver, "--layer-rtol", 1e-2)
+    assert figures["block_passes"] is None
+    assert "mean_block_passes" not in figures
 
 
 def test_options_of_earlier_runs_are_the_same_run(tmp_path: Path, fpdm: Path) -> None:

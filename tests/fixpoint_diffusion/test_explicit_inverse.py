@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from fixpoint import Status
@@ -55,6 +55,17 @@ def test_it_is_what_diffusers_inverse_scheduler_does(config: dict[str, Any], ste
     assert (inverse.rounds, inverse.evals) == (steps, 3 * steps)
     again = SamplingChain(denoiser, inverse.x_T, chain.transitions).sequential()[:, -1]
     torch.testing.assert_close(inverse.error, (again - x_0).square().mean(dim=1).sqrt())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_along_a_flow_it_is_eulers_method_backwards(shift: float) -> None:
+    scheduler, x = FlowMatchEulerDiscreteScheduler(shift=shift), images()
+    scheduler.set_timesteps(6)
+    for k in reversed(range(6)):
+        x = x + (scheduler.sigmas[k] - scheduler.sigmas[k + 1]) * denoiser(x, scheduler.timesteps[k].expand(len(x)))
+    chain = chain_from_scheduler(denoiser, torch.zeros_like(x), scheduler, steps=6)
+    inverse = invert(chain, images(), method=ExplicitInverse(), on_failure="ignore")
+    torch.testing.assert_close(inverse.x_T, x, rtol=1e-5, atol=1e-5)
 
 
 def test_an_image_that_is_predicted_says_nothing_of_the_noise_at_its_own_level() -> None:

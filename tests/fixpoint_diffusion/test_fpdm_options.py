@@ -217,6 +217,7 @@ def test_stochastic_jfb_gives_every_parameter_a_gradient(options: dict[str, Any]
         ({"timestep_everywhere": 1}, r"FPDMConfig.timestep_everywhere must be true or false, got 1"),
         ({"injection_gelu": "relu"}, r"FPDMConfig.injection_gelu must be one of \('exact', 'tanh'\), got 'relu'"),
         ({"unconditional_adaln": None}, r"FPDMConfig.unconditional_adaln must be one of .*, got None"),
+        ({"prediction_type": "flow_prediction"}, "an FPDM is not trained along a flow"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

@@ -164,6 +164,25 @@ def test_rule_is_written_beside_the_weights_and_acts_in_training_alone(name: str
     assert bool(solution.converged.all())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_solve_to_a_tolerance_is_andersons_whatever_the_rule(training: bool) -> None:
+    """Rules that count iterations take plain ones."""
+    model = lively(SMALL).train(training)
+
+    def found(**options: Any) -> fixpoint.Solution:
+        return model(X, T, return_solution=True, rtol=1e-8, **options)[1]
+
+    for rule in (fixpoint.IFT(), fixpoint.JFB()):
+        plain, anderson, own = (
+            found(backward=rule, **solver)
+            for solver in ({"solver": fixpoint.Picard()}, {"solver": fixpoint.Anderson()}, {})
+        )
+        assert own.nfev == anderson.nfev < plain.nfev
+    counting = fixpoint.MultiStepJFB(no_grad=3, grad=2)
+    expected = found(backward=counting, solver=fixpoint.Picard())
+    torch.testing.assert_close(found(backward=counting).value, expected.value, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_trains_in_bf16(name: str) -> None:
     model = lively(dataclasses.replace(SMALL, backward=name)).float()

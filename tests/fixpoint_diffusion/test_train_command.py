@@ -118,7 +118,7 @@ def test_objectives_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch, cap
     out = tmp_path / "out"
     command = ("train", "--out", out, "--steps", 1)
     assert "no objective 'flows'" in refused(monkeypatch, capsys, *command, "--objective", "flows")
-    assert "an fpdm is not trained along a flow" in refused(
+    assert "an FPDM is not trained along a flow" in refused(
         monkeypatch, capsys, "train", "fpdm", *command[1:], "--objective", "flow"
     )
     done(train(tmp_path / "flow", "--steps", 1, "--objective", "flow"))

@@ -83,6 +83,8 @@ class FPDMConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.prediction_type == "flow_prediction":
+            raise ValueError("an FPDM is not trained along a flow: its samplers take DDIM's and DDPM's steps")
         noise = self.start_noise
         if not isinstance(noise, int | float) or isinstance(noise, bool) or not 0 <= noise < float("inf"):
             raise ValueError(f"FPDMConfig.start_noise must be finite and not negative, got {noise!r}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fixpoint import Anderson, Backward, FixedPointLayer, Picard, Solution, Solver, Unroll
+from fixpoint import Anderson, Backward, FixedPointLayer, Picard, Solution, Solver, StochasticJFB, Unroll
 from fixpoint_diffusion.models.blocks import ImplicitBlock
 from fixpoint_diffusion.models.dit.model import DiT
 from fixpoint_diffusion.models.fpdm.config import FPDMConfig
@@ -85,8 +85,8 @@ class FPDM(PatchTransformer):
             z0: Where the layer starts, ``(N, L, D)``; None: the output of the pre blocks. Pass the previous timestep's
                 ``solution.value`` to reuse it (Sec. 3.3).
             depth: Run exactly this many iterations, whatever the residual. None: solve to ``rtol``.
-            solver: Solver of the layer. None: plain iteration (Picard), as in training; to a tolerance ``Anderson()``,
-                because plain iteration does not converge for every image.
+            solver: Solver of the layer. None: plain iteration (Picard) where iterations are counted, as in training; to
+                a tolerance ``Anderson()``, because plain iteration does not converge for every image.
             backward: How gradients are attached when grad mode is on. None: in training mode as ``config.backward``
                 says, which also decides how the layer is solved; in evaluation mode, or with ``depth``,
                 :class:`fixpoint.Unroll`, whose value is that of the run without gradient.
@@ -115,8 +115,11 @@ class FPDM(PatchTransformer):
         if depth is None:
             rule = training_rule(self.config).options if trains else {**rule, "solver": Anderson()}
         given = {"depth": depth, "solver": solver, "backward": backward, "rtol": rtol, "max_evals": max_evals}
-        # A rule that the caller brings has nothing to do with how the model's own solves the layer.
-        options = rule if backward is None else {}
+        options = rule
+        if backward is not None:
+            # A rule that the caller brings has nothing to do with how the model's own solves the layer.
+            counts = depth is not None or isinstance(backward, StochasticJFB)
+            options = {} if counts else {"solver": Anderson()}
         options |= {name: value for name, value in given.items() if value is not None}
         solution = self.implicit(*inputs, z0=state, return_solution=True, record=record, **options)
         prediction = self.head(self._through(self.post, solution.value, condition), condition)

@@ -54,8 +54,9 @@ class FPDMJob:
 
     Attributes:
         settings: JSON-able: ``iterations`` in each step, ``reuse``, and ``block_passes``, the cost of one image in the
-            paper's measure; None where a tolerance decides.
+            paper's measure; None where a tolerance decides, or a parallel solver, which asks about steps repeatedly.
         chain_denoiser: the denoiser of a chain whose layers are solved inside; None where this class samples.
+        passes_of_call: block passes of one call of that denoiser, for one image; None where a tolerance decides.
 
     Raises:
         ValueError: for iterations that do not fit the steps.
@@ -76,12 +77,18 @@ class FPDMJob:
             counts = iterations_per_step(self._iterations, options.steps)
             passes = sum(config.block_passes(count) for count in counts)
         told = self._iterations if passes is not None else None
+        if options.solver != SolverName.sequential:
+            passes = None
         self.settings: dict[str, Any] = {"iterations": told, "reuse": self._reuse, "block_passes": passes}
         self.chain_denoiser: FPDMDenoiser | None = None
+        self.passes_of_call: int | None = None
         if options.solver != SolverName.sequential and not self._reuse:
             how: dict[str, Any] = {"depth": self._iterations}
             if options.layer_rtol is not None:
                 how = {"rtol": options.layer_rtol}
+            else:
+                assert isinstance(self._iterations, int)
+                self.passes_of_call = config.block_passes(self._iterations)
             self.chain_denoiser = FPDMDenoiser(
                 self._model,
                 schedule_config=denoiser.schedule_config,
