@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fixpoint import ProgressBar
-from fixpoint_diffusion.denoisers.checks import call_checked, check_conditioning, check_fixed_function
+from fixpoint_diffusion.denoisers.checks import call_checked, check_conditioning, check_fixed_function, check_process
 from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import GaussianPrior, Transitions, wide
 
@@ -43,9 +43,10 @@ class SamplingChain:
         check_evals: rows, beside those, of the one call that sees whether the denoiser is a fixed function.
 
     Raises:
-        ValueError: inconsistent options or shapes; at its first call, a denoiser that returns another shape, dtype or
-            device than it was given, changes x in place, draws at random (dropout in training mode), or lets rows of a
-            batch see each other (batch normalisation in training mode). One call of three rows more tells the last two.
+        ValueError: inconsistent options or shapes; a model of a flow with other steps, or the other way round; at its
+            first call, a denoiser that returns another shape, dtype or device than it was given, changes x in place,
+            draws at random (dropout in training mode), or lets rows of a batch see each other (batch normalisation in
+            training mode). One call of three rows more tells the last two.
 
     Source: Pokle, Geng, Kolter, "Deep Equilibrium Approaches to Diffusion Models" (NeurIPS 2022), Eq. 7 to 13.
 
@@ -77,11 +78,13 @@ class SamplingChain:
             raise ValueError("x_T must be a floating-point tensor of shape (B, *shape)")
         if max_rows is not None and (not isinstance(max_rows, Integral) or max_rows < 1):
             raise ValueError(f"max_rows must be a whole number of at least 1, got {max_rows!r}")
+        about = describe(denoiser)
+        check_process(about, along_flow=transitions.along_flow)
         self.denoiser = denoiser
         self.x_T = x_T
         self.transitions = transitions
         self.noise = None if noise is None else self._check_noise(noise)
-        self.conditioning = check_conditioning(conditioning or {}, describe(denoiser), len(x_T), x_T.device)
+        self.conditioning = check_conditioning(conditioning or {}, about, len(x_T), x_T.device)
         self.max_rows: int | None = max_rows
         self.check_evals = 0
         self._timesteps_here = transitions.timesteps, transitions.timesteps

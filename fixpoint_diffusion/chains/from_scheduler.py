@@ -47,7 +47,8 @@ def chain_from_scheduler(
         denoiser, conditioning, max_rows: as for :class:`SamplingChain`. With a learned variance, the denoiser returns
             twice the channels.
         x_T: standard normal noise ``(B, *shape)``, as diffusers' pipelines draw it. A scheduler's own initial size
-            (``init_noise_sigma``) is given to it here.
+            (``init_noise_sigma``) is given to it here. Noise that ``invert`` has found has its size: set the chain's
+            attribute ``x_T`` to that.
         scheduler: a scheduler of diffusers, its ``config``, or a path, as for :meth:`SamplerConfig.from_diffusers`; a
             :class:`SamplerConfig` gives DDIM's or DDPM's steps, whichever solver it was read from.
         steps: what ``set_timesteps`` is called with. T is that, but for Heun's method, whose steps are two but for the

@@ -123,27 +123,27 @@ def _open(images: str, shape: Sequence[int] | None, channels: str | None) -> Ima
 def _chain(
     denoiser: NetworkDenoiser, x_0: Tensor, steps: int, labels: Tensor | None, guidance: float
 ) -> tuple[SamplingChain, bool]:
-    """The deterministic chain of the model's own schedule, without clipping; and whether the schedule would clip."""
+    """The deterministic chain that ``sample`` takes, without clipping; and whether ``sample`` would clip."""
     import torch
 
     from fixpoint_diffusion.chains import chain_from_scheduler
     from fixpoint_diffusion.processes import Clip, SamplerConfig
-    from fixpoint_diffusion.sampling.job import with_labels
+    from fixpoint_diffusion.sampling.job import sampler_of, with_labels
 
     if denoiser.schedule_config is None:
         raise ValueError("the model folder has no scheduler_config.json, so its schedule is not known")
-    config = SamplerConfig.from_diffusers(denoiser.schedule_config)
+    config = sampler_of(denoiser.schedule_config)
     told, conditioning = with_labels(denoiser, labels, guidance)
     chain = chain_from_scheduler(
         told,
         torch.zeros_like(x_0),
         config,
         steps=steps,
-        eta=0.0,
+        eta=0.0 if isinstance(config, SamplerConfig) else None,
         x0_hook=Clip(float("inf")),
         conditioning=conditioning,
     )
-    return chain, config.schedule.x0_hook is not None
+    return chain, isinstance(config, SamplerConfig) and config.schedule.x0_hook is not None
 
 
 def _pictures(x_0: Tensor, inverse: Inverse, out: Path) -> list[str]:

@@ -77,8 +77,8 @@ def sample(
         _write_missing(job, folder, ranks)
         if ranks.rank == 0:
             _finish(model, options, folder)
-            if slower := job.slower_than_sequential():
-                typer.echo(slower, err=True)
+            for note in job.notes():
+                typer.echo(note, err=True)
 
 
 def _opened(

@@ -10,9 +10,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from fixpoint_diffusion.denoisers.protocol import Description, networks_of
+from fixpoint_diffusion.processes.flow import is_flow
 
 # Two batches of other sizes may be rounded in other ways; then a second look decides, at one size.
 _CLOSE = 1e-3
+
+
+def check_process(about: Description, *, along_flow: bool) -> None:
+    """Refuse steps along a flow for a denoiser that was trained on noise levels, and the other way round.
+
+    Raises:
+        ValueError: If the denoiser has a ``schedule_config`` of the other kind.
+    """
+    config = about.schedule_config
+    if config is None or (is_flow(config) or bool(config.get("use_flow_sigmas"))) == along_flow:
+        return
+    trained, steps = ("noise levels", "along a flow") if along_flow else ("a flow", "of noise levels")
+    raise ValueError(
+        f"the denoiser was trained on {trained} ({config.get('_class_name')}), and these steps are "
+        f"{steps}, at which it is told other latents: chain_from_scheduler(denoiser, x_T, denoiser.schedule_config)"
+    )
 
 
 def check_conditioning(

@@ -100,6 +100,11 @@ class Transitions:
         return self.variance_type in ("learned", "learned_range")
 
     @property
+    def along_flow(self) -> bool:
+        """Whether the denoiser sees latents of a flow, ``(1 - sigma) x_0 + sigma eps``."""
+        return self.input_scale is not None and self.sigma_data is None
+
+    @property
     def reading(self) -> Reading:
         """What the denoiser's output means at each step."""
         return Reading.of(self.prediction_type, self.alphas, self.sigma_data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -102,11 +102,8 @@ class SamplingJob:
         self._decoder = decoder
         self._sample_shape = denoiser.sample_shape
         self.image_shape = self._sample_shape if decoder is None else decoder.image_shape(self._sample_shape)
-        # Of any scheduler with betas, DDIM's or DDPM's steps; along a flow, Euler's.
-        self._config: Any = denoiser.schedule_config
-        self._flow = is_flow(self._config) and self._config["_class_name"] in SERVED
-        if not self._flow:
-            self._config = SamplerConfig.from_diffusers(denoiser.schedule_config)
+        self._config = sampler_of(denoiser.schedule_config)
+        self._flow = not isinstance(self._config, SamplerConfig)
         self._device = denoiser.device
         self._x_T = x_T
         self._x0_hook = Clip(float("inf")) if options.no_clip else None
@@ -117,6 +114,7 @@ class SamplingJob:
         self._fpdm: FPDMJob | None = None
         self._denoiser = self._prepare(denoiser)
         self.classes = classes_of(denoiser, options.classes, options.guidance, class_names)
+        self._no_class = self.classes is None and describe(denoiser).class_labels is not None
         # A chain of one image that is not run: whatever does not fit is said before anything is written.
         self._chain(range(1), eta=options.eta if self._flow else 0.0)
 
@@ -124,18 +122,21 @@ class SamplingJob:
         """The classes of these images, ``(N,)``: they repeat in the given order."""
         return labels_of(self.classes, samples)
 
-    def slower_than_sequential(self) -> str | None:
-        """One line for whoever asked for a parallel solver where it does not pay; None where it does, or nobody did.
+    def notes(self) -> list[str]:
+        """A line for each choice that whoever made it may regret: no class, a parallel solver where it does not pay.
 
-        It goes by the first batch: what it took, and what one call of its images takes, which was timed after it.
+        What pays goes by the first batch: what it took, and what one call of its images takes, timed after it.
         """
-        if self._took is None or self._took[1] <= _SLOWER * self._took[2]:
-            return None
-        images, took, sequential = self._took
-        return (
-            f"Note: --solver {self.options.solver} took {took:.2g} s for {images} images; --solver sequential would "
-            f"take about {sequential:.2g} s. Parallel solvers pay for few images of many steps, or on a GPU"
-        )
+        found = []
+        if self._no_class:
+            found.append("without --class these are images of no class; --class all draws those of every class")
+        if self._took is not None and self._took[1] > _SLOWER * self._took[2]:
+            images, took, sequential = self._took
+            found.append(
+                f"--solver {self.options.solver} took {took:.2g} s for {images} images; --solver sequential would "
+                f"take about {sequential:.2g} s. Parallel solvers pay for few images of many steps, or on a GPU"
+            )
+        return [f"Note: {note}" for note in found]
 
     def batches(self, parts: Sequence[range] | None = None, *, progress: bool = True) -> Iterator[SampleBatch]:
         """Sample images, a batch at a time; no more than a batch is held.
@@ -240,7 +241,7 @@ class SamplingJob:
 
     def _prepare(self, denoiser: NetworkDenoiser) -> NetworkDenoiser:
         options = self.options
-        if self._flow:
+        if not isinstance(self._config, SamplerConfig):
             refuse_fpdm_options(options)
             return denoiser
         transitions = self._config.transitions(
@@ -270,6 +271,23 @@ def read_noise(path: Path, shape: tuple[int, ...]) -> Tensor:
     if not bool(noise.isfinite().all()):
         raise ValueError(f"{path} holds numbers that are not finite")
     return noise
+
+
+def sampler_of(schedule_config: Mapping[str, Any]) -> Mapping[str, Any] | SamplerConfig:
+    """Whose steps the commands take: of any scheduler with betas DDIM's or DDPM's; along a flow, Euler's.
+
+    Args:
+        schedule_config: of the model's scheduler.
+
+    Returns:
+        What :func:`chain_from_scheduler` takes: along a flow, ``schedule_config`` itself.
+
+    Raises:
+        ValueError: as :meth:`SamplerConfig.from_diffusers`.
+    """
+    if is_flow(schedule_config) and schedule_config["_class_name"] in SERVED:
+        return schedule_config
+    return SamplerConfig.from_diffusers(schedule_config)
 
 
 def classes_of(

@@ -151,7 +151,8 @@ class TrainingRun:
         given = {**chosen.training, **(training or {})}
         if init is not None:
             if classes or preset is not None:
-                raise ValueError("a model that is trained further keeps its architecture and its classes")
+                drop = "classes" if classes else "preset"
+                raise ValueError(f"a model that is trained further keeps its architecture and its classes; drop {drop}")
             network, its_family, schedule_config = load_network(init)
             network = trained_otherwise(network, settings or {})
             along = "flow_prediction" if is_flow(schedule_config) else schedule_config["prediction_type"]

@@ -105,7 +105,8 @@ def test_a_tolerance_of_the_layer(tmp_path: Path, fpdm: Path, solver: str | None
 
 def test_layers_that_miss_their_tolerance_are_counted(tmp_path: Path, fpdm: Path) -> None:
     code, errors = run_main(
-        *("sample", "--model", fpdm, "--num-images", 2, "--steps", 2, "--layer-rtol", 1e-12, "--out", tmp_path / "out")
+        *("sample", "--model", fpdm, "--num-images", 2, "--steps", 2, "--layer-rtol", 1e-12, "--out", tmp_path / "out"),
+        *("--class", "all"),
     )
     assert code == 0
     assert errors == "Warning: 2 of 2 images did not converge to --layer-rtol 1e-12"

@@ -119,6 +119,16 @@ def test_an_fpdm_is_inverted_like_any_model(tmp_path: Path) -> None:
     assert float((images - x_0).square().mean().sqrt()) < 5e-3
 
 
+def test_a_model_of_a_flow_is_inverted_by_the_steps_that_sample_takes(tmp_path: Path) -> None:
+    result = invoke(
+        "digits", "--model", "flow-digits", "--steps", 5, "--num-images", 2, "--rtol", 0.02, "--out", tmp_path / "out"
+    )
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 inverted" in result.output
+    images = sampled_as_advised(result, tmp_path / "again")
+    assert float((images - load_digits().images[:2]).square().mean().sqrt()) < 0.02
+
+
 @pytest.mark.parametrize(
     ("array", "options", "message"),
     [

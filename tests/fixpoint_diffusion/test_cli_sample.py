@@ -349,6 +349,13 @@ def test_classes_are_taken_by_name_or_number_and_are_the_same_run(tmp_path: Path
     assert "names      0 ant, 1 bee, 2 cat, small, 3 dog é" in CliRunner().invoke(app, ["info", str(model)]).output
 
 
+def test_whoever_names_no_class_of_a_model_with_classes_is_told_so(tmp_path: Path) -> None:
+    model = saved_fpdm(tmp_path / "fpdm", num_classes=10)
+    for name, options, told in (("none", (), 1), ("all", ("--class", "all"), 0)):
+        result = invoke("--model", model, "--num-images", 1, "--steps", 2, "--out", tmp_path / name, *options)
+        assert result.output.count("Note: without --class these are images of no class") == told, result.output
+
+
 def test_unknown_class_is_answered_with_at_most_ten_names() -> None:
     names = [f"breed{number}" for number in range(30)]
     with pytest.raises(ValueError, match="no class 'bred7' among the 30 of this model: breed7, ") as caught:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +13,10 @@ from torch import Tensor, nn
 
 import fixpoint
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, SamplingChain, initial_noise, sample
+from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided
 from fixpoint_diffusion.models import FPDM, FPDMConfig
+from tests.fixpoint_diffusion.tiny import tiny_unet
 
 LINEAR = NoiseSchedule.linear()
 RUNS: dict[str, Callable[[SamplingChain], object]] = {
@@ -217,3 +222,30 @@ def test_class_labels_that_the_model_does_not_know_are_refused(conditional: FPDM
     x_T = initial_noise(0, range(3), (1, 8, 8))
     with pytest.raises(ValueError, match="class_labels must be 3 whole numbers from 0 to 2, or 3 for no class"):
         DDIMChain(conditional, x_T, LINEAR, steps=5, conditioning={"class_labels": labels})
+
+
+FLOW, BETAS = {"_class_name": "FlowMatchEulerDiscreteScheduler"}, {"_class_name": "DDIMScheduler", "clip_sample": False}
+FLOW_2M = {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.parametrize(
+    ("trained", "sampled", "refused"),
+    [
+        (FLOW, BETAS, "trained on a flow (FlowMatchEulerDiscreteScheduler), and these steps are of noise levels"),
+        (BETAS, FLOW, "trained on noise levels (DDIMScheduler), and these steps are along a flow"),
+        (FLOW, FLOW_2M, None),
+        (FLOW_2M, FLOW, None),
+        (BETAS, {"_class_name": "EulerDiscreteScheduler"}, None),
+    ],
+)
+def test_steps_of_another_process_than_a_model_was_trained_on_are_refused(
+    trained: dict[str, Any], sampled: dict[str, Any], refused: str | None
+) -> None:
+    kind = "flow_prediction" if trained is not BETAS else "epsilon"
+    denoiser = DiffusersDenoiser(tiny_unet(), prediction_type=kind, schedule_config=trained)
+    expected = contextlib.nullcontext() if refused is None else pytest.raises(ValueError, match=re.escape(refused))
+    with expected:
+        chain_from_scheduler(denoiser, torch.zeros(1, 1, 8, 8), sampled, steps=4)
+    if trained is FLOW and refused:
+        with expected:
+            DDIMChain(denoiser, torch.zeros(1, 1, 8, 8), NoiseSchedule.linear(), steps=4)

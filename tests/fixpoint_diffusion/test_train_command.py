@@ -239,7 +239,7 @@ def test_init_refuses_what_does_not_fit(tmp_path: Path, monkeypatch, capsys) -> 
     error = refused(monkeypatch, capsys, *command, "--data", tmp_path / "images.npy")
     assert "the model is for samples of shape (1, 8, 8), the data has (3, 12, 8)" in error
     assert "drop unet" in refused(monkeypatch, capsys, "train", "unet", *command[1:])
-    assert "keeps its architecture" in refused(monkeypatch, capsys, *command, "--classes")
+    assert "keeps its architecture and its classes; drop classes" in refused(monkeypatch, capsys, *command, "--classes")
     assert not (tmp_path / "out").exists()
 
 
