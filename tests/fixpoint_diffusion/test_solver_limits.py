@@ -93,3 +93,21 @@ def test_no_part_looks_back_at_what_is_not_in_it() -> None:
     assert solver_transitions(scheduler, part=slice(2, None)).part(slice(0, 4)).steps == 4
     with pytest.raises(ValueError, match="no steps are left of the 8 timesteps"):
         solver_transitions(scheduler, part=slice(8, None))
+
+
+def test_samples_that_are_numbers_are_inverted() -> None:
+    x_0 = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
+    config = {"_class_name": "EulerDiscreteScheduler"}
+    chain = chain_from_scheduler(lambda x, t: 0.5 * x, torch.zeros_like(x_0), config, steps=8)
+    inverse = fixpoint_diffusion.invert(chain, x_0, rtol=1e-6)
+    assert bool(inverse.converged.all())
+    torch.testing.assert_close(chain.sequential(x_T=inverse.x_T, trajectory=False), x_0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_tolerances_of_an_inverse_are_checked_before_any_round(name: str, value: float) -> None:
+    chain = chain_from_scheduler(denoiser, X_T, {"_class_name": "DDIMScheduler", "clip_sample": False}, steps=8)
+    with pytest.raises(ValueError, match=f"{name} must be at least 0, got {value}"):
+        fixpoint_diffusion.invert(chain, X_T, **{name: value})
+    assert chain.rounds == 0
