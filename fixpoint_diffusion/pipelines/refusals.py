@@ -43,7 +43,7 @@ def check_latents(latents: Any, network: nn.Module) -> None:
     place, channels = 1 if latents.ndim > 3 else -1, getattr(network, "config", {}).get("in_channels")
     if not latents.numel() or latents.ndim < 3 or channels not in (None, latents.shape[place]):
         known = "" if channels is None else f" with {channels} channels"
-        raise ValueError(f"latents must be (B, *shape){known}, got {tuple(latents.shape)}")
+        raise ValueError(f"this call is about samples of the shape (B, *shape){known}, not {tuple(latents.shape)}")
     check_finite("latents", latents, item="sample")
 
 

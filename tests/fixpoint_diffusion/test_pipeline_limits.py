@@ -34,9 +34,9 @@ def test_steps_are_a_whole_number(steps: Any) -> None:
     [
         ((1, 4, 4, 4), float("nan"), "latents must be finite; it is not in sample 0"),
         ((1, 4, 4, 4), float("inf"), "latents must be finite"),
-        ((0, 4, 4, 4), 1.0, r"latents must be \(B, \*shape\) with 4 channels, got \(0, 4, 4, 4\)"),
-        ((1, 3, 4, 4), 1.0, r"with 4 channels, got \(1, 3, 4, 4\)"),
-        ((5,), 1.0, r"with 4 channels, got \(5,\)"),
+        ((0, 4, 4, 4), 1.0, r"samples of the shape \(B, \*shape\) with 4 channels, not \(0, 4, 4, 4\)"),
+        ((1, 3, 4, 4), 1.0, r"with 4 channels, not \(1, 3, 4, 4\)"),
+        ((5,), 1.0, r"with 4 channels, not \(5,\)"),
     ],
 )
 def test_latents_that_nothing_starts_from_are_refused(shape: tuple[int, ...], value: float, message: str) -> None:
