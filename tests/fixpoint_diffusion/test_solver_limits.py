@@ -111,3 +111,16 @@ def test_tolerances_of_an_inverse_are_checked_before_any_round(name: str, value:
     with pytest.raises(ValueError, match=f"{name} must be at least 0, got {value}"):
         fixpoint_diffusion.invert(chain, X_T, **{name: value})
     assert chain.rounds == 0
+
+
+def test_deterministic_steps_may_go_back_to_more_noise() -> None:
+    """As sigmas do that rounding has put in another order, or a caller."""
+    scheduler = diffusers.EulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[1.0, 3.0, 10.0])
+    chain = chain_from_scheduler(denoiser, X_T, scheduler, steps=None)
+    assert bool((chain.transitions.sigma == 0).all())
+    x = X_T * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        x = scheduler.step(denoiser(scheduler.scale_model_input(x, t), t.expand(2)), t, x).prev_sample
+    found = chain.transitions.scales[-1] * chain.sequential(trajectory=False)
+    torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
