@@ -44,10 +44,20 @@ class Ranks:
     @classmethod
     @contextlib.contextmanager
     def of_torchrun(cls) -> Iterator[Ranks]:
-        """The processes that ``torchrun`` has started, with a process group of gloo for what they tell each other."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        """The processes that ``torchrun`` has started, with a process group of gloo for what they tell each other.
+
+        Raises:
+            ValueError: an environment that ``torchrun`` does not make.
+        """
+        size, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK")
+        if size == "1":
             yield cls()
             return
+        if not size.isdecimal() or rank is None:
+            raise ValueError(
+                f"the environment says WORLD_SIZE={size} and {'no RANK' if rank is None else f'RANK={rank}'}: start "
+                f"with torchrun, or unset WORLD_SIZE"
+            )
         import torch.distributed as dist
 
         dist.init_process_group("gloo", timeout=_PATIENCE)

@@ -74,8 +74,7 @@ class SamplingChain:
         conditioning: Mapping[str, Tensor] | None = None,
         max_rows: int | None = None,
     ) -> None:
-        if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
-            raise ValueError("x_T must be a floating-point tensor of shape (B, *shape)")
+        check_start(x_T)
         if max_rows is not None and (not isinstance(max_rows, Integral) or max_rows < 1):
             raise ValueError(f"max_rows must be a whole number of at least 1, got {max_rows!r}")
         about = describe(denoiser)
@@ -284,6 +283,12 @@ class SamplingChain:
                     f"expected {wanted}"
                 )
         return noise
+
+
+def check_start(x_T: Tensor) -> None:
+    """Raise a ``ValueError`` for what no chain can start from."""
+    if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
+        raise ValueError("x_T must be a floating-point tensor of shape (B, *shape)")
 
 
 def all_rows(samples: Tensor, steps: int) -> tuple[Tensor, Tensor]:

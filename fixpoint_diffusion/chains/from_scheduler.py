@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fixpoint_diffusion.chains.chain import SamplingChain
+from fixpoint_diffusion.chains.chain import SamplingChain, check_start
 from fixpoint_diffusion.chains.multistep import MultistepChain
 from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.extras import needed_for
@@ -76,6 +76,7 @@ def chain_from_scheduler(
         >>> chain.timesteps[:3].round()
         tensor([1000.,  960.,  913.])
     """
+    check_start(x_T)
     kind = describe(denoiser).prediction_type
     solver = None if isinstance(scheduler, SamplerConfig) else _solver(scheduler, steps)
     if solver is not None:

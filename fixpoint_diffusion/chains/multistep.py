@@ -41,7 +41,7 @@ class MultistepChain(SamplingChain):
     @property
     def slopes(self) -> Tensor:
         """``(T, (1 + p) D)``: what the prior says that each step does to a small change of its state."""
-        return self._modes.slopes.expand(-1, -1, self.x_T[0].numel()).flatten(1)
+        return self._modes.slopes.expand(-1, -1, self.x_T.shape[1:].numel()).flatten(1)
 
     @property
     def basis(self) -> Tensor | tuple[Tensor, ...] | None:

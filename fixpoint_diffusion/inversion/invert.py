@@ -51,8 +51,8 @@ def invert(
             of ``OptimisedInverse``; returning something true stops the run.
 
     Raises:
-        ValueError: x_0 of another shape or device than x_T, or not finite; for the methods that solve steps
-            exactly, a chain that clips its predicted images.
+        ValueError: x_0 of another shape or device than x_T, or not finite; a tolerance below 0; for the methods that
+            solve steps exactly, a chain that clips its predicted images.
         fixpoint.ConvergenceError: with ``on_failure="raise"``.
 
     Example:
@@ -66,6 +66,9 @@ def invert(
     check_images(chain, x_0)
     if on_failure not in ("warn", "raise", "ignore"):
         raise ValueError(f"on_failure must be 'warn', 'raise' or 'ignore', got {on_failure!r}")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not value >= 0:  # NaN fails every comparison
+            raise ValueError(f"{name} must be at least 0, got {value}")
     given, x_0 = x_0, x_0.detach()
     tolerance = atol + rtol * rms(x_0)
     with torch.no_grad():

@@ -267,7 +267,7 @@ def check_images(chain: SamplingChain, x_0: Tensor) -> None:
 
 def check_finite(name: str, x: Tensor, *, item: str = "sample") -> None:
     """Refuse samples ``(B, ...)`` that are not finite; ``item`` is what one of them is called."""
-    bad = (~torch.isfinite(x)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    bad = (~torch.isfinite(_flat(x))).any(dim=1).nonzero().flatten().tolist()
     if bad:
         more = " and others" if len(bad) > 1 else ""
         raise ValueError(f"{name} must be finite; it is not in {item} {bad[0]}{more}")
@@ -275,4 +275,9 @@ def check_finite(name: str, x: Tensor, *, item: str = "sample") -> None:
 
 def rms(x: Tensor) -> Tensor:
     """``(B,)`` float64 of ``(B, ...)``."""
-    return wide(x).flatten(1).square().mean(dim=1).sqrt()
+    return wide(_flat(x)).square().mean(dim=1).sqrt()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """``(B, *shape)`` as ``(B, D)``; samples may be numbers."""
+    return x.reshape(len(x), x.shape[1:].numel())

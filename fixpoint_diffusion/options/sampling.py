@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any, Literal
 
+from fixpoint_diffusion.options.kinds import check_kinds
+
 _WORD = 2**64 - 1
 
 
@@ -84,7 +86,8 @@ class SamplingOptions:
     rounding, and with a parallel solver beyond its tolerance).
 
     Raises:
-        ValueError: for a value out of its range, or not finite; the message names the option as the command spells it.
+        ValueError: for a value of another kind, out of its range, or not finite; the message names the option as the
+            command spells it.
 
     >>> SamplingOptions(eta=float("nan"))
     Traceback (most recent call last):
@@ -94,7 +97,7 @@ class SamplingOptions:
 
     num_images: int | None = option(None, "How many images (default: 16, or all that --x-T holds).", low=1, high=_WORD)
     batch_size: int = option(256, "Most images at once; it does not change them.", low=1, high=100_000)
-    steps: int = option(50, "Sampling steps.", low=1)
+    steps: int = option(50, "Sampling steps.", low=1, high=10**6)
     eta: float = option(0.0, "Noise per step: 0 is DDIM, 1 as DDPM.", low=0.0, high=1.0)
     seed: int = option(0, "Seed of all noise.", low=0, high=_WORD)
     classes: str | None = option(
@@ -152,6 +155,7 @@ class SamplingOptions:
     )
 
     def __post_init__(self) -> None:
+        check_kinds(self, flag)
         for each in fields(self):
             value, low, high = getattr(self, each.name), each.metadata["low"], each.metadata["high"]
             by_itself = value == "auto" and each.metadata["parser"] is rows_or_auto

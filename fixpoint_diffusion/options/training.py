@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from fixpoint_diffusion.options.kinds import check_kinds
 from fixpoint_diffusion.options.sampling import option
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
@@ -17,13 +18,6 @@ _POSITIVE = ("learning_rate", "min_snr_gamma")
 # One step of AdamW changes each weight by about the rate; torch's generators take seeds of 63 bits.
 _LARGEST = {"learning_rate": 1000, "batch_size": 2**20, "seed": 2**63 - 1}
 _NOT_NEGATIVE = ("final_learning_rate", "warmup_steps", "weight_decay", "seed", "jacobian_penalty")
-_FLAGS = ("gradient_checkpointing", "compile_blocks")
-_CHOICES = {
-    "prediction_type": PredictionType,
-    "weighting": Weighting,
-    "precision": Precision,
-    "state_loss": StateLoss,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +60,7 @@ class TrainingConfig:
         checkpoint_every: steps between checkpoints; there is another one on Ctrl-C.
 
     Raises:
-        ValueError: if a value is out of range; the message names it.
+        ValueError: if a value is of another kind or out of range; the message names it.
 
     Example:
         See :class:`fixpoint_diffusion.training.TrainingRun`, whose ``start`` takes its fields as ``training``.
@@ -95,6 +89,7 @@ class TrainingConfig:
     checkpoint_every: int = option(1000, "Steps between checkpoints.", low=1)
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -103,9 +98,6 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm must be positive and finite, or None, got {self.max_grad_norm}")
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name, largest in _LARGEST.items():
             if getattr(self, name) > largest:
                 raise ValueError(f"{name} must be at most {largest}, got {getattr(self, name)}")
@@ -116,9 +108,6 @@ class TrainingConfig:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if not 0 <= self.class_dropout < 1:
             raise ValueError(f"class_dropout must lie in [0, 1), got {self.class_dropout}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
         if self.prediction_type == "flow_prediction" and self.weighting != "plain":
             raise ValueError(f"a flow is trained with weighting 'plain', got {self.weighting!r}")
         if self.batch_size % self.accumulate:

@@ -28,7 +28,7 @@ from fixpoint_diffusion.chains import MultistepChain, SamplingChain
 from fixpoint_diffusion.denoisers import Guided, sharded
 from fixpoint_diffusion.pipelines.callbacks import AfterRound, Callbacks, check_assignment, state_of
 from fixpoint_diffusion.pipelines.loops import Guidance, LoopDenoiser, check_loop, conditioning, joined
-from fixpoint_diffusion.pipelines.refusals import check_arguments, check_pipeline, check_source
+from fixpoint_diffusion.pipelines.refusals import check_arguments, check_latents, check_pipeline, check_source
 from fixpoint_diffusion.pipelines.schedulers import check_scheduler, scheduler_noise, scheduler_transitions
 from fixpoint_diffusion.pipelines.stand_ins import Listener, OneStep
 from fixpoint_diffusion.sampling import SamplingResult, sample
@@ -129,8 +129,6 @@ class ParallelPipeline(DiffusionPipeline):
         check_scheduler(self.scheduler)
         network = getattr(self, self._network)
         check_pipeline(self, network)
-        if latents is not None and not isinstance(latents, Tensor):
-            raise ValueError(f"latents must be a tensor (B, *shape), got {type(latents).__name__}")
         run = copy.copy(self)
         before = dict(vars(run))
         real = {"scheduler": copy.copy(self.scheduler), self._network: network}
@@ -139,6 +137,8 @@ class ParallelPipeline(DiffusionPipeline):
         bound = signature.bind_partial(*args, **kwargs)
         if latents is not None and "image" in signature.parameters:
             raise ValueError("this pipeline starts from an image: it takes no latents")
+        if latents is not None:
+            check_latents(latents, network)
         for name, value in _placeholders(latents, network).items():
             if name in signature.parameters:
                 bound.arguments.setdefault(name, value)

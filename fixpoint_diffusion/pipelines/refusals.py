@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from fixpoint_diffusion.inversion.problem import check_finite
+from fixpoint_diffusion.processes.schedules import positive
 
 _IP_ADAPTER = "IP adapters are not served"
 _ARGUMENTS = {
@@ -28,6 +31,20 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     for name, reason in _ARGUMENTS.items():
         if arguments.get(name) is not None:
             raise ValueError(f"{name} cannot be solved in parallel: {reason}")
+    if arguments.get("num_inference_steps") is not None:
+        positive("num_inference_steps", arguments["num_inference_steps"])
+
+
+def check_latents(latents: Any, network: nn.Module) -> None:
+    """Raise a ``ValueError`` for latents that no call starts from."""
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"latents must be a tensor (B, *shape), got {type(latents).__name__}")
+    # Images have their channels first, and tokens last.
+    place, channels = 1 if latents.ndim > 3 else -1, getattr(network, "config", {}).get("in_channels")
+    if not latents.numel() or latents.ndim < 3 or channels not in (None, latents.shape[place]):
+        known = "" if channels is None else f" with {channels} channels"
+        raise ValueError(f"this call is about samples of the shape (B, *shape){known}, not {tuple(latents.shape)}")
+    check_finite("latents", latents, item="sample")
 
 
 def check_pipeline(pipeline: Any, network: nn.Module) -> None:

@@ -71,6 +71,8 @@ class Timesteps(Tensor):
         return cls.of(given.owner, made, given.first) if func is Tensor.to else made.as_subclass(Tensor)
 
     def __iter__(self) -> Iterator[Tensor]:
+        if not len(self):
+            raise ValueError("this call leaves no step to take: give more num_inference_steps, or a larger strength")
         self.owner.walked = slice(self.first, self.first + len(self))
         for timestep in self.as_subclass(Tensor).unbind():
             yield timestep

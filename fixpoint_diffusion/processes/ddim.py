@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fixpoint_diffusion.processes.schedules import check_choice
@@ -39,8 +40,10 @@ def ddim_weights(
             f"eta={eta:g} asks a step for more noise than its latent may hold (a negative variance for what is "
             f"left of the old noise); the largest legal eta for these timesteps is {largest:.6g}"
         )
-    kept = alphas / alphas_prev * (1 - alphas_prev) / (1 - alphas)
-    sigma = eta * (share * (1 - alphas_prev) / (1 - alphas)).sqrt()
+    # A latent without noise (alpha = 1) keeps none of it and gets none: 0, not 0 / 0.
+    kept = torch.where(alphas < 1, alphas / alphas_prev * (1 - alphas_prev) / (1 - alphas), 0)
+    noisy = (alphas < 1) & (eta > 0)  # without eta, levels may fall, too, and their share be negative
+    sigma = torch.where(noisy, eta * (share * (1 - alphas_prev) / (1 - alphas)).sqrt(), 0)
     if variance_type == "fixed_large":
         sigma = share.sqrt() * (timesteps > 0)
     # 1 - a' - sigma^2, written so that nothing cancels at eta = 1; above, rounding must not leave -1e-17.

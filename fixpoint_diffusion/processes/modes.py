@@ -68,7 +68,8 @@ class Modes:
 
     def _times(self, x: Tensor, factors: Tensor, step: Tensor) -> Tensor:
         """``(N, 1 or p, *shape)`` times factors ``(T + 1, p, 1 or D)`` of the steps: ``(N, p, *shape)``."""
-        along = self.prior.to_coordinates(x.flatten(0, 1).flatten(1)).reshape(*x.shape[:2], -1)
+        rows, entries = x.shape[:2].numel(), x.shape[2:].numel()
+        along = self.prior.to_coordinates(x.reshape(rows, entries)).reshape(*x.shape[:2], entries)
         along = along * factors.to(along)[step]
         return self.prior.from_coordinates(along.flatten(0, 1)).reshape(*along.shape[:2], *x.shape[2:])
 

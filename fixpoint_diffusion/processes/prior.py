@@ -176,7 +176,7 @@ class GaussianPrior:
 
     def images(self, x: Tensor, transitions: Transitions, k: slice = slice(None)) -> Tensor:
         """The x_0 that this Gaussian's exact denoiser predicts at the steps k from their latents ``(B, n, *shape)``."""
-        a, flat = transitions.alphas[k].to(x.device)[:, None], wide(x.flatten(2))
+        a, flat = transitions.alphas[k].to(x.device)[:, None], wide(x.reshape(*x.shape[:2], x.shape[2:].numel()))
         mean = self.mean.to(flat)
         along = self.to_coordinates((flat - a.sqrt() * mean).flatten(0, 1)).reshape(flat.shape)
         along = along * gain(self.variances.to(flat), a)
@@ -203,7 +203,7 @@ class GaussianPrior:
             if found not in (1, size):
                 raise ValueError(f"the prior is one of {found} entries, the images have {size}: {tuple(x_T.shape[1:])}")
         factors = [wide(factor.to(x_T.device)) for factor in self._factors]
-        x = _times_each(wide(x_T.flatten(1)), factors)
+        x = _times_each(wide(x_T.reshape(len(x_T), size)), factors)
         mean = _times_each(self.mean.to(x).expand(1, size), factors)
         variances, alphas, arrive, direction, sigma = (
             values.to(x)
@@ -228,7 +228,7 @@ class GaussianPrior:
                 x = x + sum(weight * (old - image) for weight, old in zip(history[k], earlier, strict=True))
                 earlier = [image, *earlier[:-1]]
             if noise is not None:
-                x = x + sigma[k] * _times_each(wide(noise[:, k].flatten(1)), factors)
+                x = x + sigma[k] * _times_each(wide(noise[:, k].reshape(len(x_T), size)), factors)
             path[:, k] = _times_each(x, [factor.mT for factor in factors])
         return path.reshape(len(x_T), transitions.steps, *x_T.shape[1:])
 

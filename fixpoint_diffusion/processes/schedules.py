@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ class NoiseSchedule:
             >>> float(NoiseSchedule.linear().alphas_cumprod[0])
             0.9999
         """
-        return cls.from_betas(torch.linspace(beta_start, beta_end, _positive("steps", steps), dtype=torch.float64))
+        return cls.from_betas(torch.linspace(beta_start, beta_end, positive("steps", steps), dtype=torch.float64))
 
     @classmethod
     def scaled_linear(cls, steps: int = 1000, beta_start: float = 8.5e-4, beta_end: float = 0.012) -> NoiseSchedule:
@@ -104,7 +105,7 @@ class NoiseSchedule:
             >>> len(NoiseSchedule.scaled_linear())
             1000
         """
-        roots = torch.linspace(beta_start**0.5, beta_end**0.5, _positive("steps", steps), dtype=torch.float64)
+        roots = torch.linspace(beta_start**0.5, beta_end**0.5, positive("steps", steps), dtype=torch.float64)
         return cls.from_betas(roots.square())
 
     @classmethod
@@ -115,7 +116,7 @@ class NoiseSchedule:
             >>> bool(NoiseSchedule.cosine().alphas_cumprod[-1] < 1e-8)
             True
         """
-        ticks = torch.arange(_positive("steps", steps) + 1, dtype=torch.float64) / steps
+        ticks = torch.arange(positive("steps", steps) + 1, dtype=torch.float64) / steps
         signal = torch.cos((ticks + 0.008) / 1.008 * math.pi / 2).square()
         return cls.from_betas((1 - signal[1:] / signal[:-1]).clamp(max=max_beta))
 
@@ -205,7 +206,7 @@ class NoiseSchedule:
             tensor([999, 639, 359, 159,  39,   0])
         """
         n = len(self)
-        if _positive("steps", steps) > n:
+        if positive("steps", steps) > n:
             raise ValueError(f"{steps} sampling steps were asked of a schedule that has {n} timesteps")
         spacing = self.timestep_spacing if spacing is None else spacing
         check_choice("spacing", spacing, TIMESTEP_SPACINGS)
@@ -272,7 +273,8 @@ def refusal(name: str, key: str, value: Any, expected: str) -> ValueError:
     return ValueError(f"{found} cannot be honoured; expected {expected}")
 
 
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def positive(name: str, value: int) -> int:
+    """The value; a ``ValueError`` unless it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return value

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fixpoint_diffusion.processes.multistep import dpm_solver_weights, heun_weights, unipc_weights
 from fixpoint_diffusion.processes.predictions import DENOISER_PREDICTIONS
-from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, refusal
+from fixpoint_diffusion.processes.schedules import PREDICTION_TYPES, positive, refusal
 from fixpoint_diffusion.processes.transitions import Transitions
 from fixpoint_diffusion.processes.x0_hooks import Clip, DynamicThreshold, X0Hook
 
@@ -67,7 +67,8 @@ def with_timesteps(scheduler: Any, steps: int) -> Any:
     """A scheduler like this one, after its ``set_timesteps(steps)``.
 
     Raises:
-        ValueError: a class or a value that is not served; a shift that depends on more than the number of steps.
+        ValueError: a class or a value that is not served; steps that are no whole number of at least 1, or that the
+            scheduler refuses; a shift that depends on more than their number.
 
     Example:
         >>> from diffusers import EulerDiscreteScheduler
@@ -76,6 +77,7 @@ def with_timesteps(scheduler: Any, steps: int) -> Any:
         tensor([999., 666., 333.,   0.])
     """
     check_served(scheduler)
+    positive("steps", steps)
     fresh = type(scheduler).from_config(scheduler.config)
     try:
         fresh.set_timesteps(steps)
@@ -116,6 +118,8 @@ def solver_transitions(
     check_served(scheduler)
     if getattr(scheduler, "num_inference_steps", None) is None:
         raise ValueError(f"{name} has no timesteps yet: pass steps, or call its set_timesteps")
+    if not len(scheduler.timesteps[part]):
+        raise ValueError(f"no steps are left of the {len(scheduler.timesteps)} timesteps of this {name}")
     config, sigmas = scheduler.config, scheduler.sigmas.to("cpu", torch.float64)
     flow = name.startswith("Flow") or bool(config.get("use_flow_sigmas"))
     signal = 1 - sigmas if flow else torch.ones_like(sigmas)
@@ -127,8 +131,6 @@ def solver_transitions(
         raise refusal(name, "prediction_type", kind, "flow_prediction, along a flow")
     alphas = (signal / size).square()
     own = _OWN[name](config, signal, sigmas, size, part.indices(len(scheduler.timesteps))[0])
-    if not all(bool(values.isfinite().all()) for values in (alphas, *filter(torch.is_tensor, own.values()))):
-        raise ValueError(f"with so many steps and these options, {name} makes coefficients that are not finite")
     transitions = Transitions.between(
         scheduler.timesteps.cpu(),
         alphas[:-1],
@@ -138,6 +140,9 @@ def solver_transitions(
         x0_hook=x0_hook or _hook(config),
         noise_from_clipped=True,
     )
+    found = (alphas, transitions.direction, transitions.sigma, *filter(torch.is_tensor, own.values()))
+    if not all(bool(values.isfinite().all()) for values in found):
+        raise ValueError(f"with so many steps and these options, {name} makes coefficients that are not finite")
     return replace(transitions, **own).part(part)
 
 

@@ -217,14 +217,23 @@ class Transitions:
         return replace(self, direction=direction, sigma=sigma)
 
     def part(self, steps: slice) -> Transitions:
-        """Some of these steps, one after another: no slice with gaps.
+        """Some of these steps, one after another.
+
+        Raises:
+            ValueError: a slice with gaps, or of no step; steps that look back at predictions before the first of them.
 
         Example:
             >>> schedule = NoiseSchedule.linear()
             >>> Transitions.of(schedule, schedule.timesteps(4)).part(slice(2, None)).timesteps
             tensor([250,   0])
         """
-        first, last, _ = steps.indices(self.steps)
+        first, last, stride = steps.indices(self.steps)
+        if stride != 1 or first >= last:
+            raise ValueError(f"expected a slice of at least one of {self.steps} steps, without gaps; got {steps}")
+        if self.history is not None and bool(self.history[first:last].triu().any()):
+            raise ValueError(
+                f"steps from {first} on look back at predictions before them: give solver_transitions this part"
+            )
         names = ("timesteps", "alphas", "alphas_prev", "direction", "sigma", "history", "input_scale")
         given = {name: getattr(self, name) for name in names}
         cut: dict[str, Any] = {name: None if each is None else each[first:last] for name, each in given.items()}

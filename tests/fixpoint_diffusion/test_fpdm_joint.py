@@ -77,7 +77,7 @@ def test_cost_counts_every_block(x_T: Tensor) -> None:
 
 
 def test_a_count_below_one_is_refused(x_T: Tensor) -> None:
-    with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="iterations must be an integer of at least 1, got 0"):
         sample_fpdm_jointly(small_model(), x_T, SCHEDULE, iterations=0)
 
 

@@ -31,6 +31,23 @@ main()
 """
 
 
+@pytest.mark.parametrize(("size", "rank"), [("2", None), ("x", "0"), ("", None)])
+def test_an_environment_that_torchrun_does_not_make_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, rank: str | None
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    code, error = run_main(*command(tmp_path / "out"))
+    assert code == 2
+    said = "no RANK" if rank is None else f"RANK={rank}"
+    assert error == (
+        f"Error: the environment says WORLD_SIZE={size} and {said}: start with torchrun, or unset WORLD_SIZE"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def command(out: Path, *more: object) -> list[object]:
     return ["sample", "--steps", 3, "--num-images", 9, "--batch-size", 2, "--out", out, *more]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fixpoint import CausalQuasiNewton, ProgressBar, Recurrence, Solution, solve
 from fixpoint_diffusion.models.fpdm import FPDM, fpdm_layer_problem
 from fixpoint_diffusion.processes import GaussianPrior, NoiseSchedule, Transitions
+from fixpoint_diffusion.processes.schedules import positive
 from fixpoint_diffusion.sampling.fpdm.step import StepFunction, transitions_of
 
 OnFailure = Literal["warn", "raise", "ignore"]
@@ -137,10 +138,10 @@ def follow_jointly(
     Raises:
         ValueError: As :func:`sample_fpdm_jointly`.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    positive("iterations", iterations)
     steps = transitions.steps
     take_step = StepFunction(model=model, transitions=transitions, y=y, guidance=guidance)
+    take_step.check_start(x_T)
     noise = take_step.noise(x_T, list(range(steps)), seed, first_sample)
     prior = prior or GaussianPrior.isotropic()
     batch, size, rounds, rows = len(x_T), x_T[0].numel(), 0, 0
@@ -157,6 +158,7 @@ def follow_jointly(
     inputs = torch.cat([x_T[:, None], latents[:, :-1]], dim=1)
     guess = before_layer(inputs.flatten(0, 1), numbers.flatten(), samples.flatten()).unflatten(0, (batch, steps))
     scale = (x_T.flatten(1).norm(dim=1) / guess[:, 0].norm(dim=1))[:, None]
+    scale = torch.where((scale > 0) & torch.isfinite(scale), scale, 1)  # any will do, where one of them is 0
 
     def step(state: Tensor, k: Tensor, sample: Tensor, *drawn: Tensor) -> Tensor:
         nonlocal rounds, rows
@@ -164,7 +166,8 @@ def follow_jointly(
         latent = state[:, :size].unflatten(1, x_T.shape[1:])
         z0 = (state[:, size:] / scale[sample]).reshape(-1, halves, *tokens).transpose(0, 1).flatten(0, 1)
         after, solution = take_step(latent, z0, k, drawn[0] if drawn else None, sample, depth=iterations)
-        return torch.cat([after.flatten(1), scale[sample] * _by_image(solution.value, halves)], dim=1)
+        layers = scale[sample] * _by_image(solution.value, halves)
+        return torch.cat([after.flatten(1), layers.to(after.dtype)], dim=1)
 
     # The prior says how latents move. Of the tokens nothing is known, and iterating a contraction forgets them.
     slopes = GaussianPrior.isotropic().slopes(transitions).expand(-1, size)

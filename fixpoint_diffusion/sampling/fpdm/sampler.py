@@ -136,8 +136,9 @@ def sample_fpdm(
         The images, the iterations, their cost in block passes and, if recorded, the residuals.
 
     Raises:
-        ValueError: If the iterations do not fit the steps, a shape, ``eta``, ``variance_type`` or ``spacing`` is out of
-            range, guidance is asked for without classes, or a learned variance of a model that has none.
+        ValueError: If the iterations do not fit the steps, a shape, a dtype, a class, ``eta``, ``variance_type`` or
+            ``spacing`` is out of range, guidance is not finite or asked for without classes, or a learned variance of a
+            model that has none.
 
     Source: Bai and Melas-Kyriazi, CVPR 2024, Sec. 3.3; footnote 4 for the cost.
 
@@ -221,6 +222,7 @@ def follow_transitions(
     if reuse not in (True, False, "extrapolate"):
         raise ValueError(f"reuse must be True, False or 'extrapolate', got {reuse!r}")
     take_step = StepFunction(model=model, transitions=transitions, y=y, guidance=guidance)
+    take_step.check_start(x_T)
     latent, z0, before = x_T, None, None
     for k, how in enumerate(_solves(iterations, solver, transitions.steps)):
         noise = take_step.noise(x_T, [k], seed, first_sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,8 @@ class StepFunction:
         guidance: Classifier-free guidance; 1 is none.
 
     Raises:
-        ValueError: If guidance is asked for without classes, or a learned variance of a model that has none.
+        ValueError: If guidance is not finite or asked for without classes, or a learned variance of a model that has
+            none.
     """
 
     model: FPDM
@@ -52,8 +54,28 @@ class StepFunction:
                 f"variance_type={self.transitions.variance_type!r} needs a model that learned a variance, and this "
                 "FPDM did not (learn_sigma is False)"
             )
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite, got {self.guidance}")
         if self.guidance != 1 and (self.y is None or self.model.config.num_classes is None):
             raise ValueError("guidance needs the classes y, and a model that has classes")
+
+    def check_start(self, x_T: Tensor) -> None:
+        """Refuse noise that is none, and classes that are not those of its images or of the model.
+
+        Raises:
+            ValueError: Names what was found and what is expected.
+        """
+        shape, classes, y = self.model.config.sample_shape, self.model.config.num_classes, self.y
+        if not x_T.is_floating_point() or x_T.shape[1:] != shape or not len(x_T):
+            expected = f"(N, {', '.join(map(str, shape))}), N at least 1"
+            raise ValueError(f"x_T must be floats {expected}; got {x_T.dtype} {tuple(x_T.shape)}")
+        if y is None or classes is None:  # classes of an unconditional model are refused by the model
+            return
+        if not isinstance(y, Tensor) or y.shape != x_T.shape[:1] or y.dtype not in (torch.int64, torch.int32):
+            found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else repr(y)
+            raise ValueError(f"y must be int64 with one class for each of {len(x_T)} images, got {found}")
+        if not bool(((y >= 0) & (y <= classes)).all()):
+            raise ValueError(f"y must be from 0 to {classes} ({classes}: no class), got {y.tolist()}"[:200])
 
     @property
     def halves(self) -> int:
@@ -95,7 +117,9 @@ class StepFunction:
             noise: Standard normal ``(N, C, H, W)``; None where the steps add none.
             **solve_options: Of the layer, as for ``FPDM.forward``.
         """
-        output, solution = self.model(*self.inputs(latent, k, rows), z0, return_solution=True, **solve_options)
+        images, t, y = self.inputs(latent, k, rows)
+        z0 = None if z0 is None else z0.to(images.dtype)
+        output, solution = self.model(images, t, y, z0, return_solution=True, **solve_options)
         channels = self.model.config.in_channels
         if self.halves == 2:
             # What is said of the variance is that of the rows with a class, as in Guided.
