@@ -2,8 +2,8 @@
 
     python -m benchmarks.chains [--only PART] [--out benchmarks/results] [--quick]
 
-Parts are ``rounds``, ``speed``, ``quality``, ``honesty``, ``mixtures``, ``modern`` and ``worth``. Each writes its own
-``chains-PART.json`` and ``chains-PART.txt``, and ``rounds`` two pictures beside.
+Parts are ``rounds``, ``speed``, ``quality``, ``honesty``, ``mixtures``, ``modern``, ``heun`` and ``worth``. Each writes
+its own ``chains-PART.json`` and ``chains-PART.txt``, and ``rounds`` two pictures beside.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.chains import honesty, mixtures, modern, quality, rounds, speed, worth
+from benchmarks.chains import heun, honesty, mixtures, modern, quality, rounds, speed, worth
 from benchmarks.chains.cases import FULL, QUICK
 from benchmarks.solvers.report import targets_text
 from benchmarks.solvers.standings import Target
@@ -68,6 +68,12 @@ def run_modern(quick: bool, out: Path) -> Part:
     return modern.table(found), modern.as_json(found), [] if quick else modern.targets(found)
 
 
+def run_heun(quick: bool, out: Path) -> Part:
+    """Both calls of a step of Heun's method as two steps of the chain, or as one."""
+    found = heun.measure((10,), samples=1) if quick else heun.measure((28, 50), samples=8)
+    return heun.table(found), heun.as_json(found), []
+
+
 def run_worth(quick: bool, out: Path) -> Part:
     """Frechet distance and seconds of the same sampler in sequence and in parallel."""
     images = 50 if quick else 2000
@@ -82,6 +88,7 @@ PARTS: dict[str, Callable[[bool, Path], Part]] = {
     "honesty": run_honesty,
     "mixtures": run_mixtures,
     "modern": run_modern,
+    "heun": run_heun,
     "worth": run_worth,
 }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.chains import __main__ as cli
-from benchmarks.chains import curves, honesty, mixtures, modern, quality, rounds, speed, worth
+from benchmarks.chains import curves, heun, honesty, mixtures, modern, quality, rounds, speed, worth
 from benchmarks.chains.cases import FULL, Setting, batch, chain
 from benchmarks.chains.curves import Curve, Outcome, spread
 from benchmarks.chains.methods import BY_NAME, FULL_WINDOW, METHODS, RTOL
@@ -179,3 +179,12 @@ def test_mixtures_count_what_misses_the_tolerance() -> None:
     assert (tally.converged, tally.beyond, tally.worst, tally.amplified) == (2, 1, 3.0, 1)
     assert "2 of 3" in mixtures.table({"ours": tally})
     assert [aim.met for aim in mixtures.targets({"certify": tally, "plain": tally})] == [False]
+
+
+def test_both_calls_of_heun_in_one_step_are_the_same_sampler_with_two_calls_a_round() -> None:
+    two, one = heun.measure((6,), samples=1)
+    assert (two.calls, one.calls) == (5, 5)
+    assert max(*two.errors, *one.errors) < 2 * modern.RTOL
+    chain = modern.chain_of(heun.SAMPLER, 6, range(1))
+    assert heun.BothCalls(chain).z0.shape[1] == 3
+    assert "one step with both calls     5" in heun.table([two, one])
