@@ -98,6 +98,12 @@ def unipc_weights(config: Mapping[str, Any], signal: Tensor, noise: Tensor, firs
     return weights
 
 
+def _solution(system: Tensor, wanted: Tensor) -> Tensor:
+    """As ``torch.linalg.solve``, but NaN for a singular system: whoever knows the settings checks what they make."""
+    solution, info = torch.linalg.solve_ex(system, wanted)
+    return torch.where(info == 0, solution, torch.nan)
+
+
 def _unipc_rule(solver_type: str, lambdas: Tensor, k: int, order: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Predictor and corrector of the step from k, by what they make of differences from the prediction at k.
 
@@ -117,8 +123,8 @@ def _unipc_rule(solver_type: str, lambdas: Tensor, k: int, order: int) -> tuple[
         term = term / -h - 1 / factorial
     system, wanted = torch.stack(rows), torch.stack(moments)
     half = torch.full_like(rates[:1], 0.5)
-    predictor = half if order == 2 else torch.linalg.solve(system[:-1, :-1], wanted[:-1])
-    corrector = half if order == 1 else torch.linalg.solve(system, wanted)
+    predictor = half if order == 2 else _solution(system[:-1, :-1], wanted[:-1])
+    corrector = half if order == 1 else _solution(system, wanted)
     return (
         [weight / r for weight, r in zip(predictor, back, strict=False)],
         [*(weight / r for weight, r in zip(corrector, back, strict=False)), corrector[-1]],

@@ -76,6 +76,13 @@ def test_steps_that_stay_where_there_is_no_signal_are_refused() -> None:
         chain_from_scheduler(denoiser, X_T, config, steps=6)
 
 
+def test_an_order_that_the_last_step_does_not_allow_is_refused() -> None:
+    """Where diffusers' own step ends in a singular system."""
+    config = {"_class_name": "UniPCMultistepScheduler", "solver_order": 3, "lower_order_final": False}
+    with pytest.raises(ValueError, match="UniPCMultistepScheduler makes coefficients that are not finite"):
+        chain_from_scheduler(denoiser, X_T, config, steps=10)
+
+
 @pytest.mark.parametrize("part", [slice(None, None, 2), slice(None, None, -1), slice(3, 3), slice(9, None)])
 def test_a_part_is_of_steps_one_after_another(part: slice) -> None:
     chain = chain_from_scheduler(denoiser, X_T, {"_class_name": "DDIMScheduler"}, steps=6)
