@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import fixpoint
-from benchmarks.chains.curves import spread
-from benchmarks.chains.modern import RTOL, chain_of
-from fixpoint_diffusion import SamplingChain, sample
+from benchmarks.chains.modern import RTOL, Found, chain_of, in_parallel, solved
+from fixpoint_diffusion import SamplingChain
 
 SAMPLER = "Heun, Karras"
 HOW_TO_READ = f"""\
 {SAMPLER}, on the embedded U-Net, solved to rtol {RTOL:g} with CausalQuasiNewton, each sample by itself.
-calls: of the network in sequence, by the ordinary sampler. in parallel: batched calls in sequence, median/worst sample;
-a round of steps that hold both calls makes two. rows: network rows by those of the ordinary sampler, median. error: of
-x_0, the worst.
+calls: of the network in sequence. rounds: batched calls in sequence, median/worst sample, and the median by calls; an
+evaluation of steps that hold both calls makes two. rows: network rows by those of the sequential sampler, median.
+error: ||x_0 - sequential|| / ||sequential||, the worst.
 """
 
 
@@ -44,54 +43,19 @@ class BothCalls:
         return after
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """One form with so many calls in sequence: what each sample took."""
-
-    form: str
-    calls: int
-    rounds: list[float]
-    rows: list[float]
-    errors: list[float]
-
-
 def measure(calls: Sequence[int], *, samples: int) -> list[Found]:
     """Solve both forms."""
-    found = []
-    for count in calls:
-        for form in ("two steps of the chain", "one step with both calls"):
-            rounds, rows, errors = list[float](), list[float](), list[float]()
-            for i in range(samples):
-                chain = chain_of(SAMPLER, count, range(i, i + 1))
-                expected = chain.sequential(trajectory=False)
-                chain = chain_of(SAMPLER, count, range(i, i + 1))
-                if form.startswith("two"):
-                    images = sample(chain, rtol=RTOL, max_rows=10**6).images
-                else:
-                    solved = fixpoint.solve(
-                        BothCalls(chain), solver=fixpoint.CausalQuasiNewton(), backward=None, rtol=RTOL, max_evals=200
-                    )
-                    images = chain.latents(solved.value[:, -1], torch.tensor([chain.steps]))
-                rounds.append(chain.rounds)
-                rows.append(chain.evals / chain.steps)
-                errors.append(float((images - expected).norm() / expected.norm()))
-            found.append(Found(form=form, calls=chain.steps, rounds=rounds, rows=rows, errors=errors))
-    return found
+    forms = {"two steps of the chain": in_parallel, "one step with both calls": _both_calls_at_once}
+    return [
+        solved(form, partial(chain_of, SAMPLER, count), solve, samples=samples)
+        for count in calls
+        for form, solve in forms.items()
+    ]
 
 
-def table(found: Sequence[Found]) -> str:
-    """A line for each form."""
-    width = max(len(each.form) for each in found)
-    lines = [HOW_TO_READ, f"{'':{width}} calls  in parallel   rows   error"]
-    for each in found:
-        median, worst = spread(each.rounds)
-        lines.append(
-            f"{each.form:{width}} {each.calls:>5} {f'{median:g}/{worst:g}':>12} "
-            f"{spread(each.rows)[0]:>6.1f} {max(each.errors):>7.0e}"
-        )
-    return "\n".join(lines)
-
-
-def as_json(found: Sequence[Found]) -> dict[str, object]:
-    """Every sample."""
-    return {"forms": [{**vars(each), "errors": [float(f"{e:.3g}") for e in each.errors]} for each in found]}
+def _both_calls_at_once(chain: SamplingChain) -> Tensor:
+    """x_0 by the default solver, of the chain with half as many states."""
+    solution = fixpoint.solve(
+        BothCalls(chain), solver=fixpoint.CausalQuasiNewton(), backward=None, rtol=RTOL, max_evals=200
+    )
+    return chain.latents(solution.value[:, -1], torch.tensor([chain.steps]))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import diffusers
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.chains.curves import spread
@@ -76,24 +77,45 @@ class Found:
 
 def measure(calls: Sequence[int], *, samples: int, only: Sequence[str] = tuple(SAMPLERS)) -> list[Found]:
     """Solve and compare."""
-    found = []
-    for count, name in tqdm([(count, name) for count in calls for name in only], unit="sampler", mininterval=1):
-        rounds, rows, errors = list[float](), list[float](), list[float]()
-        for i in range(samples):
-            chain = chain_of(name, count, range(i, i + 1))
-            expected = chain.sequential(trajectory=False)
-            result = sample(chain, rtol=RTOL, max_rows=10**6)
-            rounds.append(result.rounds)
-            rows.append(result.evals / chain.steps)
-            errors.append(float((result.images - expected).norm() / expected.norm()))
-        found.append(Found(sampler=name, calls=chain.steps, rounds=rounds, rows=rows, errors=errors))
-    return found
+    wanted = [(count, name) for count in calls for name in only]
+    return [
+        solved(name, partial(chain_of, name, count), in_parallel, samples=samples)
+        for count, name in tqdm(wanted, unit="sampler", mininterval=1)
+    ]
 
 
-def table(found: Sequence[Found]) -> str:
+def in_parallel(chain: SamplingChain) -> Tensor:
+    """x_0 by the default solver."""
+    return sample(chain, rtol=RTOL, max_rows=10**6).images
+
+
+def solved(
+    name: str, make: Callable[[range], SamplingChain], solve: Callable[[SamplingChain], Tensor], *, samples: int
+) -> Found:
+    """What ``solve`` takes for each sample's chain, which ``make`` makes, and how far off the sequential x_0 it ends.
+
+    Args:
+        name: of the sampler, for the table.
+        make: given a range of one sample.
+        solve: from a chain to x_0.
+        samples: how many, each by itself.
+    """
+    rounds, rows, errors = list[float](), list[float](), list[float]()
+    for i in range(samples):
+        chain = make(range(i, i + 1))
+        expected = chain.sequential(trajectory=False)
+        chain.reset_counters()
+        x_0 = solve(chain)
+        rounds.append(chain.rounds)
+        rows.append(chain.evals / chain.steps)
+        errors.append(float((x_0 - expected).norm() / expected.norm()))
+    return Found(sampler=name, calls=chain.steps, rounds=rounds, rows=rows, errors=errors)
+
+
+def table(found: Sequence[Found], how_to_read: str = HOW_TO_READ) -> str:
     """A line for each sampler."""
     width = max(len(each.sampler) for each in found)
-    lines = [HOW_TO_READ, f"{'':{width}} calls  rounds   by calls   rows   error"]
+    lines = [how_to_read, f"{'':{width}} calls  rounds   by calls   rows   error"]
     for each in found:
         median, worst = spread(each.rounds)
         lines.append(
