@@ -5,7 +5,8 @@ from fixpoint_diffusion.processes.prior import GaussianPrior
 from fixpoint_diffusion.processes.sampler_config import SamplerConfig
 from fixpoint_diffusion.processes.schedules import NoiseSchedule
 from fixpoint_diffusion.processes.solvers import SERVED, solver_transitions, with_timesteps
-from fixpoint_diffusion.processes.transitions import Transitions, wide
+from fixpoint_diffusion.processes.step_values import wide
+from fixpoint_diffusion.processes.transitions import Transitions
 from fixpoint_diffusion.processes.x0_hooks import Clip, DynamicThreshold, X0Hook
 
 __all__ = [

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fixpoint_diffusion.extras import needed_for
-from fixpoint_diffusion.processes.transitions import Transitions, wide
+from fixpoint_diffusion.processes.step_values import wide
+from fixpoint_diffusion.processes.transitions import Transitions
 
 PRIOR_FILE = "prior.safetensors"
 _LARGEST_BASIS = 1024  # up to so many entries, the principal axes are estimated: 8 MiB

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,21 +12,10 @@ from torch import Tensor
 from fixpoint_diffusion.processes.ddim import ddim_weights
 from fixpoint_diffusion.processes.predictions import DENOISER_PREDICTIONS, Reading
 from fixpoint_diffusion.processes.schedules import NoiseSchedule, check_choice, check_timesteps
+from fixpoint_diffusion.processes.step_values import StepValues, wide
 from fixpoint_diffusion.processes.x0_hooks import X0Hook, apply_hook
 
 _PART = 2**18  # entries of latents that are summed at a time: 2 MiB
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float64 (float32 on devices without it): sums over a chain cancel, 1 / sqrt(alpha_T) is about 157.
-
-    Example:
-        >>> import torch
-        >>> from fixpoint_diffusion.processes import wide
-        >>> wide(torch.zeros(2)).dtype
-        torch.float64
-    """
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -85,9 +75,6 @@ class Transitions:
     input_scale: Tensor | None = None
     scales: Tensor | None = None
     sigma_data: float | None = None
-    _tables: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = field(
-        default_factory=dict, init=False, repr=False
-    )
 
     @property
     def steps(self) -> int:
@@ -241,7 +228,7 @@ class Transitions:
 
     def as_input(self, x: Tensor, k: Tensor) -> Tensor:
         """Latents ``(N, *shape)`` before the steps k ``(N,)`` as the denoiser is to see them."""
-        return x if self.input_scale is None else (self._like("input_scale", wide(x), k) * x).to(x.dtype)
+        return x if self.input_scale is None else (self._values.at("input_scale", wide(x), k) * x).to(x.dtype)
 
     def predict(
         self, x: Tensor, out: Tensor, k: int | slice | Tensor, sample: Tensor | None = None
@@ -267,7 +254,7 @@ class Transitions:
         if self.x0_hook is not None:
             x_0 = apply_hook(self.x0_hook, x_0, k, self.steps, sample)
             if self.noise_from_clipped:
-                eps = (x - self._like("signal", x, k) * x_0) / self._like("noise", x, k)
+                eps = (x - self._values.at("signal", x, k) * x_0) / self._values.at("noise", x, k)
         return x_0, eps
 
     def step(
@@ -302,7 +289,7 @@ class Transitions:
             earlier: the predictions x_0 of the p steps before, ``(N, p, *shape)``, the latest first.
         """
         x_0, eps = self.predict(x, out, k, sample)
-        weights = self._table("history", x)[k].reshape(*earlier.shape[:2], *[1] * (x.ndim - 1))
+        weights = self._values.whole("history", x)[k].reshape(*earlier.shape[:2], *[1] * (x.ndim - 1))
         looked_back = (weights * (earlier - x_0.unsqueeze(1))).sum(dim=1)
         return self._arrive(x, out, k, noise, x_0, eps) + looked_back, x_0
 
@@ -329,8 +316,8 @@ class Transitions:
             after = self.step(before, outputs, k, None if noise is None else wide(noise[:, k]), sample)
             known = int(first == 0)
             changed = slice(first + known, first + size)
-            change = after[:, known:] - self._like("factor", before, changed) * before[:, known:]
-            product = self._like("product", before, k)
+            change = after[:, known:] - self._values.at("factor", before, changed) * before[:, known:]
+            product = self._values.at("product", before, k)
             sums = torch.cat([after[:, :known], change], dim=1) / product
             if total is not None:
                 sums = torch.cat([sums[:, :1] + total, sums[:, 1:]], dim=1)
@@ -342,18 +329,18 @@ class Transitions:
     def _arrive(
         self, x: Tensor, out: Tensor, k: int | slice | Tensor, noise: Tensor | None, x_0: Tensor, eps: Tensor
     ) -> Tensor:
-        after = self._like("signal_prev", x, k) * x_0 + self._like("direction", x, k) * eps
+        after = self._values.at("signal_prev", x, k) * x_0 + self._values.at("direction", x, k) * eps
         return after if noise is None else after + self._noise_scale(x, out, k) * noise
 
     def _read(self, part: str, x: Tensor, out: Tensor, k: int | slice | Tensor) -> Tensor:
         """x_0 (``"image"``) or eps (``"noise"``), as :class:`Reading` has them."""
-        weighed = self._like(f"{part}_of_x", x, k) * x + self._like(f"{part}_of_out", x, k) * out
-        return weighed / self._like(f"{part}_divisor", x, k)
+        weighed = self._values.at(f"{part}_of_x", x, k) * x + self._values.at(f"{part}_of_out", x, k) * out
+        return weighed / self._values.at(f"{part}_divisor", x, k)
 
     def _noise_scale(self, x: Tensor, out: Tensor, k: int | slice | Tensor) -> Tensor:
         """Standard deviation of the noise of the steps k."""
         if not self.learned_variance:
-            return self._like("sigma", x, k)
+            return self._values.at("sigma", x, k)
         _, values = self._split(x, out, k)
         if values is None:
             raise ValueError(
@@ -364,8 +351,10 @@ class Transitions:
             scale = values.sqrt()
         else:
             share = (values + 1) / 2
-            scale = ((share * self._like("log_large", x, k) + (1 - share) * self._like("log_small", x, k)) / 2).exp()
-        return torch.where(self._like("timestep", x, k) > 0, scale, 0)
+            scale = (
+                (share * self._values.at("log_large", x, k) + (1 - share) * self._values.at("log_small", x, k)) / 2
+            ).exp()
+        return torch.where(self._values.at("timestep", x, k) > 0, scale, 0)
 
     @staticmethod
     def _split(x: Tensor, out: Tensor, k: int | slice | Tensor) -> tuple[Tensor, Tensor | None]:
@@ -375,23 +364,15 @@ class Transitions:
         prediction, values = out.chunk(2, dim=2 if isinstance(k, slice) else 1)
         return prediction, values
 
-    def _like(self, name: str, x: Tensor, k: int | slice | Tensor) -> Tensor:
-        """A coefficient of the steps k, shaped to multiply x."""
-        chosen = self._table(name, x)[k]
-        if isinstance(k, int):
-            return chosen
-        leading = 1 if isinstance(k, Tensor) else 2
-        return chosen.reshape(-1, *[1] * (x.ndim - leading))
-
-    def _table(self, name: str, x: Tensor) -> Tensor:
-        """A coefficient of all steps ``(T,)`` where x is; all are copied there once."""
-        here = x.device, x.dtype
-        if here not in self._tables:
-            factor = (self.alphas_prev / self.alphas).sqrt()
-            # DDPM's largest and smallest variance of a step, between which a learned one lies.
-            large = 1 - self.alphas / self.alphas_prev
-            small = (large * (1 - self.alphas_prev) / (1 - self.alphas)).clamp(min=1e-20)
-            values = {
+    @cached_property
+    def _values(self) -> StepValues:
+        factor = (self.alphas_prev / self.alphas).sqrt()
+        # DDPM's largest and smallest variance of a step, between which a learned one lies.
+        large = 1 - self.alphas / self.alphas_prev
+        small = (large * (1 - self.alphas_prev) / (1 - self.alphas)).clamp(min=1e-20)
+        optional = {"history": self.history, "input_scale": self.input_scale}
+        return StepValues(
+            {
                 "timestep": self.timesteps,
                 "log_large": large.log(),
                 "log_small": small.log(),
@@ -399,12 +380,10 @@ class Transitions:
                 "noise": (1 - self.alphas).sqrt(),
                 "signal_prev": self.alphas_prev.sqrt(),
                 **self.reading._asdict(),
-                "history": self.alphas if self.history is None else self.history,
-                "input_scale": self.alphas if self.input_scale is None else self.input_scale,
+                **{name: each for name, each in optional.items() if each is not None},
                 "direction": self.direction,
                 "sigma": self.sigma,
                 "factor": factor,
                 "product": torch.cat([self.alphas_prev[:1].sqrt(), factor[1:]]).cumprod(0),
             }
-            self._tables[here] = {each: value.to(device=x.device, dtype=x.dtype) for each, value in values.items()}
-        return self._tables[here][name]
+        )
