@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -320,6 +322,18 @@ def test_a_control_trains_as_many_steps_as_the_run_that_it_is_a_control_of(quick
     assert reference is not None
     step = measures["training_flops"] / measures["steps"]
     assert abs(measures["training_flops"] - reference.measures["training_flops"]) <= step
+
+
+def test_time_that_other_programs_had_does_not_count_as_training(quick, monkeypatch):
+    class Waits:
+        """A trial of so many seconds, none of them its own work."""
+
+        def run(self, *, progress):
+            time.sleep(0.2)
+            return SimpleNamespace(seconds=0.2)
+
+    monkeypatch.setattr(training.TrainingRun, "start", lambda *_, **__: Waits())
+    assert training.steps_in_time(trained.quick("dit") | {"seconds": 1.0}, quick) > 10 * (30 / 0.2)
 
 
 def test_an_interrupted_training_goes_on(quick, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,19 @@ def _steps(config: Config, resources: Resources) -> int:
         with tempfile.TemporaryDirectory() as trial:
             one = TrainingRun.start(trial, **_options(config, resources, 1), dry=True).plan().flops
         return max(1, round(other["training_flops"] / one))
+    return steps_in_time(config, resources)
+
+
+def steps_in_time(config: Config, resources: Resources) -> int:
+    """How many steps fit into ``config["seconds"]``, by a trial of a few; on a processor, seconds of its work."""
     with tempfile.TemporaryDirectory() as trial:
-        log = TrainingRun.start(trial, **_options(config, resources, _TRIAL)).run(progress=False)
-    return max(1, int(config["seconds"] * _TRIAL / log.seconds))
+        run = TrainingRun.start(trial, **_options(config, resources, _TRIAL))
+        began, worked = time.perf_counter(), time.process_time()
+        seconds = run.run(progress=False).seconds
+        share = (time.process_time() - worked) / (time.perf_counter() - began)
+    if torch.device(resources.device).type == "cpu":
+        seconds *= min(share, 1.0)  # seconds that other programs had do not count
+    return max(1, int(config["seconds"] * _TRIAL / seconds))
 
 
 def _folder_name(config: Config) -> str:
