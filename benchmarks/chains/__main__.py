@@ -2,8 +2,8 @@
 
     python -m benchmarks.chains [--only PART] [--out benchmarks/results] [--quick]
 
-Parts are ``rounds``, ``speed``, ``quality``, ``honesty``, ``mixtures``, ``modern``, ``heun`` and ``worth``. Each writes
-its own ``chains-PART.json`` and ``chains-PART.txt``, and ``rounds`` two pictures beside.
+Parts are ``rounds``, ``speed``, ``quality``, ``honesty``, ``mixtures``, ``modern``, ``heun``, ``noise`` and ``worth``.
+Each writes its own ``chains-PART.json`` and ``chains-PART.txt``, and ``rounds`` two pictures beside.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.chains import heun, honesty, mixtures, modern, quality, rounds, speed, worth
+from benchmarks.chains import heun, honesty, mixtures, modern, noise, quality, rounds, speed, worth
 from benchmarks.chains.cases import FULL, QUICK
 from benchmarks.solvers.report import targets_text
 from benchmarks.solvers.standings import Target
@@ -74,6 +74,12 @@ def run_heun(quick: bool, out: Path) -> Part:
     return modern.table(found, heun.HOW_TO_READ), modern.as_json(found), []
 
 
+def run_noise(quick: bool, out: Path) -> Part:
+    """Rounds, rows and quality where a latent may be off by a share of its step's noise."""
+    found = noise.measure(steps=30, samples=1, images=8) if quick else noise.measure(steps=1000, samples=16, images=256)
+    return noise.table(found), noise.as_json(found), [] if quick else noise.targets(found)
+
+
 def run_worth(quick: bool, out: Path) -> Part:
     """Frechet distance and seconds of the same sampler in sequence and in parallel."""
     images = 50 if quick else 2000
@@ -89,6 +95,7 @@ PARTS: dict[str, Callable[[bool, Path], Part]] = {
     "mixtures": run_mixtures,
     "modern": run_modern,
     "heun": run_heun,
+    "noise": run_noise,
     "worth": run_worth,
 }
 

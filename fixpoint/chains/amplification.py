@@ -120,8 +120,10 @@ def ahead(gains: Array, scale: Array, seen: Array, done: Array) -> Array:
 def note_gains(run: ChainRun, row: Array, step: Array, norms: Norms, inside: Array) -> None:
     """Take in what a round has shown of the steps' gains; changes far below the tolerance may be rounding."""
     grown, met, image_change, input_change = (x[inside] for x in norms[2:6])
-    scale = run.scale[row, np.maximum(step - 1, 0)]
-    counts = np.maximum(_COUNTS * (run.allowed[0][row] + run.allowed[1][row] * scale), run.rounding * scale)
+    before = np.maximum(step - 1, 0)
+    scale = run.scale[row, before]
+    allowed = run.allowed[0][row, before] + run.allowed[1][row] * scale
+    counts = np.maximum(_COUNTS * allowed, run.rounding * scale)
     with np.errstate(all="ignore"):
         run.gains.note(row, step, np.where(input_change > counts, image_change / input_change, np.nan), grown / met)
 
@@ -141,8 +143,8 @@ def go_back(run: ChainRun, rows: Array, first: Array) -> None:
     if not rows.size:
         return
     run.retries[rows] += 1
-    ahead = run.ahead(rows).max(axis=1)
-    hopeless = (ahead > run.finest(rows)) & (ahead > np.log(AMPLIFIES))
+    ahead = run.ahead(rows)
+    hopeless = ((ahead > run.finest(rows)) & (ahead > np.log(AMPLIFIES))).any(axis=1)
     hopeless |= (run.retries[rows] > _RETRIES) | (run.nfev - run.twin_evals > run.steps)
     run.in_order[rows] = run.sweeper.single_steps & hopeless
     inexact = np.argmax(run.error[rows] > 0, axis=1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from fixpoint.chains.windows import iterate_windows
 from fixpoint.engine.layout import Layout
 from fixpoint.engine.loop import LoopOptions, Map
 from fixpoint.engine.outcome import LoopResult
-from fixpoint.engine.tolerance import Tolerance
+from fixpoint.engine.tolerance import Array, Tolerance, to_host
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
 
 _RIDGE = 1e-3  # relative weight that keeps nearly dependent changes of a step's input apart
@@ -57,9 +58,13 @@ class CausalQuasiNewton(Solver):
             others to be done. The certificate keeps to it too, in as many evaluations as it takes. None: no limit.
         certify: Evaluate the whole chain once more at the end, measure what it amplifies, and go on if a state misses
             the tolerance.
+        noise_rtol: For a chain whose steps add noise (``noise_scale``, see :class:`~fixpoint.Chain`): the error of a
+            state may be larger than ``atol + rtol * ||N_k||`` by this share of the size of its noise. States that the
+            noise blurs are then done in fewer evaluations, and the result is another sample of nearly the same law.
 
     Raises:
-        TypeError, ValueError: If an option is out of range, or f's state has no second dimension.
+        TypeError, ValueError: If an option is out of range, f's state has no second dimension, or ``noise_rtol`` is
+            given for a chain without noise, or where gradients are recorded.
 
     Source: generalises Eq. 10 of Pokle et al., NeurIPS 2022 (M = the linear part of the step), ParaDiGMS (Shih et al.,
     NeurIPS 2023, M = 1) and quasi-DEER (Gonzalez et al., NeurIPS 2024, M = the Jacobian's diagonal).
@@ -76,12 +81,15 @@ class CausalQuasiNewton(Solver):
     window: int | None = None
     max_rows: int | None = None
     certify: bool = False
+    noise_rtol: float = 0.0
 
     def __post_init__(self) -> None:
         require_count("memory", self.memory)
         for name in ("window", "max_rows"):
             if getattr(self, name) is not None:
                 require_count(name, getattr(self, name))
+        if not 0 <= self.noise_rtol < math.inf:
+            raise ValueError(f"noise_rtol must be a finite number of at least 0, found {self.noise_rtol}")
 
     def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
         """For a chain, the map with single steps to be had; and the sweep over so many steps, with f's slopes."""
@@ -112,11 +120,24 @@ class CausalQuasiNewton(Solver):
             slopes = slopes[:, None] if slopes.ndim == 1 else slopes
         if basis is not None:
             basis = tuple(factor.detach().to(layout.device, wide) for factor in basis)
+        noise_scale = self._noise_scale(f, steps)
         f = OneStep(f) if isinstance(f, Chain) else f
         single_steps = isinstance(f, OneStep)
         # Nobody promises that another f is causal: what it gives is measured.
         options = self if single_steps else replace(self, certify=True, max_rows=None)
-        return f, CausalSweep(options, steps, dim, slopes, basis, single_steps=single_steps)
+        return f, CausalSweep(options, steps, dim, slopes, basis, noise_scale, single_steps=single_steps)
+
+    def _noise_scale(self, f: Any, steps: int) -> Array | None:
+        """What ``noise_rtol`` is relative to; None where it is not asked for."""
+        if not self.noise_rtol:
+            return None
+        given = getattr(f, "noise_scale", None)
+        scale = np.zeros(0) if given is None else to_host(torch.as_tensor(given).detach())
+        if given is not None and scale.shape != (steps,):
+            raise ValueError(f"noise_scale must have shape (T,) = ({steps},), found {scale.shape}")
+        if not (scale > 0).any():
+            raise ValueError(f"noise_rtol={self.noise_rtol:g} is for chains whose steps add noise; this one adds none")
+        return scale
 
     def init(self, z: Tensor) -> Any:
         raise TypeError(
@@ -144,6 +165,7 @@ class CausalSweep(Solver):
     Attributes:
         slopes: ``(T, 1 or D)``, in the coordinates that the columns of ``basis`` give.
         basis: One matrix ``(D, D)``, or one for each dimension of a state.
+        noise_scale: ``(T,)``, on the host; None without ``noise_rtol``.
         backwards: Whether row k depends on later rows, as in the adjoint of a chain.
         single_steps: Whether the map can be asked for single steps, by its method ``part``.
     """
@@ -153,12 +175,15 @@ class CausalSweep(Solver):
     dim: int
     slopes: Tensor | None = None
     basis: tuple[Tensor, ...] | None = None
+    noise_scale: Array | None = None
     backwards: bool = False
     single_steps: bool = False
 
     def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
         """In windows; in the ordinary loop, all rows whole, where gradients are recorded."""
         if torch.is_grad_enabled():
+            if self.options.noise_rtol:
+                raise ValueError("noise_rtol has no effect where gradients are recorded: leave it out, or use IFT()")
             return super().run(f, z, tolerance, **options)
         max_evals, record, watch = options["max_evals"], options.get("record", False), options.get("watch")
         return iterate_windows(f, z, self, tolerance, max_evals=max_evals, record=record, watch=watch)
@@ -240,7 +265,7 @@ class CausalSweep(Solver):
         slopes = self.slopes
         if slopes is not None:
             slopes = torch.cat((slopes[:1], slopes[1:].flip(0)))
-        options = replace(self.options, window=None, max_rows=None)
+        options = replace(self.options, window=None, max_rows=None, noise_rtol=0.0)
         return replace(self, options=options, slopes=slopes, backwards=not self.backwards, single_steps=False)
 
     def split(self, z: Tensor) -> Tensor:

@@ -76,7 +76,8 @@ class Certificate:
         """Compare the images with the states.
 
         A chain passes when the defect of each state is within ``atol + rtol * ||image||``, and so is the error that it
-        has and inherits by the problem's slopes. ``allowed`` holds atol and rtol of each chain, ``(B,)``.
+        has and inherits by the problem's slopes. ``allowed`` holds atol of each state, ``(B, T)``, and rtol of each
+        chain, ``(B,)``.
         """
         rows, steps = len(self.rows), sweeper.steps
         images = self.images.reshape(rows, steps, -1)
@@ -85,8 +86,7 @@ class Certificate:
         errors = defects + sweeper.inherited(defects, step)
         norms = [torch.linalg.vector_norm(x, dim=2) for x in (defects, images, errors)]
         defect, scale, error = to_host(torch.stack(norms))
-        atol, rtol = (limit[self.rows, None] for limit in allowed)
-        bound = atol + rtol * scale
+        bound = allowed[0][self.rows] + allowed[1][self.rows, None] * scale
         fits = defect <= bound
         good = fits & (error <= bound)
         finite = np.isfinite(defect).all(axis=1)

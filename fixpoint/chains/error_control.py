@@ -35,28 +35,25 @@ class Verdict(NamedTuple):
     failed: Array  # (B,) whether the chain is lost: the image of a state with an exact input was not finite
 
 
-def judge(
-    norms: Norms, inside: Array, error_before: Array, allowed: tuple[Array, Array], ahead: Array, at_end: Array
-) -> Verdict:
+def judge(norms: Norms, inside: Array, error_before: Array, allowed: Array, ahead: Array, at_end: Array) -> Verdict:
     """Decide which states of each window are done.
 
     Args:
         norms: of the sweep.
         inside: ``(B, W)``, which states are in the window; the first always is, and its input is exact.
         error_before: ``(B, W)``, predicted errors a round earlier, infinity where there were none.
-        allowed: atol and rtol ``(B,)`` for each state.
+        allowed: ``(B, W)``, what the error of each state may be.
         ahead: ``(B, W)``, logarithm of how many times larger later states will show a state's relative error.
         at_end: ``(B,)``, whether the window reaches the end of its chain.
     """
-    error, scale = np.where(inside, norms.error, 0), np.where(inside, norms.scale, 1)
+    error = np.where(inside, norms.error, 0)
     error[:, 0] = 0.0
     # The first state is exact now, however far it has moved: what the model makes of that move is the second's error,
     # even where that happens to stay where it was.
     error[:, 1:2] = np.where(inside, np.maximum(error, norms.grown), error)[:, 1:2]
     failed = ~norms.finite[:, 0]
-    atol, rtol = allowed
-    limit = (atol[:, None] + rtol[:, None] * scale) / np.exp(ahead)
-    done, error = accept(error, error_before, np.where(norms.sound, limit, -1), inside, at_end)
+    limit = np.where(norms.sound, allowed / np.exp(ahead), -1)
+    done, error = accept(error, error_before, limit, inside, at_end)
     done[failed] = 0
     return Verdict(done, np.where(norms.sound, error, np.inf), failed)
 

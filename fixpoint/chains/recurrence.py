@@ -16,7 +16,8 @@ class Chain(Protocol):
     :class:`~fixpoint.CausalQuasiNewton` asks such a problem for those steps alone that it needs. Two further attributes
     are honoured if present: ``slopes``, ``(T,)`` or ``(T, D)``, what each step does to a small displacement of its
     input; and ``basis``, ``(D, D)`` orthogonal, in whose coordinates (columns) the slopes count. Where D is large, a
-    sequence of matrices ``(n, n)``, one for each dimension of a state, stands for their Kronecker product.
+    sequence of matrices ``(n, n)``, one for each dimension of a state, stands for their Kronecker product. A third one,
+    ``noise_scale`` ``(T,)``, says of a chain with random steps how large the noise in each state is, as a norm.
 
     Example:
         See :class:`fixpoint.Recurrence`, which is one.
@@ -126,6 +127,7 @@ class OneStep:
         self.chain = chain
         self.slopes = getattr(chain, "slopes", None)
         self.basis = getattr(chain, "basis", None)
+        self.noise_scale = getattr(chain, "noise_scale", None)
 
     def __call__(self, z: Tensor) -> Tensor:
         return one_step(self.chain, z)

@@ -167,9 +167,8 @@ def settle(run: ChainRun, windows: Windows, norms: Norms) -> None:
     row, step = np.broadcast_to(rows[:, None], inside.shape)[inside], windows.step[inside]
     note_gains(run, row, step, norms, inside)
     run.scale[row, step] = norms.scale[inside]
-    ahead = np.take_along_axis(run.ahead(rows), windows.step, axis=1) + run.retries[rows, None] * np.log(STRICTER)
-    allowed = run.allowed[0][rows], run.allowed[1][rows]
-    ahead = np.minimum(ahead, run.finest(rows)[:, None])
+    ahead = np.minimum(run.ahead(rows) + run.retries[rows, None] * np.log(STRICTER), run.finest(rows))
+    allowed, ahead = (np.take_along_axis(x, windows.step, axis=1) for x in (run.bound(rows), ahead))
     verdict = judge(norms, inside, error_before, allowed, ahead, run.end[rows] == run.steps)
     run.error[row, step] = verdict.error[inside]
     run.residual[rows] = np.nan  # the states are others now

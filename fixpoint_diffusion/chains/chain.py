@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from numbers import Integral
 
@@ -112,6 +113,11 @@ class SamplingChain:
     def basis(self) -> Tensor | tuple[Tensor, ...] | None:
         """In whose coordinates the slopes count: ``(D, D)``, or a matrix for each dimension; None: the entries."""
         return self.prior.basis
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """``(T,)``: the root mean square norm of the noise that each step adds to a latent."""
+        return self.transitions.sigma * math.prod(self.x_T.shape[1:]) ** 0.5
 
     @property
     def guess(self) -> Tensor:

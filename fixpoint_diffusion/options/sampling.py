@@ -110,6 +110,9 @@ class SamplingOptions:
         SolverName.sequential, "sequential: step after step; others solve all steps at once."
     )
     rtol: float = option(1e-3, "Parallel solvers: relative tolerance.", low=1e-12, high=1.0)
+    noise_rtol: float | None = option(
+        None, "causal: a latent may be off by this share of its step's noise too (with --eta).", low=0.0
+    )
     max_rounds: int | None = option(
         None, "Parallel solvers: most rounds (batched model calls) (default: steps + 1).", low=1, high=10**6
     )
@@ -166,8 +169,9 @@ class SamplingOptions:
                 if not (least <= number <= most and math.isfinite(number)):  # NaN fails every comparison
                     bound = f"at least {low} and finite" if high is None else f"from {low} to {high}"
                     raise ValueError(f"{flag(each.name)} must be {bound}, got {number}")
-        if self.max_rows is not None and self.solver != SolverName.causal:
-            raise ValueError(f"--max-rows is for --solver causal, not for --solver {self.solver}")
+        for name in ("max_rows", "noise_rtol"):
+            if getattr(self, name) and self.solver != SolverName.causal:
+                raise ValueError(f"{flag(name)} is for --solver causal, not for --solver {self.solver}")
         check_guidance(self.guidance, self.classes)
         self._check_layer()
 
@@ -196,6 +200,8 @@ class SamplingOptions:
                 raise ValueError(
                     f"{flag(name)}{listed} needs steps that follow each other: leave it out, or use --solver sequential"
                 )
+        if jointly and self.noise_rtol:
+            raise ValueError("--noise-rtol is for a chain alone, not for chain and layers as one: leave out --reuse")
         if jointly and self.max_rows == "auto":
             raise ValueError("--max-rows auto times the model alone, not chain and layers as one: give a number")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,7 +193,7 @@ class SamplingJob:
             began = time.perf_counter()
             result = sample(
                 chain,
-                solver=SOLVERS[options.solver],
+                solver=self._solver(),
                 rtol=options.rtol,
                 max_evals=options.max_rounds,
                 max_rows=options.max_rows,
@@ -210,6 +210,12 @@ class SamplingJob:
                 took = time.perf_counter() - began
                 self._took = len(samples), took, options.steps * seconds_of_call(chain, len(samples), calls=2)
         return images, {"rounds": chain.rounds, "evals": chain.evals, **outcome}, chosen
+
+    def _solver(self) -> Solver:
+        solver = SOLVERS[self.options.solver]
+        if isinstance(solver, CausalQuasiNewton):
+            return replace(solver, noise_rtol=self.options.noise_rtol or 0.0)
+        return solver
 
     def _chain(self, samples: range, *, eta: float) -> SamplingChain:
         labels = self._labels_on_device(samples)
