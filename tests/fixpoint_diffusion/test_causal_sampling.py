@@ -64,6 +64,26 @@ def test_predicted_errors_hold_on_mixtures(mixture, eta):
         assert float(errors(result, chain).max()) < 2e-3
 
 
+def test_a_share_of_the_noise_saves_rows_and_keeps_the_images():
+    chain = embedded_chain(steps=200, samples=3, eta=1.0)
+    strict, loose = (sample(chain, solver=CausalQuasiNewton(window=50, noise_rtol=c)) for c in (0.0, 0.5))
+    assert loose.solution.converged.all()
+    assert loose.evals < 0.8 * strict.evals
+    assert float(errors(loose, chain).max()) < 2e-2
+    with pytest.raises(ValueError, match="this one adds none"):
+        sample(embedded_chain(steps=5, samples=1), solver=CausalQuasiNewton(noise_rtol=0.5))
+
+
+def test_the_noise_of_a_step_has_the_size_that_the_chain_says():
+    chain = embedded_chain(steps=10, samples=400, eta=1.0)
+    step = torch.arange(10).repeat(400)
+    sample_of = torch.arange(400).repeat_interleave(10)
+    x = chain.x_T[:1].expand(len(step), -1, -1, -1)
+    latents = chain.transition(x, sample_of, step).unflatten(0, (400, 10)).flatten(2)
+    spread = (latents - latents.mean(dim=0)).square().sum(dim=2).mean(dim=0).sqrt()
+    assert_close(spread.double(), chain.noise_scale, rtol=0.05, atol=1e-4)
+
+
 def test_a_window_needs_few_rows(mixture):
     chain = mixture_chain(mixture, steps=500)
     result = sample(chain, solver=CausalQuasiNewton(window=50), rtol=1e-3)

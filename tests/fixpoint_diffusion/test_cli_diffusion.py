@@ -133,6 +133,8 @@ def test_values_out_of_range_are_usage_errors(arguments: tuple[str, ...]) -> Non
         (("sample", "--iterations", "2"), "--iterations"),
         (("sample", "--max-rows", "9"), "--max-rows is for --solver causal, not for --solver sequential"),
         (("sample", "--max-rows", "9", "--solver", "anderson"), "--max-rows is for --solver causal"),
+        (("sample", "--noise-rtol", "1", "--eta", "1"), "--noise-rtol is for --solver causal, not for"),
+        (("sample", "--noise-rtol", "1", "--solver", "causal"), "for chains whose steps add noise; this one adds none"),
         (("sample", "--max-rows", "auto"), "--max-rows is for --solver causal, not for --solver sequential"),
         (("sample", "--max-rows", "some", "--solver", "causal"), "expected a number or auto, got 'some'"),
         (("sample", "--max-rows", "0", "--solver", "causal"), "--max-rows must be from 1 to 1000000000, got 0"),
