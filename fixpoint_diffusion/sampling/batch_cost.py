@@ -21,24 +21,26 @@ _SHARE = 0.03
 # Entries of latents in a round, all rows together, up to which more rows are taken to cost little, by type of device.
 _ENTRIES = {"cpu": 2**15}
 _ENTRIES_ELSEWHERE = 2**22
+# A CPU takes as long for a row of a larger batch, however small the rows are; and wide windows evaluate more of them.
+_MOST_ROWS = {"cpu": 128}
 
 
 def usual_rows(chain: SamplingChain) -> int:
     """Rows a round by a rule that needs no clock: so many that their latents have 2^15 entries on a CPU, or 2^22.
 
-    At least one for each sample, which makes the ordinary sampler. The same chain gets the same budget on every machine
-    with the same type of device.
+    On a CPU at most 128. At least one for each sample, which makes the ordinary sampler. The same chain gets the same
+    budget on every machine with the same type of device.
 
     Example:
         >>> from fixpoint_diffusion import DDIMChain, NoiseSchedule
         >>> def budget(*shape):
         ...     return usual_rows(DDIMChain(lambda x, t: x, torch.zeros(shape), NoiseSchedule.linear(), steps=50))
         >>> budget(2, 1, 8, 8), budget(2, 3, 256, 256)
-        (512, 2)
+        (128, 2)
     """
-    entries = _ENTRIES.get(chain.x_T.device.type, _ENTRIES_ELSEWHERE)
-    samples = max(len(chain.x_T), 1)
-    return max(entries // max(chain.x_T.numel() // samples, 1), samples)
+    device, samples = chain.x_T.device.type, max(len(chain.x_T), 1)
+    rows = _ENTRIES.get(device, _ENTRIES_ELSEWHERE) // max(chain.x_T.numel() // samples, 1)
+    return max(min(rows, _MOST_ROWS.get(device, rows)), samples)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ def test_measuring_backs_off_where_memory_ends():
 
 
 def test_the_usual_budget_follows_device_and_size_alone():
-    assert usual_rows(chain(samples=2)) == 2**15 // 3
+    assert usual_rows(chain(samples=2)) == 128
+    wider = DDIMChain(lambda x, t: x, torch.ones(2, 3, 16, 16), NoiseSchedule.linear(), steps=5)
+    assert usual_rows(wider) == 2**15 // (3 * 16 * 16)
     meta = DDIMChain(lambda x, t: x, torch.empty(2, 3, device="meta"), NoiseSchedule.linear(), steps=5)
     assert usual_rows(meta) == 2**22 // 3
     large = DDIMChain(lambda x, t: x, torch.ones(5, 3, 256, 256), NoiseSchedule.linear(), steps=5)
