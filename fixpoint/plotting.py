@@ -108,9 +108,11 @@ def draw_curves(axes: Axes, lines: Lines) -> None:
         from matplotlib.ticker import LogLocator, NullLocator
 
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter("{x:g}")
+        low, high = axes.get_xlim()
+        if high < 1e4 * low:  # powers of ten alone would be too few
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter("{x:g}")
     if lines.log_y:
         axes.set_yscale("log")
     axes.set(xlabel=lines.x_label, ylabel=lines.y_label)

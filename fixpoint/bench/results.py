@@ -66,12 +66,14 @@ class Table:
 
 
 def shown(cell: Cell) -> str:
-    """A cell as text: three digits of a float, a dash for None."""
+    """A cell as text: three digits of a float, more where they stand before the point; a dash for None."""
     if cell is None:
         return "–"
     if isinstance(cell, bool):
         return "yes" if cell else "no"
-    return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.0f}" if 1e3 <= abs(cell) < 1e6 else f"{cell:.3g}"
 
 
 @dataclass(frozen=True)
