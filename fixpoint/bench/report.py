@@ -169,7 +169,7 @@ img { display: block; max-width: 100%; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: bottom; }
 th { border-bottom: 2px solid var(--line); font-weight: 600; }
-td { border-bottom: 1px solid var(--line); }
+td { border-bottom: 1px solid var(--line); white-space: nowrap; }
 .number { text-align: right; }
 .failures { border-left: 4px solid var(--alarm); padding: .1rem 1rem; margin: 1.5rem 0; }
 .failures strong { color: var(--alarm); }
