@@ -74,6 +74,8 @@ def test_pictures_show_images_and_the_latents_from_the_start_to_the_result(short
         assert strip.row_labels[0] == "round 1"
         result = chains.bench.Images.of("x_0", outcomes[label].images[None, :1], low=-2, high=2).array()
         assert torch.equal(strip.array()[-1, -1], result[0, 0])
+    for outcome in outcomes.values():
+        assert not outcome.after or max(outcome.latents) == len(outcome.after)
     # Before anything is solved every latent is x_T.
     first = anderson.array()[0]
     assert (first == first[:1]).all()
