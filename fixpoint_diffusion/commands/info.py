@@ -52,8 +52,8 @@ def _from_network(folder: Path) -> tuple[str, int, int, Description]:
     from fixpoint_diffusion.denoisers import describe, load_denoiser
 
     denoiser = load_denoiser(folder)
-    sizes = [(p.numel(), p.nbytes) for p in denoiser.model.parameters()]
-    count, size = (sum(each) for each in zip(*sizes, strict=True))
+    weights = list(denoiser.model.parameters())
+    count, size = sum(each.numel() for each in weights), sum(each.nbytes for each in weights)
     return type(denoiser.model).__name__, count, size, describe(denoiser)
 
 
