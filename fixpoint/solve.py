@@ -258,7 +258,7 @@ class _OnceForCause(str):
 
     cause: Hashable
 
-    def __new__(cls, message: str, cause: Hashable) -> _OnceForCause:
+    def __new__(cls, message: str, cause: Hashable = None) -> _OnceForCause:  # pickle gives the message alone
         self = super().__new__(cls, message)
         self.cause = cause
         return self

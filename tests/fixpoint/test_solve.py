@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import warnings
 
 import pytest
@@ -149,6 +150,8 @@ def test_failure_warns_in_one_line_with_how_many_rows_why_and_what_to_change():
     assert "\n" not in message
     for part in ("3 of 4 rows", "20 evaluations", "2 MAX_EVALS (raise max_evals", "1 NON_FINITE (f returned NaN"):
         assert part in message
+    again = pickle.loads(pickle.dumps(caught[0].message))  # as between processes
+    assert (type(again), str(again)) == (ConvergenceWarning, message)
 
 
 def test_a_training_is_warned_once_of_each_cause_and_place_by_pythons_default_filter():
