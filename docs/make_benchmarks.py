@@ -206,6 +206,51 @@ def evaluations(data: Results) -> tuple[None, Table]:
     )
 
 
+def radius(data: Results) -> tuple[Lines, None]:
+    """The error of backward rules on one cell, by its spectral radius."""
+    settings = [setting for setting in data["settings"] if setting["cell"] == "transformer"]
+    names = (
+        "IFT()",
+        "SHINE(refine=5)",
+        "Phantom(steps=5)",
+        "JFB()",
+        "Reversible(steps=25)",
+        "Unroll()",
+        "torchdeq ift",
+    )
+    errors = {name: [setting["rules"][name]["error"] for setting in settings] for name in names}
+    radii = [setting["radius"] for setting in settings]
+    title = "Error of gradients of the transformer block"
+    return Lines(title, {n: (radii, e) for n, e in errors.items()}, "spectral radius", "relative error"), None
+
+
+def tolerance(data: Results) -> tuple[Lines, None]:
+    """The error of gradients against the tolerance of the forward solve."""
+    found = data["error_by_forward_rtol"]
+    curves = {name: (found["rtols"], errors) for name, errors in found["errors"]["tanh 0.90"].items()}
+    title = "Error of gradients of the tanh cell, spectral radius 0.90"
+    return Lines(title, curves, "rtol of the forward solve", "relative error", log_x=True), None
+
+
+def accuracy(task: str, title: str) -> Callable[[Results], tuple[Lines, None]]:
+    """What chart shows the test accuracy of a task against seconds of training, mean of the seeds."""
+
+    def curves(data: Results) -> tuple[Lines, None]:
+        rules = {name: rule["curves"] for name, rule in data["tasks"][task]["rules"].items()}
+        del rules["Neumann(terms=3)"]  # the series of Phantom(steps=3) once more
+        series = {
+            name: tuple(zip(*map(_mean_point, zip(*seeds, strict=False)), strict=True)) for name, seeds in rules.items()
+        }
+        return Lines(title, series, "seconds of training", "test accuracy, mean", log_y=False), None
+
+    return curves
+
+
+def _mean_point(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    seconds, accuracies = zip(*points, strict=True)
+    return sum(seconds) / len(points), sum(accuracies) / len(points)
+
+
 def _first(curve: Mapping[str, Sequence[float]], what: str) -> float:
     """Rounds, rows or seconds until the error is at most 1e-3 for good; infinity if it never is."""
     above = [k for k, error in enumerate(curve["errors"]) if not error <= 1e-3]
@@ -218,8 +263,9 @@ def _geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
+Made = tuple[Lines | Bars | None, Table | None]
 # By the name of the picture and the table: what makes them, and the results that they are made from.
-PAGES: dict[str, tuple[Callable[[Results], tuple[Lines | Bars | None, Table]], str]] = {
+PAGES: dict[str, tuple[Callable[[Results], Made], str]] = {
     "solvers": (solvers, "solvers.json"),
     "evaluations": (evaluations, "evaluations.json"),
     "overhead": (overhead, "overhead.json"),
@@ -227,6 +273,10 @@ PAGES: dict[str, tuple[Callable[[Results], tuple[Lines | Bars | None, Table]], s
     "chain-rounds": (rounds, "chains-rounds.json"),
     "chain-speed": (speed, "chains-speed.json"),
     "chain-quality": (quality, "chains-quality.json"),
+    "gradient-radius": (radius, "gradients.json"),
+    "gradient-tolerance": (tolerance, "gradients.json"),
+    "training-digits": (accuracy("digits", "Handwritten digits"), "training.json"),
+    "training-sums": (accuracy("sums", "Sums of two numbers of six digits"), "training.json"),
 }
 
 
@@ -238,17 +288,18 @@ def markdown(table: Table) -> str:
 
 
 def make(name: str) -> tuple[Lines | Bars | None, str]:
-    """The chart, if there is one, and the table of that name."""
+    """The chart of that name, if there is one, and the table, empty if there is none."""
     build, source = PAGES[name]
     chart, table = build(json.loads((RESULTS / source).read_text(encoding="utf-8")))
-    return chart, markdown(table)
+    return chart, "" if table is None else markdown(table)
 
 
 def main() -> None:
     (DOCS / "tables").mkdir(exist_ok=True)
     for name in PAGES:
         chart, table = make(name)
-        (DOCS / "tables" / f"{name}.md").write_text(table, encoding="utf-8")
+        if table:
+            (DOCS / "tables" / f"{name}.md").write_text(table, encoding="utf-8")
         path = DOCS / "images" / f"benchmark-{name}.png"
         if isinstance(chart, Lines):
             draw_lines(chart, path)

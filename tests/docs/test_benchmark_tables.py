@@ -20,16 +20,16 @@ _SPEC.loader.exec_module(make_benchmarks)
 @pytest.mark.parametrize("name", list(make_benchmarks.PAGES))
 def test_a_table_is_made_from_the_committed_results(name):
     chart, table = make_benchmarks.make(name)
-    found = (DOCS / "tables" / f"{name}.md").read_text(encoding="utf-8")
-    assert found == table, "run: python docs/make_benchmarks.py"
+    path = DOCS / "tables" / f"{name}.md"
+    assert (path.read_text(encoding="utf-8") if path.exists() else "") == table, "run: python docs/make_benchmarks.py"
     assert (chart is not None) == (DOCS / "images" / f"benchmark-{name}.png").exists()
 
 
 @pytest.mark.parametrize("name", list(make_benchmarks.PAGES))
 def test_a_page_shows_the_table_and_no_chart_needs_a_colour_twice(name):
-    pages = "".join((DOCS / page).read_text(encoding="utf-8") for page in ("benchmarks.md", "peers.md"))
-    chart, _ = make_benchmarks.make(name)
-    assert f"tables/{name}.md" in pages
+    pages = "".join(path.read_text(encoding="utf-8") for path in DOCS.glob("*.md"))
+    chart, table = make_benchmarks.make(name)
+    assert (f"tables/{name}.md" in pages) == bool(table)
     if chart is not None:
         assert f"images/benchmark-{name}.png" in pages
         curves = getattr(chart, "series", None) or chart.values
