@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXTRA = 'pip install "fixpoint-torch[bench]"'
 
 INK = "#7d8590"  # is read on white as well as on black
-COLOURS = ("#2f81d7", "#e0752d", "#2da44e", "#c94f8c", "#8a6fe0", "#b0892b", "#1b9e9e", "#d1495b")
+COLOURS = ("#2f81d7", "#e0752d", "#2da44e", "#c94f8c", "#8a6fe0", "#b0892b", "#1b9e9e", "#d1495b", "#8fa31e")
 # Settings of matplotlib: no background, and one ink for all that is not a curve.
 STYLE: dict[str, Any] = {
     "figure.facecolor": "none",
@@ -112,7 +112,7 @@ def draw_curves(axes: Axes, lines: Lines) -> None:
         if high < 1e4 * low:  # powers of ten alone would be too few
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1e4 else f"{x:g}")
     if lines.log_y:
         axes.set_yscale("log")
     axes.set(xlabel=lines.x_label, ylabel=lines.y_label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ def draw_lines(block: Lines, path: Path) -> None:
         figure = _figure(_WIDTH, 3.1 + 0.19 * math.ceil(entries / 2))
         axes = figure.subplots()
         draw_curves(axes, block)
-        axes.set_title(block.title, fontsize=10)
+        axes.set_title(_lines(block.title), fontsize=10)
         if entries:
             figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         return figure
@@ -56,7 +57,7 @@ def draw_bars(block: Bars, path: Path) -> None:
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(block.x_label)
-        axes.set_title(block.title, fontsize=10)
+        axes.set_title(_lines(block.title), fontsize=10)
         return figure
 
     _save(draw, path)
@@ -113,6 +114,11 @@ def _mosaic(images: Tensor) -> tuple[Tensor, int]:
             cell = canvas[_GAP + i * tall : (i + 1) * tall, _GAP + j * broad : (j + 1) * broad]
             cell[..., :3], cell[..., 3] = large[i, j], 255
     return canvas, zoom
+
+
+def _lines(title: str) -> str:
+    """A title in lines that a chart is wide enough for."""
+    return "\n".join(textwrap.wrap(title, 54))
 
 
 def _save(draw: Callable[[], Figure], path: Path, **options: Any) -> None:
