@@ -40,6 +40,7 @@ types: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python docs/check_site.py docs/_build/html
 
 doctest: $(INSTALLED)
 	$(BIN)/python -m pytest --doctest-modules fixpoint fixpoint_diffusion benchmarks/peers

@@ -55,4 +55,4 @@ html_theme = "furo"
 html_title = f"fixpoint {release}"
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
-exclude_patterns = ["_build", "gallery"]
+exclude_patterns = ["_build", "gallery", "tables"]

@@ -8,6 +8,8 @@ import matplotlib as mpl
 import torch
 from sphinx_gallery.sorting import FunctionSortKey
 
+from fixpoint.plotting import STYLE
+
 # Their notes about missing optional packages are no part of a page.
 os.environ |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -27,9 +29,6 @@ ORDER = (
 
 in_order = FunctionSortKey(lambda name: ORDER.index(name.removesuffix(".py")))
 
-INK = "#7d8590"  # is read on white as well as on black
-COLOURS = ["#2f81d7", "#e0752d", "#2da44e", "#c94f8c", "#8a6fe0", "#b0892b"]
-
 
 def prepare(_conf: object = None, _script: str | None = None) -> None:
     """One thread and one random state for every script; pictures without a background, for light and dark pages."""
@@ -39,21 +38,6 @@ def prepare(_conf: object = None, _script: str | None = None) -> None:
         {
             "figure.figsize": (6.8, 3.6),
             "figure.constrained_layout.use": True,
-            "figure.facecolor": "none",
-            "savefig.facecolor": "none",
-            "savefig.transparent": True,
-            "axes.facecolor": "none",
-            "axes.prop_cycle": mpl.cycler(color=COLOURS),
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.3,
-            "legend.frameon": False,
-            "image.cmap": "gray",
-            **dict.fromkeys(
-                ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"),
-                INK,
-            ),
-            "grid.color": INK,
+            **STYLE,
         }
     )

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from gallery_style import INK, prepare
+from gallery_style import prepare
 from matplotlib.patches import FancyBboxPatch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 import fixpoint
+from fixpoint.plotting import INK
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, initial_noise, sample
 from fixpoint_diffusion.denoisers import embedded
 from fixpoint_diffusion.options.sampling import SamplingOptions, SolverName

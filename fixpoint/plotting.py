@@ -1,9 +1,10 @@
-"""Pictures of a solve. matplotlib is imported when a function is called, never with the package."""
+"""Pictures of solves, and the style of pictures that we draw; matplotlib is imported when a function is called."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,32 @@ from fixpoint.solution import Solution
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from fixpoint.bench.results import Lines
+
 EXTRA = 'pip install "fixpoint-torch[bench]"'
+
+INK = "#7d8590"  # is read on white as well as on black
+COLOURS = ("#2f81d7", "#e0752d", "#2da44e", "#c94f8c", "#8a6fe0", "#b0892b", "#1b9e9e", "#d1495b", "#8fa31e")
+# Settings of matplotlib: no background, and one ink for all that is not a curve.
+STYLE: dict[str, Any] = {
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "savefig.transparent": True,
+    "axes.facecolor": "none",
+    "axes.prop_cycle": f"cycler('color', {list(COLOURS)})",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "grid.color": INK,
+    "legend.frameon": False,
+    "image.cmap": "gray",
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK
+    ),
+}
+_DASHES = ("-", "--", "-.", ":")
 
 
 def plot_residuals(
@@ -43,7 +69,7 @@ def plot_residuals(
         'log'
     """
     if ax is None:
-        ax = _new_axes()
+        ax = new_axes()
     labelled = solutions if isinstance(solutions, Mapping) else {"": solutions}
     for label, item in labelled.items():
         trace = item.trace if isinstance(item, Solution) else item
@@ -68,7 +94,32 @@ def plot_residuals(
     return ax
 
 
-def _new_axes() -> Axes:
+def draw_curves(axes: Axes, lines: Lines) -> None:
+    """Draw the curves, marks and names of axes of a ``bench.Lines``; no title and no legend."""
+    for index, (label, (x, y)) in enumerate(lines.series.items()):
+        values = [math.nan if value is None else value for value in y]
+        style = _DASHES[index // len(COLOURS) % len(_DASHES)]
+        # A lone point is invisible as a line.
+        marker = "o" if len(x) <= 30 else None
+        axes.plot(x, values, style, color=COLOURS[index % len(COLOURS)], label=label, marker=marker, markersize=3)
+    for index, (label, place) in enumerate(lines.marks.items()):
+        axes.axvline(place, color=INK, linestyle=_DASHES[(index + 1) % len(_DASHES)], label=label)
+    if lines.log_x:
+        from matplotlib.ticker import LogLocator, NullLocator
+
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        if high < 1e4 * low:  # powers of ten alone would be too few
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1e4 else f"{x:g}")
+    if lines.log_y:
+        axes.set_yscale("log")
+    axes.set(xlabel=lines.x_label, ylabel=lines.y_label)
+
+
+def new_axes() -> Axes:
+    """Axes of a figure of their own."""
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:

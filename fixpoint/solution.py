@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fixpoint.engine.layout import Layout
 from fixpoint.engine.outcome import LoopResult
-from fixpoint.engine.tolerance import OnFailure, Status
+from fixpoint.engine.tolerance import ADJOINT_ADVICE, OnFailure, Status
 from fixpoint.engine.transforms import plain
 
 
@@ -150,8 +150,9 @@ class Solution:
         failed = status[status != Status.CONVERGED]
         if failed.numel() == 0:
             return ""
+        advice = ADJOINT_ADVICE if what == "adjoint row" else {}
         causes = "; ".join(
-            f"{int((failed == status).sum())} {status.name} ({status.advice})"
+            f"{int((failed == status).sum())} {status.name} ({advice.get(status, status.advice)})"
             for status in Status
             if (failed == status).any()
         )

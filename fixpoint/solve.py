@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,8 @@ from fixpoint.engine.compiling import outside_graphs
 from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.layout import Layout, map_leaves
 from fixpoint.engine.outcome import LoopResult, result_of
-from fixpoint.engine.tolerance import ConvergenceError, ConvergenceWarning, OnFailure
-from fixpoint.engine.transforms import transformed
+from fixpoint.engine.tolerance import ConvergenceError, ConvergenceWarning, OnFailure, Status
+from fixpoint.engine.transforms import plain, transformed
 from fixpoint.interop.numpy import accepts_arrays
 from fixpoint.options import Norm, check_options, norm_of, tolerance_of
 from fixpoint.solution import AdjointSlot, Progress, Solution
@@ -246,7 +246,28 @@ def report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None
     if message and on_failure == "raise":
         raise ConvergenceError(message, solution)
     if message:
-        warnings.warn(message, ConvergenceWarning, stacklevel=5)
+        causes = frozenset(plain(torch.as_tensor(solution.status)).flatten().tolist()) - {Status.CONVERGED}
+        warnings.warn(_OnceForCause(message, (what, causes)), ConvergenceWarning, stacklevel=5)
+
+
+class _OnceForCause(str):
+    """A message that equals others of the same cause: Python's default filter shows equal ones once at a line.
+
+    The numbers in a training's warnings change from step to step, and each would be shown as a new warning.
+    """
+
+    cause: Hashable
+
+    def __new__(cls, message: str, cause: Hashable = None) -> _OnceForCause:  # pickle gives the message alone
+        self = super().__new__(cls, message)
+        self.cause = cause
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _OnceForCause) and self.cause == other.cause
+
+    def __hash__(self) -> int:
+        return hash(self.cause)
 
 
 def _report_adjoint(solution: Solution, on_failure: OnFailure) -> None:

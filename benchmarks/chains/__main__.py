@@ -3,7 +3,7 @@
     python -m benchmarks.chains [--only PART] [--out benchmarks/results] [--quick]
 
 Parts are ``rounds``, ``speed``, ``quality``, ``honesty``, ``mixtures``, ``modern``, ``heun``, ``noise`` and ``worth``.
-Each writes its own ``chains-PART.json`` and ``chains-PART.txt``, and ``rounds`` two pictures beside.
+Each writes its own ``chains-PART.json`` and ``chains-PART.txt``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from fixpoint.bench import provenance
 Part = tuple[str, dict[str, object], list[Target]]
 
 
-def run_rounds(quick: bool, out: Path) -> Part:
+def run_rounds(quick: bool) -> Part:
     """Error against rounds and rows."""
     outcomes, dropped = rounds.measure(QUICK if quick else FULL)
-    rounds.plot(outcomes, out)
     text = "\n\n".join([rounds.table(outcomes), rounds.dropped_text(dropped)])
     return text, rounds.as_json(outcomes, dropped), rounds.targets(outcomes)
 
 
-def run_speed(quick: bool, out: Path) -> Part:
+def run_speed(quick: bool) -> Part:
     """Seconds and bytes."""
     steps = 6 if quick else 1000
     times = speed.seconds(steps=steps, counts=(1, 2) if quick else (1, 16), repeats=1 if quick else 2)
@@ -40,7 +39,7 @@ def run_speed(quick: bool, out: Path) -> Part:
     return speed.text(times, peaks, steps), document, [] if quick else speed.targets(times)
 
 
-def run_quality(quick: bool, out: Path) -> Part:
+def run_quality(quick: bool) -> Part:
     """Frechet distance and seconds."""
     images = 8 if quick else 2000
     steps, others = ((4,), (3,)) if quick else ((25, 50, 100, 1000), (15, 20, 25))
@@ -50,44 +49,44 @@ def run_quality(quick: bool, out: Path) -> Part:
     return quality.text(results, images), quality.as_json(results, images), []
 
 
-def run_honesty(quick: bool, out: Path) -> Part:
+def run_honesty(quick: bool) -> Part:
     """How often a chain that is said to have converged misses the tolerance."""
     tallies = honesty.measure(range(1 if quick else 36))
     return honesty.table(tallies), honesty.as_json(tallies), honesty.targets(tallies)
 
 
-def run_mixtures(quick: bool, out: Path) -> Part:
+def run_mixtures(quick: bool) -> Part:
     """How often a sample that is said to have converged is not the sequential one, clipped samplers among them."""
     tallies = mixtures.measure(range(3 if quick else 210))
     return mixtures.table(tallies), mixtures.as_json(tallies), mixtures.targets(tallies)
 
 
-def run_modern(quick: bool, out: Path) -> Part:
+def run_modern(quick: bool) -> Part:
     """Rounds and rows of today's samplers: flow matching, DPM-Solver++, UniPC and others."""
     found = modern.measure((10,), samples=1) if quick else modern.measure((28, 50), samples=8)
     return modern.table(found), modern.as_json(found), [] if quick else modern.targets(found)
 
 
-def run_heun(quick: bool, out: Path) -> Part:
+def run_heun(quick: bool) -> Part:
     """Both calls of a step of Heun's method as two steps of the chain, or as one."""
     found = heun.measure((10,), samples=1) if quick else heun.measure((28, 50), samples=8)
     return modern.table(found, heun.HOW_TO_READ), modern.as_json(found), []
 
 
-def run_noise(quick: bool, out: Path) -> Part:
+def run_noise(quick: bool) -> Part:
     """Rounds, rows and quality where a latent may be off by a share of its step's noise."""
     found = noise.measure(steps=30, samples=1, images=8) if quick else noise.measure(steps=1000, samples=16, images=256)
     return noise.table(found), noise.as_json(found), [] if quick else noise.targets(found)
 
 
-def run_worth(quick: bool, out: Path) -> Part:
+def run_worth(quick: bool) -> Part:
     """Frechet distance and seconds of the same sampler in sequence and in parallel."""
     images = 50 if quick else 2000
     found = worth.measure(worth.QUICK if quick else worth.CASES, images=images)
     return worth.table(found, images), worth.as_json(found, images), []
 
 
-PARTS: dict[str, Callable[[bool, Path], Part]] = {
+PARTS: dict[str, Callable[[bool], Part]] = {
     "rounds": run_rounds,
     "speed": run_speed,
     "quality": run_quality,
@@ -109,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only or PARTS:
-        text, document, targets = PARTS[name](options.quick, options.out)
+        text, document, targets = PARTS[name](options.quick)
         text = "\n\n".join(filter(None, [text, targets_text(targets)]))
         print(text, "", sep="\n", flush=True)
         (options.out / f"chains-{name}.txt").write_text(text + "\n")

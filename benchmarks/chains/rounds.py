@@ -1,15 +1,11 @@
-"""Rounds and rows to an error of x_0: the table, the targets, the plots."""
+"""Rounds and rows to an error of x_0: the table and the targets."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 
-import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.chains.cases import Setting
@@ -21,7 +17,6 @@ from benchmarks.solvers.standings import Target
 _ROUNDS = {50: (9, 9, 10), 200: (9, 11, 13), 1000: (10, 13, 15)}
 # Rows a step with a window of 100, T = 1000.
 _ROWS = {0.0: 2.2, 1.0: 3.0}
-_TICKS = (1, 2, 5, 10, 20, 50)
 HOW_TO_READ = """\
 Error: ||x_0 - sequential|| / ||sequential|| with the same noise.
 rounds to: batched denoiser calls until the error is at most that for good, median/worst sample; -: not in 60 rounds.
@@ -105,53 +100,6 @@ def targets(outcomes: Sequence[Outcome]) -> list[Target]:
 def _best_triangular(found: dict[tuple[int, float, str], Outcome], steps: int, eta: float) -> Outcome | None:
     peers = [o for (t, e, method), o in found.items() if (t, e) == (steps, eta) and method.startswith("ParaTAA")]
     return min(peers, key=lambda outcome: outcome.spread("rounds", RTOL)[0], default=None)
-
-
-def plot(outcomes: Sequence[Outcome], folder: Path) -> None:
-    """Error of x_0 against rounds and against rows, first sample, U-Net: two pictures with a panel for each chain."""
-    shown = [o for o in outcomes if o.setting.denoiser == "unet" and o.setting.eta in (0.0, 1.0)]
-    sizes = sorted({o.setting.steps for o in shown})
-    sizes = [size for size in sizes if size in (25, 100, 1000)] or sizes
-    names = list(dict.fromkeys(outcome.method for outcome in shown))
-    for what, label, scale in (
-        ("rounds", "rounds", lambda setting: 1),
-        ("rows", "denoiser rows, as a multiple of T", lambda setting: setting.steps),
-    ):
-        figure = Figure(figsize=(4 * len(sizes), 6.4), layout="constrained")
-        panels = figure.subplots(2, len(sizes), squeeze=False, sharey=True)
-        for row, eta in enumerate((0.0, 1.0)):
-            for axes, size in zip(panels[row], sizes, strict=True):
-                chosen = [o for o in shown if (o.setting.steps, o.setting.eta) == (size, eta)]
-                _draw(axes, chosen, names, what, scale)
-                axes.set(title=f"T={size}, eta={eta:g}", yscale="log", ylim=(1e-5, 10), xscale="log", xlim=(1, 60))
-                axes.set_xticks(_TICKS, [str(tick) for tick in _TICKS])
-                axes.minorticks_off()
-                axes.axhline(RTOL, color="grey", linewidth=0.8)
-                axes.grid(alpha=0.3)
-        for axes in panels[1]:
-            axes.set_xlabel(label)
-        for axes in panels[:, 0]:
-            axes.set_ylabel("error of x_0")
-        lines: dict[str, object] = {}
-        for axes in panels.flat:
-            lines |= {text: line for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(lines.values(), lines.keys(), loc="outside right center", frameon=False, fontsize=8)
-        figure.savefig(folder / f"chains-{what}.png", dpi=150)
-
-
-def _draw(
-    axes: object, outcomes: Iterable[Outcome], names: Sequence[str], what: str, scale: Callable[[Setting], float]
-) -> None:
-    for outcome in outcomes:
-        curve, ours = outcome.curves[0], BY_NAME[outcome.method].ours
-        axes.plot(  # type: ignore[attr-defined]
-            np.array(getattr(curve, what)) / scale(outcome.setting),
-            curve.errors,
-            color=colormaps["tab20"](names.index(outcome.method)),
-            linestyle="-" if ours else "--",
-            linewidth=2.2 if ours else 1.1,
-            label=outcome.method,
-        )
 
 
 def as_json(outcomes: Sequence[Outcome], dropped: dict[str, float]) -> dict[str, object]:

@@ -5,7 +5,7 @@
 Three cells (a tanh layer, a convolutional one with group normalisation, a transformer block) are scaled until the
 Jacobian at the fixed point has a spectral radius of 0.5, 0.9 and 0.99. The exact gradient comes from dense Jacobians
 in float64, and a finite difference confirms it. Times are medians over rounds in which all take their turn. Writes
-``gradients.json``, ``gradients.txt``, ``gradients.png`` and ``gradients-tolerance.png`` to the folder.
+``gradients.json`` and ``gradients.txt`` to the folder.
 """
 
 from __future__ import annotations
@@ -73,8 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options.out / "gradients.txt").write_text(text + "\n")
     document = report.as_json(outcomes, saved, tolerances, aims, options.quick)
     (options.out / "gradients.json").write_text(json.dumps(document, indent=1) + "\n")
-    report.plot_rules(outcomes, options.out / "gradients.png")
-    report.plot_tolerances(tolerances, options.out / "gradients-tolerance.png")
     return 0
 
 

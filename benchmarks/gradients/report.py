@@ -1,4 +1,4 @@
-"""Tables, targets, pictures and JSON of what was measured."""
+"""Tables, targets and JSON of what was measured."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from benchmarks.gradients.experiments import DEPTHS, FORWARD_RTOLS, Outcome
 from benchmarks.gradients.measuring import Figures
@@ -132,44 +129,6 @@ def targets(outcomes: Sequence[Outcome], saved: Mapping[str, Sequence[int]], rec
         )
     )
     return aims
-
-
-def plot_rules(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Error of every rule against the spectral radius, a panel for each cell."""
-    cells = list(dict.fromkeys(outcome.cell for outcome in outcomes))
-    figure = Figure(figsize=(3.4 * len(cells) + 2.6, 4), layout="constrained")
-    panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
-    for axes, cell in zip(panels, cells, strict=True):
-        shown = [outcome for outcome in outcomes if outcome.cell == cell]
-        places = range(len(shown))
-        for index, name in enumerate(shown[0].rules):
-            style = "--" if name.startswith("torchdeq") else "-"
-            marker = "osv^Dx"[index % 6]
-            errors = [outcome.rules[name].error for outcome in shown]
-            axes.plot(places, errors, style, marker=marker, markersize=4, color=f"C{index % 10}", label=name)
-        axes.set(yscale="log", title=cell, xlabel="spectral radius")
-        axes.set_xticks(list(places), [f"{outcome.radius:.2f}" for outcome in shown])
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("relative error of the gradient")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=7)
-    figure.savefig(path, dpi=150)
-
-
-def plot_tolerances(tolerances: Tolerances, path: Path) -> None:
-    """Gradient error against the forward tolerance, a panel for each setting."""
-    figure = Figure(figsize=(3.2 * len(tolerances), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(tolerances), sharey=True, squeeze=False)[0]
-    for axes, (setting, rules) in zip(panels, tolerances.items(), strict=True):
-        for name, errors in rules.items():
-            style = "--" if name.startswith("Unroll") else ":" if name.startswith(("JFB", "Phantom")) else "-"
-            axes.plot(FORWARD_RTOLS, errors, style, marker="o", markersize=3, label=name)
-        axes.set(xscale="log", yscale="log", title=setting, xlabel="rtol of the forward solve")
-        axes.invert_xaxis()
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("relative error of the gradient")
-    panels[-1].legend(fontsize=7)
-    figure.savefig(path, dpi=150)
 
 
 def as_json(

@@ -4,7 +4,7 @@
 
 A deep-equilibrium cell learns scikit-learn's digits (the model of the documentation's example), and an implicit
 transformer learns to add two numbers of six digits, where a carry may run through all places. Runs take turns of a
-quarter of a second on one thread. Writes ``training.json``, ``training.txt`` and ``training.png`` to the folder.
+quarter of a second on one thread. Writes ``training.json`` and ``training.txt`` to the folder.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from benchmarks.training.runs import RULES, Outcome, train_all
 from benchmarks.training.tasks import TASKS, Task
@@ -52,26 +50,6 @@ def table(task: Task, outcomes: Outcomes) -> str:
 def _line(name: str, cells: Sequence[str]) -> str:
     widths = (8, 18, 8, 9, 8, 9, 10, 10)
     return f"{name:20}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-
-
-def plot(results: Mapping[str, tuple[Task, Outcomes]], path: Path) -> None:
-    """Test accuracy against seconds of training: the mean of the seeds, and a band from the worst to the best."""
-    figure = Figure(figsize=(5 * len(results) + 2, 4.2), layout="constrained")
-    for axes, (name, (_, outcomes)) in zip(
-        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
-    ):
-        for index, (rule, found) in enumerate(outcomes.items()):
-            looks = min(map(len, found.curves))
-            seconds, accuracies = np.array([curve[:looks] for curve in found.curves]).transpose(2, 0, 1)
-            at = seconds.mean(axis=0)
-            marker = "osv^D"[index % 5]
-            axes.plot(at, accuracies.mean(axis=0), marker=marker, markersize=4, color=f"C{index}", label=rule)
-            axes.fill_between(at, accuracies.min(axis=0), accuracies.max(axis=0), color=f"C{index}", alpha=0.1, lw=0)
-        axes.set(title=name, xlabel="seconds of training", ylabel="test accuracy")
-        axes.grid(alpha=0.3)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=150)
 
 
 _LEGEND = """\
@@ -109,7 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
     }
     (options.out / "training.json").write_text(json.dumps(document, indent=1) + "\n")
-    plot(results, options.out / "training.png")
     return 0
 
 

@@ -3,10 +3,11 @@
 from fixpoint.bench.compare import DEFAULT_SOLVERS, check, compare, document, make_solver, run, write
 from fixpoint.bench.provenance import code_version, machine, versions
 from fixpoint.bench.report import render
-from fixpoint.bench.results import Block, Images, Lines, Study, Table, plain
+from fixpoint.bench.results import Bars, Block, Images, Lines, Study, Table, plain
 
 __all__ = [
     "DEFAULT_SOLVERS",
+    "Bars",
     "Block",
     "Images",
     "Lines",

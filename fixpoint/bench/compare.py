@@ -27,7 +27,7 @@ from fixpoint.bench.registry import (
     problem_names,
     unknown,
 )
-from fixpoint.bench.results import Cell, Lines, Study, Table
+from fixpoint.bench.results import Bars, Cell, Lines, Study, Table
 from fixpoint.chains.causal import CausalQuasiNewton
 from fixpoint.engine.layout import Layout
 from fixpoint.engine.tolerance import row_norm
@@ -96,17 +96,20 @@ def compare(
         name, title: Of the study.
 
     Returns:
-        Study: a table, and the worst row's residual against evaluations.
+        Study: a table, the worst row's residual against evaluations, and the seconds of each solve. ``print`` shows the
+        table, ``plot`` the curves.
 
     Example:
         >>> import fixpoint
         >>> study = compare(fixpoint.load_problem("linear:dim=20"), {"Picard": fixpoint.Picard()}, rtols=[0.1])
         >>> study.main_table.columns[0], study.main_table.rows[0][0], study.main_table.rows[0][-2:]
         ('solver', 'Picard', (4, 4))
+        >>> study.plot().get_ylabel()
+        'residual ||f(z) - z||'
     """
     solvers = {spec: make_solver(spec) for spec in DEFAULT_SOLVERS} if solvers is None else solvers
     rows = []
-    series = {}
+    series, times = {}, {}
     for label, solver in solvers.items():
         for rtol in rtols:
             start = time.perf_counter()
@@ -115,9 +118,11 @@ def compare(
             )
             seconds = time.perf_counter() - start
             share = (int(solution.converged.sum()), solution.converged.numel())
-            rows.append((label, rtol, solution.nfev, seconds, *_verify(problem, solution.value), *share))
+            left, residual, error = _verify(problem, solution.value)
+            rows.append((label, rtol, solution.nfev, seconds, residual, error, *share))
             curve = label if len(rtols) == 1 else f"{label}, rtol {rtol:g}"
-            series[curve] = _worst(solution)
+            series[curve] = _worst(solution, left)
+            times[curve if share[0] == share[1] else f"{curve} (fails)"] = seconds
     table = Table(
         "Solvers side by side",
         _COLUMNS,
@@ -131,14 +136,15 @@ def compare(
         "evaluations of f",
         "residual ||f(z) - z||",
         caption="Lower and further left is better. A curve ends where the last row met its tolerance, or at the limit. "
-        "For the causal solver, the norm of the predicted errors.",
+        "The causal solver measures no residual on the way: a dot shows that of its result.",
     )
-    return Study(name, title or name, (table, lines))
+    bars = Bars("Time until the last row ended", times, "seconds")
+    return Study(name, title or name, (table, lines, bars))
 
 
 @torch.no_grad()
-def _verify(problem: Problem, value: Any) -> tuple[float, float | None]:
-    """Worst relative residual at ``value`` by a fresh evaluation, and worst relative error if the solution is known."""
+def _verify(problem: Problem, value: Any) -> tuple[float, float, float | None]:
+    """At ``value``, of the worst row: residual and relative residual by a fresh evaluation; relative error if known."""
     layout = Layout.of(problem.z0, getattr(problem, "batch_dims", None))
     own = getattr(problem, "norm", None)
 
@@ -146,16 +152,19 @@ def _verify(problem: Problem, value: Any) -> tuple[float, float | None]:
         return row_norm(flat) if own is None else own(layout.unflatten(flat)).reshape(-1)
 
     z, fz = layout.flatten(value), layout.flatten(problem(value))
-    residual = float((size(fz - z) / size(fz)).max())
+    left = size(fz - z)
+    residual, relative = float(left.max()), float((left / size(fz)).max())
     exact = getattr(problem, "solution", None)
     if exact is None:
-        return residual, None
+        return residual, relative, None
     expected = layout.flatten(exact).double()
-    return residual, float((row_norm(z.double() - expected) / row_norm(expected)).max())
+    return residual, relative, float((row_norm(z.double() - expected) / row_norm(expected)).max())
 
 
-def _worst(solution: Solution) -> tuple[list[float], list[float | None]]:
-    """Evaluations 1, 2, ... and the largest residual of any row after each."""
+def _worst(solution: Solution, left: float) -> tuple[list[float], list[float | None]]:
+    """Evaluations 1, 2, ... and the largest residual of any row after each; ``left`` alone where none was measured."""
+    if solution.predicted_error is not None:
+        return [float(solution.nfev)], [left]
     assert solution.trace is not None
     worst = solution.trace.reshape(solution.nfev, -1).amax(dim=1).tolist()
     return [float(count) for count in range(1, solution.nfev + 1)], worst

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from fixpoint.bench.pictures import draw_images, draw_lines
-from fixpoint.bench.results import Block, Cell, Lines, Study, Table
+from fixpoint.bench.pictures import draw_bars, draw_images, draw_lines
+from fixpoint.bench.results import Bars, Block, Images, Lines, Study, Table, shown
 
 
 def render(results: Mapping[str, Any], out_dir: str | Path) -> Path:
-    """Draw every block of curves and images as a PNG and write ``report.html``, which embeds them.
+    """Draw every block of curves, bars and images as a PNG and write ``report.html``, which embeds them.
 
     Args:
         results: What ``bench.run`` returned, or what ``results.json`` holds.
@@ -41,8 +42,12 @@ def render(results: Mapping[str, Any], out_dir: str | Path) -> Path:
     names: set[str] = set()
     sections = []
     for study in studies:
-        body = [f"<p>{html.escape(study.summary)}</p>"] if study.summary else []
-        body += [_block(study, block, folder, names) for block in study.blocks]
+        body = [f'<p class="headline">{html.escape(study.headline)}</p>'] if study.headline else []
+        body += [f"<p>{html.escape(study.summary)}</p>"] if study.summary else []
+        # Charts that follow one another stand side by side where the page is wide enough.
+        for charts, blocks in itertools.groupby(study.blocks, lambda block: isinstance(block, Lines | Bars)):
+            drawn = "".join(_block(study, block, folder, names) for block in blocks)
+            body.append(f'<div class="charts">{drawn}</div>' if charts else drawn)
         anchor = _slug(study.name)
         sections.append(f'<section id="{anchor}"><h2>{html.escape(study.title)}</h2>{"".join(body)}</section>')
     page = Template(_PAGE).substitute(
@@ -74,30 +79,7 @@ def facts(results: Mapping[str, Any]) -> str:
 def main_tables(results: Mapping[str, Any]) -> str:
     """The first table of each study as plain text, for a terminal; those that an overview sums up are left out."""
     tables = [study.main_table for study in _studies(results) if not study.detail]
-    return "\n\n".join(table_text(table) for table in tables if table is not None)
-
-
-def table_text(table: Table) -> str:
-    """``table`` as aligned plain text.
-
-    Example:
-        >>> print(table_text(Table("Costs", ("solver", "evals"), (("Picard", 85), ("Anderson", 34)))))
-        Costs
-        solver    evals
-        --------  -----
-        Picard       85
-        Anderson     34
-    """
-    cells = [[_show(cell) for cell in row] for row in table.rows]
-    widths = [max([len(head), *(len(row[i]) for row in cells)]) for i, head in enumerate(table.columns)]
-    numeric = [_is_numeric(table, i) for i in range(len(widths))]
-
-    def line(row: list[str]) -> str:
-        padded = (c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric, strict=True))
-        return "  ".join(padded).rstrip()
-
-    rule = ["-" * width for width in widths]
-    return "\n".join([table.title, line(list(table.columns)), line(rule), *map(line, cells)])
+    return "\n\n".join(str(table) for table in tables if table is not None)
 
 
 def _studies(results: Mapping[str, Any]) -> list[Study]:
@@ -108,31 +90,20 @@ def _studies(results: Mapping[str, Any]) -> list[Study]:
     return [Study.from_json(study) for study in results["studies"]]
 
 
-def _show(cell: Cell) -> str:
-    if cell is None:
-        return "–"
-    if isinstance(cell, bool):
-        return "yes" if cell else "no"
-    return f"{cell:.3g}" if isinstance(cell, float) else str(cell)
-
-
-def _is_numeric(table: Table, column: int) -> bool:
-    cells = [row[column] for row in table.rows]
-    return any(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
-
-
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "untitled"
 
 
 def _block(study: Study, block: Block, folder: Path, names: set[str]) -> str:
     caption = f"<figcaption>{html.escape(block.caption)}</figcaption>" if block.caption else ""
-    heading = f"<h3>{html.escape(block.title)}</h3>"
+    heading = f"<h3>{html.escape(block.title)}</h3>" if isinstance(block, Table | Images) else ""  # charts bear theirs
     if isinstance(block, Table):
         return f"{heading}<figure>{_table_html(block)}{caption}</figure>"
     path = folder / f"{_unused(f'{_slug(study.name)}-{_slug(block.title)}', names)}.png"
     if isinstance(block, Lines):
         draw_lines(block, path)
+    elif isinstance(block, Bars):
+        draw_bars(block, path)
     else:
         draw_images(block, path)
     data = base64.b64encode(path.read_bytes()).decode("ascii")
@@ -150,11 +121,11 @@ def _unused(stem: str, names: set[str]) -> str:
 
 
 def _table_html(table: Table) -> str:
-    kinds = [' class="number"' if _is_numeric(table, i) else "" for i in range(len(table.columns))]
+    kinds = [' class="number"' if numeric else "" for numeric in table.numeric]
     head = "".join(f"<th{kind}>{html.escape(name)}</th>" for name, kind in zip(table.columns, kinds, strict=True))
     rows = []
     for row in table.rows:
-        cells = (f"<td{kind}>{html.escape(_show(cell))}</td>" for cell, kind in zip(row, kinds, strict=True))
+        cells = (f"<td{kind}>{html.escape(shown(cell))}</td>" for cell, kind in zip(row, kinds, strict=True))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
@@ -189,12 +160,16 @@ a { color: var(--link); }
 .facts, figcaption { color: var(--soft); font-size: .88rem; }
 figure { margin: 0; }
 figcaption { margin-top: .6rem; max-width: 46rem; }
-img { display: block; max-width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 6px; }
+.headline { font-size: 1.15rem; font-weight: 600; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem;
+  align-items: start; margin: 2rem 0; }
+img { display: block; max-width: 100%; }
+.charts img { width: 100%; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .9rem .35rem 0; text-align: left; vertical-align: bottom; }
 th { border-bottom: 2px solid var(--line); font-weight: 600; }
-td { border-bottom: 1px solid var(--line); }
+td { border-bottom: 1px solid var(--line); white-space: nowrap; }
 .number { text-align: right; }
 .failures { border-left: 4px solid var(--alarm); padding: .1rem 1rem; margin: 1.5rem 0; }
 .failures strong { color: var(--alarm); }

@@ -5,11 +5,16 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from fixpoint.plotting import draw_curves, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Cell = str | int | float | bool | None
 
@@ -19,8 +24,12 @@ class Table:
     """Rows of figures. A cell is a string, a number, a bool or None (shown as a dash).
 
     Example:
-        >>> Table("Costs", ("solver", "evaluations"), (("Picard", 85), ("Anderson", 34))).columns
-        ('solver', 'evaluations')
+        >>> print(Table("Costs", ("solver", "evals"), (("Picard", 85), ("Anderson", 34))))
+        Costs
+        solver    evals
+        --------  -----
+        Picard       85
+        Anderson     34
     """
 
     title: str
@@ -35,10 +44,45 @@ class Table:
                     f"table {self.title!r}: a row has {len(row)} cells for {len(self.columns)} columns: {row}"
                 )
 
+    def __str__(self) -> str:
+        """Aligned plain text."""
+        cells = [[shown(cell) for cell in row] for row in self.rows]
+        widths = [max([len(head), *(len(row[i]) for row in cells)]) for i, head in enumerate(self.columns)]
+        numeric = self.numeric
+
+        def line(row: Sequence[str]) -> str:
+            padded = (c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric, strict=True))
+            return "  ".join(padded).rstrip()
+
+        return "\n".join([self.title, line(self.columns), line(["-" * width for width in widths]), *map(line, cells)])
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers, and are aligned to the right."""
+        return [
+            any(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in column)
+            for column in ([row[i] for row in self.rows] for i in range(len(self.columns)))
+        ]
+
+
+def shown(cell: Cell) -> str:
+    """A cell as text: three digits of a float, more where they stand before the point; a dash for None."""
+    if cell is None:
+        return "–"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.0f}" if 1e3 <= abs(cell) < 1e6 else f"{cell:.3g}"
+
 
 @dataclass(frozen=True)
 class Lines:
     """Curves ``{label: (x, y)}`` with x and y of equal length; a y of None or NaN leaves a gap.
+
+    Attributes:
+        log_x, log_y: Logarithmic axes.
+        marks: ``{label: x}``, vertical lines for what has a cost and no curve.
 
     Example:
         >>> Lines("Residual", {"Picard": ([1, 2], [0.5, 0.25])}, "evaluations", "residual").log_y
@@ -51,11 +95,34 @@ class Lines:
     y_label: str
     log_y: bool = True
     caption: str = ""
+    log_x: bool = False
+    marks: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for label, (x, y) in self.series.items():
             if len(x) != len(y):
                 raise ValueError(f"lines {self.title!r}: {label!r} has {len(x)} x for {len(y)} y")
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One bar for each label, from the top down; None leaves its place empty.
+
+    Attributes:
+        values: ``{label: length}``.
+        x_label: What the length means.
+        reference: The label of the bar that others are compared with, drawn in grey.
+
+    Example:
+        >>> Bars("Time", {"sequential": 9.8, "parallel": 3.4}, "seconds", reference="sequential").title
+        'Time'
+    """
+
+    title: str
+    values: Mapping[str, float | None]
+    x_label: str
+    caption: str = ""
+    reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,16 +195,19 @@ class Images:
         return torch.frombuffer(bytearray(base64.b64decode(self.pixels)), dtype=torch.uint8).reshape(tuple(self.shape))
 
 
-Block = Table | Lines | Images
-_BLOCKS: Mapping[str, type[Block]] = {"table": Table, "lines": Lines, "images": Images}
+Block = Table | Lines | Bars | Images
+_BLOCKS: Mapping[str, type[Block]] = {"table": Table, "lines": Lines, "bars": Bars, "images": Images}
 
 
 @dataclass(frozen=True)
 class Study:
     """One experiment: a name for files and anchors, a title, and blocks in reading order, the main table first.
 
+    ``print(study)`` shows its tables, ``study.plot()`` its first curves.
+
     Attributes:
         summary: What was asked and how, in a sentence or two.
+        headline: What came out, in one line.
         detail: True where another study sums this one up, so that its table is not printed in the terminal.
 
     Example:
@@ -149,6 +219,34 @@ class Study:
     blocks: Sequence[Block]
     summary: str = ""
     detail: bool = False
+    headline: str = ""
+
+    def __str__(self) -> str:
+        """Title, headline and tables as plain text."""
+        tables = (str(block) for block in self.blocks if isinstance(block, Table))
+        return "\n\n".join(part for part in (self.title, self.headline, *tables) if part)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the first curves of the study.
+
+        Args:
+            ax: Where to draw; None makes a figure.
+
+        Raises:
+            ValueError: If the study has no curves.
+            ModuleNotFoundError: If matplotlib is missing.
+
+        Example:
+            See :func:`fixpoint.bench.compare`.
+        """
+        lines = next((block for block in self.blocks if isinstance(block, Lines)), None)
+        if lines is None:
+            raise ValueError(f"the study {self.name!r} has no curves")
+        ax = new_axes() if ax is None else ax
+        draw_curves(ax, lines)
+        if lines.series or lines.marks:
+            ax.legend()
+        return ax
 
     @property
     def main_table(self) -> Table | None:

@@ -53,10 +53,19 @@ _ADVICE = {
     Status.NON_FINITE: "f returned NaN or infinity: start nearer the solution, or damp the solver",
     Status.STOPPED: "the callback returned true: return nothing to go on",
 }
+# For the adjoint rows of a backward solve, whose knobs are those of the rule.
+ADJOINT_ADVICE = {
+    Status.MAX_EVALS: "raise IFT(max_evals=...), loosen IFT(rtol=...), or take a rule without a solve (Phantom)",
+    Status.STAGNATED: "the tolerance lies below rounding: loosen IFT(rtol=...)",
+    Status.NON_FINITE: "the incoming gradient, or its product with the Jacobian at the solution, is not finite",
+}
 
 
 class ConvergenceWarning(UserWarning):
     """Some rows did not converge (``on_failure="warn"``), or an adjoint did not.
+
+    By Python's default filter a training says it once for each cause, whatever the number of rows; with
+    ``warnings.simplefilter("always")`` at every solve.
 
     Example:
         See :class:`fixpoint.Status`, whose advice the warning gives.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fixpoint_diffusion.commands.shared import open_model
+from fixpoint_diffusion.commands.shared import model_folder
 
 if TYPE_CHECKING:
-    from fixpoint_diffusion.denoisers.protocol import ConditioningInput
+    from fixpoint_diffusion.denoisers.protocol import ConditioningInput, Description
 
 
 def info(
@@ -21,47 +21,76 @@ def info(
 
     Example: fixpoint-diffusion info ddpm-digits
     """
-    from fixpoint_diffusion.denoisers import describe
     from fixpoint_diffusion.denoisers.checksums import CHECKSUM_FILE, verify_checksums
 
     if model is None:
         _list_embedded()
         return
-    denoiser, folder = open_model(model)
-    about = describe(denoiser)
-    checked = (folder / CHECKSUM_FILE).is_file()
+    folder = model_folder(model)
+    checked = verify_checksums(folder) if (folder / CHECKSUM_FILE).is_file() else None
+    network, parameters, size, about = (checked and _from_files(folder, checked)) or _from_network(folder)
     rows = {
         "folder": folder,
-        "class": type(denoiser.model).__name__,
-        "parameters": f"{sum(p.numel() for p in denoiser.model.parameters()):,}",
-        "weights": f"{sum(p.nbytes for p in denoiser.model.parameters()) / 1e6:.2f} MB in memory",
-        "samples": "any size" if denoiser.sample_shape is None else "x".join(map(str, denoiser.sample_shape)),
+        "class": network,
+        "parameters": f"{parameters:,}",
+        "weights": f"{size / 1e6:.2f} MB in memory",
+        "samples": "any size" if about.sample_shape is None else "x".join(map(str, about.sample_shape)),
         "classes": _classes(about.class_labels),
         "names": _class_names(folder),
         "inputs": ", ".join(["x", "t", *about.conditioning]),
-        "predicts": denoiser.prediction_type + (" and a variance" if about.learned_variance else ""),
-        **_sampling(denoiser.schedule_config),
-        "checksums": f"{len(verify_checksums(folder))} files match" if checked else f"no {CHECKSUM_FILE}",
+        "predicts": f"{about.prediction_type}{' and a variance' if about.learned_variance else ''}",
+        **_sampling(about.schedule_config),
+        "checksums": f"{len(checked)} files match" if checked else f"no {CHECKSUM_FILE}",
     }
     for name, value in rows.items():
         if value is not None:
             typer.echo(f"{name:10} {value}")
 
 
-def _list_embedded() -> None:
-    """A line for each, read from its files: to build networks takes longer."""
+def _from_network(folder: Path) -> tuple[str, int, int, Description]:
+    """Class, parameters, bytes in memory and description of the network in a folder."""
+    from fixpoint_diffusion.denoisers import describe, load_denoiser
+
+    denoiser = load_denoiser(folder)
+    weights = list(denoiser.model.parameters())
+    count, size = sum(each.numel() for each in weights), sum(each.nbytes for each in weights)
+    return type(denoiser.model).__name__, count, size, describe(denoiser)
+
+
+def _from_files(folder: Path, checked: Sequence[str]) -> tuple[str, int, int, Description] | None:
+    """The same without the network, whose imports take seconds; None where checksums do not vouch for the files."""
+    from fixpoint_diffusion.denoisers.loading import describe_files, model_files
+    from fixpoint_diffusion.files import read_json
+
+    files = model_files(folder)
+    vouched = {str(file.relative_to(folder)) for file in files} <= set(checked)
+    about = describe_files(folder) if vouched else None
+    if about is None:
+        return None
+    count = _parameters(files)
+    return read_json(folder / "config.json")["_class_name"], count, 4 * count, about  # in float32, as it is loaded
+
+
+def _parameters(files: Iterable[Path]) -> int:
+    """How many numbers the weights among these files hold, by their headers."""
     from math import prod
 
+    from fixpoint_diffusion.models.weights import read_headers
+
+    weights = [path for path in files if path.name.startswith("diffusion_pytorch_model")]
+    return sum(prod(each.shape) for each in read_headers(weights).values())
+
+
+def _list_embedded() -> None:
+    """A line for each, read from its files: to build networks takes longer."""
     from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded_folder
     from fixpoint_diffusion.denoisers.loading import model_files
     from fixpoint_diffusion.files import read_json
-    from fixpoint_diffusion.models.weights import read_headers
 
     for name in EMBEDDED_MODELS:
         folder = embedded_folder(name)
         config = read_json(folder / "config.json")
-        weights = [path for path in model_files(folder) if path.name.startswith("diffusion_pytorch_model")]
-        parameters = sum(prod(each.shape) for each in read_headers(weights).values())
+        parameters = _parameters(model_files(folder))
         side = config["sample_size"]
         about = f"{config['_class_name']}, {parameters:,} parameters, samples {config['in_channels']}x{side}x{side}"
         typer.echo(f"{name:12} {about}")

@@ -38,13 +38,25 @@ def open_model(model: str, *, device: str = "cpu") -> tuple[NetworkDenoiser, Pat
         FileNotFoundError: if there is neither.
         ValueError: if the model does not load, or there is no such device.
     """
-    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded_folder, load_denoiser
+    from fixpoint_diffusion.denoisers import load_denoiser
 
     check_device(device)
+    folder = model_folder(model)
+    return load_denoiser(folder, device=device), folder
+
+
+def model_folder(model: str) -> Path:
+    """The folder of an embedded model by its name, or the model folder of that name.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+    """
+    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded_folder
+
     folder = embedded_folder(model) if model in EMBEDDED_MODELS else Path(model)
     if not model or not folder.is_dir():
         raise FileNotFoundError(f"no model folder {model!r}; embedded models are {', '.join(EMBEDDED_MODELS)}")
-    return load_denoiser(folder, device=device), folder
+    return folder
 
 
 def check_device(name: str) -> None:

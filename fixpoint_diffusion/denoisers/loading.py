@@ -11,7 +11,7 @@ import torch
 
 from fixpoint_diffusion.denoisers.diffusers import DiffusersDenoiser
 from fixpoint_diffusion.denoisers.diffusers_models import WEIGHTS, listing, load_module
-from fixpoint_diffusion.denoisers.protocol import NetworkDenoiser
+from fixpoint_diffusion.denoisers.protocol import Description, NetworkDenoiser
 from fixpoint_diffusion.denoisers.registry import LoadOptions, family_of_class
 from fixpoint_diffusion.files import read_json
 from fixpoint_diffusion.processes import GaussianPrior
@@ -80,10 +80,22 @@ def load_denoiser(
     config = read_json(model_folder / "config.json")
     family = family_of_class(config.get("_class_name"))
     # Small files first: what is wrong with them is known before the weights are read.
+    about = _about(folder, model_folder)
+    model = (family.load if family else load_module)(model_folder, config, options)
+    model.eval().requires_grad_(False)
+    denoiser: NetworkDenoiser = (family.denoiser if family else DiffusersDenoiser)(model, **about)
+    prior: GaussianPrior | None = about["prior"]
+    shape, sizes = denoiser.sample_shape, {len(prior.mean), len(prior.variances)} - {1} if prior else set()
+    if shape is not None and sizes and sizes != {math.prod(shape)}:
+        raise ValueError(f"the prior in {model_folder} is for {max(sizes)} entries, but a sample has shape {shape}")
+    return denoiser
+
+
+def _about(folder: Path, model_folder: Path) -> dict[str, Any]:
+    """What the files beside the weights say of a denoiser: its schedule, its prior, and what its output means."""
     file = find_scheduler_file(folder)
     schedule = None if file is None else read_json(file)
-    prior = GaussianPrior.load(model_folder)
-    about: dict[str, Any] = {"schedule_config": schedule, "prior": prior}
+    about: dict[str, Any] = {"schedule_config": schedule, "prior": GaussianPrior.load(model_folder)}
     if is_flow(schedule):
         about["prediction_type"] = "flow_prediction"
     elif schedule is not None and "prediction_type" in schedule:
@@ -93,13 +105,20 @@ def load_denoiser(
                 f"the scheduler config in {folder} has prediction_type {about['prediction_type']!r}; expected one of "
                 f"{', '.join(DENOISER_PREDICTIONS)}"
             )
-    model = (family.load if family else load_module)(model_folder, config, options)
-    model.eval().requires_grad_(False)
-    denoiser: NetworkDenoiser = (family.denoiser if family else DiffusersDenoiser)(model, **about)
-    shape, sizes = denoiser.sample_shape, {len(prior.mean), len(prior.variances)} - {1} if prior else set()
-    if shape is not None and sizes and sizes != {math.prod(shape)}:
-        raise ValueError(f"the prior in {model_folder} is for {max(sizes)} entries, but a sample has shape {shape}")
-    return denoiser
+    return about
+
+
+def describe_files(folder: Path) -> Description | None:
+    """What :func:`describe` says of the denoiser in a folder, read without its network, which takes seconds to import.
+
+    None for a network that is no known one of diffusers.
+    """
+    config = read_json(_find_model_folder(folder) / "config.json")
+    family = family_of_class(config.get("_class_name"))
+    if family is None or family.denoiser is not DiffusersDenoiser:
+        return None
+    about = {"prediction_type": "epsilon", **_about(folder, folder)}
+    return Description(sample_shape=family.sample_shape(config), conditioning=family.conditioning(config), **about)
 
 
 def model_files(folder: Path) -> list[Path]:

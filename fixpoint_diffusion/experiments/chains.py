@@ -18,6 +18,7 @@ from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.sampling import deq_ddim_settings, sample
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
+SEQUENTIAL, CAUSAL, PER_SAMPLE = "sequential", "Causal quasi-Newton", "Anderson, per sample"
 MAX_ROUNDS = 50  # of whatever the paper sets no limit for
 COLUMNS = ("chain", "method", "rounds", "denoiser rows", "seconds", "error of x_0", "converged")
 HOW_TO_READ = (
@@ -39,6 +40,7 @@ class Outcome:
     converged: str
     images: Tensor
     residuals: Sequence[float] = ()  # of the worst sample, after each round
+    after: Sequence[tuple[int, int, float, float]] = ()  # rounds, rows, seconds and error of x_0, after each round
     latents: Mapping[int, Tensor] = field(default_factory=dict)  # {round: trajectory of the first sample}
 
 
@@ -72,7 +74,9 @@ def ddim_study(quick: bool) -> bench.Study:
         "Every method gets the same x_T. Anderson is given the settings of DEQ-DDIM: memory 5, tolerance 1e-3, at most "
         "15 rounds; its coefficients are found for a sample's whole chain, or for each timestep by itself. On a "
         "processor that a batch of one image keeps busy, time follows denoiser rows; rounds are what counts where a "
-        "large batch costs little more than a small one. The causal solver times the denoiser, and chooses between.",
+        "large batch costs little more than a small one. The causal solver keeps to as many rows a round as suit "
+        "the device.",
+        headline=headline(chains[-1], results[_name(chains[-1])]),
     )
 
 
@@ -87,6 +91,7 @@ def sddim_study(quick: bool) -> bench.Study:
         [method_table("Stochastic DDIM chain", {_name(chain): outcomes}), *method_pictures(chain, outcomes)],
         "The noises are drawn once and are the same for every method, the sequential sampler included. Anderson is "
         "given the settings of DEQ-sDDIM: memory 5, tolerance 1e-3, at most 50 rounds.",
+        headline=headline(chain, outcomes),
     )
 
 
@@ -98,13 +103,13 @@ def run_methods(chain: DDIMChain) -> dict[str, Outcome]:
     rows = chain.steps * len(reference)
     sequential = Outcome(rounds=chain.steps, rows=rows, seconds=seconds, error=0.0, converged="exact", images=reference)
     methods: dict[str, dict[str, Any]] = {
-        "Causal quasi-Newton": {"solver": CausalQuasiNewton(), "rtol": 1e-3},
+        CAUSAL: {"solver": CausalQuasiNewton(), "rtol": 1e-3},
         "Picard": {"solver": Picard(), "max_evals": MAX_ROUNDS},
-        "Anderson, per sample": deq_ddim_settings(chain, "paper"),
+        PER_SAMPLE: deq_ddim_settings(chain, "paper"),
         "Anderson, per timestep": deq_ddim_settings(chain, "released-code"),
     }
     return {
-        "sequential": sequential,
+        SEQUENTIAL: sequential,
         **{label: run_method(chain, reference, **options) for label, options in methods.items()},
     }
 
@@ -112,26 +117,36 @@ def run_methods(chain: DDIMChain) -> dict[str, Outcome]:
 def run_method(chain: DDIMChain, reference: Tensor, **options: Any) -> Outcome:
     """``sample(chain, **options)``, compared with ``reference`` ``(B, *shape)``."""
     latents: dict[int, Tensor] = {}
+    after: list[tuple[int, int, float, float]] = []
+    rounds, rows, start = chain.rounds, chain.evals, time.perf_counter()
 
     def look(progress: Progress) -> None:
+        seconds = time.perf_counter() - start
+        error = _error(chain.trajectory(progress.value)[:, -1], reference)
+        after.append((chain.rounds - rounds, chain.evals - rows, seconds, error))
         if progress.nfev in (1, 2, 3, 5, 8, 15):
             latents[progress.nfev] = progress.value[0].clone()
 
-    start = time.perf_counter()
     result = sample(chain, record=True, on_failure="ignore", callback=look, progress=True, **options)
     seconds = time.perf_counter() - start
-    difference = (result.images - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
+    latents[len(after)] = result.trajectory[0]
     assert result.solution.trace is not None
     return Outcome(
         rounds=result.rounds,
         rows=result.evals,
         seconds=seconds,
-        error=float(difference.max()),
+        error=_error(result.images, reference),
         converged=f"{int(result.solution.converged.sum())} of {len(reference)}",
         images=result.images,
         residuals=result.solution.trace.amax(dim=1).tolist(),
+        after=after,
         latents=latents,
     )
+
+
+def _error(images: Tensor, reference: Tensor) -> float:
+    """Relative error of the worst image; both ``(B, *shape)``."""
+    return float(((images - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).max())
 
 
 def _sequential(chain: DDIMChain) -> Tensor:
@@ -141,7 +156,8 @@ def _sequential(chain: DDIMChain) -> Tensor:
 
 def _name(chain: DDIMChain) -> str:
     noise = f", eta={chain.eta:g}" if isinstance(chain, StochasticDDIMChain) else ""
-    return f"T={chain.steps}{noise}, {len(chain.x_T)} samples"
+    samples = len(chain.x_T)
+    return f"T={chain.steps}{noise}, {samples} sample{'s' if samples > 1 else ''}"
 
 
 def method_table(title: str, results: Mapping[str, Mapping[str, Outcome]]) -> bench.Table:
@@ -154,38 +170,66 @@ def method_table(title: str, results: Mapping[str, Mapping[str, Outcome]]) -> be
     return bench.Table(title, COLUMNS, rows, HOW_TO_READ)
 
 
+def headline(chain: DDIMChain, outcomes: Mapping[str, Outcome]) -> str:
+    """What the solver made for chains came to, in one line."""
+    causal, ratio = outcomes[CAUSAL], outcomes[SEQUENTIAL].seconds / outcomes[CAUSAL].seconds
+    return (
+        f"{chain.steps} steps in {causal.rounds} rounds, {ratio:.1f} times as fast as one step after another, "
+        f"error of x_0 {causal.error:.0e}."
+    )
+
+
 def method_pictures(chain: DDIMChain, outcomes: Mapping[str, Outcome]) -> list[bench.Block]:
-    """Images side by side, residuals, and the latents of one sample as Anderson works on them."""
-    name = _name(chain)
+    """Errors against costs, the time, images side by side, and the latents of one sample on the way."""
+    name, whole = _name(chain), outcomes[SEQUENTIAL]
+    wholes = {"rounds": whole.rounds, "denoiser rows": whole.rows, "seconds": whole.seconds}
+    charts = [
+        bench.Lines(
+            f"{name}: error of x_0 against {what}",
+            {
+                label: ([costs[k] for costs in o.after], [error for *_, error in o.after])
+                for label, o in outcomes.items()
+                if o.after
+            },
+            what,
+            "relative error, worst sample",
+            caption=""
+            if what != "seconds"
+            else "Further left is better. A curve ends where every sample had "
+            "converged, or at the limit; the sequential run has its x_0 at the line, and none before.",
+            log_x=True,
+            marks={"sequential run ends": cost},
+        )
+        for k, (what, cost) in enumerate(wholes.items())
+    ]
+    bars = bench.Bars(
+        f"{name}: time",
+        {label: outcome.seconds for label, outcome in outcomes.items()},
+        "seconds",
+        reference=SEQUENTIAL,
+    )
     grid = bench.Images.of(
         f"{name}: images by method",
         torch.stack([o.images for o in outcomes.values()]),
         row_labels=list(outcomes),
         caption="One column a sample. Rows that look alike show methods that agree.",
     )
-    curves = {label: (range(1, len(o.residuals) + 1), o.residuals) for label, o in outcomes.items() if o.residuals}
-    residuals = bench.Lines(
-        f"{name}: residual against rounds",
-        curves,
-        "rounds",
-        "residual, worst sample",
-        caption="As Figure 1 of the DEQ-DDIM paper: ||h(z) - z||. For the causal solver the norm of the predicted "
-        "errors, once every latent has been looked at. A curve ends where every sample had converged, or at the limit.",
-    )
-    latents = outcomes["Anderson, per sample"].latents
-    # Ten latents evenly along the chain, then the last four, as in Figure 2 of the paper.
+    return [*charts, bars, grid, *(_strip(chain, label, outcomes[label].latents) for label in (CAUSAL, PER_SAMPLE))]
+
+
+def _strip(chain: DDIMChain, label: str, latents: Mapping[int, Tensor]) -> bench.Images:
+    """Ten latents evenly along the chain, then the last four, as in Figure 2 of the paper; one line a round."""
     chosen = [*(k * chain.steps // 10 for k in range(10)), *range(chain.steps - 4, chain.steps)]
-    strip = bench.Images.of(
-        f"{name}: latents over solver steps",
+    return bench.Images.of(
+        f"{_name(chain)}: latents over rounds, {label}",
         torch.stack([trajectory[chosen] for trajectory in latents.values()]),
         row_labels=[f"round {nfev}" for nfev in latents],
         column_labels=[f"x_{chain.steps - 1 - k}" for k in chosen],
         low=-2,
         high=2,
-        caption="As Figure 2 of the DEQ-DDIM paper: one sample under Anderson, per sample; from noise (left) to image "
-        "(right), solver steps downwards. Round 1 is the start, every latent x_T.",
+        caption="As Figure 2 of the DEQ-DDIM paper: one sample, from noise (left) to image (right), rounds downwards. "
+        "Round 1 is the start; the last line is the result.",
     )
-    return [grid, residuals, strip]
 
 
 def start_blocks(chain: DDIMChain) -> list[bench.Block]:

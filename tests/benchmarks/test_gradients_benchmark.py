@@ -244,8 +244,6 @@ def test_the_command_prints_and_writes_what_it_measured(
     assert "PASS  IFT at rtol=1e-7" in printed
     assert "PASS  bytes kept do not depend on the evaluations, 5 to 20" in printed
     assert "PASS  the steps of S-JFB without gradient keep nothing: 0 bytes" in printed
-    for name in ("gradients.png", "gradients-tolerance.png"):
-        assert (tmp_path / name).stat().st_size > 10_000
     document = json.loads((tmp_path / "gradients.json").read_text())
     assert {"machine", "versions", "commit", "targets", "settings", "saved_by_depth", "error_by_forward_rtol"} <= set(
         document

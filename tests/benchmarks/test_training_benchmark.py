@@ -112,7 +112,6 @@ def test_the_command_prints_and_writes_what_it_found(
     printed = capsys.readouterr().out
     assert (tmp_path / "training.txt").read_text() == printed
     assert "JFB()                  0.750         0.75 0.75" in printed
-    assert (tmp_path / "training.png").stat().st_size > 10_000
     document = json.loads((tmp_path / "training.json").read_text())
     found = document["tasks"]["sums"]["rules"]
     assert found["IFT(rtol=1e-2)"]["products"] > 0 == found["JFB()"]["products"]

@@ -145,6 +145,24 @@ def test_a_solver_that_fails_is_shown_as_not_converged():
     assert study.main_table.rows[0][-2:] == (0, 2)
 
 
+def test_seconds_are_drawn_for_every_solve_and_a_failed_one_is_marked():
+    study = bench.compare(Halving(), {"plain": fixpoint.Picard(), "fast": fixpoint.Anderson()}, max_evals=5)
+    seconds = [row[3] for row in study.main_table.rows]
+    assert study.blocks[2].values == dict(zip(["plain (fails)", "fast"], seconds, strict=True))
+
+
+def test_a_solver_that_measures_no_residual_on_the_way_has_one_dot_for_its_result():
+    chain = fixpoint.Recurrence(lambda x: 0.5 * torch.cos(x), torch.ones(2, 3), steps=8)
+    study = bench.compare(chain, {"causal": fixpoint.CausalQuasiNewton(), "Picard": fixpoint.Picard()}, rtols=[1e-4])
+    x, (residual,) = study.blocks[1].series["causal"]
+    assert x == [study.main_table.rows[0][2]]
+    # The figure is that of one row; the other starts alike.
+    solution = fixpoint.solve(chain, solver=fixpoint.CausalQuasiNewton(), backward=None, rtol=1e-4)
+    left = (chain(solution.value) - solution.value).flatten(1).norm(dim=1).max()
+    assert residual == pytest.approx(float(left), rel=1e-5, abs=1e-9)
+    assert len(study.blocks[1].series["Picard"][0]) > 1
+
+
 def test_each_tolerance_is_a_row_and_a_curve_of_its_own():
     study = bench.compare(Halving(), {"plain": fixpoint.Picard()}, rtols=[1e-1, 1e-3])
     assert [row[1] for row in study.main_table.rows] == [1e-1, 1e-3]

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fixpoint
-from fixpoint.bench.cli import app
+from fixpoint_cli import app
 
 
 def invoke(*arguments):
@@ -155,6 +155,29 @@ def test_report_refuses_a_file_that_holds_no_results(text, tmp_path):
     assert "does not hold results of fixpoint bench" in words(result)
 
 
+_IN_ORDER = """
+import sys
+from fixpoint_cli import main
+
+def run(*words):
+    sys.argv[1:] = words
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code
+
+assert run("bnech") == run("bench", "--quikc") == run("bench", "--rtol", "-1") == run("report", "no-such.json") == 2
+assert run("--version") == run("-h") == run("bench", "-h") == 0
+assert not {"torch", "matplotlib"} & sys.modules.keys()
+assert run("problems") == 0
+"""
+
+
+def test_a_typo_is_refused_and_help_is_shown_before_pytorch_is_imported():
+    found = subprocess.run([sys.executable, "-c", _IN_ORDER], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
 def test_version_and_help():
     assert invoke("--version").output.strip() == fixpoint.__version__
     assert "bench" in invoke("--help").output
@@ -166,7 +189,7 @@ def test_a_missing_extra_is_named_in_one_line(missing, tmp_path):
     # torch itself imports tqdm where it can, so it comes first.
     code = (
         f"import sys, torch; sys.modules[{missing!r}] = None; sys.argv = ['fixpoint', 'bench', 'linear', '--out', '.'];"
-        "from fixpoint.bench.cli import main; main()"
+        "from fixpoint_cli import main; main()"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert found.returncode == 1

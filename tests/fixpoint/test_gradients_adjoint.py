@@ -38,6 +38,18 @@ def test_only_rows_whose_adjoint_failed_are_replaced_with_one_warning(on_failure
     torch.testing.assert_close(b.grad[1], torch.ones(2, dtype=D) * (1 if on_failure == "jfb" else partly))
 
 
+def test_the_warning_names_the_knob_of_the_rule_and_a_training_sees_it_once():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", ConvergenceWarning)
+        for rows in (2, 3, 3):
+            f, z0, *_ = stiff(rows)
+            fixpoint.solve(f, z0, backward=IFT(solver=Picard(), max_evals=60), **TIGHT).value.sum().backward()
+    (message,) = [str(w.message) for w in caught]
+    assert "1 of 2 adjoint rows" in message
+    assert "raise IFT(max_evals=...)" in message
+    assert "raise max_evals" not in message
+
+
 def test_a_failing_adjoint_raises_by_option_and_holds_what_was_found():
     f, z0, b, _ = stiff()
     sol = fixpoint.solve(f, z0, backward=IFT(solver=Picard(), max_evals=60, on_failure="raise"), **TIGHT)

@@ -30,6 +30,7 @@ def results(*studies, failures=()):
 
 
 TABLE = bench.Table("Costs", ("solver", "evaluations"), (("Picard & <co>", 85), ("Anderson", None)), "How to read it.")
+BARS = bench.Bars("Time", {"slow": 2.5, "fast": 1.0, "none": None}, "seconds", reference="slow")
 LINES = bench.Lines("Residual", {"one": ([1, 2], [1.0, 0.1]), "dot": ([2], [0.5])}, "evaluations", "residual")
 
 
@@ -93,6 +94,9 @@ def test_images_are_enlarged_by_whole_pixels_without_smoothing(size, tmp_path):
         bench.Lines("L", {"gap": ([1, 2, 3], [1.0, None, 0.0])}, "x", "y"),
         bench.Lines("L", {"nothing": ([1, 2], [None, None])}, "x", "y"),
         bench.Lines("L", {f"series {i}": ([1, 2], [i, 1]) for i in range(12)}, "x", "y", log_y=False),
+        bench.Lines("L", {"one": ([1, 900], [1.0, 0.1])}, "x", "y", log_x=True, marks={"end": 50.0}),
+        BARS,
+        bench.Bars("B", {}, "seconds"),
         images(1, 1, 8, 8),
         images(1, 3, 3, 4, 6, column_labels=["a long label", "b", "c"]),
         bench.Table("T", ("a",), ()),
@@ -101,6 +105,45 @@ def test_images_are_enlarged_by_whole_pixels_without_smoothing(size, tmp_path):
 def test_blocks_at_the_edge_are_drawn_without_a_warning(block, tmp_path, recwarn):
     report.render(results(bench.Study("s", "S", (block,))), tmp_path)
     assert not [str(w.message) for w in recwarn]
+
+
+def colours(path):
+    """The opaque colours of a picture that cover more than one pixel in two hundred."""
+    drawn = (matplotlib.image.imread(path) * 255).round().astype(int)
+    opaque = drawn[drawn[..., 3] == 255][:, :3]
+    found, counts = np.unique(opaque, axis=0, return_counts=True)
+    return {tuple(colour) for colour in found[counts > drawn.shape[0] * drawn.shape[1] / 200].tolist()}
+
+
+def test_bars_have_their_own_colours_and_the_reference_is_grey(tmp_path):
+    values = {"sequential": 3.0, "a": 2.0, "b": 1.0}
+    report.render(results(bench.Study("s", "S", (bench.Bars("Time", values, "s", reference="sequential"),))), tmp_path)
+    assert colours(tmp_path / "s-time.png") == {(125, 133, 144), (47, 129, 215), (224, 117, 45)}
+
+
+def test_pictures_have_no_background_and_keep_none_of_the_users_style(tmp_path):
+    study = bench.Study("s", "S", (LINES, BARS, images(1, 2, 8, 8)))
+    with matplotlib.rc_context({"axes.facecolor": "red", "text.color": "red", "savefig.facecolor": "red"}):
+        report.render(results(study), tmp_path)
+    for path in tmp_path.glob("*.png"):
+        picture = matplotlib.image.imread(path)
+        assert picture[0, 0, 3] == picture[-1, -1, 3] == 0
+        assert not (picture == [1, 0, 0, 1]).all(axis=-1).any()
+
+
+def test_the_headline_leads_its_study(tmp_path):
+    page = report.render(results(bench.Study("s", "S", (TABLE,), "Why.", headline="9 < 10")), tmp_path).read_text()
+    assert page.index("9 &lt; 10") < page.index("Why.")
+
+
+def test_a_study_prints_as_its_tables_and_plots_its_first_curves():
+    study = bench.Study("s", "Study", (LINES, TABLE, BARS), headline="What came out.")
+    assert str(study) == f"Study\n\nWhat came out.\n\n{TABLE}"
+    axes = study.plot()
+    assert [line.get_label() for line in axes.get_lines()] == ["one", "dot"]
+    assert study.plot(axes) is axes
+    with pytest.raises(ValueError, match="the study 'n' has no curves"):
+        bench.Study("n", "N", (TABLE,)).plot()
 
 
 def test_the_terminal_shows_the_first_table_of_each_study_that_no_other_sums_up():

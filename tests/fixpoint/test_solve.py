@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import warnings
 
 import pytest
@@ -149,6 +150,26 @@ def test_failure_warns_in_one_line_with_how_many_rows_why_and_what_to_change():
     assert "\n" not in message
     for part in ("3 of 4 rows", "20 evaluations", "2 MAX_EVALS (raise max_evals", "1 NON_FINITE (f returned NaN"):
         assert part in message
+    again = pickle.loads(pickle.dumps(caught[0].message))  # as between processes
+    assert (type(again), str(again)) == (ConvergenceWarning, message)
+
+
+def test_a_training_is_warned_once_of_each_cause_and_place_by_pythons_default_filter():
+    def epoch(slopes):
+        for rows in range(1, 4):  # another number of rows at every step
+            slope = torch.tensor(slopes[:rows] * 4)[:, None]
+            fixpoint.solve(lambda z, s=slope: s * z + 1, torch.ones(len(slope), 1), solver=Picard(), max_evals=20)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", ConvergenceWarning)
+        for _ in range(2):
+            epoch([0.999, 0.9, 0.5])
+            epoch([1e30, 0.0, 0.0])
+    assert ["MAX_EVALS" in str(w.message) for w in caught] == [True, False]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        epoch([0.999, 0.9, 0.5])
+    assert [str(w.message).partition(" of ")[0] for w in caught] == ["4", "8", "8"]
 
 
 def test_failure_raises_with_the_solution_when_asked_to():

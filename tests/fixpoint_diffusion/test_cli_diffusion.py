@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -15,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from fixpoint_diffusion.cli import app, main
-from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded, family
+from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded, embedded_folder, family
 from fixpoint_diffusion.options.sampling import SamplingOptions
 from fixpoint_diffusion.training import TrainingConfig
 
@@ -161,7 +162,7 @@ def test_missing_library_names_the_extra_to_install(
     for name in [name for name in sys.modules if name == module or name.startswith(f"{module}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
-    command = {"diffusers": ("info", "ddpm-digits"), "sklearn": ("train",), "PIL": ("sample", "--steps", 1)}[module]
+    command = {"diffusers": ("sample", "--steps", 1), "sklearn": ("train",), "PIL": ("sample", "--steps", 1)}[module]
     monkeypatch.chdir(tmp_path)
     assert run_main(monkeypatch, *command) == 2
     assert "pip install 'fixpoint-torch[diffusion]'" in capsys.readouterr().err.splitlines()[-1]
@@ -171,7 +172,7 @@ def test_ctrl_c_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fixpoint_diffusion.commands.info.open_model", interrupted)
+    monkeypatch.setattr("fixpoint_diffusion.commands.info.model_folder", interrupted)
     assert run_main(monkeypatch, "info", "ddpm-digits") == 130
     assert capsys.readouterr().err.strip() == "Interrupted."
 
@@ -191,7 +192,7 @@ def run(*words):
 assert run("smaple") == run("sample", "--stpes", "3") == run("train", "--eta") == run("sample", "--eta", "2") == 2
 assert run("--version") == run("-h") == run("sample", "-h") == 0
 assert not {"torch", "diffusers"} & sys.modules.keys()
-assert run("info") == run("info", "fpdm-digits") == 0
+assert run("info") == run("info", "fpdm-digits") == run("info", "ddpm-digits") == 0
 assert not {"diffusers", "torch._dynamo", "torch.distributed.tensor"} & sys.modules.keys()
 """
 
@@ -218,6 +219,25 @@ def test_info_describes_one_model() -> None:
     output = invoke("info", "ddpm-digits").output
     for fact in ("UNet2DModel", "701,345", "1x8x8", "epsilon", "linear 0.0001..0.02, 1000 timesteps", "files match"):
         assert fact in output
+
+
+def test_info_says_the_same_of_a_network_from_its_files_and_from_itself(tmp_path: Path) -> None:
+    for name in EMBEDDED_MODELS:
+        folder = shutil.copytree(embedded_folder(name), tmp_path / name)
+        vouched = invoke("info", folder).output.splitlines()
+        (folder / "SHA256SUMS").unlink()  # nothing vouches for the files: the network is loaded
+        assert invoke("info", folder).output.splitlines()[:-1] == vouched[:-1]
+        assert vouched[-1].endswith("files match")
+
+
+def test_info_loads_what_its_checksums_leave_out(tmp_path: Path, monkeypatch, capsys) -> None:
+    folder = shutil.copytree(embedded_folder("ddpm-digits"), tmp_path / "model")
+    sums = folder / "SHA256SUMS"
+    sums.write_text("".join(line for line in sums.open() if "diffusion_pytorch_model" not in line))
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\xff" * 4)  # NaN, which no header tells
+    assert run_main(monkeypatch, "info", folder) == 2
+    assert "not finite" in capsys.readouterr().err
 
 
 def test_info_notices_damaged_files(settings: Path, tmp_path: Path, monkeypatch, capsys) -> None:

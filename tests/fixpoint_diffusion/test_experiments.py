@@ -1,5 +1,6 @@
 """The experiments behind ``make demo``: what they compare, and that their figures are the runs' own."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -50,15 +51,43 @@ def test_method_table_holds_each_outcome_once(short_chain, outcomes):
         assert row[2:6] == (outcome.rounds, outcome.rows, outcome.seconds, outcome.error)
 
 
-def test_pictures_show_images_residuals_and_latents(short_chain, outcomes):
-    grid, residuals, strip = chains.method_pictures(short_chain, outcomes)
+def test_errors_are_drawn_against_every_cost_for_every_method(short_chain, outcomes):
+    *charts, bars = chains.method_pictures(short_chain, outcomes)[:4]
+    totals = (lambda o: o.rounds, lambda o: o.rows, lambda o: o.seconds)
+    for chart, total in zip(charts, totals, strict=True):
+        assert set(chart.series) == set(outcomes) - {"sequential"}
+        assert list(chart.marks.values()) == [total(outcomes["sequential"])]
+        for label, (costs, errors) in chart.series.items():
+            assert list(costs) == sorted(costs)
+            assert costs[-1] <= total(outcomes[label])
+            assert errors[-1] == pytest.approx(outcomes[label].error, abs=1e-5)
+            assert errors[0] > 10 * errors[-1]
+    assert bars.values == {label: outcome.seconds for label, outcome in outcomes.items()}
+    assert bars.reference == "sequential"
+
+
+def test_pictures_show_images_and_the_latents_from_the_start_to_the_result(short_chain, outcomes):
+    grid, causal, anderson = chains.method_pictures(short_chain, outcomes)[4:]
     assert tuple(grid.shape[:2]) == (5, 2)
-    assert set(residuals.series) == set(outcomes) - {"sequential"}
-    assert strip.column_labels[-1] == "x_0"
-    assert strip.row_labels[0] == "round 1"
+    for strip, label in ((causal, "Causal quasi-Newton"), (anderson, "Anderson, per sample")):
+        assert strip.column_labels[-1] == "x_0"
+        assert strip.row_labels[0] == "round 1"
+        result = chains.bench.Images.of("x_0", outcomes[label].images[None, :1], low=-2, high=2).array()
+        assert torch.equal(strip.array()[-1, -1], result[0, 0])
+    for outcome in outcomes.values():
+        assert not outcome.after or max(outcome.latents) == len(outcome.after)
     # Before anything is solved every latent is x_T.
-    first = strip.array()[0]
+    first = anderson.array()[0]
     assert (first == first[:1]).all()
+
+
+def test_the_headline_says_what_the_run_measured(short_chain, outcomes):
+    sequential, causal = (
+        dataclasses.replace(outcomes[label], seconds=s) for label, s in zip(outcomes, (9.0, 2.0), strict=False)
+    )
+    causal = dataclasses.replace(causal, rounds=4, error=3.6e-4)
+    found = chains.headline(short_chain, {"sequential": sequential, "Causal quasi-Newton": causal})
+    assert found == "6 steps in 4 rounds, 4.5 times as fast as one step after another, error of x_0 4e-04."
 
 
 def test_starts_are_compared_for_both_solvers(short_chain):

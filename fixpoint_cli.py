@@ -1,4 +1,7 @@
-"""The command ``fixpoint``: compare solvers on problems, list the problems, draw a report again."""
+"""The command ``fixpoint``: compare solvers on problems, list the problems, draw a report again.
+
+It stands beside the package, because that imports PyTorch: so a typo is refused before the seconds that this takes.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
-import fixpoint
-from fixpoint import bench
-from fixpoint.bench import report
-from fixpoint.plotting import EXTRA
+DISTRIBUTION = "fixpoint-torch"
+EXTRA = f'pip install "{DISTRIBUTION}[bench]"'
 
 try:
     import tqdm  # noqa: F401 - missed here, before anything is run
@@ -34,7 +36,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
     if version:
-        typer.echo(fixpoint.__version__)
+        typer.echo(metadata.version(DISTRIBUTION))
         raise typer.Exit()
 
 
@@ -73,6 +75,10 @@ def bench_command(
     """
     if importlib.util.find_spec("matplotlib") is None:
         _stop(f"drawing needs matplotlib: {EXTRA}")
+
+    from fixpoint import bench
+    from fixpoint.bench import report
+
     sys.path.append(os.getcwd())  # for package.module:name, last so that it hides nothing
     try:
         bench.check(problems or (), solver or ())
@@ -94,6 +100,8 @@ def bench_command(
 @app.command("problems")
 def problems_command() -> None:
     """List the registered problems."""
+    import fixpoint
+
     entries = fixpoint.available_problems()
     width = max(map(len, entries), default=0)
     for name, entry in entries.items():
@@ -106,6 +114,8 @@ def report_command(
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder [that of the results].")] = None,
 ) -> None:
     """Draw pictures and page again from results alone."""
+    from fixpoint.bench import report
+
     _check_writable(out or results.parent)
     try:
         data = json.loads(results.read_text(encoding="utf-8"))
@@ -119,6 +129,8 @@ def report_command(
 
 def _bar(names: Sequence[str]) -> Iterator[str]:
     """A progress bar over the studies that names the one that runs."""
+    import fixpoint
+
     with fixpoint.ProgressBar.tqdm(total=len(names), unit="study") as bar:
         for name in names:
             bar.set_description(name)
