@@ -44,7 +44,7 @@ _HALF_FROM = 50
 
 @dataclass(frozen=True)
 class Size:
-    """How many digits ours is tried on and the peers, and the peers' iterations of a step."""
+    """How many digits ours, parallel, is tried on, and what goes step by step; and the peers' iterations of a step."""
 
     steps: int
     ours: int
@@ -56,9 +56,9 @@ FULL = (
     Size(10, 64, 16, (1, 2, 5, 10, 20)),
     Size(20, 64, 16, (1, 2, 5, 10)),
     Size(50, 64, 8, (1, 2, 5, 10)),
-    Size(100, 8, 8, (1, 2, 5)),
+    Size(100, 8, 4, (1, 2, 5)),
     Size(200, 16),
-    Size(1000, 16, 2, (1, 2)),
+    Size(1000, 8, 1, (1, 2)),
 )
 QUICK = (Size(4, 2, 1, (1, 2)),)
 # Where steps or iterations are many, only peers that are ahead where they are few.
