@@ -30,7 +30,8 @@ digits, rows, s, claims: of the whole run; s: seconds of one processor; claims: 
 have reached the tolerance, 1e-3 or as the name says, and 1e-5 for ours, parallel, is true. Ours runs the sampler before
 it claims; of the peers, small residuals at every step are taken for a claim.
 GNRI's rounds each also take a product with the Jacobian, two more calls' worth, which is not counted.
-Where T is large, fewer digits are inverted, to keep the whole within minutes. "ours, to 1e-03" is asked for that error.
+Where T is large, or a method far behind, fewer digits are inverted, to keep the whole within minutes. "ours, to 1e-03"
+is asked for that error.
 """
 _LOOKS = (2, 4, 6, 8, 10, 12, 14, 16, 20, 25)
 _FINEST = 1e-5
