@@ -203,10 +203,9 @@ class _Search:
             x_T=problem.latent(self._latents[:, 0].clone()),
         )
         self.history.append(latest)
-        moving = self._working & ~self._alone
         stuck = self._judge(missed, doubt)
-        if secants is not None and len(probed):
-            moving &= self._working & ~stuck
+        moving = self._working & ~self._alone & ~stuck
+        if secants is not None and bool(moving.any()):
             self._latents += torch.where(moving[:, None, None], secants.correction(self._misses), 0)
         self._mix()
         if bool(stuck.any()):
