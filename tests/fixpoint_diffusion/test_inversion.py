@@ -306,6 +306,7 @@ def test_a_prediction_that_promises_too_much_is_corrected(monkeypatch: pytest.Mo
 def test_a_sample_that_waited_for_others_has_time_left_when_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was foretold of it was too good; by then, its last progress lies many rounds back."""
     honest, good = Forecast.error, torch.tensor([1e-3, 1.0], dtype=torch.float64)
+    monkeypatch.setattr(Forecast, "observe", lambda *given: None)  # the same trajectory, the same prediction
     monkeypatch.setattr(Forecast, "error", lambda *given: honest(*given) * good)
     monkeypatch.setattr(parallel, "_PATIENCE", 5)
     x_0 = images(2, 3)
