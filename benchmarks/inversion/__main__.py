@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
+    begun = time.process_time()
     for name in options.only or QUESTIONS:
         question, start = QUESTIONS[name], time.process_time()
         path = options.out / f"inversion-{name}.json"
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path.write_text(json.dumps({**about, "targets": aims, "cells": document}) + "\n")
         question.plot(document, options.out)
         cells.finish()
+    print(f"{time.process_time() - begun:.0f} s of the processor in all")
     return 0
 
 

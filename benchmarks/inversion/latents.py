@@ -26,7 +26,7 @@ more than {WRONG:g}.
 _SIZES = {10: (16, 10), 20: (16, 10), 50: (16, 5), 100: (4, 5), 1000: (1, 0)}
 _TOLERANCE, _FINEST = 1e-3, 1e-6
 _DOUBLE = (10, 50)
-_DOUBLE_DIGITS = 4
+_DOUBLE_DIGITS = 2
 _PEERS = ("AIDI plain", "AIDI Anderson", "ReNoise", "GNRI sign step", "forward steps")
 _DEAR_FROM, _ALSO_THERE = 50, "AIDI Anderson"  # the one of them that goes on where steps are many
 

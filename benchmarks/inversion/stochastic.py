@@ -22,7 +22,7 @@ T=1000 the exact denoiser of a mixture of ten Gaussians, told the digit's class.
 """
 _TOLERANCE = 1e-3
 _ETAS, _SEEDS = (0.5, 1.0), (0, 1, 2)
-_SIZES = {("unet", 10): 4, ("unet", 20): 4, ("unet", 50): 2, ("unet", 100): 1, ("mixture", 1000): 4}
+_SIZES = {("unet", 10): 4, ("unet", 20): 2, ("unet", 50): 1, ("unet", 100): 1, ("mixture", 1000): 2}
 METHODS = (
     Method("ours, parallel", ParallelInverse(), ours=True),
     Method("ours, stepwise", StepwiseInverse(), ours=True),

@@ -33,7 +33,7 @@ def invert(
     ] = None,
     guidance: Annotated[float, typer.Option(min=0.0, help="Classifier-free guidance; 1 is none.")] = 1.0,
     rtol: Annotated[float, typer.Option(min=1e-12, max=1.0, help="RMS error of a reconstruction / RMS of it.")] = 1e-3,
-    max_rounds: Annotated[int, typer.Option(min=1, help="Most rounds; what is left is tried step by step.")] = 40,
+    max_rounds: Annotated[int, typer.Option(min=1, help="Most rounds; what is left is tried step by step.")] = 50,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
     out: Annotated[Path, typer.Option(parser=path_option, help="Folder for the results.", metavar="FOLDER")] = Path(
         "runs/invert"

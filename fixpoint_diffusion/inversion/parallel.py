@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from fixpoint_diffusion.inversion.secants import BlockSecants
 from fixpoint_diffusion.inversion.stepwise import StepwiseInverse
 
 # A sample has stagnated when so many rounds brought no trajectory that is better by a tenth.
-_PATIENCE = 15
+_PATIENCE, _PROGRESS = 25, 0.9
+# Where there is another way to go on (without probes, or on a finer grid): when so many brought none so much better.
+_PROBED_PATIENCE, _PROBED_PROGRESS = 4, 0.7
 # Cubic splines on twice as many steps are up to 16 times as accurate; so much better is each grid taken to be.
 _GAIN = 4.0
 _MOST_GAIN = 16.0
@@ -33,7 +35,7 @@ class ParallelInverse:
     by, with a model of the step's Jacobian: the slopes that the chain's Gaussian prior gives it, and what the latest
     rounds have shown. The same batch holds probes: steps evaluated a little beside their latents. Those nearest the
     image are probed in random directions, and all of them in the one in which the sampler is predicted to drift off.
-    They make rounds dearer and fewer; samples that do not get there with them go on without. A sample is done
+    They make rounds dearer and fewer; a sample that they do not bring on any more goes on without. A sample is done
     when the predicted error of its x_0 is within the tolerance and a run of the ordinary sampler has confirmed it;
     where it has not, the prediction is corrected by that and the rounds go on.
 
@@ -62,7 +64,7 @@ class ParallelInverse:
 
     probes: int = 8
     solver: Solver = field(default_factory=lambda: Anderson(memory=5))
-    max_rounds: int = 40
+    max_rounds: int = 50
     second_try: StepwiseInverse | None = field(default_factory=StepwiseInverse)
 
     def __post_init__(self) -> None:
@@ -83,8 +85,8 @@ class ParallelInverse:
         """See :class:`InverseMethod`; the history holds an :class:`InverseRound` for each round."""
         search = _Search(InverseProblem(chain, x_0), tolerance, self.solver, self.probes)
         with ProgressBar.tqdm(total=self.max_rounds, desc="inverting", unit="round", disable=not progress) as bar:
-            for phase in search.phases():
-                search.begin(phase)
+            for grid in search.grids():
+                search.begin(grid)
                 while len(search.history) < self.max_rounds and search.work_left():
                     latest = search.round()
                     bar.set_postfix(done=int((search.status == Status.CONVERGED).sum()), refresh=False)
@@ -99,19 +101,19 @@ class ParallelInverse:
         return search.best.found(search.status, search.history)
 
 
-class _Phase(NamedTuple):
-    """Some rounds: on a grid of steps, or on all (None); by secants, or by the solver (None)."""
+class _Mixed(NamedTuple):
+    """Samples ``(n,)`` that the solver moves, by a state that began when they began."""
 
-    grid: StepGrid | None
-    secants: BlockSecants | None
-    last: bool
+    samples: Tensor
+    state: Any
 
 
 class _Search:
-    """The rounds of a ``ParallelInverse``, in one phase after another.
+    """The rounds of a ``ParallelInverse``, on one grid after another and, in the end, on all steps (no grid).
 
-    A sample that has done what it can in a phase rests until the others have, so that one run of the ordinary sampler
-    measures them all. What the others do changes nothing for it.
+    A sample that has done what it can on a grid rests until the others have, so that one run of the ordinary sampler
+    measures them all. What the others do changes nothing for it. On all steps, a sample that probes bring no further
+    goes on at once with the solver, while others are still probed.
     """
 
     def __init__(self, problem: InverseProblem, tolerance: Tensor, solver: Solver, probes: int) -> None:
@@ -123,52 +125,60 @@ class _Search:
         self.status = torch.full((samples,), ACTIVE, device=device)
         self.history: list[InverseRound] = []
         self.best = BestSoFar(problem)
-        # The x_T of the least predicted error, which is measured when that is small or the search ends.
-        self._candidate = self._latents[:, 0].clone()
+        # Those of the least predicted error. Their x_T is measured when that is small or the search ends.
+        self._nearest = self._latents.clone()
         self._least = torch.full((samples,), torch.inf, dtype=torch.float64, device=device)
         self._doubt = torch.zeros_like(self._least)
 
-    def phases(self) -> list[_Phase]:
-        """One grid after another, and all steps. What probes did not get there goes on without them."""
-        phases = [_Phase(grid, self._secants, False) for grid in self.problem.grids]
-        if self._secants is not None:
-            phases.append(_Phase(None, self._secants, False))
-        return [*phases, _Phase(None, None, True)]
+    def grids(self) -> list[StepGrid | None]:
+        """From coarse to fine; None: all steps."""
+        return [*self.problem.grids, None]
 
-    def begin(self, phase: _Phase) -> None:
-        """Go on with another phase, from the latents that the one before has led to."""
-        self._phase, self._everyone = phase, torch.arange(len(self.status), device=self.status.device)
-        self._sources = self.problem.sources(self._latents, self._everyone)
-        self._images, self._misses = self._latents.clone(), torch.zeros_like(self._sources)
-        self._state = self.solver.init(self._sources.flatten(1))
+    def begin(self, grid: StepGrid | None) -> None:
+        """Go on with another grid, from the latents that the one before has led to."""
+        self._grid, self._finest = grid, grid is None
+        self._images, self._misses = self._latents.clone(), torch.zeros_like(self._latents)
         if self._secants is not None:
             self._secants.forget_move()
-        finest = phase.grid is None
         # Where the next grid will not do either, a sample rests until there is one that may.
-        skipped = (self._doubt > _MOST_GAIN * self.tolerance) & (not finest)
+        skipped = (self._doubt > _MOST_GAIN * self.tolerance) & (not self._finest)
         self._doubt = torch.where(skipped, self._doubt / _MOST_GAIN, 0)
         self._working = (self.status == ACTIVE) & ~skipped
         self._improved = torch.full_like(self.status, len(self.history))
         # By how much the ordinary sampler was seen to end farther off than predicted.
         self._factor = torch.ones_like(self._least)
+        self._mixed: list[_Mixed] = []
+        self._alone = torch.zeros_like(self._working)
+        if self._secants is None:
+            self._begin_to_mix(self._working)
+
+    def _begin_to_mix(self, chosen: Tensor) -> None:
+        """From now on the solver moves the chosen ``(B,)`` samples."""
+        rows = chosen.nonzero().flatten()
+        if len(rows):
+            sources = self.problem.sources(self._latents[rows], rows)
+            self._mixed.append(_Mixed(rows, self.solver.init(sources.flatten(1))))
+        self._alone |= chosen
 
     def work_left(self) -> bool:
-        """Whether this phase has more to do; if all samples rest, those that seem to be done are measured first."""
+        """Whether this grid has more to do; if all samples rest, those that seem to be done are measured first."""
         if not bool(self._working.any()):
             done = (self.status == ACTIVE) & (self._least * self._factor <= self.tolerance)
             self._confirm(done.nonzero().flatten())
             # A finer grid is of no use to those that this one is not at fault for.
-            self._working = (self.status == ACTIVE) & (done & (2 * self._doubt <= self.tolerance) | self._phase.last)
+            self._working = (self.status == ACTIVE) & (done & (2 * self._doubt <= self.tolerance) | self._finest)
+            self._improved[self._working] = len(self.history)
         return bool(self._working.any())
 
     def round(self) -> InverseRound:
         """Evaluate the samples that are worked on, and move them."""
-        problem, active = self.problem, self._working.nonzero().flatten()
+        problem, secants = self.problem, self._secants
+        probed = (self._working & ~self._alone).nonzero().flatten()
+        active = torch.cat((probed, (self._working & self._alone).nonzero().flatten()))
         before = problem.chain.evals
         latents = self._latents[active]
-        secants = self._phase.secants
-        probes = () if secants is None else secants.probes(active)
-        seen = problem.look(latents, active, self._phase.grid, probes)
+        probes = () if secants is None or not len(probed) else secants.probes(probed)
+        seen = problem.look(latents, active, self._grid, probes, len(probed))
         self._images[active] = seen.images
         doubts = None
         if seen.doubts is not None:
@@ -177,8 +187,8 @@ class _Search:
         self._misses.zero_()
         self._misses[active] = self._images[active] - problem.after(latents, active)
         self._forecast.observe(self._latents, self._images)
-        if secants is not None:
-            secants.observe(self._latents, self._images, active, seen.responses)
+        if secants is not None and len(probed):
+            secants.observe(self._latents, self._images, probed, seen.responses)
         if doubts is None:
             missed, doubt = self._predict(self._misses[None])[0], self._doubt
         else:
@@ -193,11 +203,14 @@ class _Search:
             x_T=problem.latent(self._latents[:, 0].clone()),
         )
         self.history.append(latest)
-        self._judge(missed, doubt)
-        if secants is None:
-            self._mix()
-        else:
-            self._latents += torch.where(self._working[:, None, None], secants.correction(self._misses), 0)
+        stuck = self._judge(missed, doubt)
+        moving = self._working & ~self._alone & ~stuck
+        if secants is not None and bool(moving.any()):
+            self._latents += torch.where(moving[:, None, None], secants.correction(self._misses), 0)
+        self._mix()
+        if bool(stuck.any()):
+            self._latents[stuck] = self._nearest[stuck]
+            self._begin_to_mix(stuck)
         return latest
 
     def _predict(self, misses: Tensor) -> Tensor:
@@ -206,42 +219,52 @@ class _Search:
         return predicted if self._secants is None else torch.maximum(predicted, self._secants.error(misses))
 
     def _mix(self) -> None:
-        """Move by the solver; samples that rest stay where they are."""
-        sources = self._sources.flatten(1)
-        moved, self._state = self.solver.step(sources, sources - self._misses.flatten(1), self._state)
-        self._sources = torch.where(self._working[:, None, None], moved.reshape(self._sources.shape), self._sources)
-        rows = self._working.nonzero().flatten()
-        self._latents[rows] = self.problem.from_sources(self._sources[rows], self.problem.x_0[rows])
+        """Let the solver move its samples; those that rest stay where they are."""
+        for place, (rows, state) in enumerate(self._mixed):
+            sources = self.problem.sources(self._latents[rows], rows)
+            moved, state = self.solver.step(sources.flatten(1), (sources - self._misses[rows]).flatten(1), state)
+            self._mixed[place] = _Mixed(rows, state)
+            latents = self.problem.from_sources(moved.reshape(sources.shape), self.problem.x_0[rows])
+            self._latents[rows] = torch.where(self._working[rows, None, None], latents, self._latents[rows])
 
-    def _judge(self, missed: Tensor, doubt: Tensor) -> None:
-        """Keep the best, let samples rest that this grid has done its best for, and end those that are lost."""
+    def _judge(self, missed: Tensor, doubt: Tensor) -> Tensor:
+        """Keep the best, let samples rest that this grid has done its best for, and end those that are lost.
+
+        Returns:
+            The samples ``(B,)`` that probes bring no further, or have led astray, on all steps.
+        """
         predicted, working = missed + doubt, self._working
         sane = torch.isfinite(predicted) & torch.isfinite(self._misses).flatten(1).all(dim=1)
         # What the first round predicts rests on the prior alone: no later one is measured against it.
         least = torch.full_like(self._least, torch.inf) if len(self.history) <= 2 else self._least
         better = working & sane & (predicted < least)
-        self._improved[working & sane & (predicted < 0.9 * least)] = len(self.history)
-        self._candidate[better] = self._latents[better, 0]
+        last = self._alone & self._finest
+        progress = predicted < torch.where(last, _PROGRESS, _PROBED_PROGRESS) * least
+        self._improved[working & sane & progress] = len(self.history)
+        self._nearest[better] = self._latents[better]
         self._least[better] = predicted[better]
-        stuck = len(self.history) - self._improved >= (_PATIENCE if self._phase.last else _PATIENCE // 3)
+        stuck = len(self.history) - self._improved >= torch.where(last, _PATIENCE, _PROBED_PATIENCE)
         done = better & (predicted * self._factor <= self.tolerance)
-        self._working = working & sane & ~stuck & ~done
-        if self._phase.last:
-            self.status[working & ~sane] = int(Status.NON_FINITE)
-            self.status[working & sane & stuck & ~done] = int(Status.STAGNATED)
-        else:
+        lost = working & ~(sane & ~stuck | done)
+        self._working = working & ~lost & ~done
+        self.status[lost & last & ~sane] = int(Status.NON_FINITE)
+        self.status[lost & last & sane] = int(Status.STAGNATED)
+        if not self._finest:
             self._working &= ~(missed < doubt)
-            lost = working & ~sane
-            if bool(lost.any()):  # and starts anew in the next phase
-                self._latents[lost] = self.problem.guess()[lost]
         self._misses[~sane] = 0
         self._images[~sane] = 0
+        astray = lost & ~last & ~sane
+        self._latents[astray] = self._nearest[astray]
+        again = lost & ~last & self._finest
+        self._working |= again
+        self._improved[again] = len(self.history)
+        return again
 
     def _confirm(self, samples: Tensor) -> None:
         """Measure the candidates of these samples."""
         if not len(samples):
             return
-        error = self.consider(samples, self._candidate[samples])
+        error = self.consider(samples, self._nearest[samples, 0])
         self._factor[samples] = (error / self._least[samples]).clamp(min=1).nan_to_num(nan=2, posinf=1e6)
 
     def consider(self, samples: Tensor, x_T: Tensor) -> Tensor:
@@ -259,5 +282,5 @@ class _Search:
         """Measure the candidates of the samples that have not converged; those that then still have not ``(N,)``."""
         rows = (self.status != Status.CONVERGED).nonzero().flatten()
         if len(rows):
-            self.consider(rows, self._candidate[rows])
+            self.consider(rows, self._nearest[rows, 0])
         return rows[self.status[rows] != Status.CONVERGED]

@@ -103,7 +103,12 @@ class InverseProblem:
         return self.step(latents.flatten(0, 1), *all_rows(samples, self.steps)).reshape(latents.shape)
 
     def look(
-        self, latents: Tensor, samples: Tensor, grid: StepGrid | None = None, probes: Sequence[Probes] = ()
+        self,
+        latents: Tensor,
+        samples: Tensor,
+        grid: StepGrid | None = None,
+        probes: Sequence[Probes] = (),
+        probed: int | None = None,
     ) -> Look:
         """As ``images``, in one round too, but with more to see.
 
@@ -112,33 +117,34 @@ class InverseProblem:
             samples: ``(N,)``.
             grid: the denoiser is asked at its steps alone; None: at all steps.
             probes: what steps are to be probed with.
+            probed: the first so many of the samples are; None: all.
         """
-        count, device = len(samples), latents.device
+        device = latents.device
         steps = torch.arange(self.steps, device=device) if grid is None else grid.steps
-        x, asked = [latents[:, steps]], [steps]
-        for each in probes:
-            beside = latents[:, None, each.steps] + each.at(each.steps)
-            x.append(beside.flatten(1, 2))
-            asked.append(each.steps.repeat(beside.shape[1]))
-        step = torch.cat(asked)
-        flat = self.from_coordinates(torch.cat(x, dim=1)).flatten(0, 1)
-        out = wide(self.chain.denoise(flat.to(self.dtype), samples.repeat_interleave(len(step)), step.repeat(count)))
-        out, *out_beside = out.unflatten(0, (count, -1)).split([len(each) for each in asked], dim=1)
+        near, of = latents[:probed], samples[:probed]
+        x = [latents[:, steps], *(near[:, None, each.steps] + each.at(each.steps) for each in probes)]
+        sample = [samples[:, None].expand(x[0].shape[:-1]), *(of[:, None, None].expand(y.shape[:-1]) for y in x[1:])]
+        asked = [steps, *(each.steps for each in probes)]
+        step = [each.expand(y.shape[:-1]) for each, y in zip(asked, x, strict=True)]
+        flat = self.from_coordinates(torch.cat([y.reshape(-1, y.shape[-1]) for y in x])).to(self.dtype)
+        rows = (torch.cat([y.reshape(-1) for y in each]) for each in (sample, step))
+        found = wide(self.chain.denoise(flat, *rows)).split([len(y.flatten(0, -2)) for y in x])
+        out, *beside = (each.unflatten(0, y.shape[:-1]) for each, y in zip(found, x, strict=True))
         filled, coarse = (out, None) if grid is None else grid.fill(out)
         images = self._arrive_all(latents, samples, filled, 0)
         doubts = None if coarse is None else images - self._arrive_all(latents, samples, coarse, 0)
         responses = []
-        for each, seen in zip(probes, out_beside, strict=True):
-            change = seen.unflatten(1, (-1, len(each.steps))) - out[:, None, torch.isin(steps, each.steps)]
+        for each, seen in zip(probes, beside, strict=True):
+            change = seen - out[:probed, None, torch.isin(steps, each.steps)]
             # The change of the output, at the steps that were not probed: on a line between those that were.
             change = torch.einsum("tn,bpn...->bpt...", lines(each.steps, each.first, self.steps), change)
             late = torch.arange(each.first, self.steps, device=device)
-            moved = (latents[:, None, each.first :] + each.at(late)).unbind(dim=1)
+            moved = (near[:, None, each.first :] + each.at(late)).unbind(dim=1)
             arrived = [
-                self._arrive_all(x, samples, filled[:, each.first :] + extra, each.first)
-                for x, extra in zip(moved, change.unbind(dim=1), strict=True)
+                self._arrive_all(y, of, filled[:probed, each.first :] + extra, each.first)
+                for y, extra in zip(moved, change.unbind(dim=1), strict=True)
             ]
-            responses.append(torch.stack(arrived, dim=2) - images[:, each.first :, None])
+            responses.append(torch.stack(arrived, dim=2) - images[:probed, each.first :, None])
         return Look(images, doubts, responses)
 
     def step(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
@@ -200,7 +206,8 @@ class Look(NamedTuple):
     Attributes:
         images: what every step makes of its latent ``(N, T, D)``.
         doubts: by how much the images by the next coarser grid would differ; None without a grid.
-        responses: by how much the probes change the images, for each of them ``(N, T - first, P, D)``.
+        responses: by how much the probes change the images of the samples probed, for each of them
+            ``(N, T - first, P, D)``.
     """
 
     images: Tensor

@@ -16,7 +16,7 @@ _MEMORY = 3  # rounds that are remembered
 _FADE = 0.1  # weight of a round, beside that of the round after it
 _RIDGE = 1e-3  # keeps nearly dependent changes apart
 _SHRINKAGE = 0.02  # weight of the prior's slope beside what was seen of a pixel
-_DAMPING = 0.07  # singular values of a step that are smaller are hardly divided by
+_DAMPING = 0.03
 
 
 class BlockSecants:

@@ -29,7 +29,7 @@ from fixpoint_diffusion import (
 )
 from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.denoisers.guided import Guided
-from fixpoint_diffusion.inversion import InverseMethod, InverseRound
+from fixpoint_diffusion.inversion import InverseMethod, InverseRound, parallel
 from fixpoint_diffusion.inversion.forecast import Forecast
 from fixpoint_diffusion.inversion.problem import BestSoFar, InverseProblem, rms
 from fixpoint_diffusion.processes import Clip
@@ -301,6 +301,19 @@ def test_a_prediction_that_promises_too_much_is_corrected(monkeypatch: pytest.Mo
     inverse = invert(chain, x_0, method=ParallelInverse(second_try=None), rtol=1e-6)
     assert inverse.converged.all()
     assert chain.rounds - inverse.rounds <= 5 * 20  # not confirmed again in every round
+
+
+def test_a_sample_that_waited_for_others_has_time_left_when_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was foretold of it was too good; by then, its last progress lies many rounds back."""
+    honest, good = Forecast.error, torch.tensor([1e-3, 1.0], dtype=torch.float64)
+    monkeypatch.setattr(Forecast, "observe", lambda *given: None)  # the same trajectory, the same prediction
+    monkeypatch.setattr(Forecast, "error", lambda *given: honest(*given) * good)
+    monkeypatch.setattr(parallel, "_PATIENCE", 5)
+    x_0 = images(2, 3)
+    chain = DDIMChain(gentle, torch.zeros_like(x_0), SCHEDULE, steps=20)
+    inverse = invert(chain, x_0, method=ParallelInverse(probes=0, second_try=None), rtol=1e-10)
+    assert inverse.converged.all()
+    assert sum(bool(each.predicted_error[0].isnan()) for each in inverse.history) >= 3
 
 
 def test_a_round_that_was_not_finite_teaches_the_forecast_nothing_of_that_sample() -> None:

@@ -186,3 +186,51 @@ def test_what_probes_do_not_get_there_goes_on_without_them(monkeypatch: pytest.M
     inverse = invert(chain, torch.linspace(-0.5, 0.5, 10).reshape(2, 5), method=ParallelInverse(second_try=None))
     assert bool(inverse.converged.all())
     assert inverse.rounds > 6
+
+
+def test_a_sample_that_probes_bring_no_further_goes_on_without_them_while_others_are_probed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It does not wait for them, and costs no rows of probes any more."""
+    share = torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64)[:, None, None]
+    correction = BlockSecants.correction
+    monkeypatch.setattr(BlockSecants, "correction", lambda self, misses: share * correction(self, misses))
+    x_0, steps = random(3, 6) / 2, 12
+    method = ParallelInverse(second_try=None)
+    inverse = invert(chain_of(x_0, steps, bending), x_0, method=method, rtol=0, atol=1e-6)
+    assert inverse.converged.all()
+    worked = torch.stack([torch.isfinite(each.predicted_error) for each in inverse.history])
+    assert worked[: worked[:, 0].sum(), 0].all()
+    # All are probed at first; then all but that one, in as many directions.
+    probes = 10 * 6 + steps - 1
+    assert inverse.history[1].rows == 3 * (steps + probes)
+    assert inverse.history[8].rows == 3 * steps + 2 * probes
+
+
+@pytest.mark.parametrize("astray", [3.0, torch.nan])
+def test_what_probes_lead_astray_goes_on_from_the_best_so_far(monkeypatch: pytest.MonkeyPatch, astray: float) -> None:
+    correction, calls = BlockSecants.correction, list[int]()
+
+    def led(self: BlockSecants, misses: Tensor) -> Tensor:
+        calls.append(0)
+        return correction(self, misses) if len(calls) < 3 else torch.full_like(misses, astray)
+
+    monkeypatch.setattr(BlockSecants, "correction", led)
+    x_0 = random(3, 6) / 2
+    inverse = invert(chain_of(x_0, 12, bending), x_0, method=ParallelInverse(second_try=None), rtol=0, atol=1e-9)
+    assert inverse.converged.all()
+    torch.testing.assert_close(inverse.history[len(calls) + 1].x_T, inverse.history[2].x_T)
+
+
+def test_some_samples_are_probed_and_others_not_in_one_round() -> None:
+    x_0 = random(3, 6)
+    chain = chain_of(x_0, 300, bending)
+    problem = InverseProblem(chain, x_0)
+    latents, grid = problem.guess(), problem.grids[0]
+    probes = BlockSecants(problem, 2).probes(EVERYONE)
+    everything = problem.look(latents, EVERYONE, grid, probes)
+    chain.reset_counters()
+    some = problem.look(latents, EVERYONE, grid, probes, 2)
+    assert (chain.rounds, chain.evals) == (1, 3 * 65 + 2 * 8 * 2)
+    torch.testing.assert_close(some.images, everything.images)
+    torch.testing.assert_close(some.responses[0], everything.responses[0][:2])

@@ -181,9 +181,13 @@ def test_half_precision_networks_keep_latents_in_single_precision(ddim: Any) -> 
     assert result.latents.dtype == torch.float32
     assert result.images.dtype == torch.float16
     assert result.inverse.converged.all()
-    # Rounded to half precision, x_T would not lead back as closely.
-    back = pipe(latents=result.latents, **CALL, **TIGHT).solution.value[:, -1]
-    torch.testing.assert_close(back, result.inverse.reconstruction, rtol=0, atol=1e-4)
+
+    def off(latents: Tensor) -> float:
+        back = pipe(latents=latents, **CALL, **TIGHT).solution.value[:, -1]
+        return float((back - result.inverse.reconstruction).norm())
+
+    # Rounded to half precision, x_T does not lead back as closely. (The network rounds a few outputs otherwise, too.)
+    assert off(result.latents) < off(result.latents.half().float()) / 3
 
 
 def test_one_image_that_cannot_be_inverted_spoils_no_other(ddim: Any) -> None:
