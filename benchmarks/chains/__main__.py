@@ -75,7 +75,7 @@ def run_heun(quick: bool) -> Part:
 
 def run_noise(quick: bool) -> Part:
     """Rounds, rows and quality where a latent may be off by a share of its step's noise."""
-    found = noise.measure(steps=30, samples=1, images=8) if quick else noise.measure(steps=1000, samples=16, images=256)
+    found = noise.measure(steps=30, samples=1, images=8) if quick else noise.measure(steps=1000, samples=16, images=128)
     return noise.table(found), noise.as_json(found), [] if quick else noise.targets(found)
 
 

@@ -55,6 +55,9 @@ def measure(*, steps: int, samples: int, images: int) -> list[Found]:
     for share, solver in tqdm({None: None, **solvers}.items(), unit="tolerance", mininterval=1):
         alone: list[tuple[float, float, float]] = []
         for i, image in enumerate(expected):
+            if solver is None:
+                alone.append((steps, 1.0, 0.0))
+                continue
             x_0, rounds, rows = _drawn(_chain(steps, range(i, i + 1)), solver)
             alone.append((rounds, rows / steps, float((x_0 - image).norm() / image.norm())))
         rounds, rows, errors = (list(column) for column in zip(*alone, strict=True))
