@@ -34,7 +34,9 @@ def draw_lines(block: Lines, path: Path) -> None:
         draw_curves(axes, block)
         axes.set_title(_lines(block.title), fontsize=10)
         if entries:
-            figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+            handles, labels = axes.get_legend_handles_labels()
+            names = [_lines(label, 30) for label in labels]
+            figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8)
         return figure
 
     _save(draw, path)
@@ -44,14 +46,15 @@ def draw_bars(block: Bars, path: Path) -> None:
     """Draw horizontal bars into the PNG ``path``, each with its length as a number."""
 
     def draw() -> Figure:
-        figure = _figure(_WIDTH, 1.2 + 0.42 * len(block.values))
+        lines = sum(max(1.0, len(label) / 32) for label in block.values)  # a long label takes several
+        figure = _figure(_WIDTH, 1.2 + 0.42 * lines)
         axes = figure.subplots()
         colours = iter(COLOURS * len(block.values))
         fills = [INK if label == block.reference else next(colours) for label in block.values]
         lengths = [math.nan if value is None else value for value in block.values.values()]
         bars = axes.barh(range(len(lengths)), lengths, height=0.65, color=fills)
         axes.bar_label(bars, [f" {shown(value)}" for value in block.values.values()], fontsize=8)
-        axes.set_yticks(range(len(lengths)), list(block.values), fontsize=9)
+        axes.set_yticks(range(len(lengths)), [_lines(label, 24) for label in block.values], fontsize=9)
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.grid(visible=False, axis="y")
@@ -116,9 +119,9 @@ def _mosaic(images: Tensor) -> tuple[Tensor, int]:
     return canvas, zoom
 
 
-def _lines(title: str) -> str:
-    """A title in lines that a chart is wide enough for."""
-    return "\n".join(textwrap.wrap(title, 54))
+def _lines(text: str, width: int = 54) -> str:
+    """A title, or another text, in lines that a chart is wide enough for."""
+    return "\n".join(textwrap.wrap(text, width))
 
 
 def _save(draw: Callable[[], Figure], path: Path, **options: Any) -> None:

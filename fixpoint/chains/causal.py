@@ -58,9 +58,10 @@ class CausalQuasiNewton(Solver):
             others to be done. The certificate keeps to it too, in as many evaluations as it takes. None: no limit.
         certify: Evaluate the whole chain once more at the end, measure what it amplifies, and go on if a state misses
             the tolerance.
-        noise_rtol: For a chain whose steps add noise (``noise_scale``, see :class:`~fixpoint.Chain`): the error of a
-            state may be larger than ``atol + rtol * ||N_k||`` by this share of the size of its noise. States that the
-            noise blurs are then done in fewer evaluations, and the result is another sample of nearly the same law.
+        noise_rtol: For a chain whose steps add noise (``noise_scale``, see :class:`~fixpoint.Chain`): a state is done
+            at a predicted error that is larger than ``atol + rtol * ||N_k||`` by this share of the size of its noise.
+            That takes fewer evaluations. Later states go on from there, those without noise too: the result is another
+            sample of nearly the same law, and may differ by more than the tolerance from the sequential run.
 
     Raises:
         TypeError, ValueError: If an option is out of range, f's state has no second dimension, or ``noise_rtol`` is
@@ -135,7 +136,10 @@ class CausalQuasiNewton(Solver):
         scale = np.zeros(0) if given is None else to_host(torch.as_tensor(given).detach())
         if given is not None and scale.shape != (steps,):
             raise ValueError(f"noise_scale must have shape (T,) = ({steps},), found {scale.shape}")
-        if not (scale > 0).any():
+        wrong = scale[~(np.isfinite(scale) & (scale >= 0))]
+        if wrong.size:
+            raise ValueError(f"noise_scale must be finite and at least 0, found {wrong[0]:g}")
+        if not scale.any():
             raise ValueError(f"noise_rtol={self.noise_rtol:g} is for chains whose steps add noise; this one adds none")
         return scale
 
@@ -178,6 +182,11 @@ class CausalSweep(Solver):
     noise_scale: Array | None = None
     backwards: bool = False
     single_steps: bool = False
+
+    @property
+    def noise(self) -> Array:
+        """``(T,)``: by how much the noise of its step lets a state be off."""
+        return np.zeros(self.steps) if self.noise_scale is None else self.options.noise_rtol * self.noise_scale
 
     def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
         """In windows; in the ordinary loop, all rows whole, where gradients are recorded."""

@@ -77,14 +77,17 @@ class Certificate:
 
         A chain passes when the defect of each state is within ``atol + rtol * ||image||``, and so is the error that it
         has and inherits by the problem's slopes. ``allowed`` holds atol of each state, ``(B, T)``, and rtol of each
-        chain, ``(B,)``.
+        chain, ``(B,)``. What the noise blurs of a defect makes another sample, and no error that is inherited.
         """
         rows, steps = len(self.rows), sweeper.steps
         images = self.images.reshape(rows, steps, -1)
         defects = images - states[tensor_like(states, self.places)].reshape(images.shape)
         step = torch.arange(steps, device=states.device).expand(rows, -1)
-        errors = defects + sweeper.inherited(defects, step)
-        norms = [torch.linalg.vector_norm(x, dim=2) for x in (defects, images, errors)]
+        length = torch.linalg.vector_norm(defects, dim=2)
+        noise = tensor_like(length, sweeper.noise).to(length.dtype)
+        sharp = torch.where(length > noise, 1 - noise / length, 0)[..., None] * defects
+        errors = defects + sweeper.inherited(sharp, step)
+        norms = [length, *(torch.linalg.vector_norm(x, dim=2) for x in (images, errors))]
         defect, scale, error = to_host(torch.stack(norms))
         bound = allowed[0][self.rows] + allowed[1][self.rows, None] * scale
         fits = defect <= bound
@@ -94,7 +97,7 @@ class Certificate:
         number = np.arange(rows)
         first_wrong = np.argmin(good, axis=1)
         by_inheritance = fits[number, first_wrong]
-        first_wrong = np.where(by_inheritance, np.argmax(defect > 0, axis=1), first_wrong)
+        first_wrong = np.where(by_inheritance, np.argmax(defect > sweeper.noise, axis=1), first_wrong)
         residual = np.where(finite, np.sqrt(np.square(defect).sum(axis=1)), np.nan)
         return Findings(defect, scale, residual, good.all(axis=1) & finite, ~finite, first_wrong)
 
@@ -123,7 +126,7 @@ def certify(run: ChainRun, f: Map, rows: Array) -> None:
 def suspicious(run: ChainRun, rows: Array, findings: Findings) -> Array:
     """``(R,)``: which chains pass by their defects, which may still be large errors of later states."""
     rounding = np.where(doubtful(run, rows), 0, run.rounding)[:, None]
-    inexact = (findings.defect > rounding * findings.scale).any(axis=1)
+    inexact = (findings.defect > run.sweeper.noise + rounding * findings.scale).any(axis=1)
     return findings.passed & inexact & ~run.in_order[rows] & run.sweeper.single_steps
 
 
@@ -134,12 +137,13 @@ def conclude(run: ChainRun, rows: Array, findings: Findings, measured: Array | N
     if measured is not None:
         # A small defect is a large error where the steps after it enlarge it. It may be enlarged more than the
         # displacement was, for its direction is another one; the more so, the more the chain enlarges at all.
-        error = run.gains.accumulated(rows, findings.defect)
+        noise = run.sweeper.noise
+        error = run.gains.accumulated(rows, np.maximum(findings.defect - noise, 0))
         caution = np.minimum(2 * np.exp(run.ahead(rows).max(axis=1, initial=0) / 2), STRICTER)
-        wrong = (error * caution[:, None] > run.bound(rows)).any(axis=1)
+        wrong = (error * caution[:, None] > run.bound(rows) - noise).any(axis=1)
         wrong &= np.isin(rows, measured)
         passed &= ~wrong
-        first[wrong] = np.argmax(findings.defect[wrong] > 0, axis=1)
+        first[wrong] = np.argmax(findings.defect[wrong] > noise, axis=1)
     again = ~passed & ~findings.failed
     run.end_rows(rows, findings.failed, passed)
     run.error[rows[again]] = findings.defect[again]

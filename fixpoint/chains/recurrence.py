@@ -17,7 +17,7 @@ class Chain(Protocol):
     are honoured if present: ``slopes``, ``(T,)`` or ``(T, D)``, what each step does to a small displacement of its
     input; and ``basis``, ``(D, D)`` orthogonal, in whose coordinates (columns) the slopes count. Where D is large, a
     sequence of matrices ``(n, n)``, one for each dimension of a state, stands for their Kronecker product. A third one,
-    ``noise_scale`` ``(T,)``, says of a chain with random steps how large the noise in each state is, as a norm.
+    ``noise_scale`` ``(T,)``, says of a chain with random steps how large the noise is that each adds, as a norm.
 
     Example:
         See :class:`fixpoint.Recurrence`, which is one.

@@ -75,9 +75,8 @@ class ChainRun:
         self.moved = states.new_zeros(rows, 2, dim)
         # What is certified is a row: its states share atol, so that all together keep to it.
         share = max(steps, 1) ** -0.5 if options.certify else 1.0
-        noise = np.zeros(steps) if sweeper.noise_scale is None else options.noise_rtol * sweeper.noise_scale
         # What the error of a state may be: so much, (B, T), and so many times its norm, (B,).
-        self.allowed = share * per_row(tolerance.atol, rows)[:, None] + noise, per_row(tolerance.rtol, rows)
+        self.allowed = share * per_row(tolerance.atol, rows)[:, None] + sweeper.noise, per_row(tolerance.rtol, rows)
         self.done = np.zeros(rows, dtype=np.int64)  # states that are done
         self.end = np.zeros(rows, dtype=np.int64)  # states that are, or were, in the window
         self.error = np.full((rows, steps), np.inf)  # predicted error of each state
@@ -142,12 +141,14 @@ class ChainRun:
 
     def finest(self, rows: Array) -> Array:
         """``(R, T)``: logarithm of how many times finer than asked each state can be had, for its rounding."""
-        size = np.maximum(self.scale[rows], np.finfo(float).tiny)
-        return np.log(np.maximum(self.bound(rows) / (self.rounding * size), 1))
+        with np.errstate(all="ignore"):  # norms may be 0, or overflow
+            finer = (self.allowed[0][rows] / self.scale[rows] + self.allowed[1][rows, None]) / self.rounding
+        return np.log(np.nan_to_num(finer).clip(min=1))
 
     def bound(self, rows: Array) -> Array:
         """``(R, T)``: what the error of each state may be."""
-        return self.allowed[0][rows] + self.allowed[1][rows, None] * self.scale[rows]
+        with np.errstate(invalid="ignore"):  # norms may overflow
+            return self.allowed[0][rows] + self.allowed[1][rows, None] * self.scale[rows]
 
     def write(self, kept: Tensor, places: Tensor, values: Tensor) -> None:
         """Put ``values`` at their places, and wipe the scratch place."""

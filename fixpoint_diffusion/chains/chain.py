@@ -116,7 +116,7 @@ class SamplingChain:
 
     @property
     def noise_scale(self) -> Tensor:
-        """``(T,)``: the root mean square norm of the noise that each step adds to a latent."""
+        """``(T,)``: the root mean square norm of the noise that each step adds to a latent; the least, if learned."""
         return self.transitions.sigma * math.prod(self.x_T.shape[1:]) ** 0.5
 
     @property

@@ -40,7 +40,7 @@ def info(
         "inputs": ", ".join(["x", "t", *about.conditioning]),
         "predicts": f"{about.prediction_type}{' and a variance' if about.learned_variance else ''}",
         **_sampling(about.schedule_config),
-        "checksums": f"{len(checked)} files match" if checked else f"no {CHECKSUM_FILE}",
+        "checksums": f"no {CHECKSUM_FILE}" if checked is None else f"{len(checked)} files match",
     }
     for name, value in rows.items():
         if value is not None:
@@ -58,17 +58,22 @@ def _from_network(folder: Path) -> tuple[str, int, int, Description]:
 
 
 def _from_files(folder: Path, checked: Sequence[str]) -> tuple[str, int, int, Description] | None:
-    """The same without the network, whose imports take seconds; None where checksums do not vouch for the files."""
+    """The same without the network, whose imports take seconds; None where checksums do not vouch for the files.
+
+    None as well where the weights are not in one file of safetensors, or are packed: the loader knows of these.
+    """
     from fixpoint_diffusion.denoisers.loading import describe_files, model_files
     from fixpoint_diffusion.files import read_json
 
     files = model_files(folder)
-    vouched = {str(file.relative_to(folder)) for file in files} <= set(checked)
-    about = describe_files(folder) if vouched else None
-    if about is None:
+    weights = [path.name for path in _weights(files)] == ["diffusion_pytorch_model.safetensors"]
+    if not weights or not set(files) <= {folder / name for name in checked}:
+        return None
+    config, about = read_json(files[0]), describe_files(folder)
+    if about is None or "quantization_config" in config:
         return None
     count = _parameters(files)
-    return read_json(folder / "config.json")["_class_name"], count, 4 * count, about  # in float32, as it is loaded
+    return config["_class_name"], count, 4 * count, about  # in float32, as it is loaded
 
 
 def _parameters(files: Iterable[Path]) -> int:
@@ -77,8 +82,11 @@ def _parameters(files: Iterable[Path]) -> int:
 
     from fixpoint_diffusion.models.weights import read_headers
 
-    weights = [path for path in files if path.name.startswith("diffusion_pytorch_model")]
-    return sum(prod(each.shape) for each in read_headers(weights).values())
+    return sum(prod(each.shape) for each in read_headers(_weights(files)).values())
+
+
+def _weights(files: Iterable[Path]) -> list[Path]:
+    return [path for path in files if path.name.startswith("diffusion_pytorch_model")]
 
 
 def _list_embedded() -> None:

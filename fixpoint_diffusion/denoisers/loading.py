@@ -113,16 +113,17 @@ def describe_files(folder: Path) -> Description | None:
 
     None for a network that is no known one of diffusers.
     """
-    config = read_json(_find_model_folder(folder) / "config.json")
+    model_folder = _find_model_folder(folder)
+    config = read_json(model_folder / "config.json")
     family = family_of_class(config.get("_class_name"))
     if family is None or family.denoiser is not DiffusersDenoiser:
         return None
-    about = {"prediction_type": "epsilon", **_about(folder, folder)}
+    about = {"prediction_type": "epsilon", **_about(folder, model_folder)}
     return Description(sample_shape=family.sample_shape(config), conditioning=family.conditioning(config), **about)
 
 
 def model_files(folder: Path) -> list[Path]:
-    """What :func:`load_denoiser` reads in a folder: its model's configuration, weights and prior, and the schedule.
+    """What :func:`load_denoiser` reads in a folder: its model's configuration first, weights, prior, and schedule.
 
     Raises:
         FileNotFoundError: if it holds no model.

@@ -173,9 +173,11 @@ def method_table(title: str, results: Mapping[str, Mapping[str, Outcome]]) -> be
 def headline(chain: DDIMChain, outcomes: Mapping[str, Outcome]) -> str:
     """What the solver made for chains came to, in one line."""
     causal, ratio = outcomes[CAUSAL], outcomes[SEQUENTIAL].seconds / outcomes[CAUSAL].seconds
+    samples = len(causal.images)
+    missing = "" if causal.converged == f"{samples} of {samples}" else f", only {causal.converged} samples converged"
     return (
         f"{chain.steps} steps in {causal.rounds} rounds, {ratio:.1f} times as fast as one step after another, "
-        f"error of x_0 {causal.error:.0e}."
+        f"error of x_0 {causal.error:.0e}{missing}."
     )
 
 

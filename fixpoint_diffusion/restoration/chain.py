@@ -159,6 +159,11 @@ class SplitChain:
         nu = prior.slopes(replace(transitions, alphas_prev=torch.zeros_like(transitions.alphas_prev)))
         return torch.cat((nu, mu), dim=1).repeat_interleave(self.chain.x_T[0].numel(), dim=1)
 
+    @property
+    def noise_scale(self) -> Tensor:
+        """That of the latents: the two parts of a noise are orthogonal."""
+        return self.chain.noise_scale
+
     def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         chain, latents = self.chain, x.sum(dim=1)
         sample, step = sample.to(x.device), step.to(x.device)

@@ -122,7 +122,7 @@ def test_the_comparison_reports_what_an_independent_count_and_numpy_find():
     row = dict(zip(study.main_table.columns, study.main_table.rows[0], strict=True))
     # By hand: after k applications z = 2 - 2^(1-k), so the relative residual is 2^-k / (2 - 2^-k).
     applications = next(k for k in range(99) if 2.0**-k / (2 - 2.0**-k) <= 1e-3)
-    assert row["evaluations"] == applications + 1 == problem.calls - 1  # one more call to verify
+    assert row["evaluations"] == applications + 1 == problem.calls - 3  # two to warm up, one to verify
     assert row["worst relative residual"] == pytest.approx(2.0**-applications / (2 - 2.0**-applications))
     assert row["worst error"] == pytest.approx(2.0**-applications)
     assert (row["converged"], row["rows"]) == (2, 2)
@@ -149,6 +149,21 @@ def test_seconds_are_drawn_for_every_solve_and_a_failed_one_is_marked():
     study = bench.compare(Halving(), {"plain": fixpoint.Picard(), "fast": fixpoint.Anderson()}, max_evals=5)
     seconds = [row[3] for row in study.main_table.rows]
     assert study.blocks[2].values == dict(zip(["plain (fails)", "fast"], seconds, strict=True))
+
+
+def test_what_is_slow_at_first_use_counts_for_no_solver(monkeypatch):
+    class SlowAtFirst:
+        clock, z0 = 0.0, torch.zeros(1, 2)
+
+        def __call__(self, z):
+            self.clock += 1.0 if self.clock else 100.0
+            return 0.5 * z + 1
+
+    problem = SlowAtFirst()
+    clock = types.SimpleNamespace(perf_counter=lambda: problem.clock)
+    monkeypatch.setattr(sys.modules["fixpoint.bench.compare"], "time", clock)
+    bars = bench.compare(problem, {"one": fixpoint.Picard(), "same": fixpoint.Picard()}).blocks[2]
+    assert bars.values["one"] == bars.values["same"] < 100
 
 
 def test_a_solver_that_measures_no_residual_on_the_way_has_one_dot_for_its_result():

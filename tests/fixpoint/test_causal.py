@@ -282,3 +282,14 @@ def test_what_does_not_fit_is_refused_at_once():
             CausalQuasiNewton(**{option: 0})
     with pytest.raises(TypeError):
         CausalQuasiNewton(windows=3)
+
+
+@pytest.mark.parametrize(("factor", "atol"), [(0.9, 0.0), (0.9, 1.0), (0.0, 1.0)])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_norms_that_overflow_or_vanish_are_no_warning(factor, atol):
+    """In float32 the norm of entries above 2e19 is infinite."""
+    start = torch.full((1, 4), 1e25)
+    chain = Recurrence(lambda x: factor * (x + 1e24 * (x / 1e24).sin()), start, steps=50)
+    solution = solve(chain, rtol=1e-4, atol=atol)
+    assert solution.converged.all()
+    assert_close(solution.value, chain.sequential(), rtol=1e-4, atol=0)

@@ -64,6 +64,19 @@ def test_quiet_states_keep_the_ordinary_tolerance():
     assert relative_errors(solution.value, chain.sequential())[:, :200].max() <= 2e-4
 
 
+def test_what_noise_blurs_is_no_error_of_the_quiet_states_that_inherit_it():
+    def certified(share):
+        chain = Noisy()
+        chain.noise_scale = torch.where(torch.arange(STEPS) < 150, chain.noise_scale, 0.0)
+        solution = solve(chain, CausalQuasiNewton(window=50, noise_rtol=share, certify=True), rtol=1e-4)
+        defects = (chain(solution.value) - solution.value).norm(dim=2)
+        assert solution.converged.all()
+        assert (defects <= 1e-4 * solution.value.norm(dim=2) + share * chain.noise_scale).all()
+        return chain.evals - 2 * STEPS
+
+    assert certified(1.0) < certified(0.0)
+
+
 @pytest.mark.parametrize("share", [-0.1, float("nan"), float("inf")])
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(ValueError, match="noise_rtol must be a finite number of at least 0"):
@@ -79,6 +92,14 @@ def test_chains_without_noise_are_refused():
         solve(chain, CausalQuasiNewton(noise_rtol=0.1))
     chain.noise_scale = torch.ones(3)
     with pytest.raises(ValueError, match=r"noise_scale must have shape \(T,\) = \(400,\), found \(3,\)"):
+        solve(chain, CausalQuasiNewton(noise_rtol=0.1))
+
+
+@pytest.mark.parametrize(("wrong", "found"), [(float("nan"), "nan"), (float("inf"), "inf"), (-1.0, "-1")])
+def test_noise_that_is_none_is_refused(wrong, found):
+    chain = Noisy()
+    chain.noise_scale[3] = wrong
+    with pytest.raises(ValueError, match=f"noise_scale must be finite and at least 0, found {found}"):
         solve(chain, CausalQuasiNewton(noise_rtol=0.1))
 
 

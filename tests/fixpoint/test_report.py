@@ -73,6 +73,17 @@ def test_pictures_of_the_same_title_do_not_overwrite_each_other(tmp_path):
     ]
 
 
+@pytest.mark.filterwarnings("error")
+def test_long_names_leave_room_for_what_is_drawn(tmp_path):
+    name = "package.module:MySolver:memory=10:ridge=1e-3, rtol 1e-05 (fails)"
+    lines = bench.Lines("Residual", {f"{name} {i}": ([1, 2], [1.0, 0.1]) for i in range(4)}, "x", "y")
+    report.render(results(bench.Study("s", "S", (lines, bench.Bars("Time", {name: 1.0}, "seconds")))), tmp_path)
+    # Nothing is cut off: no text touches the edge of its picture.
+    for picture in map(matplotlib.image.imread, tmp_path.glob("*.png")):
+        alpha = picture[..., 3]
+        assert not max(alpha[0].max(), alpha[-1].max(), alpha[:, 0].max(), alpha[:, -1].max())
+
+
 @pytest.mark.parametrize("size", [8, 32, 100])
 def test_images_are_enlarged_by_whole_pixels_without_smoothing(size, tmp_path):
     picture = torch.zeros(1, 2, 3, size, size)

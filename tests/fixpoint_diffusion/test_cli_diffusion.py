@@ -17,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 from fixpoint_diffusion.cli import app, main
 from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded, embedded_folder, family
+from fixpoint_diffusion.denoisers.checksums import write_checksums
+from fixpoint_diffusion.files import sha256_of
 from fixpoint_diffusion.options.sampling import SamplingOptions
 from fixpoint_diffusion.training import TrainingConfig
 
@@ -228,6 +230,30 @@ def test_info_says_the_same_of_a_network_from_its_files_and_from_itself(tmp_path
         (folder / "SHA256SUMS").unlink()  # nothing vouches for the files: the network is loaded
         assert invoke("info", folder).output.splitlines()[:-1] == vouched[:-1]
         assert vouched[-1].endswith("files match")
+
+
+def test_info_reads_models_in_folders_of_their_own_and_in_shards(tmp_path: Path) -> None:
+    model, source = embedded("ddpm-digits").model, embedded_folder("ddpm-digits")
+    inner, sharded = tmp_path / "pipeline" / "unet", tmp_path / "sharded"
+    shutil.copytree(source, inner, ignore=shutil.ignore_patterns("S*", "scheduler*"))
+    model.save_pretrained(sharded, max_shard_size="1MB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    for folder in (inner.parent, sharded):
+        shutil.copy(source / "scheduler_config.json", folder)
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        lines = [f"{sha256_of(file)}  {file.relative_to(folder)}\n" for file in files]
+        (folder / "SHA256SUMS").write_text("".join(lines))
+        output = invoke("info", folder).output
+        assert "701,345" in output
+        assert f"{len(files)} files match" in output
+
+
+def test_info_misses_weights_that_no_checksum_misses(tmp_path: Path, monkeypatch, capsys) -> None:
+    folder = shutil.copytree(embedded_folder("ddpm-digits"), tmp_path / "model")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    write_checksums(folder)
+    assert run_main(monkeypatch, "info", folder) == 2
+    assert "no weights" in capsys.readouterr().err
 
 
 def test_info_loads_what_its_checksums_leave_out(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -88,6 +88,9 @@ def test_the_headline_says_what_the_run_measured(short_chain, outcomes):
     causal = dataclasses.replace(causal, rounds=4, error=3.6e-4)
     found = chains.headline(short_chain, {"sequential": sequential, "Causal quasi-Newton": causal})
     assert found == "6 steps in 4 rounds, 4.5 times as fast as one step after another, error of x_0 4e-04."
+    failed = dataclasses.replace(causal, converged="1 of 2")
+    found = chains.headline(short_chain, {"sequential": sequential, "Causal quasi-Newton": failed})
+    assert found.endswith("error of x_0 4e-04, only 1 of 2 samples converged.")
 
 
 def test_starts_are_compared_for_both_solvers(short_chain):

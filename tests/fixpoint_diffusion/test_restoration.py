@@ -94,6 +94,16 @@ def test_range_and_null_space_have_slopes_of_their_own(mixture: Callable[..., An
     assert ours.rounds < plain.nfev
 
 
+def test_a_share_of_the_noise_may_be_the_tolerance(mixture: Callable[..., Any]) -> None:
+    chain = small(mixture(SCHEDULE), eta=0.85)
+    strict, loose = (
+        restore(chain, solver=fixpoint.CausalQuasiNewton(noise_rtol=c), backward=None, rtol=1e-5) for c in (0.0, 2.0)
+    )
+    assert loose.evals < strict.evals
+    with pytest.raises(ValueError, match="this one adds none"):
+        restore(small(mixture(SCHEDULE), eta=0.0), solver=fixpoint.CausalQuasiNewton(noise_rtol=0.5))
+
+
 def test_other_solvers_serve(mixture: Callable[..., Any]) -> None:
     chain = small(mixture(SCHEDULE))
     result = restore(chain, solver=fixpoint.Picard(), backward=None, rtol=1e-10)
