@@ -204,7 +204,7 @@ def inversion(path: Path) -> None:
     schedule, x_0 = NoiseSchedule.linear(), torch.tensor([[-0.7], [0.65]], dtype=torch.float64)
     chain = DDIMChain(_two_bumps(schedule), torch.zeros_like(x_0), schedule, steps=20)
     latents, exact = _sweeps(chain, x_0, rounds=8), _undone(chain, x_0)
-    for number, color in zip((0, 1, 2, 4, 8), plt.get_cmap("viridis")(torch.linspace(0.9, 0, 5)), strict=True):
+    for number, color in zip((0, 1, 2, 4, 8), plt.get_cmap("viridis")(torch.linspace(0.9, 0.35, 5)), strict=True):
         label = "prior's path" if number == 0 else f"round {number}"
         axes[0].plot(latents[number].T, color=color, lw=1.2, label=[label, *["_"] * (len(x_0) - 1)])
     axes[0].plot(exact.T, ":", color=INK, lw=1.6, label=["step by step", *["_"] * (len(x_0) - 1)])
