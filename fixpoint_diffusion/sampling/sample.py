@@ -15,6 +15,9 @@ from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.denoisers.sharded import is_sharded
 from fixpoint_diffusion.sampling.batch_cost import BatchCost, usual_rows
 
+# Windows of fewer states take longer than the ordinary sampler: each state is evaluated more than once.
+_LEAST_WINDOW = 4
+
 
 @dataclass(frozen=True, eq=False)
 class SamplingResult:
@@ -247,7 +250,7 @@ def _with_budget(
     if max_rows in (None, "auto"):
         if budget >= samples * steps:
             return solver, cost
-        if budget < 2 * samples:
+        if budget < _LEAST_WINDOW * samples:
             return replace(solver, window=1, max_rows=samples), cost  # the ordinary sampler
     return replace(solver, max_rows=budget), cost
 

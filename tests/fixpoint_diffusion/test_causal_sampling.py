@@ -134,6 +134,14 @@ def test_the_denoiser_is_timed_only_by_name(mixture, monkeypatch):
     assert given.max_rows == 30
 
 
+@pytest.mark.parametrize(("samples", "in_parallel"), [(32, True), (33, False)])
+def test_so_many_samples_that_windows_would_be_narrow_take_one_step_a_round(mixture, samples, in_parallel):
+    chain = mixture_chain(mixture, samples=samples, steps=30)
+    result = sample(chain)
+    assert (result.rounds < 30) == in_parallel
+    assert (result.evals == 30 * samples) == (not in_parallel)
+
+
 def test_calls_that_time_the_denoiser_are_counted(mixture):
     sizes = []
     inner = mixture(LINEAR)
