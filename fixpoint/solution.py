@@ -92,6 +92,10 @@ class Solution:
             earlier one, per row. Measured by following a displacement through the steps where ``CausalQuasiNewton``
             certifies a row; elsewhere estimated from what each step was seen to make of changes of its input, which
             may be far off. None for all other solvers, and where gradients are recorded.
+        lyapunov: How fast a chain forgets or amplifies, per row: the mean, over its steps, of the logarithm of how many
+            times larger a step makes a small change of its input. Below 0 it forgets, and few rounds do; above 0 errors
+            grow, and solving all steps at once may not pay. Known as ``amplification`` is, and None where that is; NaN
+            where no step was seen to make anything of a change.
 
     Example:
         >>> import torch, fixpoint
@@ -112,6 +116,7 @@ class Solution:
     aux: Any = None
     predicted_error: Tensor | None = None
     amplification: Tensor | None = None
+    lyapunov: Tensor | None = None
     _adjoint: AdjointSlot = field(default_factory=AdjointSlot)
 
     @property
@@ -141,6 +146,7 @@ class Solution:
             trace=None if trace is None else trace.detach().reshape(len(trace), *layout.batch_shape).to(real),
             predicted_error=None if result.predicted_error is None else batch(result.predicted_error).to(real),
             amplification=None if result.amplification is None else batch(result.amplification).to(real),
+            lyapunov=None if result.lyapunov is None else batch(result.lyapunov).to(real),
             _adjoint=adjoint or AdjointSlot(),
         )
 

@@ -34,7 +34,7 @@ class Gains:
         self._by_twin = np.full((rows, steps), -np.inf)
         self._measured = np.full((2, rows, steps), -np.inf)  # newest first
         self._largest = np.full((rows, steps), -np.inf)  # of all that were measured
-        self._modelled = np.zeros((rows, steps))
+        self._modelled = np.full((rows, steps), np.nan)
 
     def note(self, row: Array, step: Array, measured: Array, modelled: Array) -> None:
         """Take in the gains of steps, ``(N,)`` each; NaN where there is none."""
@@ -61,11 +61,25 @@ class Gains:
 
     def of(self, rows: Array) -> Array:
         """``(R, T)``: the logarithm of every step's gain."""
+        return first_finite(self._known(rows), np.zeros(1))
+
+    def _known(self, rows: Array) -> Array:
+        """The same; not finite where nothing is known of a step."""
         return first_finite(self._by_twin[rows], self._measured[:, rows].max(axis=0), self._modelled[rows])
+
+    def exponents(self, rows: Array) -> Array:
+        """``(R,)``: the mean of the logarithms over the steps of which one is known; NaN without any.
+
+        The first step does not count: nothing changes what starts a chain.
+        """
+        logs = self._known(rows)[:, 1:]
+        finite = np.isfinite(logs)
+        with np.errstate(invalid="ignore"):
+            return np.where(finite, logs, 0).sum(axis=1) / finite.sum(axis=1)
 
     def largest(self, rows: Array) -> Array:
         """``(R, T)``: the same, if of all gains that were measured the largest one counts."""
-        return first_finite(self._largest[rows], self._modelled[rows])
+        return first_finite(self._largest[rows], self._modelled[rows], np.zeros(1))
 
     def accumulated(self, rows: Array, defects: Array) -> Array:
         """``(R, T)``: the error that states have by their own defects and by those before them.

@@ -117,7 +117,7 @@ class ChainRun:
 
     def outcome(self) -> LoopResult:
         """What is known by now."""
-        z, active = self.start, self.status == ACTIVE
+        z, active, every = self.start, self.status == ACTIVE, np.arange(len(self.start))
         return LoopResult(
             z=self.rows().clone(),
             residual=figures_like(z, self.residual),
@@ -127,7 +127,8 @@ class ChainRun:
             nfev=self.nfev,
             trace=figures_like(z, np.stack(self.trace)) if self.trace else None,
             predicted_error=figures_like(z, self.predicted_error()),
-            amplification=figures_like(z, np.exp(self.ahead(np.arange(len(z))).max(axis=1, initial=0.0))),
+            amplification=figures_like(z, np.exp(self.ahead(every).max(axis=1, initial=0.0))),
+            lyapunov=figures_like(z, self.gains.exponents(every)),
         )
 
     def ahead(self, rows: Array) -> Array:

@@ -40,6 +40,7 @@ class LoopResult:
         state: The solver's state after its last step.
         predicted_error: Norm of the predicted errors ``(rows,)``, from a solver that judges by them.
         amplification: How many times larger a chain makes relative errors ``(rows,)``, from a solver of chains.
+        lyapunov: Mean logarithm of what a step of a chain makes of a small change ``(rows,)``, from a solver of chains.
 
     Example:
         See :class:`fixpoint.Backward`, whose ``attach`` returns one.
@@ -57,6 +58,7 @@ class LoopResult:
     state: Any = None
     predicted_error: Tensor | None = None
     amplification: Tensor | None = None
+    lyapunov: Tensor | None = None
 
     def measured(self, fz: Tensor, tolerance: Tolerance) -> LoopResult:
         """The same run with the figures that ``fz = f(self.z)`` gives; for states handed over unverified."""

@@ -49,6 +49,33 @@ def test_a_chain_that_forgets_amplifies_nothing():
     assert solve(problem, fixpoint.Picard()).amplification is None
 
 
+@pytest.mark.parametrize("certify", [False, True])
+@pytest.mark.parametrize("factor", [0.9, -0.5, 1.02])
+def test_the_lyapunov_exponent_of_a_linear_chain_is_the_logarithm_of_its_factor(factor, certify):
+    inputs = torch.randn(2, 60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.zeros(2, 3, dtype=torch.float64)
+    problem = Recurrence(lambda x, u: factor * x + u, start, inputs=(inputs,))
+    solution = solve(problem, CausalQuasiNewton(certify=certify))
+    expected = torch.full((2,), abs(factor), dtype=torch.float64).log()
+    assert_close(solution.lyapunov, expected, rtol=0, atol=0.005)
+
+
+def test_certified_the_lyapunov_exponent_is_the_mean_logarithm_of_the_slopes():
+    inputs = torch.linspace(0, 1, 80, dtype=torch.float64).expand(2, -1)[..., None]
+    start = torch.tensor([[0.3], [0.8]], dtype=torch.float64)
+    problem = Recurrence(lambda x, u: torch.sin(1.5 * x + u), start, inputs=(inputs,))
+    before = torch.cat((start[:, None], problem.sequential()), dim=1)[:, 1:-1]
+    slopes = 1.5 * torch.cos(1.5 * before + inputs[:, 1:])
+    solution = solve(problem, CausalQuasiNewton(certify=True))
+    assert_close(solution.lyapunov, slopes.abs().log().mean(dim=(1, 2)), rtol=0, atol=0.01)
+
+
+def test_there_is_no_lyapunov_exponent_where_no_step_was_seen_to_make_anything_of_a_change():
+    problem = logistic(steps=5)
+    assert solve(problem, CausalQuasiNewton(window=1)).lyapunov.isnan().all()
+    assert solve(problem, fixpoint.Picard()).lyapunov is None
+
+
 @pytest.mark.parametrize("solver", [CausalQuasiNewton(), CausalQuasiNewton(window=10)], ids=["whole", "window"])
 @pytest.mark.parametrize("certify", [False, True])
 def test_chaos_is_solved_to_the_tolerance(solver, certify):
