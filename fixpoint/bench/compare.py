@@ -155,12 +155,17 @@ def _verify(problem: Problem, value: Any) -> tuple[float, float, float | None]:
 
     z, fz = layout.flatten(value), layout.flatten(problem(value))
     left = size(fz - z)
-    residual, relative = float(left.max()), float((left / size(fz)).max())
+    residual, relative = float(left.max()), _largest_share(left, size(fz))
     exact = getattr(problem, "solution", None)
     if exact is None:
         return residual, relative, None
     expected = layout.flatten(exact).double()
-    return residual, relative, float((row_norm(z.double() - expected) / row_norm(expected)).max())
+    return residual, relative, _largest_share(row_norm(z.double() - expected), row_norm(expected))
+
+
+def _largest_share(part: torch.Tensor, whole: torch.Tensor) -> float:
+    """Of all rows; nothing of nothing is nothing."""
+    return float(torch.where(part == 0, part, part / whole).max())
 
 
 def _worst(solution: Solution, left: float) -> tuple[list[float], list[float | None]]:

@@ -13,7 +13,7 @@ from fixpoint.chains.amplification import STRICTER, doubtful, go_back
 from fixpoint.chains.run import ChainRun, evaluate
 from fixpoint.chains.twin import Twin
 from fixpoint.engine.loop import Map
-from fixpoint.engine.outcome import tensor_like
+from fixpoint.engine.outcome import figures_like, tensor_like
 from fixpoint.engine.tolerance import Array, to_host
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Certificate:
         defects = images - states[tensor_like(states, self.places)].reshape(images.shape)
         step = torch.arange(steps, device=states.device).expand(rows, -1)
         length = torch.linalg.vector_norm(defects, dim=2)
-        noise = tensor_like(length, sweeper.noise).to(length.dtype)
+        noise = figures_like(length, sweeper.noise)  # (T,)
         sharp = torch.where(length > noise, 1 - noise / length, 0)[..., None] * defects
         errors = defects + sweeper.inherited(sharp, step)
         norms = [length, *(torch.linalg.vector_norm(x, dim=2) for x in (images, errors))]

@@ -145,6 +145,17 @@ def test_a_solver_that_fails_is_shown_as_not_converged():
     assert study.main_table.rows[0][-2:] == (0, 2)
 
 
+def test_a_solution_of_zeros_has_no_relative_residual():
+    class Vanishes:
+        z0, solution = torch.ones(2, 3), torch.zeros(2, 3)
+
+        def __call__(self, z):
+            return 0 * z
+
+    (row,) = bench.compare(Vanishes(), {"plain": fixpoint.Picard()}).main_table.rows
+    assert row[4:] == (0.0, 0.0, 2, 2)
+
+
 def test_seconds_are_drawn_for_every_solve_and_a_failed_one_is_marked():
     study = bench.compare(Halving(), {"plain": fixpoint.Picard(), "fast": fixpoint.Anderson()}, max_evals=5)
     seconds = [row[3] for row in study.main_table.rows]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 
@@ -39,6 +40,14 @@ def test_bench_without_a_problem_runs_the_classical_ones(tmp_path):
     assert invoke("bench", "--solver", "broyden", "--max-evals", 3, "--out", tmp_path).exit_code == 0
     overview = json.loads((tmp_path / "results.json").read_text())["studies"][0]["blocks"][0]
     assert [row[0] for row in overview["rows"]] == list(fixpoint.bench.problems.CLASSICAL)
+
+
+def test_the_package_runs_as_its_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fixpoint", "problems"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("fixpoint", run_name="__main__")
+    assert not stopped.value.code
+    assert "linear" in capsys.readouterr().out
 
 
 def test_rtol_and_max_evals_reach_the_solves(tmp_path):
