@@ -146,15 +146,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"(lowest..highest of {len(pairs)} training(s) with {options.seeds} seed(s) of the noise each)"
     )
     print(f"{'block passes':22}" + "".join(f"{budget:>20}" for budget in options.budgets), flush=True)
+    every: dict[str, list[list[float]]] = {}
     for way in options.only:
-        cells = []
+        every[way], cells = [], []
         for budget in options.budgets:
             frechet = []
             for models, seed in itertools.product(pairs, range(1, options.seeds + 1)):
                 key = {"way": way, "budget": budget, "seed": seed, **models.key(way)}
                 frechet.append(found("runs", key, partial(models.quality, way, budget, seed))["frechet"])
+            every[way].append(frechet)
             cells.append(f"{mean(frechet):.2f} ({min(frechet):.2f}..{max(frechet):.2f})".rjust(20))
         print(f"{way if way == 'DiT' else f'FPDM {way}':22}" + "".join(cells), flush=True)
+    if "DiT" in every and len(every) > 1:
+        print("\nAhead of the DiT of the same pair with the same seed, of all of them")
+        for way in [each for each in every if each != "DiT"]:
+            ahead = [
+                f"{sum(a < b for a, b in zip(mine, theirs, strict=True))} of {len(mine)}"
+                for mine, theirs in zip(every[way], every["DiT"], strict=True)
+            ]
+            print(f"{f'FPDM {way}':22}" + "".join(f"{count:>20}" for count in ahead), flush=True)
     print("\nTargets in 50 steps, 4 iterations each with reuse" + (", of the first training" if len(pairs) > 1 else ""))
     for each in found("targets", pairs[0].key("FPDM"), lambda: {"targets": targets(pairs[0])})["targets"]:
         words = [f"{name} {value:.3f}" for name, value in each.items() if name not in ("name", "found")]

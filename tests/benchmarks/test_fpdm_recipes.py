@@ -110,6 +110,10 @@ def test_every_way_keeps_within_the_budget(tmp_path: Path, capsys: Any, monkeypa
     for name, run in runs.items():
         assert 0.85 * 40 < run["block_passes"] <= (1.1 if "adaptive" in name else 1) * 40
         assert f"{run['frechet']:.2f} ({run['frechet']:.2f}.." in printed
+    compared = printed.partition("Ahead of the DiT")[2].splitlines()
+    for name in runs.keys() - {"DiT"}:
+        (line,) = [each for each in compared if each.startswith(f"FPDM {name} ")]
+        assert line.endswith(f"{int(runs[name]['frechet'] < runs['DiT']['frechet'])} of 1")
     confidence, distance = found["targets"][0]["targets"]
     assert f"{confidence['found']:.3f} (at least 0.970)" in printed
     assert distance["at most"] == pytest.approx(1.25 * distance["U-Net"])
