@@ -1,0 +1,1 @@
+"""Charts and tables of the pages on benchmarks, from the committed results."""
