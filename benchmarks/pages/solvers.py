@@ -53,18 +53,17 @@ def overhead(data: Results) -> tuple[Lines, Table]:
     return lines, Table("", ("state", *(f"{name}, ms" for name in names)), rows)
 
 
+_RULES = ("IFT()", "SHINE(refine=5)", "Phantom(steps=5)", "JFB()", "Unroll()", "torchdeq ift")
+
+
+def _cell(data: Results, name: str) -> list[Results]:
+    """What was measured on one cell, by its spectral radius."""
+    return [setting for setting in data["settings"] if setting["cell"] == name]
+
+
 def gradients(data: Results) -> tuple[Lines, Table]:
     """Error and time of backward rules on one cell, from a map that contracts well to one that hardly does."""
-    settings = [setting for setting in data["settings"] if setting["cell"] == "tanh"]
-    names = (
-        "IFT()",
-        "SHINE(refine=5)",
-        "Phantom(steps=5)",
-        "JFB()",
-        "Unroll()",
-        "torchdeq ift",
-        "torchdeq phantom, grad=5",
-    )
+    settings, names = _cell(data, "tanh"), (*_RULES, "torchdeq phantom, grad=5")
 
     def cost(setting: Results, name: str) -> float:
         return sum(setting["rules"][name]["seconds"]) / sum(setting["once"]["seconds"])
@@ -101,16 +100,7 @@ def evaluations(data: Results) -> tuple[None, Table]:
 
 def radius(data: Results) -> tuple[Lines, None]:
     """The error of backward rules on one cell, by its spectral radius."""
-    settings = [setting for setting in data["settings"] if setting["cell"] == "transformer"]
-    names = (
-        "IFT()",
-        "SHINE(refine=5)",
-        "Phantom(steps=5)",
-        "JFB()",
-        "Reversible(steps=25)",
-        "Unroll()",
-        "torchdeq ift",
-    )
+    settings, names = _cell(data, "transformer"), (*_RULES, "Reversible(steps=25)")
     errors = {name: [setting["rules"][name]["error"] for setting in settings] for name in names}
     radii = [setting["radius"] for setting in settings]
     title = "Error of gradients of the transformer block"

@@ -302,8 +302,8 @@ class ParallelPipeline(DiffusionPipeline):
             max_rows=max_rows,
         )
         # By the size of the images that are decoded: so large are a network's activations, too.
-        entries = int(getattr(self, "vae_scale_factor", 1)) ** 2 * (2 if guidance else 1)
-        chain.max_rows = chain.max_rows or max(usual_rows(chain) // entries, batch)
+        enlarged = int(getattr(self, "vae_scale_factor", 1)) ** 2 * (2 if guidance else 1)
+        chain.max_rows = chain.max_rows or usual_rows(chain, enlarged=enlarged)
         return chain
 
     def _sample(self, call: Call, solver: Solver | None, rtol: float, max_rows: int | str | None) -> SamplingResult:

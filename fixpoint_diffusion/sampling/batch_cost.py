@@ -25,11 +25,15 @@ _ENTRIES_ELSEWHERE = 2**22
 _MOST_ROWS = {"cpu": 128}
 
 
-def usual_rows(chain: SamplingChain) -> int:
+def usual_rows(chain: SamplingChain, *, enlarged: int = 1) -> int:
     """Rows a round by a rule that needs no clock: so many that their latents have 2^15 entries on a CPU, or 2^22.
 
     On a CPU at most 128. At least one for each sample, which makes the ordinary sampler. The same chain gets the same
     budget on every machine with the same type of device.
+
+    Args:
+        chain: whose latents count.
+        enlarged: by how many times more entries a row counts, such as those of the image that is decoded from it.
 
     Example:
         >>> from fixpoint_diffusion import DDIMChain, NoiseSchedule
@@ -39,7 +43,7 @@ def usual_rows(chain: SamplingChain) -> int:
         (128, 2)
     """
     device, samples = chain.x_T.device.type, max(len(chain.x_T), 1)
-    rows = _ENTRIES.get(device, _ENTRIES_ELSEWHERE) // max(chain.x_T.numel() // samples, 1)
+    rows = _ENTRIES.get(device, _ENTRIES_ELSEWHERE) // max(enlarged * (chain.x_T.numel() // samples), 1)
     return max(min(rows, _MOST_ROWS.get(device, rows)), samples)
 
 

@@ -70,5 +70,7 @@ def test_the_usual_budget_follows_device_and_size_alone():
     assert usual_rows(wider) == 2**15 // (3 * 16 * 16)
     meta = DDIMChain(lambda x, t: x, torch.empty(2, 3, device="meta"), NoiseSchedule.linear(), steps=5)
     assert usual_rows(meta) == 2**22 // 3
+    # Rows that are decoded to larger images: the entries count before the rows are bounded.
+    assert usual_rows(chain(samples=2), enlarged=100) == 2**15 // 300
     large = DDIMChain(lambda x, t: x, torch.ones(5, 3, 256, 256), NoiseSchedule.linear(), steps=5)
     assert usual_rows(large) == 5
