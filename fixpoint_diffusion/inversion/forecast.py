@@ -33,6 +33,11 @@ class Forecast:
         # Copies: the search writes the next round into the same memory.
         self._past = [(latents.clone(), images.clone()), *self._past][:_MEMORY]
 
+    def forget_move(self, samples: Tensor) -> None:
+        """The next images of these samples ``(N,)`` are not to be compared with their last ones."""
+        for _, images in self._past:
+            images[samples] = torch.nan
+
     def error(self, misses: Tensor) -> Tensor:
         """RMS errors ``(n, B)`` that follow from n sorts of misses ``(n, B, T, D)``."""
         e = torch.zeros_like(misses[:, :, 0])

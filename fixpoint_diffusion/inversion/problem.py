@@ -102,49 +102,35 @@ class InverseProblem:
         """What every step makes of its latent, ``(N, T, D)`` to the same shape, for N samples ``(N,)`` of the batch."""
         return self.step(latents.flatten(0, 1), *all_rows(samples, self.steps)).reshape(latents.shape)
 
-    def look(
-        self,
-        latents: Tensor,
-        samples: Tensor,
-        grid: StepGrid | None = None,
-        probes: Sequence[Probes] = (),
-        probed: int | None = None,
-    ) -> Look:
-        """As ``images``, in one round too, but with more to see.
+    def look(self, *asked: Asked) -> list[Look]:
+        """As ``images``, in one round too, but with more to see, and of several groups of samples."""
+        groups = [each.rows() for each in asked]
+        rows = [part for group in groups for part in group]
+        x = torch.cat([latents.flatten(0, -2) for latents, _, _ in rows])
+        sample, step = (torch.cat([part[i].flatten() for part in rows]) for i in (1, 2))
+        out = wide(self.chain.denoise(self.from_coordinates(x).to(self.dtype), sample, step))
+        parts = iter(out.split([part[1].numel() for part in rows]))
+        found = [[next(parts).unflatten(0, part[1].shape) for part in group] for group in groups]
+        return [self._seen(each, *outputs) for each, outputs in zip(asked, found, strict=True)]
 
-        Args:
-            latents: ``(N, T, D)``.
-            samples: ``(N,)``.
-            grid: the denoiser is asked at its steps alone; None: at all steps.
-            probes: what steps are to be probed with.
-            probed: the first so many of the samples are; None: all.
-        """
-        device = latents.device
-        steps = torch.arange(self.steps, device=device) if grid is None else grid.steps
-        near, of = latents[:probed], samples[:probed]
-        x = [latents[:, steps], *(near[:, None, each.steps] + each.at(each.steps) for each in probes)]
-        sample = [samples[:, None].expand(x[0].shape[:-1]), *(of[:, None, None].expand(y.shape[:-1]) for y in x[1:])]
-        asked = [steps, *(each.steps for each in probes)]
-        step = [each.expand(y.shape[:-1]) for each, y in zip(asked, x, strict=True)]
-        flat = self.from_coordinates(torch.cat([y.reshape(-1, y.shape[-1]) for y in x])).to(self.dtype)
-        rows = (torch.cat([y.reshape(-1) for y in each]) for each in (sample, step))
-        found = wide(self.chain.denoise(flat, *rows)).split([len(y.flatten(0, -2)) for y in x])
-        out, *beside = (each.unflatten(0, y.shape[:-1]) for each, y in zip(found, x, strict=True))
+    def _seen(self, asked: Asked, out: Tensor, *beside: Tensor) -> Look:
+        """What a group's latents, and its probes beside them, have shown, given the denoiser's outputs."""
+        latents, samples, grid = asked.latents, asked.samples, asked.grid
         filled, coarse = (out, None) if grid is None else grid.fill(out)
         images = self._arrive_all(latents, samples, filled, 0)
         doubts = None if coarse is None else images - self._arrive_all(latents, samples, coarse, 0)
         responses = []
-        for each, seen in zip(probes, beside, strict=True):
-            change = seen - out[:probed, None, torch.isin(steps, each.steps)]
+        for each, seen in zip(asked.probes, beside, strict=True):
+            change = seen - out[:, None, torch.isin(asked.steps, each.steps)]
             # The change of the output, at the steps that were not probed: on a line between those that were.
             change = torch.einsum("tn,bpn...->bpt...", lines(each.steps, each.first, self.steps), change)
-            late = torch.arange(each.first, self.steps, device=device)
-            moved = (near[:, None, each.first :] + each.at(late)).unbind(dim=1)
+            late = torch.arange(each.first, self.steps, device=latents.device)
+            moved = (latents[:, None, each.first :] + each.at(late)).unbind(dim=1)
             arrived = [
-                self._arrive_all(y, of, filled[:probed, each.first :] + extra, each.first)
+                self._arrive_all(y, samples, filled[:, each.first :] + extra, each.first)
                 for y, extra in zip(moved, change.unbind(dim=1), strict=True)
             ]
-            responses.append(torch.stack(arrived, dim=2) - images[:probed, each.first :, None])
+            responses.append(torch.stack(arrived, dim=2) - images[:, each.first :, None])
         return Look(images, doubts, responses)
 
     def step(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
@@ -199,6 +185,47 @@ class Probes:
         """The changes before chosen steps, ``(1 or N, P, 1 or n, D)``."""
         return self.changes if self.changes.shape[2] == 1 else self.changes[:, :, steps - self.first]
 
+    def split(self, sizes: Sequence[int]) -> list[Probes]:
+        """Those of the first samples, of the next ones, and so on: groups of these sizes."""
+        shared = len(self.changes) == 1
+        parts = [self.changes] * len(sizes) if shared else self.changes.split(list(sizes))
+        return [Probes(self.first, self.steps, part) for part in parts]
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Samples that a round is to evaluate, and where.
+
+    Attributes:
+        samples: ``(N,)``, of the batch.
+        latents: ``(N, T, D)``.
+        grid: the denoiser is asked at its steps alone; None: at all steps.
+        probes: what steps are to be probed with.
+    """
+
+    samples: Tensor
+    latents: Tensor
+    grid: StepGrid | None = None
+    probes: Sequence[Probes] = ()
+
+    @property
+    def steps(self) -> Tensor:
+        """At which the denoiser is asked."""
+        latents, grid = self.latents, self.grid
+        return torch.arange(latents.shape[1], device=latents.device) if grid is None else grid.steps
+
+    def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Latents ``(..., D)``, and the sample and the step ``(...)`` of each: the trajectory's, then each probe's."""
+        latents, probes = self.latents, self.probes
+        x = [latents[:, self.steps], *(latents[:, None, each.steps] + each.at(each.steps) for each in probes)]
+        steps = [self.steps, *(each.steps for each in probes)]
+        # Samples come first in all of them.
+        samples = [self.samples.reshape(-1, *(1 for _ in y.shape[2:])) for y in x]
+        return [
+            (y, sample.expand(y.shape[:-1]), step.expand(y.shape[:-1]))
+            for y, sample, step in zip(x, samples, steps, strict=True)
+        ]
+
 
 class Look(NamedTuple):
     """What a round shows.
@@ -206,8 +233,7 @@ class Look(NamedTuple):
     Attributes:
         images: what every step makes of its latent ``(N, T, D)``.
         doubts: by how much the images by the next coarser grid would differ; None without a grid.
-        responses: by how much the probes change the images of the samples probed, for each of them
-            ``(N, T - first, P, D)``.
+        responses: by how much each of the probes changes the images, ``(N, T - first, P, D)``.
     """
 
     images: Tensor

@@ -85,9 +85,9 @@ class BlockSecants:
         self._last[0][samples], self._last[1][samples] = latents, images
         self._inverses = self._early.inverse(), self._late.inverse()
 
-    def forget_move(self) -> None:
-        """The next round's images are not to be compared with those of the last one."""
-        self._last = torch.full_like(self._last, torch.nan)
+    def forget_move(self, samples: Tensor) -> None:
+        """The next images of these samples ``(N,)`` are not to be compared with their last ones."""
+        self._last[:, samples] = torch.nan
 
     def error(self, misses: Tensor) -> Tensor:
         """As of :class:`Forecast`, with what is learnt here: RMS ``(n, B)`` of n sorts of misses ``(n, B, T, D)``.

@@ -29,7 +29,7 @@ from fixpoint_diffusion import (
 )
 from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.denoisers.guided import Guided
-from fixpoint_diffusion.inversion import InverseMethod, InverseRound, parallel
+from fixpoint_diffusion.inversion import InverseMethod, InverseRound, search
 from fixpoint_diffusion.inversion.forecast import Forecast
 from fixpoint_diffusion.inversion.problem import BestSoFar, InverseProblem, rms
 from fixpoint_diffusion.processes import Clip
@@ -308,7 +308,7 @@ def test_a_sample_that_waited_for_others_has_time_left_when_it_goes_on(monkeypat
     honest, good = Forecast.error, torch.tensor([1e-3, 1.0], dtype=torch.float64)
     monkeypatch.setattr(Forecast, "observe", lambda *given: None)  # the same trajectory, the same prediction
     monkeypatch.setattr(Forecast, "error", lambda *given: honest(*given) * good)
-    monkeypatch.setattr(parallel, "_PATIENCE", 5)
+    monkeypatch.setattr(search, "_PATIENCE", 5)
     x_0 = images(2, 3)
     chain = DDIMChain(gentle, torch.zeros_like(x_0), SCHEDULE, steps=20)
     inverse = invert(chain, x_0, method=ParallelInverse(probes=0, second_try=None), rtol=1e-10)

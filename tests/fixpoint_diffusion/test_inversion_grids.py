@@ -18,8 +18,8 @@ from fixpoint_diffusion import (
     invert,
 )
 from fixpoint_diffusion.inversion.grids import step_grids
-from fixpoint_diffusion.inversion.parallel import _GAIN
-from fixpoint_diffusion.inversion.problem import InverseProblem
+from fixpoint_diffusion.inversion.problem import Asked, InverseProblem
+from fixpoint_diffusion.inversion.search import _GAIN
 
 SCHEDULE = NoiseSchedule.linear()
 ALONE = ParallelInverse(second_try=None)
@@ -72,7 +72,7 @@ def test_what_interpolation_misses_is_not_underestimated(denoiser: object) -> No
     exact = problem.images(latents, samples)
     assert len(problem.grids) == 2
     for grid in problem.grids:
-        near, doubts, _ = problem.look(latents, samples, grid)
+        near, doubts, _ = problem.look(Asked(samples, latents, grid))[0]
         assert doubts is not None
         assert (near - exact).norm() <= doubts.norm() / (_GAIN if denoiser is curved else 0.5)
         assert (near - exact).norm() > 0
@@ -106,6 +106,18 @@ def test_a_sample_does_not_depend_on_the_others_of_its_batch() -> None:
     for i in range(3):
         alone = invert(chain_of(x_0[i : i + 1]), x_0[i : i + 1], method=ALONE, rtol=0, atol=1e-5)
         torch.testing.assert_close(together.x_T[i : i + 1], alone.x_T, rtol=0, atol=1e-12)
+
+
+def test_a_sample_does_not_wait_for_the_others_to_go_on_to_a_finer_grid() -> None:
+    """It takes as many rounds in a batch as alone, and has no round of rest before its end."""
+    x_0 = images(3, 5)
+    x_0[0] /= 100
+    together = invert(chain_of(x_0), x_0, method=ALONE, rtol=0, atol=1e-5)
+    worked = torch.stack([each.predicted_error for each in together.history]).isfinite()
+    for i in range(3):
+        alone = invert(chain_of(x_0[i : i + 1]), x_0[i : i + 1], method=ALONE, rtol=0, atol=1e-5)
+        assert worked[: alone.rounds, i].all()
+        assert not worked[alone.rounds :, i].any()
 
 
 def test_steps_with_noise_and_short_chains_are_evaluated_each() -> None:

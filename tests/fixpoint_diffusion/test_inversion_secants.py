@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, ParallelInverse, invert
-from fixpoint_diffusion.inversion.problem import InverseProblem, Probes
+from fixpoint_diffusion.inversion.problem import Asked, InverseProblem, Probes
 from fixpoint_diffusion.inversion.secants import _DAMPING, BlockSecants, StepModels
 
 SCHEDULE = NoiseSchedule.linear()
@@ -67,7 +67,7 @@ def test_one_round_is_a_newton_step_on_a_linear_chain() -> None:
     x_0 = random(3, 6) / 2
     problem = InverseProblem(chain_of(x_0, 10), x_0)
     secants, latents = BlockSecants(problem, 8), problem.guess()
-    seen = problem.look(latents, EVERYONE, probes=secants.probes(EVERYONE))
+    (seen,) = problem.look(Asked(EVERYONE, latents, probes=secants.probes(EVERYONE)))
     misses = seen.images - problem.after(latents, EVERYONE)
     secants.observe(latents, seen.images, EVERYONE, seen.responses)
     moved = latents + secants.correction(misses)
@@ -105,7 +105,7 @@ def test_a_round_with_probes_is_one_round() -> None:
     chain = chain_of(x_0, 20)
     problem = InverseProblem(chain, x_0)
     chain.reset_counters()
-    problem.look(problem.guess(), EVERYONE, probes=BlockSecants(problem, 2).probes(EVERYONE))
+    problem.look(Asked(EVERYONE, problem.guess(), probes=BlockSecants(problem, 2).probes(EVERYONE)))
     assert (chain.rounds, chain.evals) == (1, 3 * (20 + 10 * 2))
 
 
@@ -122,8 +122,8 @@ def test_probes_of_some_steps_tell_of_those_between(first: int) -> None:
     changes = 0.01 * changes
     all_steps, some = Probes(first, torch.arange(first, 300), changes), Probes(first, half[half >= first], changes)
     assert len(some.steps) < len(all_steps.steps) / 4
-    exact = problem.look(latents, EVERYONE, probes=[all_steps]).responses[0]
-    near = problem.look(latents, EVERYONE, problem.grids[0], [some]).responses[0]
+    exact = problem.look(Asked(EVERYONE, latents, probes=[all_steps]))[0].responses[0]
+    near = problem.look(Asked(EVERYONE, latents, problem.grids[0], [some]))[0].responses[0]
     wide = changes.transpose(1, 2).expand_as(exact)
     beside = latents.clone()
     beside[:, first:] += wide[:, :, -1]
@@ -149,7 +149,7 @@ def test_one_probe_looks_along_the_drift() -> None:
     actual = found.square().mean(dim=1).sqrt()
     secants, off = BlockSecants(problem, 1), []
     for _ in range(6):
-        seen = problem.look(latents, EVERYONE, probes=secants.probes(EVERYONE))
+        (seen,) = problem.look(Asked(EVERYONE, latents, probes=secants.probes(EVERYONE)))
         secants.observe(latents, seen.images, EVERYONE, seen.responses)
         misses = seen.images - problem.after(latents, EVERYONE)
         off.append(float((secants.error(misses[None])[0] / actual - 1).abs().max()))
@@ -162,7 +162,7 @@ def test_samples_at_rest_forget_nothing() -> None:
     secants, latents, misses = BlockSecants(problem, 6), problem.guess(), random(3, 10, 6)
 
     def look(samples: Tensor) -> Tensor:
-        seen = problem.look(latents[samples], samples, probes=secants.probes(samples))
+        (seen,) = problem.look(Asked(samples, latents[samples], probes=secants.probes(samples)))
         images = torch.zeros_like(latents)
         images[samples] = seen.images
         secants.observe(latents, images, samples, seen.responses)
@@ -222,15 +222,21 @@ def test_what_probes_lead_astray_goes_on_from_the_best_so_far(monkeypatch: pytes
     torch.testing.assert_close(inverse.history[len(calls) + 1].x_T, inverse.history[2].x_T)
 
 
-def test_some_samples_are_probed_and_others_not_in_one_round() -> None:
+def test_groups_of_samples_are_seen_in_one_round_as_each_alone() -> None:
+    """Two on a grid with probes, of which one looks along each sample's own drift, and one at all steps without."""
     x_0 = random(3, 6)
     chain = chain_of(x_0, 300, bending)
     problem = InverseProblem(chain, x_0)
     latents, grid = problem.guess(), problem.grids[0]
-    probes = BlockSecants(problem, 2).probes(EVERYONE)
-    everything = problem.look(latents, EVERYONE, grid, probes)
+    own = Probes(0, grid.half, 0.01 * random(2, 1, 1, 6))
+    probes = [*BlockSecants(problem, 2).probes(EVERYONE), own]
+    groups = Asked(EVERYONE[:2], latents[:2], grid, probes), Asked(EVERYONE[2:], latents[2:])
     chain.reset_counters()
-    some = problem.look(latents, EVERYONE, grid, probes, 2)
-    assert (chain.rounds, chain.evals) == (1, 3 * 65 + 2 * 8 * 2)
-    torch.testing.assert_close(some.images, everything.images)
-    torch.testing.assert_close(some.responses[0], everything.responses[0][:2])
+    together = problem.look(*groups)
+    assert (chain.rounds, chain.evals) == (1, 2 * (65 + 8 * 2 + len(grid.half)) + 300)
+    for i, share in enumerate(zip(*(each.split([1, 1]) for each in probes), strict=True)):
+        (alone,) = problem.look(Asked(EVERYONE[i : i + 1], latents[i : i + 1], grid, share))
+        torch.testing.assert_close(together[0].images[i : i + 1], alone.images)
+        for one, other in zip(together[0].responses, alone.responses, strict=True):
+            torch.testing.assert_close(one[i : i + 1], other)
+    torch.testing.assert_close(together[1].images, problem.images(latents[2:], EVERYONE[2:]))
