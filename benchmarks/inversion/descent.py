@@ -26,7 +26,7 @@ for. "baseline" is Algorithm 1, "paper" and "released code" are the presets, all
 starts from plain DDIM inversion; "ours, parallel" solves for the latents instead. Fewer digits where T is large.
 """
 _RATE, _EPOCHS = 0.1, 20
-_DIGITS = {10: 4, 20: 3, 50: 2}  # of chains of so many steps
+_DIGITS = {10: 4, 20: 2, 50: 1}  # of chains of so many steps
 _STEPS, _ETAS, _STOCHASTIC_STEPS = (10, 20, 50), (0.5, 1.0), (10,)
 METHODS = ("baseline", "paper", "released code")
 
