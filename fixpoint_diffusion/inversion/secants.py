@@ -12,8 +12,11 @@ from fixpoint_diffusion.inversion.problem import InverseProblem, Probes
 # Near the image a step's Jacobian is far from what the prior says: a share of them, there, is probed.
 _LATE_SHARE, _LATE_LEAST = 8, 10
 _NUDGE = 0.01  # RMS of a probe's change of a latent
-_MEMORY = 3  # rounds that are remembered
-_FADE = 0.1  # weight of a round, beside that of the round after it
+_MEMORY, _EARLY_MEMORY = 5, 3  # rounds that are remembered of late steps, and of the others
+# A round has half of its weight when the latents have gone so far since, RMS: Jacobians are others there.
+_NEAR = 0.03
+_FADE = 0.5  # weight of a round, beside that of the round after it, where latents hardly move
+_FAR = 1e3  # no weight is nothing at all
 _RIDGE = 1e-3  # keeps nearly dependent changes apart
 _SHRINKAGE = 0.02  # weight of the prior's slope beside what was seen of a pixel
 _DAMPING = 0.03
@@ -40,13 +43,13 @@ class BlockSecants:
         # Jacobians change less from step to step than outputs do: half of the coarsest grid is enough for them.
         self._probed = problem.grids[0].half if problem.grids else torch.arange(len(slopes), device=slopes.device)
         self._count = min(probes, size)
-        self._early = StepModels(slopes[: self._first].expand(-1, size), samples, 2)
+        self._early = StepModels(slopes[: self._first].expand(-1, size), samples, 2, _EARLY_MEMORY)
         # Pixels differ most there, and a model must have its diagonal in one basis: that of pixels.
         mean = slopes[self._first :].mean(dim=1, keepdim=True).expand(-1, size)
-        self._late = StepModels(mean, samples, self._count + 2, fitted=True)
+        self._late = StepModels(mean, samples, self._count + 2, _MEMORY, fitted=True)
         self._drift = slopes.new_zeros(samples, len(slopes), size)
         self._generator = torch.Generator().manual_seed(0)
-        # Latents and images of the latest round; not finite where there is none.
+        # Latents and images of the latest round; not finite where there is none, or none to compare with.
         self._last = slopes.new_full((2, samples, len(slopes), size), torch.nan)
 
     def probes(self, samples: Tensor) -> list[Probes]:
@@ -87,7 +90,7 @@ class BlockSecants:
 
     def forget_move(self, samples: Tensor) -> None:
         """The next images of these samples ``(N,)`` are not to be compared with their last ones."""
-        self._last[:, samples] = torch.nan
+        self._last[1, samples] = torch.nan
 
     def error(self, misses: Tensor) -> Tensor:
         """As of :class:`Forecast`, with what is learnt here: RMS ``(n, B)`` of n sorts of misses ``(n, B, T, D)``.
@@ -132,16 +135,18 @@ class StepModels:
     Args:
         slopes: the diagonals ``(n, D)`` to begin with.
         samples: B.
-        secants: a round has so many of each step.
+        secants: a round has so many of each step; the last of them is how far the latent has moved.
+        rounds: that are remembered.
         fitted: whether the secants are to change the diagonals first.
     """
 
-    def __init__(self, slopes: Tensor, samples: int, secants: int, *, fitted: bool = False) -> None:
-        self._slopes, self._fitted = slopes, fitted
-        self._moved = slopes.new_zeros(samples, len(slopes), _MEMORY * secants, slopes.shape[1])
+    def __init__(self, slopes: Tensor, samples: int, secants: int, rounds: int, *, fitted: bool = False) -> None:
+        self._slopes, self._secants, self._fitted = slopes, secants, fitted
+        self._moved = slopes.new_zeros(samples, len(slopes), rounds * secants, slopes.shape[1])
         self._seen = torch.zeros_like(self._moved)
-        age = torch.arange(_MEMORY, device=slopes.device).repeat_interleave(secants)
-        self._weights = _FADE ** age.to(slopes)
+        # How far the latents have gone since each round, RMS.
+        self._way = slopes.new_zeros(samples, len(slopes), rounds)
+        self._ages = torch.arange(rounds, device=slopes.device).to(slopes)
 
     def learn(self, samples: Tensor, moved: Tensor, seen: Tensor) -> None:
         """Remember, of some samples ``(N,)``, changes ``(N, n, secants, D)`` and what the steps made of them.
@@ -149,6 +154,9 @@ class StepModels:
         Changes of nothing, and what is not finite, count for nothing.
         """
         size = moved.norm(dim=3, keepdim=True)
+        step = (size[:, :, -1] / moved.shape[3] ** 0.5).nan_to_num(nan=0, posinf=_FAR)
+        way = torch.cat((torch.zeros_like(step), self._way[samples, :, :-1] + step), dim=2)
+        self._way[samples] = way.clamp(max=_FAR)
         sound = (size > 0) & (torch.isfinite(moved) & torch.isfinite(seen)).all(dim=3, keepdim=True)
         for memory, new in ((self._moved, moved), (self._seen, seen)):
             kept = memory[samples, :, : -new.shape[2]]
@@ -156,13 +164,14 @@ class StepModels:
 
     def inverse(self) -> Inverse:
         """The damped inverses of the models as they are now."""
-        moved, seen, weights = self._moved, self._seen, self._weights
+        moved, seen = self._moved, self._seen
+        weights = (_FADE**self._ages / (1 + (self._way / _NEAR) ** 2)).repeat_interleave(self._secants, dim=2)
         slopes = self._slopes[None]
         if self._fitted:
-            along = weights[:, None] * moved
+            along = weights[..., None] * moved
             excess = (along * (seen - slopes[:, :, None] * moved)).sum(dim=2)
             slopes = slopes + excess / ((along * moved).sum(dim=2) + _SHRINKAGE)
-        gram = moved @ moved.mT + torch.diag(_RIDGE / weights)
+        gram = moved @ moved.mT + torch.diag_embed(_RIDGE / weights)
         return Inverse(slopes, torch.linalg.solve(gram, moved), seen - slopes[:, :, None] * moved)
 
 

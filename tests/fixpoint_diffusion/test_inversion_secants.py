@@ -34,7 +34,7 @@ def chain_of(x_0: Tensor, steps: int, denoiser: object = mixing) -> DDIMChain:
 
 @pytest.mark.parametrize("fitted", [False, True])
 def test_the_inverse_is_that_of_dense_matrices(fitted: bool) -> None:
-    models = StepModels(1 + 0.1 * random(4, 6), samples=3, secants=2, fitted=fitted)
+    models = StepModels(1 + 0.1 * random(4, 6), samples=3, secants=2, rounds=3, fitted=fitted)
     for scale in (1.0, 0.3):
         models.learn(EVERYONE, random(3, 4, 2, 6).flip(0), scale * random(3, 4, 2, 6))
     inverse = models.inverse()
@@ -51,7 +51,7 @@ def test_the_inverse_is_that_of_dense_matrices(fitted: bool) -> None:
 def test_what_was_shown_is_known(fitted: bool) -> None:
     """A Jacobian whose columns were all shown, and one of which nothing was, or nothing finite."""
     jacobian, slopes = torch.eye(6).double() + MIX, torch.full((1, 6), 0.8).double()
-    models = StepModels(slopes, samples=3, secants=6, fitted=fitted)
+    models = StepModels(slopes, samples=3, secants=6, rounds=3, fitted=fitted)
     shown = torch.eye(6).double().expand(2, 1, 6, 6).clone()
     seen = shown @ jacobian.mT
     seen[1] = torch.nan
@@ -60,6 +60,42 @@ def test_what_was_shown_is_known(fitted: bool) -> None:
     got = models.inverse().forward(0, x)
     torch.testing.assert_close(got[0], jacobian @ x[0], rtol=0, atol=1e-2)
     torch.testing.assert_close(got[1:], slopes * x[1:])
+
+
+def test_what_was_shown_fades_with_the_way_since() -> None:
+    """A round later, of a direction that it did not show: known as before; where latents have gone far, forgotten."""
+    slopes, shown = torch.full((1, 6), 0.8).double(), torch.eye(6).double()[None, None]
+    off = []
+    for length in (0.0, 0.03, 0.3, 3.0):
+        models = StepModels(slopes, samples=1, secants=6, rounds=3)
+        models.learn(EVERYONE[:1], shown, 2 * 0.8 * shown)
+        later = torch.zeros_like(shown)
+        later[..., -1, 5] = length * 6**0.5  # a latent that has moved so far, RMS, in the last direction
+        models.learn(EVERYONE[:1], later, later)
+        unit = torch.eye(6).double()[:1]
+        off.append(float((models.inverse().forward(0, unit) - 1.6 * unit).norm()) / 0.8)
+    # A secant is damped by the ridge over its weight, which has halved with the next round, and again after 0.03.
+    ridges = [0.001 / (0.5 / (1 + (length / 0.03) ** 2)) for length in (0.0, 0.03, 0.3, 3.0)]
+    assert off == pytest.approx([ridge / (1 + ridge) for ridge in ridges])
+    assert off[-1] > 0.9
+
+
+def test_a_way_to_another_grid_counts() -> None:
+    """What was seen before it is compared with nothing, but it lies as far back."""
+    x_0 = random(3, 6)
+    problem = InverseProblem(chain_of(x_0, 10), x_0)
+    found = []
+    for forgotten in (False, True):
+        secants, latents = BlockSecants(problem, 6), problem.guess()
+        for move in (0.0, 0.5):
+            latents = latents + move
+            (seen,) = problem.look(Asked(EVERYONE, latents, probes=secants.probes(EVERYONE)))
+            secants.observe(latents, seen.images, EVERYONE, seen.responses)
+            if forgotten:
+                secants.forget_move(EVERYONE)
+        found.append(secants)
+    torch.testing.assert_close(found[1]._late._way, found[0]._late._way)
+    assert float(found[0]._late._way.max()) == pytest.approx(0.5)
 
 
 def test_one_round_is_a_newton_step_on_a_linear_chain() -> None:
