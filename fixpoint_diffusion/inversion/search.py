@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fixpoint import Solver, Status
 from fixpoint_diffusion.inversion.forecast import Forecast
-from fixpoint_diffusion.inversion.problem import Asked, BestSoFar, InverseProblem, Look
+from fixpoint_diffusion.inversion.problem import Asked, BestSoFar, InverseProblem, Look, Probes
 from fixpoint_diffusion.inversion.result import ACTIVE, InverseRound
 from fixpoint_diffusion.inversion.secants import BlockSecants
 
@@ -86,8 +85,7 @@ class Search:
             failed = self.status == ACTIVE
             # A finer grid is of no use to those that this one is not at fault for.
             again = failed & (self._finest | (2 * self._doubt <= self.tolerance))
-            self._working |= again
-            self._improved[again] = len(self.history)
+            self._resume(again)
             self._refine(failed & ~again)
         return bool(self._working.any())
 
@@ -123,18 +121,16 @@ class Search:
     def _asked(self) -> list[Asked]:
         """The samples at work, those of one grid together, the probed ones first."""
         kinds = self._grid + len(self._grids) * (self._mixer >= 0)
-        asked = []
-        for kind in kinds[self._working].unique().tolist():
-            samples = (self._working & (kinds == kind)).nonzero().flatten()
-            asked.append(Asked(samples, self._latents[samples], self._grids[kind % len(self._grids)]))
-        probed = [i for i, each in enumerate(asked) if int(self._mixer[each.samples[0]]) < 0]
+        groups = [(self._working & (kinds == kind)).nonzero().flatten() for kind in kinds[self._working].unique()]
+        probed = [rows for rows in groups if self._mixer[rows[0]] < 0]
+        shares: list[Sequence[Probes]] = [()] * len(groups)
         if self._secants is not None and probed:
-            sizes = [len(asked[i].samples) for i in probed]
-            probes = self._secants.probes(torch.cat([asked[i].samples for i in probed]))
-            shares = zip(*(each.split(sizes) for each in probes), strict=True)
-            for i, share in zip(probed, shares, strict=True):
-                asked[i] = replace(asked[i], probes=share)
-        return asked
+            probes = self._secants.probes(torch.cat(probed))
+            shares[: len(probed)] = zip(*(each.split([len(rows) for rows in probed]) for each in probes), strict=True)
+        return [
+            Asked(rows, self._latents[rows], self._grids[int(self._grid[rows[0]])], share)
+            for rows, share in zip(groups, shares, strict=True)
+        ]
 
     def _learn(self, asked: Sequence[Asked], seen: Sequence[Look]) -> None:
         """Show the two models what a round has shown."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,14 +14,28 @@ from fixpoint_diffusion.inversion.problem import InverseProblem, Probes
 # Near the image a step's Jacobian is far from what the prior says: a share of them, there, is probed.
 _LATE_SHARE, _LATE_LEAST = 8, 10
 _NUDGE = 0.01  # RMS of a probe's change of a latent
-_MEMORY, _EARLY_MEMORY = 5, 3  # rounds that are remembered of late steps, and of the others
-# A round has half of its weight when the latents have gone so far since, RMS: Jacobians are others there.
-_NEAR = 0.03
-_FADE = 0.5  # weight of a round, beside that of the round after it, where latents hardly move
 _FAR = 1e3  # no weight is nothing at all
 _RIDGE = 1e-3  # keeps nearly dependent changes apart
 _SHRINKAGE = 0.02  # weight of the prior's slope beside what was seen of a pixel
 _DAMPING = 0.03
+
+
+class Memory(NamedTuple):
+    """What earlier rounds count for.
+
+    Attributes:
+        rounds: that are remembered.
+        fade: weight of a round, beside that of the round after it.
+        near: a round has half of that weight when the latents have gone so far since, RMS.
+    """
+
+    rounds: int
+    fade: float
+    near: float = math.inf
+
+
+# Late steps are shown much in each round, and their Jacobians are others elsewhere. Early ones are nearly linear.
+_LATE, _EARLY = Memory(5, 0.5, near=0.03), Memory(3, 0.1)
 
 
 class BlockSecants:
@@ -43,10 +59,10 @@ class BlockSecants:
         # Jacobians change less from step to step than outputs do: half of the coarsest grid is enough for them.
         self._probed = problem.grids[0].half if problem.grids else torch.arange(len(slopes), device=slopes.device)
         self._count = min(probes, size)
-        self._early = StepModels(slopes[: self._first].expand(-1, size), samples, 2, _EARLY_MEMORY)
+        self._early = StepModels(slopes[: self._first].expand(-1, size), samples, 2, _EARLY)
         # Pixels differ most there, and a model must have its diagonal in one basis: that of pixels.
         mean = slopes[self._first :].mean(dim=1, keepdim=True).expand(-1, size)
-        self._late = StepModels(mean, samples, self._count + 2, _MEMORY, fitted=True)
+        self._late = StepModels(mean, samples, self._count + 2, _LATE, fitted=True)
         self._drift = slopes.new_zeros(samples, len(slopes), size)
         self._generator = torch.Generator().manual_seed(0)
         # Latents and images of the latest round; not finite where there is none, or none to compare with.
@@ -136,17 +152,17 @@ class StepModels:
         slopes: the diagonals ``(n, D)`` to begin with.
         samples: B.
         secants: a round has so many of each step; the last of them is how far the latent has moved.
-        rounds: that are remembered.
+        memory: of earlier rounds.
         fitted: whether the secants are to change the diagonals first.
     """
 
-    def __init__(self, slopes: Tensor, samples: int, secants: int, rounds: int, *, fitted: bool = False) -> None:
-        self._slopes, self._secants, self._fitted = slopes, secants, fitted
-        self._moved = slopes.new_zeros(samples, len(slopes), rounds * secants, slopes.shape[1])
+    def __init__(self, slopes: Tensor, samples: int, secants: int, memory: Memory, *, fitted: bool = False) -> None:
+        self._slopes, self._secants, self._memory, self._fitted = slopes, secants, memory, fitted
+        self._moved = slopes.new_zeros(samples, len(slopes), memory.rounds * secants, slopes.shape[1])
         self._seen = torch.zeros_like(self._moved)
         # How far the latents have gone since each round, RMS.
-        self._way = slopes.new_zeros(samples, len(slopes), rounds)
-        self._ages = torch.arange(rounds, device=slopes.device).to(slopes)
+        self._way = slopes.new_zeros(samples, len(slopes), memory.rounds)
+        self._aged = memory.fade ** torch.arange(memory.rounds, device=slopes.device).to(slopes)
 
     def learn(self, samples: Tensor, moved: Tensor, seen: Tensor) -> None:
         """Remember, of some samples ``(N,)``, changes ``(N, n, secants, D)`` and what the steps made of them.
@@ -165,7 +181,8 @@ class StepModels:
     def inverse(self) -> Inverse:
         """The damped inverses of the models as they are now."""
         moved, seen = self._moved, self._seen
-        weights = (_FADE**self._ages / (1 + (self._way / _NEAR) ** 2)).repeat_interleave(self._secants, dim=2)
+        weights = self._aged / (1 + (self._way / self._memory.near) ** 2)
+        weights = weights.repeat_interleave(self._secants, dim=2)
         slopes = self._slopes[None]
         if self._fitted:
             along = weights[..., None] * moved

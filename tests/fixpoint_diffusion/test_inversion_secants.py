@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, ParallelInverse, invert
 from fixpoint_diffusion.inversion.problem import Asked, InverseProblem, Probes
-from fixpoint_diffusion.inversion.secants import _DAMPING, BlockSecants, StepModels
+from fixpoint_diffusion.inversion.secants import _DAMPING, BlockSecants, Memory, StepModels
 
 SCHEDULE = NoiseSchedule.linear()
 MIX = torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / 6
@@ -34,7 +34,7 @@ def chain_of(x_0: Tensor, steps: int, denoiser: object = mixing) -> DDIMChain:
 
 @pytest.mark.parametrize("fitted", [False, True])
 def test_the_inverse_is_that_of_dense_matrices(fitted: bool) -> None:
-    models = StepModels(1 + 0.1 * random(4, 6), samples=3, secants=2, rounds=3, fitted=fitted)
+    models = StepModels(1 + 0.1 * random(4, 6), samples=3, secants=2, memory=Memory(3, 0.5, 1.0), fitted=fitted)
     for scale in (1.0, 0.3):
         models.learn(EVERYONE, random(3, 4, 2, 6).flip(0), scale * random(3, 4, 2, 6))
     inverse = models.inverse()
@@ -51,7 +51,7 @@ def test_the_inverse_is_that_of_dense_matrices(fitted: bool) -> None:
 def test_what_was_shown_is_known(fitted: bool) -> None:
     """A Jacobian whose columns were all shown, and one of which nothing was, or nothing finite."""
     jacobian, slopes = torch.eye(6).double() + MIX, torch.full((1, 6), 0.8).double()
-    models = StepModels(slopes, samples=3, secants=6, rounds=3, fitted=fitted)
+    models = StepModels(slopes, samples=3, secants=6, memory=Memory(3, 0.1), fitted=fitted)
     shown = torch.eye(6).double().expand(2, 1, 6, 6).clone()
     seen = shown @ jacobian.mT
     seen[1] = torch.nan
@@ -67,7 +67,7 @@ def test_what_was_shown_fades_with_the_way_since() -> None:
     slopes, shown = torch.full((1, 6), 0.8).double(), torch.eye(6).double()[None, None]
     off = []
     for length in (0.0, 0.03, 0.3, 3.0):
-        models = StepModels(slopes, samples=1, secants=6, rounds=3)
+        models = StepModels(slopes, samples=1, secants=6, memory=Memory(3, 0.5, near=0.03))
         models.learn(EVERYONE[:1], shown, 2 * 0.8 * shown)
         later = torch.zeros_like(shown)
         later[..., -1, 5] = length * 6**0.5  # a latent that has moved so far, RMS, in the last direction
