@@ -43,7 +43,7 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/check_site.py docs/_build/html
 
 doctest: $(INSTALLED)
-	$(BIN)/python -m pytest --doctest-modules fixpoint fixpoint_diffusion benchmarks/peers
+	$(BIN)/python -m pytest --doctest-modules fixpoint fixpoint_cli fixpoint_diffusion benchmarks/peers
 	$(BIN)/sphinx-build -W -q -b doctest docs docs/_build/doctest
 
 mutation: $(INSTALLED)
