@@ -193,6 +193,7 @@ def run(*words):
 
 assert run("smaple") == run("sample", "--stpes", "3") == run("train", "--eta") == run("sample", "--eta", "2") == 2
 assert run("sample", "--model", "ddpm-digit") == run("info", "unte") == run("invert", "digits", "--model", "unte") == 2
+assert run("train", "unett") == 2
 assert run("experiments", "run", "deq-ddim/tabel-1") == run("sample", "--solver", "causal", "--noise-rtol", "1") == 2
 assert run("--version") == run("-h") == run("sample", "-h") == 0
 assert not {"torch", "diffusers"} & sys.modules.keys()
@@ -206,6 +207,7 @@ def test_commands_import_what_they_need_and_no_more() -> None:
     assert done.returncode == 0, done.stderr
     said = ["No such command 'smaple'", "No such option: --stpes", "No such option: --eta", "Invalid value for '--eta'"]
     said += ["no model folder 'ddpm-digit'", "no model folder 'unte'", "no model folder 'unte'"]
+    said += ["Invalid value for KIND: no model family 'unett'; did you mean 'unet'?"]
     said += ["no experiment 'deq-ddim/tabel-1'; did you mean 'deq-ddim/table-1'?", "--noise-rtol needs --eta"]
     for line, start in zip(done.stderr.splitlines(), said, strict=True):
         assert line.startswith(f"Error: {start}")
