@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,benchmarks]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED)
@@ -43,7 +43,7 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/check_site.py docs/_build/html
 
 doctest: $(INSTALLED)
-	$(BIN)/python -m pytest --doctest-modules fixpoint fixpoint_diffusion benchmarks/peers
+	$(BIN)/python -m pytest --doctest-modules fixpoint fixpoint_cli fixpoint_diffusion benchmarks/peers
 	$(BIN)/sphinx-build -W -q -b doctest docs docs/_build/doctest
 
 mutation: $(INSTALLED)

@@ -27,6 +27,7 @@ from torch.nn.functional import cosine_similarity
 
 from fixpoint import Anderson, solve
 from fixpoint.bench import provenance
+from fixpoint.plotting import COLOURS, STYLE
 from fixpoint_diffusion.commands.shared import open_model
 from fixpoint_diffusion.denoisers import FPDMDenoiser
 from fixpoint_diffusion.evaluation import digit_frechet_distance, digit_quality
@@ -166,34 +167,36 @@ def over_training(folder: Path) -> dict[str, list[float]] | None:
 
 def draw(figures: Figures, path: Path) -> None:
     """One picture: quality against depth, residual against iterations, and the residual over training if known."""
+    import matplotlib.style
     from matplotlib.figure import Figure
 
-    depth, panels = figures["depth"], 1 + ("quality" in figures) + (figures["over_training"] is not None)
-    figure = Figure(figsize=(5 * panels, 4), layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    if "quality" in figures:
-        left, cells = axes.pop(0), figures["quality"].values()
-        counts = [cell["iterations"] for cell in cells]
-        for number in range(len(next(iter(cells))["seeds"])):
-            values = [cell["seeds"][number]["frechet"] for cell in cells]
-            left.plot(counts, values, color="tab:blue", alpha=0.3, linewidth=1)
-        left.plot(counts, [cell["mean"]["frechet"] for cell in cells], marker="o", label="mean; thin: each seed")
-        left.axvline(depth, color="grey", linestyle=":", label="training depth N + M")
-        left.set(xscale="log", xlabel="iterations a step", ylabel="Fréchet distance", ylim=(0, None))
-        left.set_xticks(counts, [str(count) for count in counts])
-        left.minorticks_off()
-        left.legend()
-    middle = axes.pop(0)
-    for name, values in figures["residuals"].items():
-        middle.semilogy(range(1, len(values) + 1), values, label=name)
-    middle.axvline(depth, color="grey", linestyle=":")
-    middle.set(xlabel="plain iterations", ylabel="|f(z) - z| / |f(z)|")
-    middle.legend(title="of all problems")
-    if figures["over_training"] is not None:
-        right, log = axes.pop(0), figures["over_training"]
-        right.semilogy(log["step"], log["layer_residual"])
-        right.set(xlabel="training step", ylabel="residual after 16 iterations")
-    figure.savefig(path, dpi=120)
+    with matplotlib.style.context(["default", STYLE]):  # readable on light and on dark pages
+        depth, panels = figures["depth"], 1 + ("quality" in figures) + (figures["over_training"] is not None)
+        figure = Figure(figsize=(5 * panels, 4), layout="constrained")
+        axes = list(figure.subplots(1, panels, squeeze=False)[0])
+        if "quality" in figures:
+            left, cells = axes.pop(0), figures["quality"].values()
+            counts = [cell["iterations"] for cell in cells]
+            for number in range(len(next(iter(cells))["seeds"])):
+                values = [cell["seeds"][number]["frechet"] for cell in cells]
+                left.plot(counts, values, color=COLOURS[0], alpha=0.3, linewidth=1)
+            left.plot(counts, [cell["mean"]["frechet"] for cell in cells], marker="o", label="mean; thin: each seed")
+            left.axvline(depth, color="grey", linestyle=":", label="training depth N + M")
+            left.set(xscale="log", xlabel="iterations a step", ylabel="Fréchet distance", ylim=(0, None))
+            left.set_xticks(counts, [str(count) for count in counts])
+            left.minorticks_off()
+            left.legend()
+        middle = axes.pop(0)
+        for name, values in figures["residuals"].items():
+            middle.semilogy(range(1, len(values) + 1), values, label=name)
+        middle.axvline(depth, color="grey", linestyle=":")
+        middle.set(xlabel="plain iterations", ylabel="|f(z) - z| / |f(z)|")
+        middle.legend(title="of all problems")
+        if figures["over_training"] is not None:
+            right, log = axes.pop(0), figures["over_training"]
+            right.semilogy(log["step"], log["layer_residual"])
+            right.set(xlabel="training step", ylabel="residual after 16 iterations")
+        figure.savefig(path, dpi=120)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Draw the charts and write the tables of the pages on benchmarks: ``python -m benchmarks.pages``.
+"""Draw the charts and write the tables of the pages on benchmarks and of the README: ``python -m benchmarks.pages``.
 
 Nothing is measured here: each question has a chart and a table from one JSON file of ``benchmarks/results``.
 """
@@ -6,6 +6,7 @@ Nothing is measured here: each question has a chart and a table from one JSON fi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fixpoint.bench.pictures import draw_bars, draw_lines
 from fixpoint.bench.results import shown
 
 ROOT = Path(__file__).parents[2]
-DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
+DOCS, RESULTS, README = ROOT / "docs", ROOT / "benchmarks" / "results", ROOT / "README.md"
 
 Made = tuple[Lines | Bars | None, Table | None]
 # By the name of the picture and the table: what makes them, and the results that they are made from.
@@ -50,6 +51,12 @@ def make(name: str) -> tuple[Lines | Bars | None, str]:
     return chart, "" if table is None else markdown(table)
 
 
+def with_tables(page: str) -> str:
+    """A page with each table behind a comment such as ``<!-- table solvers -->`` as it is made now."""
+    behind = re.compile(r"(<!-- table (\S+) -->\n\n).*?\n\n", re.DOTALL)
+    return behind.sub(lambda found: f"{found[1]}{make(found[2])[1]}\n", page)
+
+
 def main() -> None:
     (DOCS / "tables").mkdir(exist_ok=True)
     for name in PAGES:
@@ -61,6 +68,7 @@ def main() -> None:
             draw_lines(chart, path)
         elif isinstance(chart, Bars):
             draw_bars(chart, path)
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

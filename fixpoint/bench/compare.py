@@ -18,35 +18,18 @@ import torch
 
 from fixpoint.bench import provenance
 from fixpoint.bench.problems import CLASSICAL
-from fixpoint.bench.registry import (
-    Problem,
-    check_keywords,
-    find_problem,
-    load_object,
-    parse_spec,
-    problem_names,
-    unknown,
-)
+from fixpoint.bench.registry import Problem, check_keywords, find_problem, load_object
 from fixpoint.bench.results import Bars, Cell, Lines, Study, Table
-from fixpoint.chains.causal import CausalQuasiNewton
 from fixpoint.engine.layout import Layout
 from fixpoint.engine.tolerance import row_norm
 from fixpoint.solution import Solution
 from fixpoint.solve import solve
-from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.blockwise import Blockwise
-from fixpoint.solvers.broyden import Broyden
-from fixpoint.solvers.picard import Picard
+from fixpoint_cli.names import SOLVERS, named, parse_spec, problem_entries
 
 DEFAULT_SOLVERS = ("picard", "anderson", "anderson:memory=10", "broyden")
 _COLUMNS = ("solver", "rtol", "evaluations", "seconds", "worst relative residual", "worst error", "converged", "rows")
-_SOLVERS: Mapping[str, type[Solver]] = {
-    "picard": Picard,
-    "anderson": Anderson,
-    "broyden": Broyden,
-    "causal": CausalQuasiNewton,
-}
 
 
 def make_solver(spec: str) -> Solver:
@@ -63,9 +46,7 @@ def make_solver(spec: str) -> Solver:
         Broyden(memory=10, history_dtype=None)
     """
     name, options = parse_spec(spec)
-    if ":" not in name and name not in _SOLVERS:
-        raise unknown("solver", name, _SOLVERS)
-    make = load_object(name) if ":" in name else _SOLVERS[name]
+    make = load_object(name if ":" in name else named("solver", name, SOLVERS))
     if not (isinstance(make, type) and issubclass(make, Solver)):
         raise TypeError(f"{name} must be a class of solvers (a fixpoint.Solver), found {make!r}")
     blocks = options.pop("blocks", None)
@@ -197,7 +178,7 @@ def check(names: Sequence[str] = (), solvers: Sequence[str] = ()) -> None:
         try:
             entry = find_problem(name)
         except Exception:
-            if name not in problem_names():
+            if name not in problem_entries():
                 raise
             continue
         entry.check(options, name)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("torch", "numpy", "scipy", "diffusers", "scikit-learn")
+_PACKAGES = ("numpy", "scipy", "diffusers", "scikit-learn")
 
 
 def machine() -> dict[str, str | int]:
@@ -41,7 +41,8 @@ def versions() -> dict[str, str]:
     """
     import fixpoint  # which imports this module first
 
-    found = {"python": platform.python_version(), "fixpoint": fixpoint.__version__}
+    # PyTorch itself says for which device it was built.
+    found = {"python": platform.python_version(), "fixpoint": fixpoint.__version__, "torch": torch.__version__}
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)

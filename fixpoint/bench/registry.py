@@ -1,27 +1,22 @@
-"""Problems with a name: the protocol, the registry behind ``fixpoint bench``, and ``"name:key=value"`` in a command."""
+"""Problems with a name: the protocol, and the registry behind ``fixpoint bench``."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
-import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from fixpoint_cli.names import hint, named, parse_spec, problem_entries
+
 if TYPE_CHECKING:
     from fixpoint.bench.results import Study
-
-GROUP = "fixpoint.problems"
-Value = bool | int | float | str
-# A place is "package.module:name" or "path/to/file.py:name".
-_PLACE = re.compile(r"([^:=,]+\.py|\w+(\.\w+)+):[A-Za-z_]\w*(?=:|$)")
 
 
 @runtime_checkable
@@ -84,15 +79,6 @@ class RegisteredProblem:
         check_keywords(f"problem {name!r}" if name else "the problem", self.make, options)
 
 
-def _entry_points() -> dict[str, metadata.EntryPoint]:
-    return {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
-
-
-def problem_names() -> list[str]:
-    """Names of all registered problems, sorted; nothing is imported."""
-    return sorted(_entry_points())
-
-
 @functools.cache
 def load_object(place: str) -> Any:
     """What stands at ``"package.module:name"`` or ``"path/to/file.py:name"``; the file is run once.
@@ -140,12 +126,10 @@ def find_problem(name: str) -> RegisteredProblem:
     """
     if ":" in name:
         return _at_place(name)
-    entries = _entry_points()
-    if name not in entries:
-        raise unknown("problem", name, entries)
-    loaded = entries[name].load()
+    entry = named("problem", name, problem_entries())
+    loaded = entry.load()
     if not isinstance(loaded, RegisteredProblem):
-        raise TypeError(f"{entries[name].value} must be a fixpoint.RegisteredProblem, found {type(loaded).__name__}")
+        raise TypeError(f"{entry.value} must be a fixpoint.RegisteredProblem, found {type(loaded).__name__}")
     return loaded
 
 
@@ -157,7 +141,7 @@ def available_problems() -> dict[str, RegisteredProblem]:
         torch.Size([4, 200])
     """
     found = {}
-    for name in problem_names():
+    for name in problem_entries():
         try:
             found[name] = find_problem(name)
         except Exception as error:
@@ -186,62 +170,6 @@ def load_problem(spec: str) -> Problem:
     entry = find_problem(name)
     entry.check(options, name)
     return entry(**options)
-
-
-def parse_spec(spec: str) -> tuple[str, dict[str, Value]]:
-    """Split ``"name:key=value,..."`` into the name and its options; values become bool, int, float or stay text.
-
-    The name may be a place, ``"package.module:name"`` or ``"path/to/file.py:name"``.
-
-    Raises:
-        ValueError: If the text has another form.
-
-    Example:
-        >>> parse_spec("linear:rho=0.99,dim=50,dtype=float64")
-        ('linear', {'rho': 0.99, 'dim': 50, 'dtype': 'float64'})
-        >>> parse_spec("solvers/mine.py:Mine:memory=5")
-        ('solvers/mine.py:Mine', {'memory': 5})
-    """
-    name, colon, rest = spec.partition(":")
-    if place := _PLACE.match(spec):
-        name, (colon, rest) = place[0], (spec[place.end() :][:1], spec[place.end() + 1 :])
-    options: dict[str, Value] = {}
-    for item in rest.split(",") if colon else ():
-        key, equals, text = item.partition("=")
-        if not (key.strip() and equals and text.strip()):
-            raise ValueError(f"expected name:key=value,key=value, found {item!r} in {spec!r}")
-        options[key.strip()] = _value(text.strip())
-    if not name.strip():
-        raise ValueError(f"expected name:key=value,key=value, found no name in {spec!r}")
-    return name.strip(), options
-
-
-def _value(text: str) -> Value:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
-
-
-def hint(name: str, legal: Iterable[str]) -> str:
-    """``". Did you mean 'x'?"`` for a near miss, and the legal names in any case."""
-    names = sorted(legal)
-    near = difflib.get_close_matches(name, names, n=1)
-    return (f" Did you mean {near[0]!r}?" if near else "") + f" Legal: {', '.join(names) or 'none'}."
-
-
-def unknown(kind: str, name: str, legal: Collection[str]) -> LookupError:
-    """The error for a name that nobody registered.
-
-    Example:
-        >>> unknown("solver", "andersen", ["picard", "anderson"])
-        LookupError("unknown solver 'andersen'. Did you mean 'anderson'? Legal: anderson, picard.")
-    """
-    return LookupError(f"unknown {kind} {name!r}.{hint(name, legal)}")
 
 
 def check_keywords(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fixpoint_diffusion.commands.shared import check_device, path_option
+from fixpoint_diffusion.experiments.names import NAMES, names_meant
 
 if TYPE_CHECKING:
     from fixpoint_diffusion.experiments.experiment import Experiment, Scale
@@ -119,11 +120,12 @@ def report_command(
 
 
 def _chosen(names: list[str] | None, all_of_them: bool) -> list[Experiment]:
-    from fixpoint_diffusion.experiments.registry import EXPERIMENTS, experiments_named
-
     if bool(names) == all_of_them:
         raise typer.BadParameter("name experiments, or take --all; fixpoint-diffusion experiments list shows them")
-    return list(EXPERIMENTS.values()) if all_of_them else experiments_named(names or [])
+    meant = names_meant(names or NAMES)
+    from fixpoint_diffusion.experiments.registry import EXPERIMENTS  # PyTorch, which takes seconds
+
+    return [EXPERIMENTS[name] for name in meant]
 
 
 def _scale(scale: ScaleName, quick: bool) -> Scale:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fixpoint_diffusion.commands.shared import model_folder
+from fixpoint_diffusion.options.models import EMBEDDED_MODELS
 
 if TYPE_CHECKING:
     from fixpoint_diffusion.denoisers.protocol import ConditioningInput, Description
@@ -21,12 +22,12 @@ def info(
 
     Example: fixpoint-diffusion info ddpm-digits
     """
-    from fixpoint_diffusion.denoisers.checksums import CHECKSUM_FILE, verify_checksums
-
     if model is None:
         _list_embedded()
         return
     folder = model_folder(model)
+    from fixpoint_diffusion.denoisers.checksums import CHECKSUM_FILE, verify_checksums
+
     checked = verify_checksums(folder) if (folder / CHECKSUM_FILE).is_file() else None
     network, parameters, size, about = (checked and _from_files(folder, checked)) or _from_network(folder)
     rows = {
@@ -91,7 +92,7 @@ def _weights(files: Iterable[Path]) -> list[Path]:
 
 def _list_embedded() -> None:
     """A line for each, read from its files: to build networks takes longer."""
-    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded_folder
+    from fixpoint_diffusion.denoisers import embedded_folder
     from fixpoint_diffusion.denoisers.loading import model_files
     from fixpoint_diffusion.files import read_json
 

@@ -12,6 +12,7 @@ import typer
 
 from fixpoint_diffusion.commands.shared import open_model, path_option, with_options
 from fixpoint_diffusion.files import locked, sha256_of, sha256_of_all
+from fixpoint_diffusion.options.models import EMBEDDED_MODELS
 from fixpoint_diffusion.options.sampling import ImageFormat, SamplingOptions
 from fixpoint_diffusion.ranks import Ranks
 
@@ -155,7 +156,6 @@ def _mean_cost(folder: RunFolder) -> dict[str, float]:
 
 def _judge(model: str, folder: RunFolder) -> dict[str, float]:
     """What the classifier of digits says of the first images of an embedded model."""
-    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS
     from fixpoint_diffusion.evaluation import digit_quality
 
     if model not in EMBEDDED_MODELS:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 
 import typer
 
+from fixpoint_diffusion.options.models import EMBEDDED_MODELS
+
 if TYPE_CHECKING:
     from fixpoint_diffusion.denoisers import NetworkDenoiser
 
@@ -38,10 +40,10 @@ def open_model(model: str, *, device: str = "cpu") -> tuple[NetworkDenoiser, Pat
         FileNotFoundError: if there is neither.
         ValueError: if the model does not load, or there is no such device.
     """
+    folder = model_folder(model)
+    check_device(device)
     from fixpoint_diffusion.denoisers import load_denoiser
 
-    check_device(device)
-    folder = model_folder(model)
     return load_denoiser(folder, device=device), folder
 
 
@@ -51,12 +53,13 @@ def model_folder(model: str) -> Path:
     Raises:
         FileNotFoundError: if there is neither.
     """
-    from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, embedded_folder
+    if model in EMBEDDED_MODELS:
+        from fixpoint_diffusion.denoisers import embedded_folder
 
-    folder = embedded_folder(model) if model in EMBEDDED_MODELS else Path(model)
-    if not model or not folder.is_dir():
+        return embedded_folder(model)
+    if not model or not Path(model).is_dir():
         raise FileNotFoundError(f"no model folder {model!r}; embedded models are {', '.join(EMBEDDED_MODELS)}")
-    return folder
+    return Path(model)
 
 
 def check_device(name: str) -> None:

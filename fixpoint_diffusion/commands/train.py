@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from shlex import quote
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device, path_option, with_options
+from fixpoint_diffusion.options.models import OWN_FAMILIES
 from fixpoint_diffusion.options.training import TrainingConfig
 
 _OBJECTIVES = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample", "flow": "flow_prediction"}
@@ -152,9 +154,9 @@ def train(
 def _check_kind(kind: str | None) -> None:
     from difflib import get_close_matches
 
-    from fixpoint_diffusion.denoisers.registry import families
-
-    known = sorted(families())
+    # Others are known where a program has registered them, and so has imported PyTorch already.
+    registry = sys.modules.get("fixpoint_diffusion.denoisers.registry")
+    known = sorted(registry.families()) if registry else OWN_FAMILIES
     if kind is not None and kind not in known:
         close = get_close_matches(kind, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"

@@ -10,8 +10,7 @@ import torch
 from fixpoint_diffusion.denoisers.checksums import verify_checksums
 from fixpoint_diffusion.denoisers.loading import load_denoiser
 from fixpoint_diffusion.denoisers.protocol import NetworkDenoiser
-
-EMBEDDED_MODELS = ("ddpm-digits", "dit-digits", "flow-digits", "fpdm-digits")
+from fixpoint_diffusion.options.models import EMBEDDED_MODELS
 
 
 def embedded_folder(name: str) -> Path:

@@ -172,6 +172,8 @@ class SamplingOptions:
         for name in ("max_rows", "noise_rtol"):
             if getattr(self, name) and self.solver != SolverName.causal:
                 raise ValueError(f"{flag(name)} is for --solver causal, not for --solver {self.solver}")
+        if self.noise_rtol and not self.eta:
+            raise ValueError("--noise-rtol needs --eta: without it, no step adds noise")
         check_guidance(self.guidance, self.classes)
         self._check_layer()
 

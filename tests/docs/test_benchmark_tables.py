@@ -38,3 +38,10 @@ def test_rounds_are_those_of_the_table_that_the_benchmark_printed():
     assert {name for name in found if name in expected and expected[name] == "-"} == {
         name for name in found if name in expected and found[name] == "–"
     }
+
+
+def test_the_tables_of_the_readme_are_made_from_the_committed_results():
+    readme = pages.README.read_text(encoding="utf-8")
+    assert readme.count("<!-- table ") == 2
+    assert pages.with_tables(readme) == readme, "run: python -m benchmarks.pages"
+    assert pages.with_tables("<!-- table solvers -->\n\n| old |\n\nText") != "<!-- table solvers -->\n\n| old |\n\nText"

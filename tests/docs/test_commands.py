@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import typer.main
 
-import fixpoint_cli
+import fixpoint_cli.command
 import fixpoint_diffusion.cli
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = {"fixpoint": fixpoint_cli.app, "fixpoint-diffusion": fixpoint_diffusion.cli.app}
+PROGRAMS = {"fixpoint": fixpoint_cli.command.app, "fixpoint-diffusion": fixpoint_diffusion.cli.app}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "examples").glob("*.md"))]
 
 

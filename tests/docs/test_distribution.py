@@ -87,9 +87,9 @@ def test_the_wheel_holds_the_packages_once_and_nothing_else(archives: tuple[Path
         names = archive.namelist()
     assert max(Counter(names).values()) == 1
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {
-        "fixpoint", "fixpoint_cli.py", "fixpoint_diffusion", "fixpoint_torch",
+        "fixpoint", "fixpoint_cli", "fixpoint_diffusion", "fixpoint_torch",
     }  # fmt: skip
-    for package in ("fixpoint", "fixpoint_diffusion"):
+    for package in ("fixpoint", "fixpoint_cli", "fixpoint_diffusion"):
         files = [path for path in (ROOT / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         assert {str(path.relative_to(ROOT)) for path in files} == {n for n in names if n.startswith(f"{package}/")}
 

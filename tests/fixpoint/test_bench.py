@@ -29,7 +29,7 @@ def register(monkeypatch):
             metadata.EntryPoint(name, f"{'fake' if problem else 'missing'}_plugin:{name}", "fixpoint.problems")
             for name, problem in problems.items()
         ]
-        monkeypatch.setattr("fixpoint.bench.registry.metadata.entry_points", lambda group: entries)
+        monkeypatch.setattr("fixpoint_cli.names.metadata.entry_points", lambda group: entries)
 
     return add
 

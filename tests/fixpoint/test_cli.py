@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fixpoint
-from fixpoint_cli import app
+from fixpoint_cli.command import app
 
 
 def invoke(*arguments):
@@ -176,6 +176,7 @@ def run(*words):
         return stop.code
 
 assert run("bnech") == run("bench", "--quikc") == run("bench", "--rtol", "-1") == run("report", "no-such.json") == 2
+assert run("bench", "lineer") == run("bench", "linear", "--solver", "andersn") == run("bench", ":rho=1") == 2
 assert run("--version") == run("-h") == run("bench", "-h") == 0
 assert not {"torch", "matplotlib"} & sys.modules.keys()
 assert run("problems") == 0

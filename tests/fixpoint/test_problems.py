@@ -41,7 +41,7 @@ def register(monkeypatch):
                 setattr(module, name, content)
                 entries.append(metadata.EntryPoint(name, f"fake_plugin:{name}", "fixpoint.problems"))
         monkeypatch.setitem(sys.modules, "fake_plugin", module)
-        monkeypatch.setattr("fixpoint.bench.registry.metadata.entry_points", lambda group: entries)
+        monkeypatch.setattr("fixpoint_cli.names.metadata.entry_points", lambda group: entries)
 
     return add
 

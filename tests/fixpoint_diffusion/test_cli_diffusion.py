@@ -137,7 +137,7 @@ def test_values_out_of_range_are_usage_errors(arguments: tuple[str, ...]) -> Non
         (("sample", "--max-rows", "9"), "--max-rows is for --solver causal, not for --solver sequential"),
         (("sample", "--max-rows", "9", "--solver", "anderson"), "--max-rows is for --solver causal"),
         (("sample", "--noise-rtol", "1", "--eta", "1"), "--noise-rtol is for --solver causal, not for"),
-        (("sample", "--noise-rtol", "1", "--solver", "causal"), "for chains whose steps add noise; this one adds none"),
+        (("sample", "--noise-rtol", "1", "--solver", "causal"), "--noise-rtol needs --eta: without it, no step"),
         (("sample", "--max-rows", "auto"), "--max-rows is for --solver causal, not for --solver sequential"),
         (("sample", "--max-rows", "some", "--solver", "causal"), "expected a number or auto, got 'some'"),
         (("sample", "--max-rows", "0", "--solver", "causal"), "--max-rows must be from 1 to 1000000000, got 0"),
@@ -192,6 +192,9 @@ def run(*words):
         return stop.code
 
 assert run("smaple") == run("sample", "--stpes", "3") == run("train", "--eta") == run("sample", "--eta", "2") == 2
+assert run("sample", "--model", "ddpm-digit") == run("info", "unte") == run("invert", "digits", "--model", "unte") == 2
+assert run("train", "unett") == 2
+assert run("experiments", "run", "deq-ddim/tabel-1") == run("sample", "--solver", "causal", "--noise-rtol", "1") == 2
 assert run("--version") == run("-h") == run("sample", "-h") == 0
 assert not {"torch", "diffusers"} & sys.modules.keys()
 assert run("info") == run("info", "fpdm-digits") == run("info", "ddpm-digits") == 0
@@ -203,6 +206,9 @@ def test_commands_import_what_they_need_and_no_more() -> None:
     done = subprocess.run([sys.executable, "-c", _IN_ORDER], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = ["No such command 'smaple'", "No such option: --stpes", "No such option: --eta", "Invalid value for '--eta'"]
+    said += ["no model folder 'ddpm-digit'", "no model folder 'unte'", "no model folder 'unte'"]
+    said += ["Invalid value for KIND: no model family 'unett'; did you mean 'unet'?"]
+    said += ["no experiment 'deq-ddim/tabel-1'; did you mean 'deq-ddim/table-1'?", "--noise-rtol needs --eta"]
     for line, start in zip(done.stderr.splitlines(), said, strict=True):
         assert line.startswith(f"Error: {start}")
     assert done.stdout.startswith(metadata.version("fixpoint-torch"))

@@ -40,7 +40,7 @@ message(ModuleNotFoundError, lambda: fixpoint_diffusion.embedded("fpdm-digits"))
 message(ModuleNotFoundError, lambda: fixpoint.load_problem("ddim-chain"))
 message(ModuleNotFoundError, fixpoint_diffusion.training.data.load_digits)
 message(SystemExit, lambda: __import__("fixpoint_diffusion.cli"))
-message(SystemExit, lambda: __import__("fixpoint_cli"))
+message(SystemExit, lambda: __import__("fixpoint_cli.command"))
 """
 
 

@@ -25,6 +25,7 @@ from fixpoint_diffusion.denoisers import (
     registry,
 )
 from fixpoint_diffusion.denoisers.schedules import LINEAR_SCHEDULE
+from fixpoint_diffusion.options.models import OWN_FAMILIES
 
 pytest.importorskip("diffusers")
 
@@ -59,8 +60,8 @@ def prompt(name: str, rows: int) -> dict[str, Tensor]:
     return {"encoder_hidden_states": torch.randn(rows, 4, 8)} if name == "unet-3d" else {}
 
 
-def test_every_family_is_tried_here() -> None:
-    assert set(TINY) == set(families())
+def test_every_family_is_tried_here_and_has_a_file_of_its_name() -> None:
+    assert set(TINY) == set(families()) == set(OWN_FAMILIES)
 
 
 def test_families_stays_the_function_once_their_files_are_imported() -> None:

@@ -20,6 +20,7 @@ from fixpoint_diffusion.cli import main
 from fixpoint_diffusion.denoisers import embedded_folder
 from fixpoint_diffusion.experiments import running
 from fixpoint_diffusion.experiments.experiment import Experiment, Kind, Verdict
+from fixpoint_diffusion.experiments.names import NAMES
 from fixpoint_diffusion.experiments.papers.deq_ddim import convergence, inversion, quality
 from fixpoint_diffusion.experiments.papers.fpdm import reuse, trained, training
 from fixpoint_diffusion.experiments.papers.fpdm import sampling as fpdm_sampling
@@ -439,6 +440,10 @@ def test_mistakes_end_in_one_line(monkeypatch, capsys, tmp_path, arguments, mess
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error")]
     assert message in line
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_the_names_are_those_of_the_experiments():
+    assert list(EXPERIMENTS) == list(NAMES)
 
 
 def test_a_paper_is_all_of_its_experiments():

@@ -1,7 +1,4 @@
-"""The command ``fixpoint``: compare solvers on problems, list the problems, draw a report again.
-
-It stands beside the package, because that imports PyTorch: so a typo is refused before the seconds that this takes.
-"""
+"""What ``fixpoint`` does: compare solvers on problems, list the problems, draw a report again."""
 
 from __future__ import annotations
 
@@ -14,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
+
+from fixpoint_cli.names import check_names
 
 DISTRIBUTION = "fixpoint-torch"
 EXTRA = f'pip install "{DISTRIBUTION}[bench]"'
@@ -76,11 +75,12 @@ def bench_command(
     if importlib.util.find_spec("matplotlib") is None:
         _stop(f"drawing needs matplotlib: {EXTRA}")
 
-    from fixpoint import bench
-    from fixpoint.bench import report
-
     sys.path.append(os.getcwd())  # for package.module:name, last so that it hides nothing
     try:
+        check_names(problems or (), solver or ())
+        from fixpoint import bench  # PyTorch, which takes seconds
+        from fixpoint.bench import report
+
         bench.check(problems or (), solver or ())
     except (LookupError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
@@ -150,12 +150,3 @@ def _check_writable(folder: Path) -> None:
 def _stop(message: str) -> None:
     typer.echo(message, err=True)
     raise typer.Exit(1)
-
-
-def main() -> None:
-    """Run the command line."""
-    app()
-
-
-if __name__ == "__main__":
-    main()
