@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -24,19 +22,22 @@ class Forecast:
 
     def __init__(self, slopes: Tensor) -> None:
         self._slopes = slopes
-        self._past: list[tuple[Tensor, Tensor]] = []
+        # Latents and images of the latest rounds of each sample, the last one first; NaN where there was none.
+        self._rounds: Tensor | None = None
         self._secants: tuple[Tensor, Tensor] | None = None
 
-    def observe(self, latents: Tensor, images: Tensor) -> None:
-        """Learn from latents and images ``(B, T, D)`` of a round."""
-        self._secants = self._learned(latents, images)
-        # Copies: the search writes the next round into the same memory.
-        self._past = [(latents.clone(), images.clone()), *self._past][:_MEMORY]
+    def observe(self, latents: Tensor, images: Tensor, samples: Tensor) -> None:
+        """Learn from latents and images ``(B, T, D)`` of a round in which some samples ``(N,)`` were at work."""
+        if self._rounds is None:
+            self._rounds = latents.new_full((_MEMORY + 1, 2, *latents.shape), torch.nan)
+        self._rounds[1:, :, samples] = self._rounds[:-1, :, samples]
+        self._rounds[0, 0, samples], self._rounds[0, 1, samples] = latents[samples], images[samples]
+        self._secants = self._learned(self._rounds)
 
     def forget_move(self, samples: Tensor) -> None:
         """The next images of these samples ``(N,)`` are not to be compared with their last ones."""
-        for _, images in self._past:
-            images[samples] = torch.nan
+        if self._rounds is not None:
+            self._rounds[:, 1, samples] = torch.nan
 
     def error(self, misses: Tensor) -> Tensor:
         """RMS errors ``(n, B)`` that follow from n sorts of misses ``(n, B, T, D)``."""
@@ -49,17 +50,14 @@ class Forecast:
             e = grown + misses[:, :, k]
         return e.square().mean(dim=2).sqrt()
 
-    def _learned(self, latents: Tensor, images: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _learned(self, rounds: Tensor) -> tuple[Tensor, Tensor]:
         """Of every step, coefficients of a change of its input, and what they add to what the slope makes of it."""
-        if not self._past:
-            return None
-        rounds = [(latents, images), *self._past]
-        pairs = list(pairwise(rounds))
-        moved = torch.stack([new[0] - old[0] for new, old in pairs], dim=2)
-        seen = torch.stack([new[1] - old[1] for new, old in pairs], dim=2)
+        moved, seen = (rounds[:-1] - rounds[1:]).permute(1, 2, 3, 0, 4)
+        known = torch.isfinite(moved).all(dim=3, keepdim=True)
+        moved = torch.where(known, moved, 0)
         gram = moved @ moved.mT
-        size = gram.diagonal(dim1=2, dim2=3).mean(dim=2)[..., None, None]
-        unit = torch.eye(len(pairs), dtype=gram.dtype, device=gram.device)
+        size = (gram.diagonal(dim1=2, dim2=3).sum(dim=2) / known.sum(dim=(2, 3)))[..., None, None]
+        unit = torch.eye(_MEMORY, dtype=gram.dtype, device=gram.device)
         weights = torch.linalg.solve_ex(torch.where(size > 0, gram + _RIDGE * size * unit, unit), moved)[0]
         excess = seen - self._slopes[:, None] * moved
         # A round that was not finite has shown nothing of its steps.

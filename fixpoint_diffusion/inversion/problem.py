@@ -174,7 +174,7 @@ class Probes:
     Attributes:
         first: the steps from this one on are asked about.
         steps: ``(n,)``, rising, those of them that are probed; of a grid that is given too, all must be steps.
-        changes: ``(1 or N, P, 1 or T - first, D)``, coordinates, of samples and steps.
+        changes: ``(N, P, 1 or T - first, D)``, coordinates, of samples and steps.
     """
 
     first: int
@@ -182,14 +182,12 @@ class Probes:
     changes: Tensor
 
     def at(self, steps: Tensor) -> Tensor:
-        """The changes before chosen steps, ``(1 or N, P, 1 or n, D)``."""
+        """The changes before chosen steps, ``(N, P, 1 or n, D)``."""
         return self.changes if self.changes.shape[2] == 1 else self.changes[:, :, steps - self.first]
 
     def split(self, sizes: Sequence[int]) -> list[Probes]:
         """Those of the first samples, of the next ones, and so on: groups of these sizes."""
-        shared = len(self.changes) == 1
-        parts = [self.changes] * len(sizes) if shared else self.changes.split(list(sizes))
-        return [Probes(self.first, self.steps, part) for part in parts]
+        return [Probes(self.first, self.steps, part) for part in self.changes.split(list(sizes))]
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,20 +23,13 @@ _GAIN = 4.0
 _MOST_GAIN = 16.0
 
 
-class _Mixed(NamedTuple):
-    """Samples ``(n,)`` that the solver moves, by a state that began when they began."""
-
-    samples: Tensor
-    state: Any
-
-
 class Search:
     """The rounds of a ``ParallelInverse``.
 
     Each sample is asked at the steps of one grid after another, from coarse to fine, and in the end at all steps (no
     grid). A round evaluates all samples in one batch, whatever their grids. On all steps, a sample that probes bring
     no further goes on with the solver. One that seems to be done rests until no other is at work, so that one run of
-    the ordinary sampler measures them all. What the others do changes nothing for a sample.
+    the ordinary sampler measures them all. What the others do changes nothing for a sample, as long as rounds are left.
 
     Args:
         problem: of B samples.
@@ -66,10 +59,11 @@ class Search:
         self._grids = [*problem.grids, None]
         self._grid = torch.zeros_like(self.status)
         self._working = self.status == ACTIVE
-        self._improved = torch.zeros_like(self.status)
-        # Of each sample, the place in the list of who the solver moves it with; -1: it is probed.
-        self._mixed: list[_Mixed] = []
-        self._mixer = torch.full_like(self.status, -1)
+        # Rounds in which each sample was at work, and how many of them there were at its last progress.
+        self._rounds, self._improved = torch.zeros_like(self.status), torch.zeros_like(self.status)
+        # Which samples the solver moves, each by a state of its own: the others are probed.
+        self._mixed = torch.zeros_like(self._working)
+        self._states: dict[int, Any] = {}
         if self._secants is None:
             self._begin_to_mix(self._working)
 
@@ -95,7 +89,6 @@ class Search:
         asked = self._asked()
         seen = problem.look(*asked)
         doubts = None if all(each.doubts is None for each in seen) else torch.zeros_like(self._misses)
-        self._misses.zero_()
         for group, shown in zip(asked, seen, strict=True):
             self._images[group.samples] = shown.images
             self._misses[group.samples] = shown.images - problem.after(group.latents, group.samples)
@@ -120,9 +113,9 @@ class Search:
 
     def _asked(self) -> list[Asked]:
         """The samples at work, those of one grid together, the probed ones first."""
-        kinds = self._grid + len(self._grids) * (self._mixer >= 0)
+        kinds = self._grid + len(self._grids) * self._mixed
         groups = [(self._working & (kinds == kind)).nonzero().flatten() for kind in kinds[self._working].unique()]
-        probed = [rows for rows in groups if self._mixer[rows[0]] < 0]
+        probed = [rows for rows in groups if not self._mixed[rows[0]]]
         shares: list[Sequence[Probes]] = [()] * len(groups)
         if self._secants is not None and probed:
             probes = self._secants.probes(torch.cat(probed))
@@ -134,7 +127,8 @@ class Search:
 
     def _learn(self, asked: Sequence[Asked], seen: Sequence[Look]) -> None:
         """Show the two models what a round has shown."""
-        self._forecast.observe(self._latents, self._images)
+        working = torch.cat([group.samples for group in asked])
+        self._forecast.observe(self._latents, self._images, working)
         probed = [(group.samples, shown.responses) for group, shown in zip(asked, seen, strict=True) if group.probes]
         if self._secants is not None and probed:
             responses = [torch.cat(parts) for parts in zip(*(each for _, each in probed), strict=True)]
@@ -147,17 +141,18 @@ class Search:
 
     def _judge(self, missed: Tensor, doubt: Tensor) -> None:
         """Keep the best, and decide how each sample goes on: it moves, rests, goes on otherwise or has ended."""
-        predicted, working, finest, alone = missed + doubt, self._working, self._finest, self._mixer >= 0
+        predicted, working, finest, mixed = missed + doubt, self._working, self._finest, self._mixed
         sane = torch.isfinite(predicted) & torch.isfinite(self._misses).flatten(1).all(dim=1)
         # What the first round predicts rests on the prior alone: no later one is measured against it.
-        least = torch.full_like(self._least, torch.inf) if len(self.history) <= 2 else self._least
+        self._rounds += working
+        least = torch.where(self._rounds <= 2, torch.inf, self._least)
         better = working & sane & (predicted < least)
-        last = alone & finest
+        last = mixed & finest
         progress = predicted < torch.where(last, _PROGRESS, _PROBED_PROGRESS) * least
-        self._improved[working & sane & progress] = len(self.history)
+        self._improved = torch.where(working & sane & progress, self._rounds, self._improved)
         self._nearest[better] = self._latents[better]
         self._least[better] = predicted[better]
-        stuck = len(self.history) - self._improved >= torch.where(last, _PATIENCE, _PROBED_PATIENCE)
+        stuck = self._rounds - self._improved >= torch.where(last, _PATIENCE, _PROBED_PATIENCE)
         done = better & (predicted * self._factor <= self.tolerance)
         lost = working & ~(sane & ~stuck | done)
         rough = working & ~lost & ~done & ~finest & (missed < doubt)
@@ -169,30 +164,33 @@ class Search:
         self._move()
         self._latents[lost] = self._nearest[lost]
         self._refine(rough | lost & ~finest)
-        self._begin_to_mix(lost & finest & ~alone)
+        self._begin_to_mix(lost & finest & ~mixed)
 
     def _move(self) -> None:
         """Move the samples at work; those that rest stay where they are."""
-        probed = self._working & (self._mixer < 0)
+        probed = self._working & ~self._mixed
         if self._secants is not None and bool(probed.any()):
             self._latents += torch.where(probed[:, None, None], self._secants.correction(self._misses), 0)
-        for place, (rows, state) in enumerate(self._mixed):
-            moving = self._working[rows] & (self._mixer[rows] == place)
-            if not bool(moving.any()):
-                continue
-            sources = self.problem.sources(self._latents[rows], rows)
-            moved, state = self.solver.step(sources.flatten(1), (sources - self._misses[rows]).flatten(1), state)
-            self._mixed[place] = _Mixed(rows, state)
-            latents = self.problem.from_sources(moved.reshape(sources.shape), self.problem.x_0[rows])
-            self._latents[rows] = torch.where(moving[:, None, None], latents, self._latents[rows])
+        rows = (self._working & self._mixed).nonzero().flatten()
+        if not len(rows):
+            return
+        sources = self.problem.sources(self._latents[rows], rows)
+        images = sources - self._misses[rows]
+        moved = torch.empty_like(sources)
+        # One after another: they began in different rounds, and have rested in different ones.
+        for place, row in enumerate(rows.tolist()):
+            z, fz = (each[place].flatten()[None] for each in (sources, images))
+            z, self._states[row] = self.solver.step(z, fz, self._states[row])
+            moved[place] = z.reshape(moved[place].shape)
+        self._latents[rows] = self.problem.from_sources(moved, self.problem.x_0[rows])
 
     def _begin_to_mix(self, chosen: Tensor) -> None:
         """From now on the solver moves the chosen ``(B,)`` samples."""
         rows = chosen.nonzero().flatten()
         if len(rows):
-            sources = self.problem.sources(self._latents[rows], rows)
-            self._mixer[rows] = len(self._mixed)
-            self._mixed.append(_Mixed(rows, self.solver.init(sources.flatten(1))))
+            sources = self.problem.sources(self._latents[rows], rows).flatten(1)
+            self._states |= {row: self.solver.init(z[None]) for row, z in zip(rows.tolist(), sources, strict=True)}
+        self._mixed |= chosen
         self._resume(chosen)
 
     def _refine(self, chosen: Tensor) -> None:
@@ -214,7 +212,7 @@ class Search:
     def _resume(self, chosen: Tensor) -> None:
         """The chosen ``(B,)`` samples are at work from now on."""
         self._working = self._working | chosen
-        self._improved[chosen] = len(self.history)
+        self._improved = torch.where(chosen, self._rounds, self._improved)
 
     def _confirm(self, samples: Tensor) -> None:
         """Measure the candidates of these samples."""

@@ -42,10 +42,11 @@ class BlockSecants:
     """Newton's method for all steps at once, with Jacobians that are learnt from the rounds and from probes.
 
     A *probe* evaluates a late step a little beside its latent, in a random direction. The directions of a round are
-    orthogonal, and the same for all samples and steps. So a round shows a block of what the Jacobians do, and not only
-    what they do to the last move. One more probe, of all steps, looks along the drift: how far off the sampler is
-    predicted to be before each step. What a model has not been shown, it takes for smaller than it is; so of the
-    direction that decides how far off x_0 will be, something must be shown.
+    orthogonal, and the same for all steps. So a round shows a block of what the Jacobians do, and not only what they do
+    to the last move. What the directions are depends on how many rounds a sample has had, and not on other samples.
+    One more probe, of all steps, looks along the drift: how far off the sampler is predicted to be before each step.
+    What a model has not been shown, it takes for smaller than it is; so of the direction that decides how far off x_0
+    will be, something must be shown.
 
     Args:
         problem: whose steps they are.
@@ -64,24 +65,36 @@ class BlockSecants:
         mean = slopes[self._first :].mean(dim=1, keepdim=True).expand(-1, size)
         self._late = StepModels(mean, samples, self._count + 2, _LATE, fitted=True)
         self._drift = slopes.new_zeros(samples, len(slopes), size)
-        self._generator = torch.Generator().manual_seed(0)
+        # Rounds of each sample so far, and what the generator is to start from in each of them.
+        self._rounds = torch.zeros(samples, dtype=torch.int64)
+        self._seeds = [torch.Generator().manual_seed(0).get_state()]
         # Latents and images of the latest round; not finite where there is none, or none to compare with.
         self._last = slopes.new_full((2, samples, len(slopes), size), torch.nan)
 
     def probes(self, samples: Tensor) -> list[Probes]:
         """New ones, for the next round with these samples ``(N,)``: random ones, and the one along the drift."""
         size = self._problem.x_0.shape[1]
-        signs = torch.randint(0, 2, (size, self._count), generator=self._generator) * 2.0 - 1
-        pixels = torch.linalg.qr(signs.double())[0].mT * (_NUDGE * size**0.5)
-        changes = self._problem.chain.prior.to_coordinates(pixels.to(self._problem.x_0.device))
+        numbers, place = self._rounds[samples.cpu()].unique(return_inverse=True)
+        changes = torch.stack([self._directions(number) for number in numbers.tolist()])[place.to(samples.device)]
+        self._rounds[samples.cpu()] += 1
         along = self._drift[samples, None]
         length = along.norm(dim=3, keepdim=True)
         along = torch.where((length > 0) & torch.isfinite(length), along / length * (_NUDGE * size**0.5), 0)
         late = self._probed[self._probed >= self._first]
-        self._changes = changes[None, :, None], along
-        random = Probes(self._first, late, changes[None, :, None])
+        self._changes = changes[:, :, None], along
+        random = Probes(self._first, late, changes[:, :, None])
         # No drift is known before the first round, and before the first step there never is one.
         return [random, Probes(0, self._probed[1:], along)] if bool(along.any()) else [random]
+
+    def _directions(self, number: int) -> Tensor:
+        """The random ones ``(P, D)`` of a round of this number, whatever rounds other samples have had."""
+        size, generator = self._problem.x_0.shape[1], torch.Generator()
+        generator.set_state(self._seeds[number])
+        signs = torch.randint(0, 2, (size, self._count), generator=generator) * 2.0 - 1
+        if number + 1 == len(self._seeds):
+            self._seeds.append(generator.get_state())
+        pixels = torch.linalg.qr(signs.double())[0].mT * (_NUDGE * size**0.5)
+        return self._problem.chain.prior.to_coordinates(pixels.to(self._problem.x_0.device))
 
     def observe(self, latents: Tensor, images: Tensor, samples: Tensor, responses: Sequence[Tensor]) -> None:
         """Learn from a round.

@@ -322,8 +322,8 @@ def test_a_round_that_was_not_finite_teaches_the_forecast_nothing_of_that_sample
     broken = seen.clone()
     broken[1, 1] = torch.inf
     learned, plain = Forecast(slopes), Forecast(slopes)
-    learned.observe(latents, broken)
-    learned.observe(latents + images(2, 3, 4) ** 2, seen + 1)
+    learned.observe(latents, broken, torch.arange(2))
+    learned.observe(latents + images(2, 3, 4) ** 2, seen + 1, torch.arange(2))
     found, expected = learned.error(misses[None])[0], plain.error(misses[None])[0]
     assert float(found[0]) != pytest.approx(float(expected[0]))  # of the other one it has learned
     only_broken = torch.zeros_like(misses)

@@ -19,7 +19,7 @@ from fixpoint_diffusion import (
 )
 from fixpoint_diffusion.inversion.grids import step_grids
 from fixpoint_diffusion.inversion.problem import Asked, InverseProblem
-from fixpoint_diffusion.inversion.search import _GAIN
+from fixpoint_diffusion.inversion.search import _GAIN, Search
 
 SCHEDULE = NoiseSchedule.linear()
 ALONE = ParallelInverse(second_try=None)
@@ -106,6 +106,25 @@ def test_a_sample_does_not_depend_on_the_others_of_its_batch() -> None:
     for i in range(3):
         alone = invert(chain_of(x_0[i : i + 1]), x_0[i : i + 1], method=ALONE, rtol=0, atol=1e-5)
         torch.testing.assert_close(together.x_T[i : i + 1], alone.x_T, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("steps", "probes", "scale"), [(20, 0, 1e-2), (20, 8, 1e-2), (20, 8, 1e-5), (400, 0, 1e-4), (400, 8, 1e-5)]
+)
+def test_nor_does_one_that_rests_before_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, steps: int, probes: int, scale: float
+) -> None:
+    """What was foretold is too good, so each seems to be done too early: with little to do, in its first round."""
+    honest = Search._predict
+    monkeypatch.setattr(Search, "_predict", lambda self, misses: honest(self, misses) / 30)
+    x_0, method = images(2, 5), ParallelInverse(probes=probes, second_try=None)
+    x_0[0] *= scale
+    together = invert(chain_of(x_0, steps=steps), x_0, method=method, rtol=0, atol=1e-6)
+    worked = torch.stack([each.predicted_error for each in together.history]).isfinite()
+    alone = invert(chain_of(x_0[:1], steps=steps), x_0[:1], method=method, rtol=0, atol=1e-6)
+    assert not worked[: alone.rounds, 0].all()
+    assert int(worked[:, 0].sum()) == alone.rounds
+    torch.testing.assert_close(together.x_T[:1], alone.x_T, rtol=0, atol=1e-12)
 
 
 def test_a_sample_does_not_wait_for_the_others_to_go_on_to_a_finer_grid() -> None:

@@ -152,9 +152,8 @@ def test_probes_of_some_steps_tell_of_those_between(first: int) -> None:
     problem = InverseProblem(chain_of(x_0, 300, bending), x_0)
     latents, half = problem.guess(), problem.grids[0].half
     turning = torch.linspace(0, 1, 300, dtype=torch.float64)[:, None]
-    changes = (
-        random(1, 2, 1, 6) if first else turning.cos() * random(3, 1, 1, 6) + turning.sin() * random(3, 2, 1, 6)[:, 1:]
-    )
+    own = turning.cos() * random(3, 1, 1, 6) + turning.sin() * random(3, 2, 1, 6)[:, 1:]
+    changes = random(1, 2, 1, 6).expand(3, -1, -1, -1) if first else own
     changes = 0.01 * changes
     all_steps, some = Probes(first, torch.arange(first, 300), changes), Probes(first, half[half >= first], changes)
     assert len(some.steps) < len(all_steps.steps) / 4
@@ -265,7 +264,7 @@ def test_groups_of_samples_are_seen_in_one_round_as_each_alone() -> None:
     problem = InverseProblem(chain, x_0)
     latents, grid = problem.guess(), problem.grids[0]
     own = Probes(0, grid.half, 0.01 * random(2, 1, 1, 6))
-    probes = [*BlockSecants(problem, 2).probes(EVERYONE), own]
+    probes = [*BlockSecants(problem, 2).probes(EVERYONE[:2]), own]
     groups = Asked(EVERYONE[:2], latents[:2], grid, probes), Asked(EVERYONE[2:], latents[2:])
     chain.reset_counters()
     together = problem.look(*groups)
