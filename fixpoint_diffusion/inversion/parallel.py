@@ -71,16 +71,14 @@ class ParallelInverse:
         callback: Callable[[InverseRound], object] | None = None,
     ) -> Found:
         """See :class:`InverseMethod`; the history holds an :class:`InverseRound` for each round."""
-        search = Search(InverseProblem(chain, x_0), tolerance, self.solver, self.probes)
+        search, stopped = Search(InverseProblem(chain, x_0), tolerance, self.solver, self.probes), False
         with ProgressBar.tqdm(total=self.max_rounds, desc="inverting", unit="round", disable=not progress) as bar:
-            while len(search.history) < self.max_rounds and search.work_left():
+            while not stopped and len(search.history) < self.max_rounds and search.work_left():
                 latest = search.round()
                 bar.set_postfix(done=int((search.status == Status.CONVERGED).sum()), refresh=False)
                 bar.update()
-                if callback is not None and callback(latest):
-                    search.end(Status.STOPPED)
-        stopped = bool((search.status == Status.STOPPED).any())
-        search.end(Status.MAX_EVALS)
+                stopped = callback is not None and bool(callback(latest))
+        search.end(Status.STOPPED if stopped else Status.MAX_EVALS)
         failed = search.measure_failed()
         if self.second_try is not None and len(failed) and not stopped:
             search.consider(failed, self.second_try.search(search.problem, failed, tolerance)[0])

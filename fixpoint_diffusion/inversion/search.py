@@ -80,6 +80,7 @@ class Search:
             # A finer grid is of no use to those that this one is not at fault for.
             again = failed & (self._finest | (2 * self._doubt <= self.tolerance))
             self._resume(again)
+            self._move()
             self._refine(failed & ~again)
         return bool(self._working.any())
 
@@ -201,6 +202,8 @@ class Search:
             self._grid += passed
             self._doubt = torch.where(passed, self._doubt / _MOST_GAIN, self._doubt)
         rows = chosen.nonzero().flatten()
+        # The finer grid's predictions are measured against what was seen, not against what this one promised.
+        self._least[rows] *= self._factor[rows]
         self._factor[rows] = 1
         self._forecast.forget_move(rows)
         if self._secants is None:
@@ -219,7 +222,9 @@ class Search:
         if not len(samples):
             return
         error = self.consider(samples, self._nearest[samples, 0])
-        self._factor[samples] = (error / self._least[samples]).clamp(min=1).nan_to_num(nan=2, posinf=1e6)
+        ratio = (error / self._least[samples]).clamp(min=1).nan_to_num(nan=2, posinf=1e6)
+        # What the prior alone promised says nothing of what later rounds will.
+        self._factor[samples] = torch.where(self._rounds[samples] > 1, ratio, 1)
 
     def consider(self, samples: Tensor, x_T: Tensor) -> Tensor:
         """Measure the x_T ``(N, D)`` of some samples; those that meet the tolerance are done. Their errors ``(N,)``."""
@@ -230,7 +235,6 @@ class Search:
     def end(self, status: Status) -> None:
         """End all samples that have not ended."""
         self.status[self.status == ACTIVE] = int(status)
-        self._working = torch.zeros_like(self._working)
 
     def measure_failed(self) -> Tensor:
         """Measure the candidates of the samples that have not converged; those that then still have not ``(N,)``."""

@@ -282,6 +282,27 @@ def test_a_callback_stops_with_the_best_so_far() -> None:
     torch.testing.assert_close(inverse.error, seen[-1], rtol=0.2, atol=0)
 
 
+def test_a_callback_stops_a_run_whose_last_sample_has_just_ended() -> None:
+    """No second try follows."""
+    x_0 = images(1, 2)
+
+    def broken(x: Tensor, t: Tensor) -> Tensor:
+        return torch.full_like(x, torch.nan)
+
+    chain, seen = DDIMChain(broken, torch.zeros_like(x_0), SCHEDULE, steps=20), list[InverseRound]()
+
+    def stop(entry: InverseRound) -> bool:
+        seen.append(entry)
+        return len(seen) == last
+
+    last = 10**6
+    whole = invert(chain, x_0, callback=stop, on_failure="ignore")
+    last, seen = len(seen), []
+    inverse = invert(chain, x_0, callback=stop, on_failure="ignore")
+    assert inverse.rounds == last < whole.rounds
+    assert inverse.status.tolist() == [int(Status.NON_FINITE)]
+
+
 def test_the_predicted_error_is_that_of_the_sampler() -> None:
     x_0 = images(4, 3)
     chain = DDIMChain(gentle, torch.zeros_like(x_0), SCHEDULE, steps=20)
@@ -329,6 +350,23 @@ def test_a_round_that_was_not_finite_teaches_the_forecast_nothing_of_that_sample
     only_broken = torch.zeros_like(misses)
     only_broken[1, 0] = 1  # is passed on by the broken step, then by one whose rounds were finite
     assert torch.isfinite(learned.error(only_broken[None])).all()
+
+
+def test_the_forecast_of_a_sample_at_rest_is_what_it_was() -> None:
+    """What it takes for its Jacobians is what the rounds have shown in which the sample was at work."""
+    latents, seen, misses = (images(2, 3, 4) * scale for scale in (1.0, 0.5, 0.1))
+    forecast = Forecast(torch.tensor([[0.9], [0.8], [0.7]], dtype=torch.float64))
+    plain = forecast.error(misses[None])[0]
+    for _ in range(2):
+        latents, seen = latents + images(2, 3, 4) ** 2, seen + 1
+        forecast.observe(latents, seen, torch.arange(2))
+    before = forecast.error(misses[None])[0]
+    for _ in range(3):
+        latents[1], seen[1] = latents[1] + misses[1], seen[1] ** 2
+        forecast.observe(latents, seen, torch.tensor([1]))
+    after = forecast.error(misses[None])[0]
+    assert float(after[0]) == float(before[0]) != float(plain[0])
+    assert float(after[1]) != float(before[1])
 
 
 @pytest.mark.parametrize("what", ["image", "parameter"])

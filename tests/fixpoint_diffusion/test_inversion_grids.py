@@ -85,6 +85,24 @@ def test_a_denoiser_that_jumps_is_seen_and_inverted() -> None:
     assert (inverse.error <= 1e-5).all()
 
 
+@pytest.mark.parametrize("probes", [0, 8])
+def test_what_no_grid_shows_is_found_by_the_sampler(probes: int) -> None:
+    """At one timestep between those of the grids: what they promised is not what finer ones are measured against."""
+    x_0 = images(3, 5)
+    timesteps = chain_of(x_0).timesteps
+    shown = torch.cat([grid.steps for grid in step_grids(timesteps, x_0.device)])
+    between = next(int(timesteps[k]) for k in range(330, 400) if k not in shown)
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        return curved(x, t) + torch.where(t == between, 3.0, 0.0).to(x)[:, None]
+
+    method = ParallelInverse(second_try=None, probes=probes)
+    inverse = invert(chain_of(x_0, denoiser), x_0, method=method, rtol=0, atol=1e-2)
+    assert inverse.converged.all()
+    assert (inverse.error > 1e-4).all()  # no more than was asked for
+    assert inverse.rounds < 35
+
+
 def test_a_grid_that_will_not_do_is_passed_over() -> None:
     """Where outputs jump, twice as many steps do not help: no round has the rows of the next grid."""
     x_0 = images(1, 5)
@@ -124,6 +142,24 @@ def test_nor_does_one_that_rests_before_it_goes_on(
     alone = invert(chain_of(x_0[:1], steps=steps), x_0[:1], method=method, rtol=0, atol=1e-6)
     assert not worked[: alone.rounds, 0].all()
     assert int(worked[:, 0].sum()) == alone.rounds
+    torch.testing.assert_close(together.x_T[:1], alone.x_T, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("probes", [0, 8])
+def test_a_first_round_that_promised_too_much_is_of_no_consequence(
+    monkeypatch: pytest.MonkeyPatch, probes: int
+) -> None:
+    """It rests on the prior alone. A sample that seemed to be done by it goes on as others do, also after a rest."""
+    x_0, method = images(2, 5), ParallelInverse(probes=probes, second_try=None)
+    x_0[0] /= 100
+    plain = invert(chain_of(x_0[:1], steps=20), x_0[:1], method=method, rtol=0, atol=1e-6)
+    honest = Search._predict
+    monkeypatch.setattr(Search, "_predict", lambda self, misses: honest(self, misses) * (1 if self.history else 1e-4))
+    together = invert(chain_of(x_0, steps=20), x_0, method=method, rtol=0, atol=1e-6)
+    alone = invert(chain_of(x_0[:1], steps=20), x_0[:1], method=method, rtol=0, atol=1e-6)
+    worked = torch.stack([each.predicted_error for each in together.history]).isfinite()[:, 0]
+    assert worked.tolist()[:2] == [True, False]
+    assert alone.rounds == int(worked.sum()) <= plain.rounds + 1
     torch.testing.assert_close(together.x_T[:1], alone.x_T, rtol=0, atol=1e-12)
 
 
