@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
-from fixpoint.solvers.history import History, recording, require_history_dtype
+from fixpoint.solvers.history import PairHistory, recording, require_history_dtype
 from fixpoint.solvers.small import NumPyArithmetic, Small, arithmetic
 
 # A change of the residual is independent of the basis when at least this share of its length lies outside. Of less,
@@ -19,6 +19,8 @@ _NEW_SHARE = 0.01
 _SURPRISE = 10.0
 # When the residual has fallen to this share, earlier failures are forgotten.
 _RECOVERY = 0.1
+# Without a memory given, a row's histories may take twice so many bytes, between so few and so many changes.
+_BYTES, _LEAST, _MOST = 160 * 1024, 5, 20
 # This share of the present |g|^2 is added to the predicted one, which rounding may bring to zero.
 _NEGLIGIBLE = 1e-3
 
@@ -65,54 +67,89 @@ class _Guard(NamedTuple):
 
 
 class _Split(NamedTuple):
-    """The residual ``g`` and its last change ``dg``, each split into a part in the basis and one outside."""
+    """The residual ``g`` and its last change ``dg``, each split into a part along what is held and a part outside.
 
-    along: Small  # (rows, slots): coordinates of g in the basis
-    shared: Small  # (rows, slots): coordinates of dg
-    outside: Small  # (rows,): squared length of g outside
-    fresh: Small  # (rows,): squared length of dg outside
-    cross: Small  # (rows,): product of the two parts outside
-    independent: Small  # (rows,): whether enough of dg is outside; where not, the basis is left out of all the others
+    Attributes:
+        along, shared: Coefficients of g, and of dg, in the changes held ``(rows, count)``.
+        held: Squared length of dg along each of them.
+        inverse: That of the state, without the change that dg replaces.
+        square, outside: Squared length of g ``(rows,)``, and of its part outside.
+        fresh, cross: Squared length of the part of dg outside, and its product with that of g.
+    """
+
+    along: Small
+    shared: Small
+    held: Small
+    inverse: Small
+    square: Small
+    outside: Small
+    fresh: Small
+    cross: Small
 
     @classmethod
-    def of(cls, xp: NumPyArithmetic, along: Small, before: Small, square: Small, product: Small, size: Small) -> _Split:
-        """From coordinates of g and of the residual before, and from ``|g|^2``, ``g . dg`` and ``|dg|^2``."""
-        shared = along - before
-        inside = xp.products(along, shared)
-        outside = square - xp.detach(inside[:, 0, 0])
-        fresh, cross = size - inside[:, 1, 1], product - inside[:, 0, 1]
-        independent = fresh > _NEW_SHARE**2 * size
+    def of(cls, xp: NumPyArithmetic, coordinates: Small, squares: Small, inverse: Small) -> _Split:
+        """From products of g and dg with the changes held ``(rows, 2, count)`` and with each other ``(rows, 2, 2)``.
+
+        Where dg has too little outside, the change that it repeats most is no longer held.
+        """
+        along, rest = _projected(coordinates, squares, inverse)
+        independent = rest[:, 1, 1] >= _NEW_SHARE**2 * squares[:, 1, 1]
         if not xp.holds(independent):
-            column = independent[:, None]
-            along, shared = xp.where(column, along, 0), xp.where(column, shared, 0)
-            outside, fresh = xp.where(independent, outside, square), xp.where(independent, fresh, size)
-            cross = xp.where(independent, cross, product)
-        return cls(along, shared, outside, fresh, cross, independent)
+            held = along[:, 1] * coordinates[:, 1]
+            repeated = held == xp.amax(held, 1)[:, None]
+            inverse = xp.where(repeated & ~independent[:, None], 0, inverse)
+            along, rest = _projected(coordinates, squares, inverse)
+        held = along[:, 1] * coordinates[:, 1]
+        return cls(
+            along[:, 0], along[:, 1], held, inverse, squares[:, 0, 0], rest[:, 0, 0], rest[:, 1, 1], rest[:, 0, 1]
+        )
+
+
+def _projected(coordinates: Small, squares: Small, inverse: Small) -> tuple[Small, Small]:
+    along = coordinates * inverse[:, None]
+    return along, squares - along @ coordinates.swapaxes(1, 2)
+
+
+def _products(x: Tensor) -> Tensor:
+    """All products of the states ``x`` ``(rows, k, dim)`` of a row: ``(rows, k, k)``."""
+    return torch.bmm(x, x.transpose(1, 2))
+
+
+def _changes(z: Tensor, fz: Tensor, state: AndersonState) -> Tensor:
+    """The residual, its change and the change of f since the last step ``(rows, 3, dim)``."""
+    assert state.g is not None
+    assert state.fz is not None
+    if recording(z, fz, state.g, state.fz):
+        g = fz - z
+        return torch.stack((g, g - state.g, fz - state.fz), dim=1)
+    work = fz.new_empty(len(fz), 3, fz.shape[1])
+    g, change, image = work.unbind(1)
+    torch.sub(fz, z, out=g)
+    torch.sub(g, state.g, out=change)
+    torch.sub(fz, state.fz, out=image)
+    return work
 
 
 class AndersonState(NamedTuple):
     """What a step remembers.
 
     Attributes:
-        basis: Changes of the residual, made orthogonal and of length 1. There is room for one more than ``memory``:
-            a step writes where its state does not read, so a state can be stepped from again.
-        images: The changes of f that belong to them.
-        residuals: The last residual, at ``newest``, and room for the next.
-        use: One where a slot counts for a row, else zero ``(rows, slots)``.
-        before: Coordinates of the last residual in the basis ``(rows, slots)``.
-        slot: The slot that is free.
+        history: Changes of the residual, made orthogonal, and of f. There is room for one pair more than ``memory``: a
+            step writes where its state does not read, so a state can be stepped from again.
+        inverse: One over the squared length of each change of the residual; zero where none is held ``(rows, count)``.
+        free: Where in the history each row has a free place: ``row * count + place`` ``(rows,)``.
+        newest: Where the newest change is.
+        g: The last residual.
         fz: The last image; None before the first step.
         first: ``|g|^2`` of the first residual ``(rows,)``, until there is a guard.
         guard: Whether the model of a row is trusted; None before the second step.
     """
 
-    basis: History
-    images: History
-    residuals: History
-    use: Small
-    before: Small
-    slot: int = 0
-    newest: int = 0
+    history: PairHistory
+    inverse: Small
+    free: Small
+    newest: Small
+    g: Tensor | None = None
     fz: Tensor | None = None
     first: Small = None
     guard: _Guard | None = None
@@ -157,13 +194,14 @@ class Anderson(Solver):
         (True, True)
     """
 
-    memory: int = 5
+    memory: int | None = None
     damping: float = 1.0
     ridge: float = 0.0
     history_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        require_count("memory", self.memory)
+        if self.memory is not None:
+            require_count("memory", self.memory)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], found {self.damping}")
         if not self.ridge >= 0:
@@ -171,99 +209,68 @@ class Anderson(Solver):
         require_history_dtype(self.history_dtype)
 
     def init(self, z: Tensor) -> AndersonState:
-        wide, kept = gram_dtype(z), self.history_dtype or z.dtype
-        basis, images = (History.empty(self.memory + 1, z, kept) for _ in range(2))
-        use = arithmetic(z).take(torch.zeros(len(z), self.memory + 1, dtype=wide, device=z.device))
-        return AndersonState(basis, images, History.empty(2, z, wide), use, use)
+        rows, dim = z.shape
+        kept = self.history_dtype or z.dtype
+        allowed = _BYTES // max(dim * kept.itemsize, 1)
+        count = 1 + (self.memory or min(max(allowed, _LEAST), _MOST))
+        inverse = torch.zeros(rows, count, dtype=gram_dtype(z), device=z.device)
+        lines = torch.arange(0, rows * count, count, device=z.device)
+        xp = arithmetic(inverse)
+        return AndersonState(PairHistory.empty(count, z, kept), xp.take(inverse), xp.take(lines), xp.take(lines))
 
     def step(self, z: Tensor, fz: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
         dtype, wide = fz.dtype, gram_dtype(fz)
         if dtype != wide:
             z, fz = z.to(wide), fz.to(wide)
-        now, slot = 1 - state.newest, state.slot
-        residuals = state.residuals.put(now, torch.sub, fz, z)
-        g = residuals.lines[now]
         if state.fz is None:
-            xp = arithmetic(g, kept=state.use)
-            first = xp.detach(xp.take(residuals.product(now, g))[:, 0, 0])
-            z_next = z + self.damping * residuals.slots[now]
-            return z_next.to(dtype), state._replace(residuals=residuals, newest=now, fz=fz, first=first)
+            g = fz - z
+            xp = arithmetic(g, kept=state.inverse)
+            first = xp.detach(xp.take(_products(g[:, None])))[:, 0, 0]
+            z_next = fz if self.damping == 1 else z + self.damping * g
+            return z_next.to(dtype), state._replace(g=g, fz=fz, first=first)
 
-        # The change of g is worked on where the new image will stand: nothing reads that slot before.
-        work, at = (state.images, slot) if state.images.states.dtype == wide else (History.empty(1, z, wide), 0)
-        work = work.put(at, torch.sub, residuals.slots[now], residuals.slots[state.newest])
-        change = work.lines[at]
-        coordinates = state.basis.dots(g)
-        xp = arithmetic(coordinates, change, state.images.states, kept=state.use)
-        square = xp.detach(xp.take(residuals.product(now, g))[:, 0, 0])
-        product, size = xp.take(work.product(at, g))[:, 0, 0], xp.take(work.product(at, change))[:, 0, 0]
-        use = xp.own(state.use)
+        work = _changes(z, fz, state)
+        g, both, change = work[:, :1], work[:, :2], work[:, 1:]
+        coordinates, squares = state.history.dots(both), _products(both)
+        xp = arithmetic(coordinates, squares, kept=state.inverse)
+        inverse, lines, tiny = xp.own(state.inverse), xp.own(state.free), torch.finfo(wide).tiny
         with xp.quiet():
-            along = xp.take(coordinates)[:, 0] * use
-            split = _Split.of(xp, along, xp.own(state.before), square, product, size)
-            # A power would make 0 times infinity of a gradient.
-            scale = 1 / xp.sqrt(split.fresh + torch.finfo(wide).tiny)
-            along, newest = split.along, split.cross * scale  # coordinates of g, the last one along the new vector
+            split = _Split.of(xp, xp.take(coordinates), xp.take(squares), inverse)
+            newest = split.cross / (split.fresh + tiny)
+            square = xp.detach(split.square)
             guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
-            trusted, guard = guard.judge(xp, square, split.outside - xp.detach(newest * newest))
-            if not (xp.holds(split.independent) and xp.holds(trusted)):
-                kept = (split.independent & trusted)[:, None]
-                newest, along, use = xp.where(trusted, newest, 0), xp.where(kept, along, 0), use * kept
-        step, basis, images = self._extrapolate(xp, state, g, fz, change, split.shared, scale, along, newest)
+            good, guard = guard.judge(xp, square, xp.detach(split.outside - newest * split.cross))
+            weights = xp.put(split.along, lines, newest)
+            if not xp.holds(good):
+                weights = xp.where(good[:, None], weights, 0)
+            if self.ridge > 0:
+                weights = weights / (1 + self.ridge)
+        by = xp.tensor(weights)
+        history = state.history.put(xp.tensor(lines), state.history.subtract(change, xp.tensor(split.shared)))
+        step = history.less_images(g, by)
         # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand. Where
         # it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.
-        ahead = xp.detach(xp.take(residuals.product(now, step))[:, 0, 0]) > 0
+        ahead = xp.detach(xp.take(torch.bmm(step, g.transpose(1, 2))))[:, 0, 0] >= 0
+        if self.damping < 1:
+            step = step - (1 - self.damping) * history.less_changes(g, by)
         step = step[:, 0]
         z_next = step + z if recording(step, z) else step.add_(z)
-        if not xp.holds(ahead):
-            z_next = torch.where(xp.tensor(ahead)[:, None], z_next, fz)
-            guard = guard._replace(bound=xp.where(ahead, guard.bound, float("inf")))
-            use, along, newest = use * ahead[:, None], xp.where(ahead[:, None], along, 0), xp.where(ahead, newest, 0)
-            trusted = trusted & ahead
-        use, along, free = xp.copy(use), xp.writable(along), (slot + 1) % (self.memory + 1)
-        use[:, slot], along[:, slot] = trusted, newest
-        use[:, free], along[:, free] = 0, 0
-        state = AndersonState(basis, images, residuals, use, along, free, now, fz, None, guard)
-        return z_next.to(dtype), state
-
-    def _extrapolate(
-        self,
-        xp: NumPyArithmetic,
-        state: AndersonState,
-        g: Tensor,
-        fz: Tensor,
-        change: Tensor,
-        shared: Small,
-        scale: Small,
-        along: Small,
-        newest: Small,
-    ) -> tuple[Tensor, History, History]:
-        """The step from z ``(rows, 1, dim)``, and the basis and the images with one vector more.
-
-        ``change`` ``(rows, 1, dim)``, the change of ``g``, is used up. ``shared`` are its coordinates in the basis, and
-        ``scale`` is one over the length of the rest; ``along`` and ``newest`` are the coordinates of ``g``.
-        """
-        assert state.fz is not None
-        if self.ridge > 0:
-            along, newest = along / (1 + self.ridge), newest / (1 + self.ridge)
-        weights, weight = xp.tensor(along[:, None]), xp.tensor((newest * scale)[:, None, None])
-        shared, scale = xp.tensor(shared[:, None]), xp.tensor(scale[:, None])
-        change = state.basis.subtract(change, shared, in_place=True)
-        remainder = None
-        if self.damping < 1:
-            remainder = torch.addcmul(state.basis.subtract(g, weights), change, weight, value=-1)
-        basis = state.basis.put(state.slot, torch.mul, change[:, 0], scale)
-        image = state.images.subtract((fz - state.fz)[:, None], shared, in_place=True)
-        images = state.images.put(state.slot, torch.mul, image[:, 0], scale)
-        recorded = recording(g, image, weight)
-        step = torch.addcmul(g, image, weight, value=-1, out=None if recorded else image)
-        step = state.images.subtract(step, weights, in_place=True)
-        if remainder is not None:
-            step = step - (1 - self.damping) * remainder
-        return step, basis, images
+        good = good & ahead
+        with xp.quiet():
+            inverse = xp.put(split.inverse, lines, 1 / (split.fresh + tiny))
+            if not xp.holds(good):
+                z_next = torch.where(xp.tensor(good)[:, None], z_next, fz)
+                inverse = xp.where(good[:, None], inverse, 0)
+                guard = guard._replace(bound=xp.where(good, guard.bound, float("inf")))
+            # What the newest change had least of is the least needed, but for the two newest: its place is free now.
+            needed = xp.put(xp.put(split.held, lines, float("inf")), xp.own(state.newest), float("inf"))
+            free = xp.take(history.starts) + xp.argmin(needed)
+            inverse = xp.put(inverse, free, 0)
+        g = g[:, 0] if recording(g) else g[:, 0].clone()
+        return z_next.to(dtype), AndersonState(history, inverse, free, lines, g, fz, None, guard)
 
     def forget(self, state: AndersonState, rows: Tensor) -> AndersonState:
-        xp = arithmetic(kept=state.use)
+        xp = arithmetic(kept=state.inverse)
         forgotten = xp.take(rows)
         guard = state.guard
         if guard is not None:  # two plain steps, for the next one finds a difference of two maps
@@ -273,5 +280,4 @@ class Anderson(Solver):
                 level=xp.where(forgotten, infinite, guard.level),
                 left=xp.where(forgotten, 2.0, guard.left),
             )
-        use, before = (xp.where(forgotten[:, None], 0, x) for x in (state.use, state.before))
-        return state._replace(use=use, before=before, guard=guard)
+        return state._replace(inverse=xp.where(forgotten[:, None], 0, state.inverse), guard=guard)

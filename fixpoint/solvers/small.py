@@ -49,14 +49,15 @@ class NumPyArithmetic:
         """``x`` without its gradient."""
         return x
 
-    def copy(self, x: Small) -> Small:
-        """``x`` in memory of its own."""
-        return x.copy()
+    def put(self, x: Small, lines: Small, value: Small) -> Small:
+        """A copy of ``x`` ``(rows, n)`` with ``value``, a number or one each, at the ``lines`` ``row * n + place``."""
+        x = x.copy()
+        x.reshape(-1)[lines] = value
+        return x
 
-    def products(self, x: Small, y: Small) -> Small:
-        """``(rows, 2, 2)``: all products of each row of ``x`` ``(rows, n)`` and that of ``y``."""
-        both = self.concatenate((x[:, None], y[:, None]), 1)
-        return both @ both.swapaxes(1, 2)
+    def argmin(self, x: Small) -> Small:
+        """Where each row of ``x`` ``(rows, n)`` is least; the place of a NaN if there is one."""
+        return x.argmin(1)
 
     def writable(self, x: Small) -> Small:
         """``x`` to write to: autograd may have saved a tensor, so that is copied."""
@@ -106,8 +107,8 @@ class TorchArithmetic(NumPyArithmetic):
     def detach(self, x: Small) -> Small:
         return x.detach()
 
-    def copy(self, x: Small) -> Small:
-        return x.clone()
+    def put(self, x: Small, lines: Small, value: Small) -> Small:
+        return x.reshape(-1).scatter(0, lines, value).view(x.shape)
 
     def writable(self, x: Small) -> Small:
         return x.clone()
