@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
-from fixpoint.solvers.history import PairHistory, recording, require_history_dtype
+from fixpoint.solvers.history import require_history_dtype
 from fixpoint.solvers.small import NumPyArithmetic, Small, arithmetic
+from fixpoint.solvers.states import State, states_for
 
 # A change of the residual is independent of the basis when at least this share of its length lies outside. Of less,
 # much would be rounding, or tell that f is not linear here.
@@ -66,91 +67,54 @@ class _Guard(NamedTuple):
         return ~plain, _Guard(bound, self.growth, level, penalty + due, left)
 
 
-class _Split(NamedTuple):
-    """The residual ``g`` and its last change ``dg``, each split into a part along what is held and a part outside.
+def _split(xp: NumPyArithmetic, coordinates: Small, squares: Small, inverse: Small) -> tuple[Small, Small, Small]:
+    """The residual g and its last change dg, each split into a part along the changes held and a part outside.
 
-    Attributes:
-        along, shared: Coefficients of g, and of dg, in the changes held ``(rows, count)``.
-        held: Squared length of dg along each of them.
-        inverse: That of the state, without the change that dg replaces.
-        square, outside: Squared length of g ``(rows,)``, and of its part outside.
-        fresh, cross: Squared length of the part of dg outside, and its product with that of g.
+    Args:
+        coordinates: Products of g and of dg with the changes held ``(rows, 2, count)``.
+        squares: Products of g and dg with each other ``(rows, 2, 2)``.
+        inverse: One over the squared length of each change held; zero where none is.
+
+    Returns:
+        Coefficients of both in the changes held ``(rows, 2, count)``; products of what is outside ``(rows, 2, 2)``; and
+        ``inverse``. Where dg has too little outside, the change that it repeats most is no longer held.
     """
-
-    along: Small
-    shared: Small
-    held: Small
-    inverse: Small
-    square: Small
-    outside: Small
-    fresh: Small
-    cross: Small
-
-    @classmethod
-    def of(cls, xp: NumPyArithmetic, coordinates: Small, squares: Small, inverse: Small) -> _Split:
-        """From products of g and dg with the changes held ``(rows, 2, count)`` and with each other ``(rows, 2, 2)``.
-
-        Where dg has too little outside, the change that it repeats most is no longer held.
-        """
-        along, rest = _projected(coordinates, squares, inverse)
-        independent = rest[:, 1, 1] >= _NEW_SHARE**2 * squares[:, 1, 1]
-        if not xp.holds(independent):
-            held = along[:, 1] * coordinates[:, 1]
-            repeated = held == xp.amax(held, 1)[:, None]
-            inverse = xp.where(repeated & ~independent[:, None], 0, inverse)
-            along, rest = _projected(coordinates, squares, inverse)
-        held = along[:, 1] * coordinates[:, 1]
-        return cls(
-            along[:, 0], along[:, 1], held, inverse, squares[:, 0, 0], rest[:, 0, 0], rest[:, 1, 1], rest[:, 0, 1]
-        )
-
-
-def _projected(coordinates: Small, squares: Small, inverse: Small) -> tuple[Small, Small]:
     along = coordinates * inverse[:, None]
-    return along, squares - along @ coordinates.swapaxes(1, 2)
-
-
-def _products(x: Tensor) -> Tensor:
-    """All products of the states ``x`` ``(rows, k, dim)`` of a row: ``(rows, k, k)``."""
-    return torch.bmm(x, x.transpose(1, 2))
-
-
-def _changes(z: Tensor, fz: Tensor, state: AndersonState) -> Tensor:
-    """The residual, its change and the change of f since the last step ``(rows, 3, dim)``."""
-    assert state.g is not None
-    assert state.fz is not None
-    if recording(z, fz, state.g, state.fz):
-        g = fz - z
-        return torch.stack((g, g - state.g, fz - state.fz), dim=1)
-    work = fz.new_empty(len(fz), 3, fz.shape[1])
-    g, change, image = work.unbind(1)
-    torch.sub(fz, z, out=g)
-    torch.sub(g, state.g, out=change)
-    torch.sub(fz, state.fz, out=image)
-    return work
+    rest = squares - along @ coordinates.swapaxes(1, 2)
+    independent = rest[:, 1, 1] >= _NEW_SHARE**2 * squares[:, 1, 1]
+    if not xp.holds(independent):
+        shares = along[:, 1] * coordinates[:, 1]
+        repeated = shares == xp.amax(shares, 1)[:, None]
+        inverse = xp.where(repeated & ~independent[:, None], 0, inverse)
+        along = coordinates * inverse[:, None]
+        rest = squares - along @ coordinates.swapaxes(1, 2)
+    return along, rest, inverse
 
 
 class AndersonState(NamedTuple):
     """What a step remembers.
 
     Attributes:
-        history: Changes of the residual, made orthogonal, and of f. There is room for one pair more than ``memory``: a
-            step writes where its state does not read, so a state can be stepped from again.
+        pairs: Changes of the residual, made orthogonal, each beside the change of f that belongs to it:
+            ``(rows, count, 2 dim)``. There is room for one pair more than ``memory``, at a place that each row has
+            free: a step writes where its state does not read, so a state can be stepped from again.
         inverse: One over the squared length of each change of the residual; zero where none is held ``(rows, count)``.
-        free: Where in the history each row has a free place: ``row * count + place`` ``(rows,)``.
-        newest: Where the newest change is.
+        rows: Numbers of the rows.
+        free: The place of each row that is free ``(rows,)``.
+        newest: The place of its newest change ``(rows,)``.
         g: The last residual.
         fz: The last image; None before the first step.
         first: ``|g|^2`` of the first residual ``(rows,)``, until there is a guard.
         guard: Whether the model of a row is trusted; None before the second step.
     """
 
-    history: PairHistory
+    pairs: State
     inverse: Small
+    rows: Small
     free: Small
     newest: Small
-    g: Tensor | None = None
-    fz: Tensor | None = None
+    g: State = None
+    fz: State = None
     first: Small = None
     guard: _Guard | None = None
 
@@ -213,61 +177,65 @@ class Anderson(Solver):
         kept = self.history_dtype or z.dtype
         allowed = _BYTES // max(dim * kept.itemsize, 1)
         count = 1 + (self.memory or min(max(allowed, _LEAST), _MOST))
+        pairs = torch.zeros(rows, count, 2 * dim, dtype=kept, device=z.device)
         inverse = torch.zeros(rows, count, dtype=gram_dtype(z), device=z.device)
-        lines = torch.arange(0, rows * count, count, device=z.device)
+        numbers = torch.arange(rows, device=z.device)
         xp = arithmetic(inverse)
-        return AndersonState(PairHistory.empty(count, z, kept), xp.take(inverse), xp.take(lines), xp.take(lines))
+        nothing = xp.take(torch.zeros_like(numbers))
+        return AndersonState(pairs, xp.take(inverse), xp.take(numbers), nothing, nothing)
 
     def step(self, z: Tensor, fz: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
         dtype, wide = fz.dtype, gram_dtype(fz)
         if dtype != wide:
             z, fz = z.to(wide), fz.to(wide)
+        xp = arithmetic(z, fz, kept=state.inverse)
+        states = states_for(xp, fz, self.history_dtype or dtype)
+        now, image, pairs = states.take(z), states.take(fz), states.take(state.pairs)
         if state.fz is None:
-            g = fz - z
-            xp = arithmetic(g, kept=state.inverse)
-            first = xp.detach(xp.take(_products(g[:, None])))[:, 0, 0]
-            z_next = fz if self.damping == 1 else z + self.damping * g
-            return z_next.to(dtype), state._replace(g=g, fz=fz, first=first)
+            g = image - now
+            first = xp.detach(xp.take(states.dots(g[:, None], g[:, None])))[:, 0, 0]
+            z_next = fz if self.damping == 1 else z + self.damping * states.tensor(g)
+            return z_next.to(dtype), state._replace(g=g, fz=image, first=first)
 
-        work = _changes(z, fz, state)
-        g, both, change = work[:, :1], work[:, :2], work[:, 1:]
-        coordinates, squares = state.history.dots(both), _products(both)
-        xp = arithmetic(coordinates, squares, kept=state.inverse)
-        inverse, lines, tiny = xp.own(state.inverse), xp.own(state.free), torch.finfo(wide).tiny
+        dim, tiny = z.shape[1], torch.finfo(wide).tiny
+        # The residual, its change, and the change of f.
+        work = states.differences(now, image, states.take(state.g), states.take(state.fz))
+        g, both, change = work[:, :1], work[:, :2], work.reshape(len(z), 1, 3 * dim)[..., dim:]
+        coordinates, squares = xp.take(states.dots(both, pairs[..., :dim])), xp.take(states.dots(both, both))
+        inverse, rows, free = xp.own(state.inverse), xp.own(state.rows), xp.own(state.free)
         with xp.quiet():
-            split = _Split.of(xp, xp.take(coordinates), xp.take(squares), inverse)
-            newest = split.cross / (split.fresh + tiny)
-            square = xp.detach(split.square)
+            along, rest, inverse = _split(xp, coordinates, squares, inverse)
+            square, outside, cross = xp.detach(squares[:, 0, 0]), rest[:, 0, 0], rest[:, 0, 1]
+            unit = 1 / (rest[:, 1, 1] + tiny)
+            newest = cross * unit
             guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
-            good, guard = guard.judge(xp, square, xp.detach(split.outside - newest * split.cross))
-            weights = xp.put(split.along, lines, newest)
+            good, guard = guard.judge(xp, square, xp.detach(outside - newest * cross))
+            needed, weights = along[:, 1] * coordinates[:, 1], xp.put(along[:, 0], rows, free, newest)
             if not xp.holds(good):
                 weights = xp.where(good[:, None], weights, 0)
             if self.ridge > 0:
                 weights = weights / (1 + self.ridge)
-        by = xp.tensor(weights)
-        history = state.history.put(xp.tensor(lines), state.history.subtract(change, xp.tensor(split.shared)))
-        step = history.less_images(g, by)
-        # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand. Where
-        # it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.
-        ahead = xp.detach(xp.take(torch.bmm(step, g.transpose(1, 2))))[:, 0, 0] >= 0
-        if self.damping < 1:
-            step = step - (1 - self.damping) * history.less_changes(g, by)
-        step = step[:, 0]
-        z_next = step + z if recording(step, z) else step.add_(z)
-        good = good & ahead
-        with xp.quiet():
-            inverse = xp.put(split.inverse, lines, 1 / (split.fresh + tiny))
+            by = states.take(weights[:, None])
+            change = states.less(change, states.take(along[:, 1:]), pairs)[:, 0]
+            pairs = states.write(pairs, rows, free, change)
+            step = states.less(g, by, pairs[..., dim:])
+            # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand.
+            # Where it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.
+            good = good & (xp.detach(xp.take(states.dots(step, g)))[:, 0, 0] >= 0)
+            if self.damping < 1:
+                step = step - (1 - self.damping) * states.less(g, by, pairs[..., :dim])
+            z_next = states.tensor(now + step[:, 0])
+            inverse = xp.put(xp.where(good[:, None], inverse, 0), rows, free, xp.where(good, unit, 0))
             if not xp.holds(good):
                 z_next = torch.where(xp.tensor(good)[:, None], z_next, fz)
-                inverse = xp.where(good[:, None], inverse, 0)
                 guard = guard._replace(bound=xp.where(good, guard.bound, float("inf")))
-            # What the newest change had least of is the least needed, but for the two newest: its place is free now.
-            needed = xp.put(xp.put(split.held, lines, float("inf")), xp.own(state.newest), float("inf"))
-            free = xp.take(history.starts) + xp.argmin(needed)
-            inverse = xp.put(inverse, free, 0)
-        g = g[:, 0] if recording(g) else g[:, 0].clone()
-        return z_next.to(dtype), AndersonState(history, inverse, free, lines, g, fz, None, guard)
+            # What the newest change had least of is the least needed, but for the two newest. Its place is free now.
+            needed = xp.put(needed, rows, free, float("inf"))
+            needed = xp.put(needed, rows, xp.own(state.newest), float("inf"))
+            place = xp.argmin(needed)
+            inverse = xp.put(inverse, rows, place, 0.0)
+        g = states.copy(g[:, 0])
+        return z_next.to(dtype), AndersonState(pairs, inverse, rows, place, free, g, image, None, guard)
 
     def forget(self, state: AndersonState, rows: Tensor) -> AndersonState:
         xp = arithmetic(kept=state.inverse)

@@ -69,65 +69,6 @@ class History:
         return x
 
 
-class PairHistory:
-    """Changes of the residual, each beside the change of f that belongs to it: ``(rows, count, 2, dim)``.
-
-    Every row has a free place of its own to write to. As with ``History``, this is done in place unless autograd
-    records, so a step writes only where the state that it was given does not read.
-    """
-
-    def __init__(self, pairs: Tensor) -> None:
-        rows, count, _, dim = pairs.shape
-        self.pairs = pairs
-        self.starts = torch.arange(0, rows * count, count, device=pairs.device)
-        self._lines = pairs.view(rows * count, 2 * dim)
-        self._joined = pairs.view(rows, count, 2 * dim)
-        self._changes, self._images = pairs.unbind(2)
-        self._columns = self._changes.transpose(1, 2)
-
-    @classmethod
-    def empty(cls, count: int, z: Tensor, dtype: torch.dtype) -> PairHistory:
-        """Zeros for ``count`` pairs of states like ``z`` ``(rows, dim)``."""
-        return cls(torch.zeros(z.shape[0], count, 2, z.shape[1], dtype=dtype, device=z.device))
-
-    def dots(self, xs: Tensor) -> Tensor:
-        """Products ``(rows, k, count)`` of ``xs`` ``(rows, k, dim)`` with the changes of the residual."""
-        if self.pairs.dtype == xs.dtype:
-            return torch.bmm(xs, self._columns)
-        return torch.stack([(xs * past[:, None].to(xs.dtype)).sum(dim=2) for past in self._changes.unbind(1)], dim=2)
-
-    def subtract(self, pair: Tensor, weights: Tensor) -> Tensor:
-        """``pair - sum_j weights_j pair_j`` ``(rows, 2, dim)``, in the place of ``pair`` unless autograd records."""
-        rows, _, dim = pair.shape
-        return _less(pair.view(rows, 1, 2 * dim), weights, self._joined).view(rows, 2, dim)
-
-    def less_changes(self, x: Tensor, weights: Tensor) -> Tensor:
-        """``x - sum_j weights_j change_j`` for ``x`` ``(rows, 1, dim)`` and ``weights`` ``(rows, count)``."""
-        return _less(x, weights, self._changes, in_place=False)
-
-    def less_images(self, x: Tensor, weights: Tensor) -> Tensor:
-        """The same with the changes of f."""
-        return _less(x, weights, self._images, in_place=False)
-
-    def put(self, lines: Tensor, pair: Tensor) -> PairHistory:
-        """Write ``pair`` ``(rows, 2, dim)`` at the lines ``row * count + place``; the history to go on with."""
-        values = pair.reshape(len(lines), -1).to(self.pairs.dtype)
-        if recording(self.pairs, pair):
-            return PairHistory(self._lines.index_copy(0, lines, values).view(self.pairs.shape))
-        self._lines.index_copy_(0, lines, values)
-        return self
-
-
-def _less(x: Tensor, weights: Tensor, states: Tensor, *, in_place: bool = True) -> Tensor:
-    """``x - sum_j weights_j states_j``: ``(rows, 1, dim)``, ``(rows, count)`` and ``(rows, count, dim)``."""
-    in_place = in_place and not recording(states, x, weights)
-    if states.dtype == x.dtype:
-        return (x.baddbmm_ if in_place else x.baddbmm)(weights[:, None], states, alpha=-1)
-    for past, weight in zip(states.split(1, dim=1), weights[:, None].split(1, dim=2), strict=True):
-        x = torch.addcmul(x, past.to(x.dtype), weight, value=-1, out=x if in_place else None)
-    return x
-
-
 def recording(*tensors: Tensor) -> bool:
     """Whether autograd records what is done with these, so that nothing may be written in place."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -33,9 +33,9 @@ class NumPyArithmetic:
     concatenate: Any = staticmethod(np.concatenate)
     zeros_like: Any = staticmethod(np.zeros_like)
 
-    def take(self, x: Tensor) -> Small:
-        """The numbers in a small tensor; they share its memory."""
-        return x.numpy()
+    def take(self, x: Small) -> Small:
+        """The numbers in a small tensor, if it is none yet; they share its memory."""
+        return x.numpy() if isinstance(x, Tensor) else x
 
     def own(self, x: Small) -> Small:
         """Numbers that an earlier step kept, as this step wants them: autograd may come and go at any step."""
@@ -49,10 +49,9 @@ class NumPyArithmetic:
         """``x`` without its gradient."""
         return x
 
-    def put(self, x: Small, lines: Small, value: Small) -> Small:
-        """A copy of ``x`` ``(rows, n)`` with ``value``, a number or one each, at the ``lines`` ``row * n + place``."""
-        x = x.copy()
-        x.reshape(-1)[lines] = value
+    def put(self, x: Small, rows: Small, places: Small, value: Small) -> Small:
+        """``x`` ``(rows, n)`` with ``value``, a number or one each, at a place of each row; ``x`` may be written to."""
+        x[rows, places] = value
         return x
 
     def argmin(self, x: Small) -> Small:
@@ -95,7 +94,7 @@ class TorchArithmetic(NumPyArithmetic):
     concatenate = staticmethod(torch.concatenate)
     zeros_like = staticmethod(torch.zeros_like)
 
-    def take(self, x: Tensor) -> Small:
+    def take(self, x: Small) -> Small:
         return x
 
     def own(self, x: Small) -> Small:
@@ -107,8 +106,8 @@ class TorchArithmetic(NumPyArithmetic):
     def detach(self, x: Small) -> Small:
         return x.detach()
 
-    def put(self, x: Small, lines: Small, value: Small) -> Small:
-        return x.reshape(-1).scatter(0, lines, value).view(x.shape)
+    def put(self, x: Small, rows: Small, places: Small, value: Small) -> Small:
+        return x.scatter(1, places[:, None], value[:, None] if isinstance(value, Tensor) else value)
 
     def writable(self, x: Small) -> Small:
         return x.clone()
