@@ -20,7 +20,7 @@ _NEW_SHARE = 0.01
 _SURPRISE = 10.0
 # When the residual has fallen to this share, earlier failures are forgotten.
 _RECOVERY = 0.1
-# Without a memory given, a row's histories may take twice so many bytes, between so few and so many changes.
+# Where no memory is given, so many bytes of states are held, but changes between the least and the most number.
 _BYTES, _LEAST, _MOST = 160 * 1024, 5, 20
 # This share of the present |g|^2 is added to the predicted one, which rounding may bring to zero.
 _NEGLIGIBLE = 1e-3
@@ -127,19 +127,21 @@ class Anderson(Solver):
     are a linear model of f, and a step goes where the model's residual is least: ``gamma = argmin |g - dG gamma|``,
     ``z_next = f(z) - dF gamma - (1 - damping) (g - dG gamma)``.
 
-    Each new change is made orthogonal to the ``memory`` before it. So there is no system to solve and nothing to
-    regularise, the scale of a problem plays no part, and on a linear symmetric map a short memory does what an
-    unlimited one would.
+    Each new change is made orthogonal to the ones held. So there is no system to solve and nothing to regularise, the
+    scale of a problem plays no part, and on a linear symmetric map a short memory does what an unlimited one would.
+    When ``memory`` changes are held, the one that the newest had least of is dropped, but for the two newest. A change
+    that the others nearly hold replaces the one that it repeats most.
 
     A model fails when the change that was dropped last was still needed, or when the residual is far from the predicted
     one. Its row then forgets it and takes a plain step, ``z_next = f(z)``; two at the next failure, then four, until
     the residual has fallen to a tenth. A row also takes a plain step where its own would go backwards,
-    ``(z_next - z) . g <= 0``: it was drawn to a point that f repels from, such as a saddle of the likelihood in
+    ``(z_next - z) . g < 0``: it was drawn to a point that f repels from, such as a saddle of the likelihood in
     expectation-maximisation.
 
     Args:
-        memory: Number of changes kept. Two states per row are held for each, and five more. 5 is enough for symmetric
-            and for strongly contracting maps; 20 or 40 save evaluations on non-symmetric, slowly converging ones.
+        memory: Number of changes held. Two states per row are held for each, and four more. 5 is enough for symmetric
+            and for strongly contracting maps; 20 or 40 save evaluations on non-symmetric, slowly converging ones. None
+            takes 160 KiB by the bytes of a row, but between 5 and 20: 20 up to 8 KiB, 5 from 32 KiB on.
         damping: Mixing in (0, 1]; 1 trusts the accelerated step wholly.
         ridge: Tikhonov weight on the coefficients of the orthonormal basis: each is divided by ``1 + ridge``.
         history_dtype: Precision of the histories, such as ``torch.bfloat16`` to halve their memory; None takes the
@@ -148,8 +150,8 @@ class Anderson(Solver):
     Raises:
         TypeError, ValueError: If an option is out of range.
 
-    Source: D. G. Anderson, J. ACM 12 (1965); truncated Gram-Schmidt as in Tang et al., arXiv:2403.14961. The tests of
-    the model and of the step, and the plain steps after a failure, are this project's own.
+    Source: D. G. Anderson, J. ACM 12 (1965); truncated Gram-Schmidt as in Tang et al., arXiv:2403.14961. Which change
+    is dropped, the tests of the model and of the step, and the plain steps after a failure are this project's own.
 
     Example:
         >>> import torch, fixpoint
@@ -191,19 +193,19 @@ class Anderson(Solver):
         xp = arithmetic(z, fz, kept=state.inverse)
         states = states_for(xp, fz, self.history_dtype or dtype)
         now, image, pairs = states.take(z), states.take(fz), states.take(state.pairs)
-        if state.fz is None:
-            g = image - now
-            first = xp.detach(xp.take(states.dots(g[:, None], g[:, None])))[:, 0, 0]
-            z_next = fz if self.damping == 1 else z + self.damping * states.tensor(g)
-            return z_next.to(dtype), state._replace(g=g, fz=image, first=first)
-
         dim, tiny = z.shape[1], torch.finfo(wide).tiny
-        # The residual, its change, and the change of f.
-        work = states.differences(now, image, states.take(state.g), states.take(state.fz))
-        g, both, change = work[:, :1], work[:, :2], work.reshape(len(z), 1, 3 * dim)[..., dim:]
-        coordinates, squares = xp.take(states.dots(both, pairs[..., :dim])), xp.take(states.dots(both, both))
         inverse, rows, free = xp.own(state.inverse), xp.own(state.rows), xp.own(state.free)
         with xp.quiet():
+            if state.fz is None:
+                g = image - now
+                first = xp.detach(xp.take(states.dots(g[:, None], g[:, None])))[:, 0, 0]
+                z_next = fz if self.damping == 1 else z + self.damping * states.tensor(g)
+                return z_next.to(dtype), state._replace(g=g, fz=image, first=first)
+
+            # The residual, its change, and the change of f.
+            work = states.differences(now, image, states.take(state.g), states.take(state.fz))
+            g, both, change = work[:, :1], work[:, :2], work.reshape(len(z), 1, 3 * dim)[..., dim:]
+            coordinates, squares = xp.take(states.dots(both, pairs[..., :dim])), xp.take(states.dots(both, both))
             along, rest, inverse = _split(xp, coordinates, squares, inverse)
             square, outside, cross = xp.detach(squares[:, 0, 0]), rest[:, 0, 0], rest[:, 0, 1]
             unit = 1 / (rest[:, 1, 1] + tiny)
@@ -224,17 +226,17 @@ class Anderson(Solver):
             good = good & (xp.detach(xp.take(states.dots(step, g)))[:, 0, 0] >= 0)
             if self.damping < 1:
                 step = step - (1 - self.damping) * states.less(g, by, pairs[..., :dim])
-            z_next = states.tensor(now + step[:, 0])
+            z_next = now + step[:, 0]
             inverse = xp.put(xp.where(good[:, None], inverse, 0), rows, free, xp.where(good, unit, 0))
             if not xp.holds(good):
-                z_next = torch.where(xp.tensor(good)[:, None], z_next, fz)
+                z_next = states.where(good, z_next, image)
                 guard = guard._replace(bound=xp.where(good, guard.bound, float("inf")))
             # What the newest change had least of is the least needed, but for the two newest. Its place is free now.
             needed = xp.put(needed, rows, free, float("inf"))
             needed = xp.put(needed, rows, xp.own(state.newest), float("inf"))
             place = xp.argmin(needed)
             inverse = xp.put(inverse, rows, place, 0.0)
-        g = states.copy(g[:, 0])
+        g, z_next = states.copy(g[:, 0]), states.tensor(z_next)
         return z_next.to(dtype), AndersonState(pairs, inverse, rows, place, free, g, image, None, guard)
 
     def forget(self, state: AndersonState, rows: Tensor) -> AndersonState:

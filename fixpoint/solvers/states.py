@@ -1,6 +1,6 @@
 """What a solver does with whole states, for torch and for NumPy: of a small state on the host, NumPy asks less.
 
-    states = states_for(xp, fz, history)  # one of the two, for this step
+    states = states_for(xp, fz, dtype)  # one of the two, for this step
     z, fz = states.take(z), states.take(fz)
 
 As in ``small``, both have the same methods, so that a solver is written once. A tensor and its array share memory.
@@ -19,7 +19,7 @@ from fixpoint.solvers.small import NUMPY, NumPyArithmetic, Small
 
 State = Any  # a NumPy array or a tensor
 
-_SMALL = 1 << 11  # entries of a state; of a larger one, what a call does outweighs what calling costs
+_SMALL = 1 << 13  # entries of a state; of a larger one, what a call does outweighs what calling costs
 _DTYPES = (torch.float32, torch.float64)
 
 
@@ -37,6 +37,10 @@ class TorchStates:
     def copy(self, x: State) -> State:
         """``x`` in memory of its own; autograd has its own ways to keep memory."""
         return x if recording(x) else x.clone()
+
+    def where(self, rows: Small, x: State, y: State) -> State:
+        """``x`` in the rows of a mask ``(rows,)``, ``y`` in the others."""
+        return torch.where(self.take(rows)[:, None], x, y)
 
     def differences(self, z: State, fz: State, g: State, before: State) -> State:
         """``(rows, 3, dim)``: the residual ``fz - z``, how it differs from ``g``, and fz from before."""
@@ -86,6 +90,9 @@ class NumPyStates(TorchStates):
     def copy(self, x: State) -> State:
         return x.copy()
 
+    def where(self, rows: Small, x: State, y: State) -> State:
+        return np.where(rows[:, None], x, y)
+
     def differences(self, z: State, fz: State, g: State, before: State) -> State:
         all_three = np.empty((fz.shape[0], 3, fz.shape[1]), fz.dtype)
         now = np.subtract(fz, z, out=all_three[:, 0])
@@ -94,6 +101,8 @@ class NumPyStates(TorchStates):
         return all_three
 
     def dots(self, xs: State, ys: State) -> State:
+        if xs is ys:  # NumPy has a way of its own for a product with the transpose, which is several times slower
+            ys = xs.copy()
         return xs @ ys.swapaxes(1, 2)
 
     def less(self, x: State, weights: State, ys: State) -> State:

@@ -10,7 +10,7 @@ import torch
 import fixpoint
 from fixpoint import Anderson, Broyden, Picard, Status
 from fixpoint.bench.problems import expansive, linear, tanh
-from fixpoint.solvers.anderson import _Guard
+from fixpoint.solvers.anderson import _Guard, _split
 from fixpoint.solvers.small import NUMPY
 
 # Evaluations to a relative residual of 1e-5 in float32 that a scale-free sliding window of m = 5 and m = 10 differences
@@ -164,12 +164,12 @@ def test_a_row_that_leaves_a_repelling_point_forgets_and_the_others_do_not():
     rate[0, 0], start[0] = 2.0, 0.05
 
     def iterates(rows, z):
-        solver = Anderson()
+        solver = Anderson(memory=5)
         state, found = solver.init(z), []
         for _ in range(8):
             fz = torch.tanh(rate[rows] * z)
             z, state = solver.step(z, fz, state)
-            found.append((z, (z - fz).abs().amax(dim=1) == 0, torch.as_tensor(state.use).sum(dim=1)))
+            found.append((z, (z - fz).abs().amax(dim=1) == 0, torch.as_tensor(state.inverse > 0).sum(dim=1)))
         return [torch.stack(each) for each in zip(*found, strict=True)]
 
     z, plain, held = iterates([0, 1], start)
@@ -265,8 +265,63 @@ def test_ridge_shrinks_the_accelerated_part(contraction, steps):
 
 
 def test_history_costs_two_states_for_each_difference_and_one_to_come():
-    state = Anderson(memory=3).init(torch.zeros(2, 7))
-    assert (state.basis.states.shape, state.images.states.shape) == ((4, 2, 7), (4, 2, 7))
+    assert Anderson(memory=3).init(torch.zeros(2, 7)).pairs.shape == (2, 4, 2 * 7)
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "memory"),
+    [(1024, torch.float64, 20), (2048, torch.float64, 10), (2048, torch.float32, 20), (10**5, torch.float32, 5)],
+)
+def test_without_a_memory_it_takes_what_the_bytes_of_a_row_allow(dim, dtype, memory):
+    for rows in (1, 3):  # how many rows there are plays no part
+        assert Anderson().init(torch.zeros(rows, dim, dtype=dtype)).pairs.shape[1] == memory + 1
+
+
+def test_when_the_memory_is_full_the_change_that_the_newest_had_least_of_is_dropped():
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(2, 30, 30, generator=generator, dtype=torch.float64) / 8  # each row has a map of its own
+    solver, z = Anderson(memory=4), torch.ones(2, 30, dtype=torch.float64)
+    state, dropped = solver.init(z), []
+    for step in range(14):
+        fz = torch.einsum("rij,rj->ri", A, z) + 1
+        before, pairs = state, torch.as_tensor(state.pairs).clone()
+        z_next, state = solver.step(z, fz, state)
+        if step > 6:
+            held = pairs[..., :30]
+            change = fz - z - torch.as_tensor(before.g)
+            share = torch.einsum("rnd,rd->rn", held, change).square() / held.square().sum(dim=2)
+            for row in (0, 1):
+                share[row, [before.newest[row], before.free[row]]] = torch.inf  # the two newest
+            assert torch.as_tensor(state.free).tolist() == share.argmin(dim=1).tolist()
+            dropped.append(state.free.tolist())
+        z = z_next
+    assert any(first != second for first, second in dropped), "each row drops one of its own"
+
+
+def test_a_change_that_the_others_nearly_hold_replaces_the_one_that_it_repeats_most():
+    held = np.eye(4)[None, :2]  # of length 1
+    changes = np.array([[[1.0, 2.0, 3.0, 4.0], [0.3, 0.9, 1e-3, 0.0]]])  # g and dg
+    coordinates, squares = changes @ held.swapaxes(1, 2), changes @ changes.swapaxes(1, 2)
+    along, rest, inverse = _split(NUMPY, coordinates, squares, np.ones((1, 2)))
+    assert inverse.tolist() == [[1, 0]]
+    np.testing.assert_allclose(along, [[[1, 0], [0.3, 0]]])
+    outside = changes * [0, 1, 1, 1]
+    np.testing.assert_allclose(rest, outside @ outside.swapaxes(1, 2))
+    changes[0, 1, 3] = 0.1
+    squares = changes @ changes.swapaxes(1, 2)
+    assert _split(NUMPY, coordinates, squares, np.ones((1, 2)))[2].tolist() == [[1, 1]], "enough is new"
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.7])
+def test_small_states_take_the_same_steps_as_large_ones(contraction, monkeypatch, damping):
+    f = contraction(rows=3, dim=40, rho=0.97, squash=torch.tanh)
+
+    def solution():
+        return fixpoint.solve(f, solver=Anderson(memory=4, damping=damping), depth=15).value
+
+    in_numpy = solution()
+    monkeypatch.setattr("fixpoint.solvers.states._SMALL", 0)
+    torch.testing.assert_close(solution(), in_numpy, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=repr)
@@ -283,7 +338,8 @@ def test_rows_whose_squares_leave_float32_are_solved_by_plain_steps_at_worst(sol
 )
 def test_histories_in_bfloat16_take_half_the_memory_and_still_converge_to_1e_3(solver):
     problem = tanh(rows=3)
-    states = solver.init(problem.z0)[0].states
+    states = solver.init(problem.z0)[0]
+    states = getattr(states, "states", states)
     assert (states.dtype, states.element_size()) == (torch.bfloat16, 2)
     sol = fixpoint.solve(problem, solver=solver, rtol=1e-3)
     full = fixpoint.solve(problem, solver=type(solver)(), rtol=1e-3)
