@@ -219,7 +219,7 @@ class Anderson(Solver):
                 weights = weights / (1 + self.ridge)
             by = states.take(weights[:, None])
             change = states.less(change, states.take(along[:, 1:]), pairs)[:, 0]
-            pairs = states.write(pairs, rows, free, change)
+            pairs = states.write(pairs, rows, free, change, first=state.guard is None)
             step = states.less(g, by, pairs[..., dim:])
             # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand.
             # Where it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.

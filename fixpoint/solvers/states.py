@@ -8,6 +8,8 @@ As in ``small``, both have the same methods, so that a solver is written once. A
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -23,12 +25,43 @@ _SMALL = 1 << 13  # entries of a state; of a larger one, what a call does outwei
 _DTYPES = (torch.float32, torch.float64)
 
 
+class Columns:
+    """A history ``(rows, n, dim)`` that autograd records: what was written stays, so no step needs a copy of it.
+
+    Attributes:
+        written: All that was written so far, each ``(rows, dim)``.
+        at: Number of what stands at each place of each row now ``(rows, n)``.
+    """
+
+    def __init__(self, written: Sequence[Tensor], at: Tensor) -> None:
+        self.written, self.at, self.dtype = written, at, written[0].dtype
+
+    def __getitem__(self, part: tuple[EllipsisType, slice]) -> Columns:
+        return Columns([x[part] for x in self.written], self.at)
+
+    def dots(self, xs: Tensor) -> Tensor:
+        """As ``TorchStates.dots``."""
+        products = torch.stack([(xs * x[:, None].to(xs.dtype)).sum(dim=2) for x in self.written], dim=2)
+        return products.gather(2, self.at[:, None].expand(-1, xs.shape[1], -1))
+
+    def less(self, x: Tensor, weights: Tensor) -> Tensor:
+        """As ``TorchStates.less``."""
+        nothing = weights.new_zeros(len(x), 1, len(self.written))
+        for y, weight in zip(self.written, nothing.scatter_add(2, self.at[:, None], weights).unbind(2), strict=True):
+            x = torch.addcmul(x, y[:, None].to(x.dtype), weight[..., None], value=-1)
+        return x
+
+    def write(self, places: Tensor, value: Tensor) -> Columns:
+        """As ``TorchStates.write``."""
+        return Columns([*self.written, value], self.at.scatter(1, places[:, None], len(self.written)))
+
+
 class TorchStates:
     """Whole states as tensors."""
 
     def take(self, x: State) -> State:
         """A state, or numbers for each row, whatever an earlier step kept them as."""
-        return x if isinstance(x, Tensor) else torch.from_numpy(x)
+        return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
 
     def tensor(self, x: State) -> Tensor:
         """The tensor of a state."""
@@ -56,26 +89,38 @@ class TorchStates:
 
     def dots(self, xs: State, ys: State) -> State:
         """Products ``(rows, k, n)`` of ``xs`` ``(rows, k, dim)`` and ``ys`` ``(rows, n, dim)``."""
+        if isinstance(ys, Columns):
+            return ys.dots(xs)
         if xs.dtype == ys.dtype:
             return torch.bmm(xs, ys.transpose(1, 2))
         return torch.stack([(xs * y[:, None].to(xs.dtype)).sum(dim=2) for y in ys.unbind(1)], dim=2)
 
     def less(self, x: State, weights: State, ys: State) -> State:
         """``x - sum_j weights_j y_j``: ``(rows, 1, dim)``, ``(rows, 1, n)`` and ``(rows, n, dim)``."""
+        if isinstance(ys, Columns):
+            return ys.less(x, weights)
         if x.dtype == ys.dtype:
             return torch.baddbmm(x, weights, ys, alpha=-1)
         for y, weight in zip(ys.split(1, dim=1), weights.split(1, dim=2), strict=True):
             x = torch.addcmul(x, y.to(x.dtype), weight, value=-1)
         return x
 
-    def write(self, x: State, rows: Small, places: Small, value: State) -> State:
-        """``x`` ``(rows, n, dim)`` with ``value`` ``(rows, dim)`` at a place of each row: in place, unless recorded."""
+    def write(self, x: State, rows: Small, places: Small, value: State, *, first: bool) -> State:
+        """``x`` ``(rows, n, dim)`` with ``value`` ``(rows, dim)`` at a place of each row: in place, unless recorded.
+
+        ``first``: nothing was written before.
+        """
         value = value.to(x.dtype)
+        if isinstance(x, Tensor) and recording(x, value):
+            width = x.shape[1]
+            at = torch.arange(width, device=x.device).expand(len(x), width)
+            x = Columns([x[:, 0]], torch.zeros_like(at)) if first else Columns(x.unbind(1), at)
+        if isinstance(x, Columns):
+            return x.write(self.take(places), value)
         if isinstance(places, np.ndarray) and x.dtype in _DTYPES:
             x.numpy()[rows, places] = value.numpy()
             return x
-        at = self.take(rows), self.take(places)
-        return x.index_put(at, value) if recording(x, value) else x.index_put_(at, value)
+        return x.index_put_((self.take(rows), self.take(places)), value)
 
 
 class NumPyStates(TorchStates):
@@ -108,7 +153,7 @@ class NumPyStates(TorchStates):
     def less(self, x: State, weights: State, ys: State) -> State:
         return x - weights @ ys
 
-    def write(self, x: State, rows: Small, places: Small, value: State) -> State:
+    def write(self, x: State, rows: Small, places: Small, value: State, *, first: bool) -> State:
         x[rows, places] = value
         return x
 
