@@ -59,7 +59,8 @@ def test_the_floor_by_hand(size: Size) -> None:
     # z and f(z) are read at each evaluation, and all but the last are followed by a step, which writes the next z.
     assert overhead.floor_bytes(fixpoint.Picard(), size) == 2 * state
     # Steps 0 and 1 meet empty histories, and all but the first write a slot of each.
-    read = sum(2 * min(max(step - 1, 0), 5) for step in range(n - 1))
+    memory = {4096: 10, 65536: 5, 1048576: 5}.get(size.dim, 20)  # as the bytes of a row allow
+    read = sum(2 * min(max(step - 1, 0), memory) for step in range(n - 1))
     assert overhead.floor_bytes(fixpoint.Anderson(), size) * n == pytest.approx(
         (2 * n + (n - 1) + read + 2 * (n - 2)) * state
     )
@@ -76,9 +77,8 @@ def test_the_histories_are_as_full_as_the_floor_says(memory: int) -> None:
     expected_anderson, expected_broyden = histories(anderson, 30), histories(broyden, 30)
     state = anderson.init(z)
     for step in range(30):
-        taken = [slot for slot in range(memory + 1) if slot != state.slot]
-        filled = [int((kept.slots[slot] != 0).any()) for kept in (state.basis, state.images) for slot in taken]
-        assert (sum(filled), 2 * (step > 0)) == expected_anderson[step]
+        held = int((torch.as_tensor(state.inverse) > 0).sum())
+        assert (2 * held, 2 * (step > 0)) == expected_anderson[step]
         z, state = anderson.step(z, f(z), state)
     z = torch.zeros_like(z)
     state = broyden.init(z)
@@ -144,12 +144,12 @@ def measured(anderson: float, broyden: float, size: Size = TINY[0]) -> Measured:
 @pytest.mark.parametrize(
     ("figures", "verdicts"),
     [
-        ([(0.6, 0.5), (0.5, 0.6)], "PPPP"),
-        ([(0.3, 0.5), (1.0, 0.5)], "PPPP"),
-        ([(0.3, 0.5), (1.1, 0.5)], "PFPP"),
-        ([(0.7, 0.5), (0.7, 0.5)], "FPPP"),
-        ([(0.5, 0.9), (0.5, 1.2)], "PPFF"),
-        ([(0.5, 0.5), (-0.1, 0.5)], "FFPP"),
+        ([(0.5, 0.2), (0.4, 0.3)], "PPPPF"),
+        ([(0.3, 0.2), (0.75, 0.2)], "PPPPF"),
+        ([(0.3, 0.2), (0.8, 0.2)], "PFPPF"),
+        ([(0.6, 0.2), (0.6, 0.2)], "FPPPF"),
+        ([(0.4, 0.9), (0.4, 1.2)], "PPFFF"),
+        ([(0.4, 0.2), (-0.1, 0.2)], "FFPPF"),
     ],
 )
 def test_targets_on_made_up_figures(figures: list[tuple[float, float]], verdicts: str) -> None:
