@@ -220,6 +220,7 @@ class Anderson(Solver):
             by = states.take(weights[:, None])
             change = states.less(change, states.take(along[:, 1:]), pairs)[:, 0]
             pairs = states.write(pairs, rows, free, change, first=state.guard is None)
+            del change  # so that no more of these large ones are alive at once than must be
             step = states.less(g, by, pairs[..., dim:])
             # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand.
             # Where it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.
@@ -227,6 +228,7 @@ class Anderson(Solver):
             if self.damping < 1:
                 step = step - (1 - self.damping) * states.less(g, by, pairs[..., :dim])
             z_next = now + step[:, 0]
+            del step
             inverse = xp.put(xp.where(good[:, None], inverse, 0), rows, free, xp.where(good, unit, 0))
             if not xp.holds(good):
                 z_next = states.where(good, z_next, image)
