@@ -354,3 +354,25 @@ def test_a_history_dtype_that_is_no_dtype_is_refused():
             TypeError, match=r"history_dtype must be a floating point torch\.dtype or None, found 'half'"
         ):
             kind(history_dtype="half")
+
+
+def test_unrolled_it_saves_a_few_states_an_evaluation_and_no_copy_of_its_history():
+    rate = torch.linspace(0, 0.98, 3000).requires_grad_()
+
+    def saved(depth):
+        held = {}
+
+        def note(x):
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            solver, rule = Anderson(memory=10), fixpoint.Unroll()
+            value = fixpoint.solve(
+                lambda z: rate * z + 1, torch.zeros(1, 3000), solver=solver, backward=rule, depth=depth
+            ).value
+        assert value.requires_grad
+        return sum(storage.nbytes() for storage in held.values()) / (4 * 3000)
+
+    # The residual, its change and that of f; both orthogonal; the next state.
+    assert (saved(18) - saved(12)) / 6 <= 8
