@@ -77,7 +77,7 @@ class TorchStates:
 
     def differences(self, z: State, fz: State, g: State, before: State) -> State:
         """``(rows, 3, dim)``: the residual ``fz - z``, how it differs from ``g``, and fz from before."""
-        if recording(z, fz, g, before):
+        if recording(z, fz, g, before) or torch.compiler.is_compiling():  # which knows no out= that is not contiguous
             now = fz - z
             return torch.stack((now, now - g, fz - before), dim=1)
         all_three = fz.new_empty(fz.shape[0], 3, fz.shape[1])
