@@ -208,7 +208,8 @@ class Anderson(Solver):
             coordinates, squares = xp.take(states.dots(both, pairs[..., :dim])), xp.take(states.dots(both, both))
             along, rest, inverse = _split(xp, coordinates, squares, inverse)
             square, outside, cross = xp.detach(squares[:, 0, 0]), rest[:, 0, 0], rest[:, 0, 1]
-            unit = 1 / (rest[:, 1, 1] + tiny)
+            fresh = rest[:, 1, 1]
+            unit = 1 / xp.where(fresh > tiny, fresh, 1.0)  # of no change at all, whose gradient must not be infinite
             newest = cross * unit
             guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
             good, guard = guard.judge(xp, square, xp.detach(outside - newest * cross))
