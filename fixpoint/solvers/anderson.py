@@ -20,8 +20,9 @@ _NEW_SHARE = 0.01
 _SURPRISE = 10.0
 # When the residual has fallen to this share, earlier failures are forgotten.
 _RECOVERY = 0.1
-# Where no memory is given, so many bytes of states are held, but changes between the least and the most number.
-_BYTES, _LEAST, _MOST = 160 * 1024, 5, 20
+# Where no memory is given, so many bytes of the changes of f are held, but changes between the least and the most
+# number. A step reads all that is held: with these bytes it takes no longer than with the least number.
+_BYTES, _LEAST, _MOST = 160 * 1024, 5, 30
 # This share of the present |g|^2 is added to the predicted one, which rounding may bring to zero.
 _NEGLIGIBLE = 1e-3
 
@@ -95,9 +96,10 @@ class AndersonState(NamedTuple):
     """What a step remembers.
 
     Attributes:
-        pairs: Changes of the residual, made orthogonal, each beside the change of f that belongs to it:
-            ``(rows, count, 2 dim)``. There is room for one pair more than ``memory``, at a place that each row has
-            free: a step writes where its state does not read, so a state can be stepped from again.
+        changes: Changes of the residual, made orthogonal ``(rows, count, dim)``. There is room for one more than
+            ``memory``, at a place that each row has free: a step writes where its state does not read, so a state can
+            be stepped from again.
+        images: The changes of f that belong to them ``(rows, count, dim)``.
         inverse: One over the squared length of each change of the residual; zero where none is held ``(rows, count)``.
         rows: Numbers of the rows.
         free: The place of each row that is free ``(rows,)``.
@@ -108,7 +110,8 @@ class AndersonState(NamedTuple):
         guard: Whether the model of a row is trusted; None before the second step.
     """
 
-    pairs: State
+    changes: State
+    images: State
     inverse: Small
     rows: Small
     free: Small
@@ -139,9 +142,10 @@ class Anderson(Solver):
     expectation-maximisation.
 
     Args:
-        memory: Number of changes held. Two states per row are held for each, and four more. 5 is enough for symmetric
+        memory: Number of changes held. Two states per row are held for each, and five more. 5 is enough for symmetric
             and for strongly contracting maps; 20 or 40 save evaluations on non-symmetric, slowly converging ones. None
-            takes 160 KiB by the bytes of a row, but between 5 and 20: 20 up to 8 KiB, 5 from 32 KiB on.
+            takes 160 KiB by the bytes of the state, all its rows, but between 5 and 30: 30 up to 5 KiB, 5 from 32 KiB
+            on. More would take longer than the evaluations that it saves, where f is cheap.
         damping: Mixing in (0, 1]; 1 trusts the accelerated step wholly.
         ridge: Tikhonov weight on the coefficients of the orthonormal basis: each is divided by ``1 + ridge``.
         history_dtype: Precision of the histories, such as ``torch.bfloat16`` to halve their memory; None takes the
@@ -177,14 +181,14 @@ class Anderson(Solver):
     def init(self, z: Tensor) -> AndersonState:
         rows, dim = z.shape
         kept = self.history_dtype or z.dtype
-        allowed = _BYTES // max(dim * kept.itemsize, 1)
+        allowed = _BYTES // max(z.numel() * kept.itemsize, 1)
         count = 1 + (self.memory or min(max(allowed, _LEAST), _MOST))
-        pairs = torch.zeros(rows, count, 2 * dim, dtype=kept, device=z.device)
+        changes, images = (torch.zeros(rows, count, dim, dtype=kept, device=z.device) for _ in range(2))
         inverse = torch.zeros(rows, count, dtype=gram_dtype(z), device=z.device)
         numbers = torch.arange(rows, device=z.device)
         xp = arithmetic(inverse)
         nothing = xp.take(torch.zeros_like(numbers))
-        return AndersonState(pairs, xp.take(inverse), xp.take(numbers), nothing, nothing)
+        return AndersonState(changes, images, xp.take(inverse), xp.take(numbers), nothing, nothing)
 
     def step(self, z: Tensor, fz: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
         dtype, wide = fz.dtype, gram_dtype(fz)
@@ -192,8 +196,8 @@ class Anderson(Solver):
             z, fz = z.to(wide), fz.to(wide)
         xp = arithmetic(z, fz, kept=state.inverse)
         states = states_for(xp, fz, self.history_dtype or dtype)
-        now, image, pairs = states.take(z), states.take(fz), states.take(state.pairs)
-        dim, tiny = z.shape[1], torch.finfo(wide).tiny
+        now, image, tiny = states.take(z), states.take(fz), torch.finfo(wide).tiny
+        changes, images = states.take(state.changes), states.take(state.images)
         inverse, rows, free = xp.own(state.inverse), xp.own(state.rows), xp.own(state.free)
         with xp.quiet():
             if state.fz is None:
@@ -203,9 +207,10 @@ class Anderson(Solver):
                 return z_next.to(dtype), state._replace(g=g, fz=image, first=first)
 
             # The residual, its change, and the change of f.
-            work = states.differences(now, image, states.take(state.g), states.take(state.fz))
-            g, both, change = work[:, :1], work[:, :2], work.reshape(len(z), 1, 3 * dim)[..., dim:]
-            coordinates, squares = xp.take(states.dots(both, pairs[..., :dim])), xp.take(states.dots(both, both))
+            both = states.differences(now, image, states.take(state.g))
+            g, change = both[:, :1], both[:, 1:]
+            image_change = (image - states.take(state.fz))[:, None]
+            coordinates, squares = xp.take(states.dots(both, changes)), xp.take(states.dots(both, both))
             along, rest, inverse = _split(xp, coordinates, squares, inverse)
             square, outside, cross = xp.detach(squares[:, 0, 0]), rest[:, 0, 0], rest[:, 0, 1]
             fresh = rest[:, 1, 1]
@@ -218,18 +223,18 @@ class Anderson(Solver):
                 weights = xp.where(good[:, None], weights, 0)
             if self.ridge > 0:
                 weights = weights / (1 + self.ridge)
-            by = states.take(weights[:, None])
-            change = states.less(change, states.take(along[:, 1:]), pairs)[:, 0]
-            pairs = states.write(pairs, rows, free, change, first=state.guard is None)
-            del change  # so that no more of these large ones are alive at once than must be
-            step = states.less(g, by, pairs[..., dim:])
+            by, shared, first = states.take(weights[:, None]), states.take(along[:, 1:]), state.guard is None
+            change = states.less(change, shared, changes, to=change)
+            changes = states.write(changes, rows, free, change[:, 0], first=first)
+            image_change = states.less(image_change, shared, images, to=image_change)
+            images = states.write(images, rows, free, image_change[:, 0], first=first)
+            step = states.less(g, by, images, to=image_change)
             # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand.
             # Where it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.
             good = good & (xp.detach(xp.take(states.dots(step, g)))[:, 0, 0] >= 0)
             if self.damping < 1:
-                step = step - (1 - self.damping) * states.less(g, by, pairs[..., :dim])
-            z_next = now + step[:, 0]
-            del step
+                step = step - (1 - self.damping) * states.less(g, by, changes)
+            z_next = states.sum(step[:, 0], now)
             inverse = xp.put(xp.where(good[:, None], inverse, 0), rows, free, xp.where(good, unit, 0))
             if not xp.holds(good):
                 z_next = states.where(good, z_next, image)
@@ -239,8 +244,8 @@ class Anderson(Solver):
             needed = xp.put(needed, rows, xp.own(state.newest), float("inf"))
             place = xp.argmin(needed)
             inverse = xp.put(inverse, rows, place, 0.0)
-        g, z_next = states.copy(g[:, 0]), states.tensor(z_next)
-        return z_next.to(dtype), AndersonState(pairs, inverse, rows, place, free, g, image, None, guard)
+        z_next = states.tensor(z_next)
+        return z_next.to(dtype), AndersonState(changes, images, inverse, rows, place, free, g[:, 0], image, None, guard)
 
     def forget(self, state: AndersonState, rows: Tensor) -> AndersonState:
         xp = arithmetic(kept=state.inverse)

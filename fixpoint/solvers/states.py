@@ -9,7 +9,6 @@ As in ``small``, both have the same methods, so that a solver is written once. A
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -35,9 +34,6 @@ class Columns:
 
     def __init__(self, written: Sequence[Tensor], at: Tensor) -> None:
         self.written, self.at, self.dtype = written, at, written[0].dtype
-
-    def __getitem__(self, part: tuple[EllipsisType, slice]) -> Columns:
-        return Columns([x[part] for x in self.written], self.at)
 
     def dots(self, xs: Tensor) -> Tensor:
         """As ``TorchStates.dots``."""
@@ -67,25 +63,20 @@ class TorchStates:
         """The tensor of a state."""
         return x
 
-    def copy(self, x: State) -> State:
-        """``x`` in memory of its own; autograd has its own ways to keep memory."""
-        return x if recording(x) else x.clone()
-
     def where(self, rows: Small, x: State, y: State) -> State:
         """``x`` in the rows of a mask ``(rows,)``, ``y`` in the others."""
         return torch.where(self.take(rows)[:, None], x, y)
 
-    def differences(self, z: State, fz: State, g: State, before: State) -> State:
-        """``(rows, 3, dim)``: the residual ``fz - z``, how it differs from ``g``, and fz from before."""
-        if recording(z, fz, g, before) or torch.compiler.is_compiling():  # which knows no out= that is not contiguous
+    def differences(self, z: State, fz: State, g: State) -> State:
+        """``(rows, 2, dim)``: the residual ``fz - z``, and how it differs from ``g``."""
+        if recording(z, fz, g):
             now = fz - z
-            return torch.stack((now, now - g, fz - before), dim=1)
-        all_three = fz.new_empty(fz.shape[0], 3, fz.shape[1])
-        now, change, image = all_three.unbind(1)
+            return torch.stack((now, now - g), dim=1)
+        both = fz.new_empty(2, *fz.shape)  # each of the two is contiguous: what is done to it in place needs that
+        now, change = both.unbind()
         torch.sub(fz, z, out=now)
         torch.sub(now, g, out=change)
-        torch.sub(fz, before, out=image)
-        return all_three
+        return both.transpose(0, 1)
 
     def dots(self, xs: State, ys: State) -> State:
         """Products ``(rows, k, n)`` of ``xs`` ``(rows, k, dim)`` and ``ys`` ``(rows, n, dim)``."""
@@ -95,15 +86,24 @@ class TorchStates:
             return torch.bmm(xs, ys.transpose(1, 2))
         return torch.stack([(xs * y[:, None].to(xs.dtype)).sum(dim=2) for y in ys.unbind(1)], dim=2)
 
-    def less(self, x: State, weights: State, ys: State) -> State:
-        """``x - sum_j weights_j y_j``: ``(rows, 1, dim)``, ``(rows, 1, n)`` and ``(rows, n, dim)``."""
+    def less(self, x: State, weights: State, ys: State, *, to: State = None) -> State:
+        """``x - sum_j weights_j y_j``: ``(rows, 1, dim)``, ``(rows, 1, n)`` and ``(rows, n, dim)``.
+
+        ``to`` may be overwritten: a fresh tensor as large as the state can cost more than the arithmetic.
+        """
         if isinstance(ys, Columns):
             return ys.less(x, weights)
         if x.dtype == ys.dtype:
-            return torch.baddbmm(x, weights, ys, alpha=-1)
+            if to is None or recording(x, weights, ys):
+                return x.baddbmm(weights, ys, alpha=-1)
+            return (to if to is x else to.copy_(x)).baddbmm_(weights, ys, alpha=-1)
         for y, weight in zip(ys.split(1, dim=1), weights.split(1, dim=2), strict=True):
             x = torch.addcmul(x, y.to(x.dtype), weight, value=-1)
         return x
+
+    def sum(self, x: State, y: State) -> State:
+        """``x + y``, in the memory of ``x`` unless autograd records."""
+        return x + y if recording(x, y) else x.add_(y)
 
     def write(self, x: State, rows: Small, places: Small, value: State, *, first: bool) -> State:
         """``x`` ``(rows, n, dim)`` with ``value`` ``(rows, dim)`` at a place of each row: in place, unless recorded.
@@ -132,26 +132,25 @@ class NumPyStates(TorchStates):
     def tensor(self, x: State) -> Tensor:
         return torch.from_numpy(x)
 
-    def copy(self, x: State) -> State:
-        return x.copy()
-
     def where(self, rows: Small, x: State, y: State) -> State:
         return np.where(rows[:, None], x, y)
 
-    def differences(self, z: State, fz: State, g: State, before: State) -> State:
-        all_three = np.empty((fz.shape[0], 3, fz.shape[1]), fz.dtype)
-        now = np.subtract(fz, z, out=all_three[:, 0])
-        np.subtract(now, g, out=all_three[:, 1])
-        np.subtract(fz, before, out=all_three[:, 2])
-        return all_three
+    def differences(self, z: State, fz: State, g: State) -> State:
+        both = np.empty((2, *fz.shape), fz.dtype)
+        np.subtract(fz, z, out=both[0])
+        np.subtract(both[0], g, out=both[1])
+        return both.swapaxes(0, 1)
 
     def dots(self, xs: State, ys: State) -> State:
         if xs is ys:  # NumPy has a way of its own for a product with the transpose, which is several times slower
             ys = xs.copy()
         return xs @ ys.swapaxes(1, 2)
 
-    def less(self, x: State, weights: State, ys: State) -> State:
+    def less(self, x: State, weights: State, ys: State, *, to: State = None) -> State:
         return x - weights @ ys
+
+    def sum(self, x: State, y: State) -> State:
+        return np.add(x, y, out=x)
 
     def write(self, x: State, rows: Small, places: Small, value: State, *, first: bool) -> State:
         x[rows, places] = value

@@ -59,7 +59,7 @@ def test_the_floor_by_hand(size: Size) -> None:
     # z and f(z) are read at each evaluation, and all but the last are followed by a step, which writes the next z.
     assert overhead.floor_bytes(fixpoint.Picard(), size) == 2 * state
     # Steps 0 and 1 meet empty histories, and all but the first write a slot of each.
-    memory = {4096: 10, 65536: 5, 1048576: 5}.get(size.dim, 20)  # as the bytes of a row allow
+    memory = 30 if size.rows * size.dim < 1000 else 5  # as the bytes of the state allow
     read = sum(2 * min(max(step - 1, 0), memory) for step in range(n - 1))
     assert overhead.floor_bytes(fixpoint.Anderson(), size) * n == pytest.approx(
         (2 * n + (n - 1) + read + 2 * (n - 2)) * state

@@ -265,16 +265,23 @@ def test_ridge_shrinks_the_accelerated_part(contraction, steps):
 
 
 def test_history_costs_two_states_for_each_difference_and_one_to_come():
-    assert Anderson(memory=3).init(torch.zeros(2, 7)).pairs.shape == (2, 4, 2 * 7)
+    state = Anderson(memory=3).init(torch.zeros(2, 7))
+    assert (state.changes.shape, state.images.shape) == ((2, 4, 7), (2, 4, 7))
 
 
 @pytest.mark.parametrize(
-    ("dim", "dtype", "memory"),
-    [(1024, torch.float64, 20), (2048, torch.float64, 10), (2048, torch.float32, 20), (10**5, torch.float32, 5)],
+    ("rows", "dim", "dtype", "memory"),
+    [
+        (1, 640, torch.float64, 30),
+        (1, 2048, torch.float64, 10),
+        (1, 2048, torch.float32, 20),
+        (4, 512, torch.float32, 20),  # as many bytes in several rows
+        (1, 10**5, torch.float32, 5),
+        (0, 8, torch.float32, 30),
+    ],
 )
-def test_without_a_memory_it_takes_what_the_bytes_of_a_row_allow(dim, dtype, memory):
-    for rows in (1, 3):  # how many rows there are plays no part
-        assert Anderson().init(torch.zeros(rows, dim, dtype=dtype)).pairs.shape[1] == memory + 1
+def test_without_a_memory_it_takes_what_the_bytes_of_the_state_allow(rows, dim, dtype, memory):
+    assert Anderson().init(torch.zeros(rows, dim, dtype=dtype)).changes.shape[1] == memory + 1
 
 
 def test_when_the_memory_is_full_the_change_that_the_newest_had_least_of_is_dropped():
@@ -284,10 +291,9 @@ def test_when_the_memory_is_full_the_change_that_the_newest_had_least_of_is_drop
     state, dropped = solver.init(z), []
     for step in range(14):
         fz = torch.einsum("rij,rj->ri", A, z) + 1
-        before, pairs = state, torch.as_tensor(state.pairs).clone()
+        before, held = state, torch.as_tensor(state.changes).clone()
         z_next, state = solver.step(z, fz, state)
         if step > 6:
-            held = pairs[..., :30]
             change = fz - z - torch.as_tensor(before.g)
             share = torch.einsum("rnd,rd->rn", held, change).square() / held.square().sum(dim=2)
             for row in (0, 1):
