@@ -54,21 +54,22 @@ class _Guard(NamedTuple):
         if f bends. A row that fails a test takes plain steps. NaN fails.
         """
         trusted = xp.maximum(predicted, square / self.growth) <= self.bound
-        recovery = _RECOVERY**2 * self.level
-        if xp.holds(trusted & (square >= recovery) & (self.left == 0)):
+        recovered = square < _RECOVERY**2 * self.level
+        bound = xp.plus(predicted, square, _NEGLIGIBLE)
+        if xp.readable and xp.holds(trusted & ~recovered & (self.left == 0)):
             # Nearly every step is one of these.
-            return trusted, _Guard(predicted + _NEGLIGIBLE * square, *self[1:])
-        recovered = square < recovery
+            return trusted, self._replace(bound=bound)
         penalty = xp.where(recovered, 1.0, self.penalty)
-        due = ~trusted * penalty
+        due = xp.where(trusted, 0.0, penalty)
         left = xp.maximum(self.left - 1, due)
-        plain = left > 0
-        bound = xp.where(plain, float("inf"), predicted + _NEGLIGIBLE * square)
+        good = left <= 0
         level = xp.where(recovered, square, self.level)
-        return ~plain, _Guard(bound, self.growth, level, penalty + due, left)
+        return good, _Guard(xp.where(good, bound, float("inf")), self.growth, level, penalty + due, left)
 
 
-def _split(xp: NumPyArithmetic, coordinates: Small, squares: Small, inverse: Small) -> tuple[Small, Small, Small]:
+def _split(
+    xp: NumPyArithmetic, coordinates: Small, squares: Small, inverse: Small
+) -> tuple[Small, Small, Small, Small]:
     """The residual g and its last change dg, each split into a part along the changes held and a part outside.
 
     Args:
@@ -77,19 +78,19 @@ def _split(xp: NumPyArithmetic, coordinates: Small, squares: Small, inverse: Sma
         inverse: One over the squared length of each change held; zero where none is.
 
     Returns:
-        Coefficients of both in the changes held ``(rows, 2, count)``; products of what is outside ``(rows, 2, 2)``; and
-        ``inverse``. Where dg has too little outside, the change that it repeats most is no longer held.
+        Coefficients of both in the changes held ``(rows, 2, count)``; products of what is outside ``(rows, 2, 2)``;
+        ``inverse``, where a change is no longer held if dg repeats it most and has too little outside; and how much of
+        the squared length of dg lies along each change held ``(rows, count)``.
     """
     along = coordinates * inverse[:, None]
-    rest = squares - along @ coordinates.swapaxes(1, 2)
-    independent = rest[:, 1, 1] >= _NEW_SHARE**2 * squares[:, 1, 1]
+    shares = along[:, 1] * coordinates[:, 1]
+    independent = shares.sum(1) <= (1 - _NEW_SHARE**2) * squares[:, 1, 1]
     if not xp.holds(independent):
-        shares = along[:, 1] * coordinates[:, 1]
-        repeated = shares == xp.amax(shares, 1)[:, None]
-        inverse = xp.where(repeated & ~independent[:, None], 0, inverse)
+        repeated_less = shares < xp.amax(shares, 1)[:, None]
+        inverse = xp.where(independent[:, None] | repeated_less, inverse, 0.0)
         along = coordinates * inverse[:, None]
-        rest = squares - along @ coordinates.swapaxes(1, 2)
-    return along, rest, inverse
+        shares = along[:, 1] * coordinates[:, 1]
+    return along, squares - xp.matmul(along, coordinates.swapaxes(1, 2)), inverse, shares
 
 
 class AndersonState(NamedTuple):
@@ -211,16 +212,18 @@ class Anderson(Solver):
             g, change = both[:, :1], both[:, 1:]
             image_change = (image - states.take(state.fz))[:, None]
             coordinates, squares = xp.take(states.dots(both, changes)), xp.take(states.dots(both, both))
-            along, rest, inverse = _split(xp, coordinates, squares, inverse)
+            along, rest, inverse, needed = _split(xp, coordinates, squares, inverse)
             square, outside, cross = xp.detach(squares[:, 0, 0]), rest[:, 0, 0], rest[:, 0, 1]
             fresh = rest[:, 1, 1]
-            unit = 1 / xp.where(fresh > tiny, fresh, 1.0)  # of no change at all, whose gradient must not be infinite
+            unit = xp.reciprocal(
+                xp.where(fresh > tiny, fresh, 1.0)
+            )  # of no change at all, whose gradient must not be infinite
             newest = cross * unit
             guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
-            good, guard = guard.judge(xp, square, xp.detach(outside - newest * cross))
-            needed, weights = along[:, 1] * coordinates[:, 1], xp.put(along[:, 0], rows, free, newest)
+            good, guard = guard.judge(xp, square, xp.detach(xp.minus_product(outside, newest, cross)))
+            weights = xp.put(along[:, 0], rows, free, newest)
             if not xp.holds(good):
-                weights = xp.where(good[:, None], weights, 0)
+                weights = xp.where(good[:, None], weights, 0.0)
             if self.ridge > 0:
                 weights = weights / (1 + self.ridge)
             by, shared, first = states.take(weights[:, None]), states.take(along[:, 1:]), state.guard is None
@@ -235,8 +238,9 @@ class Anderson(Solver):
             if self.damping < 1:
                 step = step - (1 - self.damping) * states.less(g, by, changes)
             z_next = states.sum(step[:, 0], now)
-            inverse = xp.put(xp.where(good[:, None], inverse, 0), rows, free, xp.where(good, unit, 0))
+            inverse = xp.put(xp.copy(inverse), rows, free, unit)
             if not xp.holds(good):
+                inverse = xp.where(good[:, None], inverse, 0.0)
                 z_next = states.where(good, z_next, image)
                 guard = guard._replace(bound=xp.where(good, guard.bound, float("inf")))
             # What the newest change had least of is the least needed, but for the two newest. Its place is free now.
@@ -258,4 +262,4 @@ class Anderson(Solver):
                 level=xp.where(forgotten, infinite, guard.level),
                 left=xp.where(forgotten, 2.0, guard.left),
             )
-        return state._replace(inverse=xp.where(forgotten[:, None], 0, state.inverse), guard=guard)
+        return state._replace(inverse=xp.where(forgotten[:, None], 0.0, state.inverse), guard=guard)

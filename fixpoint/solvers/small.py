@@ -32,6 +32,17 @@ class NumPyArithmetic:
     hypot: Any = staticmethod(np.hypot)
     concatenate: Any = staticmethod(np.concatenate)
     zeros_like: Any = staticmethod(np.zeros_like)
+    matmul: Any = staticmethod(np.matmul)
+    reciprocal: Any = staticmethod(np.reciprocal)
+    readable = True  # whether the host can read them without waiting
+
+    def plus(self, x: Small, y: Small, times: float) -> Small:
+        """``x + times y``."""
+        return x + times * y
+
+    def minus_product(self, x: Small, y: Small, z: Small) -> Small:
+        """``x - y z``."""
+        return x - y * z
 
     def take(self, x: Small) -> Small:
         """The numbers in a small tensor, if it is none yet; they share its memory."""
@@ -53,6 +64,10 @@ class NumPyArithmetic:
         """``x`` ``(rows, n)`` with ``value``, a number or one each, at a place of each row; ``x`` may be written to."""
         x[rows, places] = value
         return x
+
+    def copy(self, x: Small) -> Small:
+        """``x`` for ``put`` to write to; tensors are not written to."""
+        return x.copy()
 
     def argmin(self, x: Small) -> Small:
         """Where each row of ``x`` ``(rows, n)`` is least; the place of a NaN if there is one."""
@@ -85,7 +100,6 @@ class NumPyArithmetic:
 class TorchArithmetic(NumPyArithmetic):
     """The same on tensors."""
 
-    where = staticmethod(torch.where)
     maximum = staticmethod(torch.maximum)
     minimum = staticmethod(torch.minimum)
     amax = staticmethod(torch.amax)
@@ -93,6 +107,22 @@ class TorchArithmetic(NumPyArithmetic):
     hypot = staticmethod(torch.hypot)
     concatenate = staticmethod(torch.concatenate)
     zeros_like = staticmethod(torch.zeros_like)
+    matmul = staticmethod(torch.bmm)
+    reciprocal = staticmethod(torch.reciprocal)
+    readable = False
+
+    def where(self, mask: Tensor, x: Tensor | float, y: Tensor | float) -> Tensor:
+        """``torch.where``, but a number is not written to the device first, which is a launch of its own."""
+        if torch.compiler.is_compiling():
+            return torch.where(mask, x, y)
+        x, y = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64, device="cpu") for v in (x, y))
+        return torch.where(mask, x, y)
+
+    def plus(self, x: Small, y: Small, times: float) -> Small:
+        return torch.add(x, y, alpha=times)
+
+    def minus_product(self, x: Small, y: Small, z: Small) -> Small:
+        return torch.addcmul(x, y, z, value=-1)
 
     def take(self, x: Small) -> Small:
         return x
@@ -108,6 +138,9 @@ class TorchArithmetic(NumPyArithmetic):
 
     def put(self, x: Small, rows: Small, places: Small, value: Small) -> Small:
         return x.scatter(1, places[:, None], value[:, None] if isinstance(value, Tensor) else value)
+
+    def copy(self, x: Small) -> Small:
+        return x
 
     def writable(self, x: Small) -> Small:
         return x.clone()

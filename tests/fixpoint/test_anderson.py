@@ -308,8 +308,8 @@ def test_a_change_that_the_others_nearly_hold_replaces_the_one_that_it_repeats_m
     held = np.eye(4)[None, :2]  # of length 1
     changes = np.array([[[1.0, 2.0, 3.0, 4.0], [0.3, 0.9, 1e-3, 0.0]]])  # g and dg
     coordinates, squares = changes @ held.swapaxes(1, 2), changes @ changes.swapaxes(1, 2)
-    along, rest, inverse = _split(NUMPY, coordinates, squares, np.ones((1, 2)))
-    assert inverse.tolist() == [[1, 0]]
+    along, rest, inverse, shares = _split(NUMPY, coordinates, squares, np.ones((1, 2)))
+    assert (inverse.tolist(), shares.tolist()) == ([[1, 0]], [[pytest.approx(0.09), 0]])
     np.testing.assert_allclose(along, [[[1, 0], [0.3, 0]]])
     outside = changes * [0, 1, 1, 1]
     np.testing.assert_allclose(rest, outside @ outside.swapaxes(1, 2))
