@@ -1,4 +1,4 @@
-"""What an earlier ``solvers.json`` serves for: a change that costs evaluations is seen, and peers need not run again."""
+"""What an earlier ``solvers.json`` serves for: a costly change is seen at once, and peers need not run again."""
 
 from __future__ import annotations
 
