@@ -87,7 +87,7 @@ def _split(
     independent = shares.sum(1) <= (1 - _NEW_SHARE**2) * squares[:, 1, 1]
     if not xp.holds(independent):
         repeated_less = shares < xp.amax(shares, 1)[:, None]
-        inverse = xp.where(independent[:, None] | repeated_less, inverse, 0.0)
+        inverse = inverse * (independent[:, None] | repeated_less)
         along = coordinates * inverse[:, None]
         shares = along[:, 1] * coordinates[:, 1]
     return along, squares - xp.matmul(along, coordinates.swapaxes(1, 2)), inverse, shares
@@ -240,7 +240,7 @@ class Anderson(Solver):
             z_next = states.sum(step[:, 0], now)
             inverse = xp.put(xp.copy(inverse), rows, free, unit)
             if not xp.holds(good):
-                inverse = xp.where(good[:, None], inverse, 0.0)
+                inverse = inverse * good[:, None]
                 z_next = states.where(good, z_next, image)
                 guard = guard._replace(bound=xp.where(good, guard.bound, float("inf")))
             # What the newest change had least of is the least needed, but for the two newest. Its place is free now.

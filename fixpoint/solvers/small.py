@@ -100,6 +100,7 @@ class NumPyArithmetic:
 class TorchArithmetic(NumPyArithmetic):
     """The same on tensors."""
 
+    where = staticmethod(torch.where)
     maximum = staticmethod(torch.maximum)
     minimum = staticmethod(torch.minimum)
     amax = staticmethod(torch.amax)
@@ -110,13 +111,6 @@ class TorchArithmetic(NumPyArithmetic):
     matmul = staticmethod(torch.bmm)
     reciprocal = staticmethod(torch.reciprocal)
     readable = False
-
-    def where(self, mask: Tensor, x: Tensor | float, y: Tensor | float) -> Tensor:
-        """``torch.where``, but a number is not written to the device first, which is a launch of its own."""
-        if torch.compiler.is_compiling():
-            return torch.where(mask, x, y)
-        x, y = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64, device="cpu") for v in (x, y))
-        return torch.where(mask, x, y)
 
     def plus(self, x: Small, y: Small, times: float) -> Small:
         return torch.add(x, y, alpha=times)
