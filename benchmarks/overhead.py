@@ -186,17 +186,23 @@ def step_operations(solver: fixpoint.Solver, size: Size) -> float:
     return counted.work / (size.evals - 1)
 
 
-def histories(solver: fixpoint.Solver, steps: int) -> list[tuple[int, int]]:
-    """For each of the first ``steps`` steps, the states that the histories hold before it, and those it writes.
+def histories(solver: fixpoint.Solver, size: Size) -> list[tuple[float, int]]:
+    """For each step of a solve, the states a row that the histories hold before it, and those it writes.
 
     Raises:
         TypeError: For a solver whose histories this does not know.
     """
+    steps = size.evals - 1
     if isinstance(solver, fixpoint.Picard):
         return [(0, 0)] * steps
-    if isinstance(solver, fixpoint.Anderson) and solver.memory is not None:
-        # The first step has no difference yet, the second makes the first one.
-        return [(2 * min(max(step - 1, 0), solver.memory), 2 * (step > 0)) for step in range(steps)]
+    if isinstance(solver, fixpoint.Anderson):
+        f, z = affine(size)  # what it holds depends on the problem
+        state, counts = solver.init(z), []
+        for step in range(steps):
+            held = torch.as_tensor(state.inverse > 0).sum().item() / size.rows
+            counts.append((2 * held, 2 * (step > 0)))
+            z, state = solver.step(z, f(z), state)
+        return counts
     if isinstance(solver, fixpoint.Broyden):
         held = [0]
         while len(held) < steps:
@@ -212,13 +218,9 @@ def floor_bytes(solver: fixpoint.Solver, size: Size) -> float:
     Each evaluation reads z and f(z), from which the norms come in the same pass. Each step reads every state in its
     histories once, writes one slot of each, and writes the next z (Picard's is f(z) itself).
     """
-    steps = size.evals - 1
-    if isinstance(solver, fixpoint.Anderson) and solver.memory is None:
-        held = solver.init(torch.empty(size.rows, size.dim, device="meta")).inverse.shape[1] - 1
-        solver = replace(solver, memory=held)
-    moved = 2 * size.evals + sum(read + written for read, written in histories(solver, steps))
+    moved = 2 * size.evals + sum(read + written for read, written in histories(solver, size))
     if not isinstance(solver, fixpoint.Picard):
-        moved += steps
+        moved += size.evals - 1
     return moved * size.rows * size.dim * 4 / size.evals
 
 

@@ -20,9 +20,9 @@ _NEW_SHARE = 0.01
 _SURPRISE = 10.0
 # When the residual has fallen to this share, earlier failures are forgotten.
 _RECOVERY = 0.1
-# Where no memory is given, so many bytes of the changes of f are held, but changes between the least and the most
-# number. A step reads all that is held: with these bytes it takes no longer than with the least number.
-_BYTES, _LEAST, _MOST = 160 * 1024, 5, 30
+# Where no memory is given, this many bytes of the changes of f are held for each row, but between the least and the
+# most number of changes.
+_ROW_BYTES, _LEAST, _MOST = 80 * 1024, 5, 20
 # This share of the present |g|^2 is added to the predicted one, which rounding may bring to zero.
 _NEGLIGIBLE = 1e-3
 
@@ -59,38 +59,47 @@ class _Guard(NamedTuple):
         if xp.readable and xp.holds(trusted & ~recovered & (self.left == 0)):
             # Nearly every step is one of these.
             return trusted, self._replace(bound=bound)
-        penalty = xp.where(recovered, 1.0, self.penalty)
-        due = xp.where(trusted, 0.0, penalty)
+        penalty = xp.where(recovered, recovered, self.penalty)  # true is 1
+        due = ~trusted * penalty
         left = xp.maximum(self.left - 1, due)
-        good = left <= 0
         level = xp.where(recovered, square, self.level)
-        return good, _Guard(xp.where(good, bound, float("inf")), self.growth, level, penalty + due, left)
+        good = left <= 0
+        return good, _Guard(bound, self.growth, level, penalty + due, left).where(good)
+
+    def where(self, good: Small) -> _Guard:
+        """The same where a model is good; elsewhere what it said is forgotten."""
+        return self._replace(bound=self.bound / good)  # infinity over false, which costs a device less to say
 
 
-def _split(
-    xp: NumPyArithmetic, coordinates: Small, squares: Small, inverse: Small
-) -> tuple[Small, Small, Small, Small]:
-    """The residual g and its last change dg, each split into a part along the changes held and a part outside.
+class _Split(NamedTuple):
+    """The residual g and its last change dg, each split into a part along the changes held and a part outside."""
 
-    Args:
-        coordinates: Products of g and of dg with the changes held ``(rows, 2, count)``.
-        squares: Products of g and dg with each other ``(rows, 2, 2)``.
-        inverse: One over the squared length of each change held; zero where none is.
+    along: Small  # coefficients of g and of dg in the changes held (rows, 2, count)
+    outside: Small  # squared length of g outside (rows,)
+    cross: Small  # product of the two parts outside (rows,)
+    fresh: Small  # squared length of dg outside (rows,)
+    inverse: Small  # one over the squared length of each change that is still held, else zero (rows, count)
+    needed: Small  # how much of |dg|^2 lies along each change held; zero where that is next to nothing (rows, count)
 
-    Returns:
-        Coefficients of both in the changes held ``(rows, 2, count)``; products of what is outside ``(rows, 2, 2)``;
-        ``inverse``, where a change is no longer held if dg repeats it most and has too little outside; and how much of
-        the squared length of dg lies along each change held ``(rows, count)``.
-    """
-    along = coordinates * inverse[:, None]
-    shares = along[:, 1] * coordinates[:, 1]
-    independent = shares.sum(1) <= (1 - _NEW_SHARE**2) * squares[:, 1, 1]
-    if not xp.holds(independent):
-        repeated_less = shares < xp.amax(shares, 1)[:, None]
-        inverse = inverse * (independent[:, None] | repeated_less)
+    @classmethod
+    def of(cls, xp: NumPyArithmetic, coordinates: Small, squares: Small, inverse: Small) -> _Split:
+        """From what is held and what was measured. If too little of dg is outside, the change it repeats most goes.
+
+        Args:
+            coordinates: Products of g and of dg with the changes held ``(rows, 2, count)``.
+            squares: Products of g and dg with each other ``(rows, 2, 2)``.
+            inverse: One over the squared length of each change held; zero where none is.
+        """
+        nothing = _NEW_SHARE**2 * squares[:, 1, 1]
         along = coordinates * inverse[:, None]
         shares = along[:, 1] * coordinates[:, 1]
-    return along, squares - xp.matmul(along, coordinates.swapaxes(1, 2)), inverse, shares
+        independent = squares[:, 1, 1] - shares.sum(1) >= nothing
+        if not xp.holds(independent):
+            kept = independent[:, None] | (shares < xp.amax(shares, 1)[:, None])
+            inverse, along, shares = inverse * kept, along * kept[:, None], shares * kept
+        rest = xp.less(squares, along, coordinates.swapaxes(1, 2))
+        needed = shares * (shares > nothing[:, None])
+        return cls(along, rest[:, 0, 0], rest[:, 0, 1], rest[:, 1, 1], inverse, needed)
 
 
 class AndersonState(NamedTuple):
@@ -182,12 +191,13 @@ class Anderson(Solver):
     def init(self, z: Tensor) -> AndersonState:
         rows, dim = z.shape
         kept = self.history_dtype or z.dtype
-        allowed = _BYTES // max(z.numel() * kept.itemsize, 1)
+        allowed = _ROW_BYTES // max(dim * kept.itemsize, 1)  # of one row: others beside it must not change its course
         count = 1 + (self.memory or min(max(allowed, _LEAST), _MOST))
         changes, images = (torch.zeros(rows, count, dim, dtype=kept, device=z.device) for _ in range(2))
-        inverse = torch.zeros(rows, count, dtype=gram_dtype(z), device=z.device)
+        xp = arithmetic(changes)
+        # Where the host can read them, there are as many numbers a row as changes so far: a step reads no empty place.
+        inverse = torch.zeros(rows, 1 if xp.readable else count, dtype=gram_dtype(z), device=z.device)
         numbers = torch.arange(rows, device=z.device)
-        xp = arithmetic(inverse)
         nothing = xp.take(torch.zeros_like(numbers))
         return AndersonState(changes, images, xp.take(inverse), xp.take(numbers), nothing, nothing)
 
@@ -199,7 +209,8 @@ class Anderson(Solver):
         states = states_for(xp, fz, self.history_dtype or dtype)
         now, image, tiny = states.take(z), states.take(fz), torch.finfo(wide).tiny
         changes, images = states.take(state.changes), states.take(state.images)
-        inverse, rows, free = xp.own(state.inverse), xp.own(state.rows), xp.own(state.free)
+        places = changes.shape[1]
+        inverse, rows, free = xp.whole(xp.own(state.inverse), places), xp.own(state.rows), xp.own(state.free)
         with xp.quiet():
             if state.fz is None:
                 g = image - now
@@ -207,45 +218,49 @@ class Anderson(Solver):
                 z_next = fz if self.damping == 1 else z + self.damping * states.tensor(g)
                 return z_next.to(dtype), state._replace(g=g, fz=image, first=first)
 
-            # The residual, its change, and the change of f.
+            # The residual g, its change, and the change of f.
             both = states.differences(now, image, states.take(state.g))
             g, change = both[:, :1], both[:, 1:]
-            image_change = (image - states.take(state.fz))[:, None]
-            coordinates, squares = xp.take(states.dots(both, changes)), xp.take(states.dots(both, both))
-            along, rest, inverse, needed = _split(xp, coordinates, squares, inverse)
-            square, outside, cross = xp.detach(squares[:, 0, 0]), rest[:, 0, 0], rest[:, 0, 1]
-            fresh = rest[:, 1, 1]
+            held, held_images = (states.first(x, inverse.shape[1]) for x in (changes, images))
+            coordinates, squares = xp.take(states.dots(both, held)), xp.take(states.dots(both, both))
+            along, outside, cross, fresh, inverse, needed = _Split.of(xp, coordinates, squares, inverse)
+            square = xp.detach(squares[:, 0, 0])
             unit = xp.reciprocal(
-                xp.where(fresh > tiny, fresh, 1.0)
-            )  # of no change at all, whose gradient must not be infinite
+                fresh + (fresh <= tiny)
+            )  # where nothing has changed, its gradient is finite all the same
             newest = cross * unit
             guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
             good, guard = guard.judge(xp, square, xp.detach(xp.minus_product(outside, newest, cross)))
-            weights = xp.put(along[:, 0], rows, free, newest)
-            if not xp.holds(good):
-                weights = xp.where(good[:, None], weights, 0.0)
+            # g and the changes without what lies along those held: the newest is orthogonal to them, and g goes with
+            # its image where the model says that the residual is least.
+            weights = along
             if self.ridge > 0:
-                weights = weights / (1 + self.ridge)
-            by, shared, first = states.take(weights[:, None]), states.take(along[:, 1:]), state.guard is None
-            change = states.less(change, shared, changes, to=change)
-            changes = states.write(changes, rows, free, change[:, 0], first=first)
-            image_change = states.less(image_change, shared, images, to=image_change)
-            images = states.write(images, rows, free, image_change[:, 0], first=first)
-            step = states.less(g, by, images, to=image_change)
+                shrink = 1 / (1 + self.ridge)
+                newest, weights = shrink * newest, xp.concatenate((shrink * weights[:, :1], weights[:, 1:]), 1)
+            weights, newest, first = states.take(weights), states.take(newest)[:, None], state.guard is None
+            least, image_change = states.two_less(g[:, 0], image, states.take(state.fz), weights, held_images)
+            change = states.less(change, weights[:, 1:], held)[:, 0]
+            step = states.minus(least, newest, image_change)
+            changes = states.write(changes, rows, free, change, first=first)
+            images = states.write(images, rows, free, image_change, first=first)
             # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand.
             # Where it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.
-            good = good & (xp.detach(xp.take(states.dots(step, g)))[:, 0, 0] >= 0)
+            good = good & (xp.detach(xp.take(states.dots(step[:, None], g)))[:, 0, 0] >= 0)
             if self.damping < 1:
-                step = step - (1 - self.damping) * states.less(g, by, changes)
-            z_next = states.sum(step[:, 0], now)
+                share = 1 - self.damping
+                least = states.less(share * g, share * weights[:, :1], held)[:, 0]
+                step = step - states.minus(least, share * newest, change)
+            z_next = states.sum(step, now)
             inverse = xp.put(xp.copy(inverse), rows, free, unit)
             if not xp.holds(good):
                 inverse = inverse * good[:, None]
                 z_next = states.where(good, z_next, image)
-                guard = guard._replace(bound=xp.where(good, guard.bound, float("inf")))
-            # What the newest change had least of is the least needed, but for the two newest. Its place is free now.
+                guard = guard.where(good)
+            # A place for the next change: that of one that is not needed, or was never; where all are, of the least
+            # needed. The two newest stay.
             needed = xp.put(needed, rows, free, float("inf"))
             needed = xp.put(needed, rows, xp.own(state.newest), float("inf"))
+            inverse, needed = xp.room(inverse, needed, places)
             place = xp.argmin(needed)
             inverse = xp.put(inverse, rows, place, 0.0)
         z_next = states.tensor(z_next)

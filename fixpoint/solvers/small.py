@@ -32,7 +32,6 @@ class NumPyArithmetic:
     hypot: Any = staticmethod(np.hypot)
     concatenate: Any = staticmethod(np.concatenate)
     zeros_like: Any = staticmethod(np.zeros_like)
-    matmul: Any = staticmethod(np.matmul)
     reciprocal: Any = staticmethod(np.reciprocal)
     readable = True  # whether the host can read them without waiting
 
@@ -43,6 +42,10 @@ class NumPyArithmetic:
     def minus_product(self, x: Small, y: Small, z: Small) -> Small:
         """``x - y z``."""
         return x - y * z
+
+    def less(self, x: Small, y: Small, z: Small) -> Small:
+        """``x - y z``, products of matrices ``(rows, ...)``."""
+        return x - y @ z
 
     def take(self, x: Small) -> Small:
         """The numbers in a small tensor, if it is none yet; they share its memory."""
@@ -68,6 +71,17 @@ class NumPyArithmetic:
     def copy(self, x: Small) -> Small:
         """``x`` for ``put`` to write to; tensors are not written to."""
         return x.copy()
+
+    def room(self, x: Small, needed: Small, most: int) -> tuple[Small, Small]:
+        """Both ``(rows, n)`` with a zero more in each row, if ``needed`` has a row without a zero and ``n < most``."""
+        if x.shape[1] == most or self.holds(needed.min(1) == 0):
+            return x, needed
+        zero = np.zeros((len(x), 1), x.dtype)
+        return np.concatenate((x, zero), 1), np.concatenate((needed, zero), 1)
+
+    def whole(self, x: Small, most: int) -> Small:
+        """``x`` ``(rows, n)`` with all the room that ``room`` ever makes, where shapes must stay what they are."""
+        return x
 
     def argmin(self, x: Small) -> Small:
         """Where each row of ``x`` ``(rows, n)`` is least; the place of a NaN if there is one."""
@@ -108,7 +122,6 @@ class TorchArithmetic(NumPyArithmetic):
     hypot = staticmethod(torch.hypot)
     concatenate = staticmethod(torch.concatenate)
     zeros_like = staticmethod(torch.zeros_like)
-    matmul = staticmethod(torch.bmm)
     reciprocal = staticmethod(torch.reciprocal)
     readable = False
 
@@ -117,6 +130,9 @@ class TorchArithmetic(NumPyArithmetic):
 
     def minus_product(self, x: Small, y: Small, z: Small) -> Small:
         return torch.addcmul(x, y, z, value=-1)
+
+    def less(self, x: Small, y: Small, z: Small) -> Small:
+        return x.baddbmm(y, z, alpha=-1)
 
     def take(self, x: Small) -> Small:
         return x
@@ -132,6 +148,12 @@ class TorchArithmetic(NumPyArithmetic):
 
     def put(self, x: Small, rows: Small, places: Small, value: Small) -> Small:
         return x.scatter(1, places[:, None], value[:, None] if isinstance(value, Tensor) else value)
+
+    def room(self, x: Small, needed: Small, most: int) -> tuple[Small, Small]:
+        return x, needed  # all there is, since ``whole``
+
+    def whole(self, x: Small, most: int) -> Small:
+        return x if x.shape[1] == most else torch.nn.functional.pad(x, (0, most - x.shape[1]))
 
     def copy(self, x: Small) -> Small:
         return x

@@ -20,7 +20,7 @@ from fixpoint.solvers.small import NUMPY, NumPyArithmetic, Small
 
 State = Any  # a NumPy array or a tensor
 
-_SMALL = 1 << 13  # entries of a state; of a larger one, what a call does outweighs what calling costs
+_SMALL = 1 << 16  # entries of a state; of a larger one, what a call does outweighs what calling costs
 _DTYPES = (torch.float32, torch.float64)
 
 
@@ -33,7 +33,7 @@ class Columns:
     """
 
     def __init__(self, written: Sequence[Tensor], at: Tensor) -> None:
-        self.written, self.at, self.dtype = written, at, written[0].dtype
+        self.written, self.at, self.dtype, self.shape = written, at, written[0].dtype, (*at.shape, written[0].shape[1])
 
     def dots(self, xs: Tensor) -> Tensor:
         """As ``TorchStates.dots``."""
@@ -42,8 +42,9 @@ class Columns:
 
     def less(self, x: Tensor, weights: Tensor) -> Tensor:
         """As ``TorchStates.less``."""
-        nothing = weights.new_zeros(len(x), 1, len(self.written))
-        for y, weight in zip(self.written, nothing.scatter_add(2, self.at[:, None], weights).unbind(2), strict=True):
+        nothing = weights.new_zeros(*weights.shape[:2], len(self.written))
+        at = self.at[:, None].expand_as(weights)
+        for y, weight in zip(self.written, nothing.scatter_add(2, at, weights).unbind(2), strict=True):
             x = torch.addcmul(x, y[:, None].to(x.dtype), weight[..., None], value=-1)
         return x
 
@@ -86,20 +87,37 @@ class TorchStates:
             return torch.bmm(xs, ys.transpose(1, 2))
         return torch.stack([(xs * y[:, None].to(xs.dtype)).sum(dim=2) for y in ys.unbind(1)], dim=2)
 
-    def less(self, x: State, weights: State, ys: State, *, to: State = None) -> State:
-        """``x - sum_j weights_j y_j``: ``(rows, 1, dim)``, ``(rows, 1, n)`` and ``(rows, n, dim)``.
+    def first(self, x: State, n: int) -> State:
+        """The first ``n`` places of a history ``(rows, count, dim)``."""
+        return x if n == x.shape[1] else x[:, :n]
 
-        ``to`` may be overwritten: a fresh tensor as large as the state can cost more than the arithmetic.
-        """
+    def less(self, x: State, weights: State, ys: State) -> State:
+        """``x - weights ys``: ``(rows, k, dim)``, ``(rows, k, n)`` and ``(rows, n, dim)``; ``x`` may be overwritten."""
         if isinstance(ys, Columns):
             return ys.less(x, weights)
         if x.dtype == ys.dtype:
-            if to is None or recording(x, weights, ys):
-                return x.baddbmm(weights, ys, alpha=-1)
-            return (to if to is x else to.copy_(x)).baddbmm_(weights, ys, alpha=-1)
+            return (x.baddbmm if recording(x, weights, ys) else x.baddbmm_)(weights, ys, alpha=-1)
         for y, weight in zip(ys.split(1, dim=1), weights.split(1, dim=2), strict=True):
             x = torch.addcmul(x, y.to(x.dtype), weight, value=-1)
         return x
+
+    def two_less(self, x: State, y: State, z: State, weights: State, ys: State) -> tuple[State, State]:
+        """``x`` and ``y - z``, each ``(rows, dim)``, less what ``weights`` ``(rows, 2, n)`` make of ``ys``.
+
+        Of a large history, reading it once is what counts.
+        """
+        if recording(x, y, z) or torch.compiler.is_compiling():  # which takes no `out` that is not contiguous
+            both = torch.stack((x, y - z), dim=1)
+        else:
+            both = x.new_empty(len(x), 2, x.shape[1])
+            both[:, 0].copy_(x)
+            torch.sub(y, z, out=both[:, 1])
+        both = self.less(both, weights, ys)
+        return both[:, 0], both[:, 1]
+
+    def minus(self, x: State, weight: State, y: State) -> State:
+        """``x - weight y``, ``(rows, dim)`` but for ``weight`` ``(rows, 1)``."""
+        return torch.addcmul(x, weight, y, value=-1)
 
     def sum(self, x: State, y: State) -> State:
         """``x + y``, in the memory of ``x`` unless autograd records."""
@@ -146,8 +164,14 @@ class NumPyStates(TorchStates):
             ys = xs.copy()
         return xs @ ys.swapaxes(1, 2)
 
-    def less(self, x: State, weights: State, ys: State, *, to: State = None) -> State:
+    def less(self, x: State, weights: State, ys: State) -> State:
         return x - weights @ ys
+
+    def two_less(self, x: State, y: State, z: State, weights: State, ys: State) -> tuple[State, State]:
+        return x - (weights[:, :1] @ ys)[:, 0], y - z - (weights[:, 1:] @ ys)[:, 0]
+
+    def minus(self, x: State, weight: State, y: State) -> State:
+        return x - weight * y
 
     def sum(self, x: State, y: State) -> State:
         return np.add(x, y, out=x)

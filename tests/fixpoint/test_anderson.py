@@ -10,7 +10,7 @@ import torch
 import fixpoint
 from fixpoint import Anderson, Broyden, Picard, Status
 from fixpoint.bench.problems import expansive, linear, tanh
-from fixpoint.solvers.anderson import _Guard, _split
+from fixpoint.solvers.anderson import _Guard, _Split
 from fixpoint.solvers.small import NUMPY
 
 # Evaluations to a relative residual of 1e-5 in float32 that a scale-free sliding window of m = 5 and m = 10 differences
@@ -119,7 +119,8 @@ def test_judge_trusts_what_follows_the_prediction_alone():
 
 
 def judge(guard, square, predicted):
-    follows, guard = guard.judge(NUMPY, np.array([square]), np.array([predicted]))
+    with NUMPY.quiet():
+        follows, guard = guard.judge(NUMPY, np.array([square]), np.array([predicted]))
     return follows[0], guard
 
 
@@ -272,62 +273,97 @@ def test_history_costs_two_states_for_each_difference_and_one_to_come():
 @pytest.mark.parametrize(
     ("rows", "dim", "dtype", "memory"),
     [
-        (1, 640, torch.float64, 30),
-        (1, 2048, torch.float64, 10),
-        (1, 2048, torch.float32, 20),
-        (4, 512, torch.float32, 20),  # as many bytes in several rows
+        (1, 512, torch.float64, 20),
+        (1, 1024, torch.float64, 10),
+        (1, 1024, torch.float32, 20),
+        (64, 1024, torch.float32, 20),
         (1, 10**5, torch.float32, 5),
-        (0, 8, torch.float32, 30),
+        (0, 8, torch.float32, 20),
     ],
 )
-def test_without_a_memory_it_takes_what_the_bytes_of_the_state_allow(rows, dim, dtype, memory):
+def test_without_a_memory_it_takes_what_the_bytes_of_a_row_allow(rows, dim, dtype, memory):
     assert Anderson().init(torch.zeros(rows, dim, dtype=dtype)).changes.shape[1] == memory + 1
 
 
-def test_when_the_memory_is_full_the_change_that_the_newest_had_least_of_is_dropped():
+def rotating(rows, dim):
+    """Maps of the rows, linear, none of them symmetric, and what is added to each."""
     generator = torch.Generator().manual_seed(0)
-    A = torch.randn(2, 30, 30, generator=generator, dtype=torch.float64) / 8  # each row has a map of its own
-    solver, z = Anderson(memory=4), torch.ones(2, 30, dtype=torch.float64)
-    state, dropped = solver.init(z), []
+    A = torch.randn(rows, dim, dim, generator=generator, dtype=torch.float64)
+    return 0.95 * A / torch.linalg.eigvals(A).abs().amax(dim=1)[:, None, None], torch.ones(dim, dtype=torch.float64)
+
+
+def test_a_row_alone_takes_the_same_course_as_among_many():
+    A, b = rotating(40, 60)
+    options = {"rtol": 1e-8, "max_evals": 300, "backward": None}
+    together = fixpoint.solve(lambda z: torch.einsum("rij,rj->ri", A, z) + b, torch.zeros(40, 60).double(), **options)
+    assert together.converged.all()
+    assert together.evals.unique().numel() > 5
+    for row in (0, 17, 39):
+        alone = fixpoint.solve(lambda z, row=row: z @ A[row].T + b, torch.zeros(1, 60).double(), **options)
+        assert alone.evals.item() == together.evals[row].item()
+        torch.testing.assert_close(alone.value[0], together.value[row], rtol=1e-6, atol=1e-6)
+
+
+def test_a_place_is_taken_again_once_it_is_not_needed_or_the_memory_is_full():
+    A, b = rotating(2, 30)
+    A[1] = torch.diag(torch.linspace(0, 0.98, 30))  # symmetric: each change has to do with the last two alone
+    solver, z = Anderson(memory=4), torch.zeros(2, 30, dtype=torch.float64)
+    state, held = solver.init(z), []
     for step in range(14):
-        fz = torch.einsum("rij,rj->ri", A, z) + 1
-        before, held = state, torch.as_tensor(state.changes).clone()
+        fz = torch.einsum("rij,rj->ri", A, z) + b
+        before, inverse = state, torch.as_tensor(state.inverse).clone()
+        changes = torch.as_tensor(state.changes).clone()[:, : inverse.shape[1]]
         z_next, state = solver.step(z, fz, state)
-        if step > 6:
+        if step > 1:
             change = fz - z - torch.as_tensor(before.g)
-            share = torch.einsum("rnd,rd->rn", held, change).square() / held.square().sum(dim=2)
+            share = (
+                torch.einsum("rnd,rd->rn", changes, change).square() * inverse / change.square().sum(1, keepdim=True)
+            )
             for row in (0, 1):
-                share[row, [before.newest[row], before.free[row]]] = torch.inf  # the two newest
-            assert torch.as_tensor(state.free).tolist() == share.argmin(dim=1).tolist()
-            dropped.append(state.free.tolist())
+                needed = {int(place) for place in torch.nonzero(share[row] > 1e-4)}
+                needed |= {int(before.free[row]), int(before.newest[row])}
+                place = int(state.free[row])
+                if len(needed) == 5:
+                    needed.discard(place)
+                    rest = share[row].clone()
+                    rest[[int(before.free[row]), int(before.newest[row])]] = torch.inf
+                    assert place == int(rest.argmin()), "the least needed"
+                assert place == min({*range(5)} - needed)
+        held.append((torch.as_tensor(state.inverse) > 0).sum(dim=1).tolist())
         z = z_next
-    assert any(first != second for first, second in dropped), "each row drops one of its own"
+    most_rotating, most_symmetric = (max(each) for each in zip(*held, strict=True))
+    assert (most_rotating, most_symmetric < 4) == (4, True)
 
 
 def test_a_change_that_the_others_nearly_hold_replaces_the_one_that_it_repeats_most():
     held = np.eye(4)[None, :2]  # of length 1
     changes = np.array([[[1.0, 2.0, 3.0, 4.0], [0.3, 0.9, 1e-3, 0.0]]])  # g and dg
     coordinates, squares = changes @ held.swapaxes(1, 2), changes @ changes.swapaxes(1, 2)
-    along, rest, inverse, shares = _split(NUMPY, coordinates, squares, np.ones((1, 2)))
-    assert (inverse.tolist(), shares.tolist()) == ([[1, 0]], [[pytest.approx(0.09), 0]])
-    np.testing.assert_allclose(along, [[[1, 0], [0.3, 0]]])
-    outside = changes * [0, 1, 1, 1]
-    np.testing.assert_allclose(rest, outside @ outside.swapaxes(1, 2))
+    split = _Split.of(NUMPY, coordinates, squares, np.ones((1, 2)))
+    assert (split.inverse.tolist(), split.needed.tolist()) == ([[1, 0]], [[pytest.approx(0.09), 0]])
+    np.testing.assert_allclose(split.along, [[[1, 0], [0.3, 0]]])
+    g, dg = (changes * [0, 1, 1, 1])[0]
+    np.testing.assert_allclose([split.outside[0], split.cross[0], split.fresh[0]], [g @ g, g @ dg, dg @ dg])
     changes[0, 1, 3] = 0.1
     squares = changes @ changes.swapaxes(1, 2)
-    assert _split(NUMPY, coordinates, squares, np.ones((1, 2)))[2].tolist() == [[1, 1]], "enough is new"
+    assert _Split.of(NUMPY, coordinates, squares, np.ones((1, 2))).inverse.tolist() == [[1, 1]], "enough is new"
 
 
-@pytest.mark.parametrize("damping", [1.0, 0.7])
-def test_small_states_take_the_same_steps_as_large_ones(contraction, monkeypatch, damping):
-    f = contraction(rows=3, dim=40, rho=0.97, squash=torch.tanh)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"damping": 0.7}, {"ridge": 0.1}], ids=repr)
+def test_small_states_take_the_same_steps_as_large_ones(contraction, monkeypatch, options, dtype):
+    smooth = contraction(rows=3, dim=40, rho=0.97, squash=torch.tanh)
+
+    def f(z):  # bends so much in places that rows lose trust in their models
+        return (smooth(z.double()) + 0.02 * torch.sin(40 * z.double())).to(dtype)
 
     def solution():
-        return fixpoint.solve(f, solver=Anderson(memory=4, damping=damping), depth=15).value
+        z0 = torch.zeros(3, 40, dtype=dtype)
+        return fixpoint.solve(f, z0, solver=Anderson(memory=4, **options), depth=9).value
 
     in_numpy = solution()
     monkeypatch.setattr("fixpoint.solvers.states._SMALL", 0)
-    torch.testing.assert_close(solution(), in_numpy, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(solution(), in_numpy, rtol=1e-2 if dtype == torch.float32 else 1e-9, atol=1e-6)
 
 
 @pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=repr)
