@@ -142,8 +142,9 @@ class Anderson(Solver):
 
     Each new change is made orthogonal to the ones held. So there is no system to solve and nothing to regularise, the
     scale of a problem plays no part, and on a linear symmetric map a short memory does what an unlimited one would.
-    When ``memory`` changes are held, the one that the newest had least of is dropped, but for the two newest. A change
-    that the others nearly hold replaces the one that it repeats most.
+    A change that the newest has next to nothing of, less than a hundredth of its length, makes room for the next one;
+    where all are needed and ``memory`` are held, the least needed does. The two newest stay. A change that the others
+    nearly hold replaces the one that it repeats most.
 
     A model fails when the change that was dropped last was still needed, or when the residual is far from the predicted
     one. Its row then forgets it and takes a plain step, ``z_next = f(z)``; two at the next failure, then four, until
@@ -152,10 +153,9 @@ class Anderson(Solver):
     expectation-maximisation.
 
     Args:
-        memory: Number of changes held. Two states per row are held for each, and five more. 5 is enough for symmetric
-            and for strongly contracting maps; 20 or 40 save evaluations on non-symmetric, slowly converging ones. None
-            takes 160 KiB by the bytes of the state, all its rows, but between 5 and 30: 30 up to 5 KiB, 5 from 32 KiB
-            on. More would take longer than the evaluations that it saves, where f is cheap.
+        memory: The most changes held. Two states per row are held for each, and five more. None takes
+            80 KiB by the bytes of a row, but between 5 and 20: 20 up to 4 KiB, 5 from 16 KiB on. 5 is enough for
+            symmetric and for strongly contracting maps; 50 may save more on non-symmetric, slowly converging ones.
         damping: Mixing in (0, 1]; 1 trusts the accelerated step wholly.
         ridge: Tikhonov weight on the coefficients of the orthonormal basis: each is divided by ``1 + ridge``.
         history_dtype: Precision of the histories, such as ``torch.bfloat16`` to halve their memory; None takes the

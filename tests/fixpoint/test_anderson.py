@@ -26,7 +26,7 @@ TABLE = [
 ]
 
 
-def anderson_by_lstsq(f, z, steps):
+def anderson_by_lstsq(f, z, steps, damping=1.0):
     """The iterates of Anderson by plain least squares in NumPy, with every difference kept."""
     zs, gs = [], []
     for _ in range(steps):
@@ -35,7 +35,7 @@ def anderson_by_lstsq(f, z, steps):
         gs.append(g)
         dz, dg = np.diff(zs, axis=0).T, np.diff(gs, axis=0).T
         gamma = np.linalg.lstsq(dg, g, rcond=None)[0] if dg.size else np.zeros(0)
-        z = z + g - ((dz + dg) @ gamma if dg.size else 0)
+        z = z - (dz @ gamma if dg.size else 0) + damping * (g - (dg @ gamma if dg.size else 0))
     return z
 
 
@@ -45,10 +45,11 @@ def iterate_in_numpy(f):
 
 @pytest.mark.parametrize("memory", [3, 5])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
-def test_steps_equal_plain_least_squares(contraction, memory, steps):
+@pytest.mark.parametrize("damping", [1.0, 0.6])
+def test_steps_equal_plain_least_squares(contraction, memory, steps, damping):
     f = contraction(rows=1, dim=8, rho=0.9, squash=torch.tanh)
-    expected = anderson_by_lstsq(iterate_in_numpy(f), np.zeros(8), steps)
-    sol = fixpoint.solve(f, solver=Anderson(memory=memory), depth=steps)
+    expected = anderson_by_lstsq(iterate_in_numpy(f), np.zeros(8), steps, damping)
+    sol = fixpoint.solve(f, solver=Anderson(memory=memory, damping=damping), depth=steps)
     np.testing.assert_allclose(sol.value[0], expected, rtol=1e-7, atol=1e-9)
 
 
@@ -418,3 +419,30 @@ def test_unrolled_it_saves_a_few_states_an_evaluation_and_no_copy_of_its_history
 
     # The residual, its change and that of f; both orthogonal; the next state.
     assert (saved(18) - saved(12)) / 6 <= 8
+
+
+def test_a_compiled_step_is_whole_and_has_three_versions_whatever_the_memory():
+    versions = []
+
+    def backend(graph, inputs):
+        versions.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    solver, rate = Anderson(memory=6), torch.linspace(0, 0.98, 50)
+    step = torch.compile(solver.step, backend=backend, fullgraph=True)
+    z, expected = torch.zeros(2, 50), torch.zeros(2, 50)
+    state, plain = solver.init(z), solver.init(z)
+    with torch.no_grad():
+        for _ in range(12):
+            z, state = step(z, rate * z + 1, state)
+            expected, plain = solver.step(expected, rate * expected + 1, plain)
+    assert len(versions) == 3  # without a change, with the first one, and with some
+    torch.testing.assert_close(z, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_are_finite_where_nothing_changes_any_more():
+    c = torch.tensor([[1.0, -2.0]], requires_grad=True)
+    sol = fixpoint.solve(lambda z: 0 * z + c, torch.zeros(1, 2), solver=Anderson(), backward=fixpoint.Unroll(), depth=5)
+    sol.value.sum().backward()
+    torch.testing.assert_close(c.grad, torch.ones(1, 2))
