@@ -79,13 +79,14 @@ class _Split(NamedTuple):
     cross: Small  # product of the two parts outside (rows,)
     fresh: Small  # squared length of dg outside (rows,)
     inverse: Small  # one over the squared length of each change that is still held, else zero (rows, count)
-    needed: Small  # how much of |dg|^2 lies along each change held; zero where that is next to nothing (rows, count)
+    needed: Small  # how much of |dg|^2 lies along each change held; zero where it is not needed (rows, count)
 
     @classmethod
-    def of(cls, xp: NumPyArithmetic, coordinates: Small, squares: Small, inverse: Small) -> _Split:
+    def of(cls, xp: NumPyArithmetic, coordinates: Small, squares: Small, inverse: Small, *, sparing: bool) -> _Split:
         """From what is held and what was measured. If too little of dg is outside, the change it repeats most goes.
 
         Args:
+            sparing: Whether a change counts as needed only if dg has more than next to nothing of it.
             coordinates: Products of g and of dg with the changes held ``(rows, 2, count)``.
             squares: Products of g and dg with each other ``(rows, 2, 2)``.
             inverse: One over the squared length of each change held; zero where none is.
@@ -98,7 +99,7 @@ class _Split(NamedTuple):
             kept = independent[:, None] | (shares < xp.amax(shares, 1)[:, None])
             inverse, along, shares = inverse * kept, along * kept[:, None], shares * kept
         rest = xp.less(squares, along, coordinates.swapaxes(1, 2))
-        needed = shares * (shares > nothing[:, None])
+        needed = shares * (shares > nothing[:, None]) if sparing else shares
         return cls(along, rest[:, 0, 0], rest[:, 0, 1], rest[:, 1, 1], inverse, needed)
 
 
@@ -142,9 +143,8 @@ class Anderson(Solver):
 
     Each new change is made orthogonal to the ones held. So there is no system to solve and nothing to regularise, the
     scale of a problem plays no part, and on a linear symmetric map a short memory does what an unlimited one would.
-    A change that the newest has next to nothing of, less than a hundredth of its length, makes room for the next one;
-    where all are needed and ``memory`` are held, the least needed does. The two newest stay. A change that the others
-    nearly hold replaces the one that it repeats most.
+    When the memory is full, the change that the newest had least of goes, but for the two newest. A change that the
+    others nearly hold replaces the one that it repeats most.
 
     A model fails when the change that was dropped last was still needed, or when the residual is far from the predicted
     one. Its row then forgets it and takes a plain step, ``z_next = f(z)``; two at the next failure, then four, until
@@ -153,9 +153,11 @@ class Anderson(Solver):
     expectation-maximisation.
 
     Args:
-        memory: The most changes held. Two states per row are held for each, and five more. None takes
-            80 KiB by the bytes of a row, but between 5 and 20: 20 up to 4 KiB, 5 from 16 KiB on. 5 is enough for
-            symmetric and for strongly contracting maps; 50 may save more on non-symmetric, slowly converging ones.
+        memory: Number of changes held. Two states per row are held for each, and five more. None holds as many as are
+            needed: a change that the newest has less than a hundredth of, by length, makes room for the next. At most
+            80 KiB by the bytes of a row are held then, but between 5 and 20 changes: 20 up to 4 KiB, 5 from 16 KiB on.
+            5 is enough for symmetric and for strongly contracting maps; 50 or 100 save more on non-symmetric, slowly
+            converging ones.
         damping: Mixing in (0, 1]; 1 trusts the accelerated step wholly.
         ridge: Tikhonov weight on the coefficients of the orthonormal basis: each is divided by ``1 + ridge``.
         history_dtype: Precision of the histories, such as ``torch.bfloat16`` to halve their memory; None takes the
@@ -223,7 +225,9 @@ class Anderson(Solver):
             g, change = both[:, :1], both[:, 1:]
             held, held_images = (states.first(x, inverse.shape[1]) for x in (changes, images))
             coordinates, squares = xp.take(states.dots(both, held)), xp.take(states.dots(both, both))
-            along, outside, cross, fresh, inverse, needed = _Split.of(xp, coordinates, squares, inverse)
+            along, outside, cross, fresh, inverse, needed = _Split.of(
+                xp, coordinates, squares, inverse, sparing=self.memory is None
+            )
             square = xp.detach(squares[:, 0, 0])
             unit = xp.reciprocal(
                 fresh + (fresh <= tiny)
@@ -256,7 +260,7 @@ class Anderson(Solver):
                 inverse = inverse * good[:, None]
                 z_next = states.where(good, z_next, image)
                 guard = guard.where(good)
-            # A place for the next change: that of one that is not needed, or was never; where all are, of the least
+            # A place for the next change: an empty one, or that of one that is not needed; where all are, of the least
             # needed. The two newest stay.
             needed = xp.put(needed, rows, free, float("inf"))
             needed = xp.put(needed, rows, xp.own(state.newest), float("inf"))
