@@ -235,26 +235,25 @@ class Anderson(Solver):
             newest = cross * unit
             guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
             good, guard = guard.judge(xp, square, xp.detach(xp.minus_product(outside, newest, cross)))
-            # g and the changes without what lies along those held: the newest is orthogonal to them, and g goes with
-            # its image where the model says that the residual is least.
-            weights = along
             if self.ridge > 0:
                 shrink = 1 / (1 + self.ridge)
-                newest, weights = shrink * newest, xp.concatenate((shrink * weights[:, :1], weights[:, 1:]), 1)
-            weights, newest, first = states.take(weights), states.take(newest)[:, None], state.guard is None
-            least, image_change = states.two_less(g[:, 0], image, states.take(state.fz), weights, held_images)
-            change = states.less(change, weights[:, 1:], held)[:, 0]
-            step = states.minus(least, newest, image_change)
-            changes = states.write(changes, rows, free, change, first=first)
-            images = states.write(images, rows, free, image_change, first=first)
-            # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand.
-            # Where it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.
-            good = good & (xp.detach(xp.take(states.dots(step[:, None], g)))[:, 0, 0] >= 0)
+                newest, along = shrink * newest, xp.concatenate((shrink * along[:, :1], along[:, 1:]), 1)
+            by, first = states.take(along), state.guard is None
+            weights, shared, weight = by[:, :1], by[:, 1:], states.take(newest)[:, None, None]
+            change = states.less(change, shared, held)
+            image_change = states.less((image - states.take(state.fz))[:, None], shared, held_images)
             if self.damping < 1:
                 share = 1 - self.damping
-                least = states.less(share * g, share * weights[:, :1], held)[:, 0]
-                step = step - states.minus(least, share * newest, change)
-            z_next = states.sum(step, now)
+                rest = states.less(share * g - share * weight * change, share * weights, held)
+            changes = states.write(changes, rows, free, change[:, 0], first=first)
+            images = states.write(images, rows, free, image_change[:, 0], first=first)
+            step = states.less(states.minus(g, weight, image_change), weights, held_images)
+            # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand.
+            # Where it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.
+            good = good & (xp.detach(xp.take(states.dots(step, g)))[:, 0, 0] >= 0)
+            if self.damping < 1:
+                step = step - rest
+            z_next = states.sum(step[:, 0], now)
             inverse = xp.put(xp.copy(inverse), rows, free, unit)
             if not xp.holds(good):
                 inverse = inverse * good[:, None]

@@ -101,23 +101,12 @@ class TorchStates:
             x = torch.addcmul(x, y.to(x.dtype), weight, value=-1)
         return x
 
-    def two_less(self, x: State, y: State, z: State, weights: State, ys: State) -> tuple[State, State]:
-        """``x`` and ``y - z``, each ``(rows, dim)``, less what ``weights`` ``(rows, 2, n)`` make of ``ys``.
-
-        Of a large history, reading it once is what counts.
-        """
-        if recording(x, y, z) or torch.compiler.is_compiling():  # which takes no `out` that is not contiguous
-            both = torch.stack((x, y - z), dim=1)
-        else:
-            both = x.new_empty(len(x), 2, x.shape[1])
-            both[:, 0].copy_(x)
-            torch.sub(y, z, out=both[:, 1])
-        both = self.less(both, weights, ys)
-        return both[:, 0], both[:, 1]
-
     def minus(self, x: State, weight: State, y: State) -> State:
-        """``x - weight y``, ``(rows, dim)`` but for ``weight`` ``(rows, 1)``."""
-        return torch.addcmul(x, weight, y, value=-1)
+        """``x - weight y``: ``(rows, 1, dim)`` but for ``weight`` ``(rows, 1, 1)``; ``y`` may be overwritten.
+
+        A fresh tensor as large as a large state costs more than reading a history.
+        """
+        return torch.addcmul(x, weight, y, value=-1, out=None if recording(x, weight, y) else y)
 
     def sum(self, x: State, y: State) -> State:
         """``x + y``, in the memory of ``x`` unless autograd records."""
@@ -166,9 +155,6 @@ class NumPyStates(TorchStates):
 
     def less(self, x: State, weights: State, ys: State) -> State:
         return x - weights @ ys
-
-    def two_less(self, x: State, y: State, z: State, weights: State, ys: State) -> tuple[State, State]:
-        return x - (weights[:, :1] @ ys)[:, 0], y - z - (weights[:, 1:] @ ys)[:, 0]
 
     def minus(self, x: State, weight: State, y: State) -> State:
         return x - weight * y
