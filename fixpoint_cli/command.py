@@ -85,7 +85,7 @@ def bench_command(
 
         bench.check(problems or (), solver or ())
     except (LookupError, TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
+        stop(str(error))
     _check_writable(out)
     results = bench.run(
         problems or (), solver or (), rtols=rtol or (1e-5,), max_evals=max_evals, quick=quick, progress=_bar
