@@ -8,5 +8,6 @@ this takes.
 def main() -> None:
     """Run the command line."""
     from fixpoint_cli.command import app  # which needs typer; the names do not
+    from fixpoint_cli.running import run_app
 
-    app()
+    raise SystemExit(run_app(app))

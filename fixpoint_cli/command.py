@@ -20,6 +20,8 @@ EXTRA = f'pip install "{DISTRIBUTION}[bench]"'
 try:
     import tqdm  # noqa: F401 - missed here, before anything is run
     import typer
+
+    from fixpoint_cli.running import stop
 except ModuleNotFoundError as error:
     raise SystemExit(f"the command fixpoint needs {error.name}: {EXTRA}") from None
 
@@ -73,7 +75,7 @@ def bench_command(
     The exit code is 1 if a study failed; the others are written all the same.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        _stop(f"drawing needs matplotlib: {EXTRA}")
+        stop(f"drawing needs matplotlib: {EXTRA}")
 
     sys.path.append(os.getcwd())  # for package.module:name, last so that it hides nothing
     try:
@@ -83,7 +85,7 @@ def bench_command(
 
         bench.check(problems or (), solver or ())
     except (LookupError, TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
+        stop(str(error))
     _check_writable(out)
     results = bench.run(
         problems or (), solver or (), rtols=rtol or (1e-5,), max_evals=max_evals, quick=quick, progress=_bar
@@ -121,9 +123,9 @@ def report_command(
         data = json.loads(results.read_text(encoding="utf-8"))
         page = report.render(data, out or results.parent)
     except (ValueError, KeyError, AttributeError) as error:
-        _stop(f"{results} does not hold results of fixpoint bench: {error}")
+        stop(f"{results} does not hold results of fixpoint bench: {error}")
     except ModuleNotFoundError as error:
-        _stop(str(error))
+        stop(str(error))
     typer.echo(f"report:  {page}")
 
 
@@ -145,8 +147,3 @@ def _check_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise typer.BadParameter(f"cannot write to {folder}: {error.strerror or error}", param_hint="--out") from None
-
-
-def _stop(message: str) -> None:
-    typer.echo(message, err=True)
-    raise typer.Exit(1)

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -27,10 +28,10 @@ def problem_entries() -> dict[str, metadata.EntryPoint]:
 
 
 def check_names(problems: Sequence[str], solvers: Sequence[str]) -> None:
-    """Raise for a name that nobody registered; a place and the options are not looked at.
+    """Raise for a name that nobody registered and for a file that is not there; nothing is imported.
 
     Raises:
-        LookupError: If there is no such problem or solver.
+        LookupError: If there is no such problem, solver or file.
         ValueError: If the text of one has another form than ``"name:key=value,..."``.
 
     Example:
@@ -41,8 +42,26 @@ def check_names(problems: Sequence[str], solvers: Sequence[str]) -> None:
     known: dict[str, Mapping[str, object]] = {"problem": problem_entries(), "solver": SOLVERS}
     for kind, specs in (("problem", problems), ("solver", solvers)):
         for name, _ in map(parse_spec, specs):
-            if ":" not in name:
+            if ":" in name:
+                file_of(name)
+            elif name.endswith(".py"):
+                raise ValueError(f"expected {name}:NAME, with the name of the {kind} in that file, found {name!r}")
+            else:
                 named(kind, name, known[kind])
+
+
+def file_of(place: str) -> Path | None:
+    """The file of ``"path/to/file.py:name"``; None for ``"package.module:name"``.
+
+    Raises:
+        LookupError: If there is no such file.
+    """
+    where = place.rpartition(":")[0]
+    if not where.endswith(".py"):
+        return None
+    if not Path(where).is_file():
+        raise LookupError(f"no file {where}")
+    return Path(where)
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Value]]:

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 from importlib import metadata
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 from fixpoint_diffusion.extras import DISTRIBUTION, install_line
 from fixpoint_diffusion.ranks import FailedElsewhereError
@@ -14,6 +14,7 @@ from fixpoint_diffusion.ranks import FailedElsewhereError
 try:
     import typer
 
+    from fixpoint_cli.running import run_app, stop
     from fixpoint_diffusion.commands.encode import encode
     from fixpoint_diffusion.commands.evaluate import evaluate
     from fixpoint_diffusion.commands.experiments import app as experiments
@@ -61,36 +62,22 @@ app.add_typer(experiments, name="experiments")
 
 # What a user can put right; anything else is a fault of ours, and its traceback is wanted.
 _USER_ERRORS = (ValueError, OSError, ImportError, ArithmeticError, MemoryError, RecursionError)
-# Typer has click's classes within it, or imports them, according to its version.
-_UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def main() -> None:
     """Run the command; what the user can put right ends in one line and exit code 2, not in a traceback."""
     try:
-        code = app(standalone_mode=False)
-    except _UsageError as error:
-        if not error.format_message():  # no command was given, and help has been shown
-            sys.exit(2)
-        _stop(error.format_message())
-    except typer.Abort:
-        sys.exit(130)
+        sys.exit(run_app(app))
     except FailedElsewhereError:  # that process says what it was
         sys.exit(2)
     except _USER_ERRORS as error:
         missing = isinstance(error, ModuleNotFoundError)
         hint = f": {install_line()}" if missing and "pip install" not in str(error) else ""
-        _stop(f"{error}{hint}" or type(error).__name__)
+        stop(f"{error}{hint}" or type(error).__name__)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        _stop("not enough memory: take a smaller --batch-size, or smaller images")
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _stop(message: str) -> NoReturn:
-    typer.echo(f"Error: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+        stop("not enough memory: take a smaller --batch-size, or smaller images")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,16 @@ def check_writable(path: Path) -> None:
         raise OSError(f"cannot write to {path}: {error.strerror or error}") from error
 
 
+def check_source(source: str | Path) -> None:
+    """Refuse a data set that is not there: no file, no folder, and not the built-in ``"digits"``.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if str(source) != "digits" and not (str(source) and Path(source).exists()):
+        raise FileNotFoundError(f"no data set, .npy file or folder {str(source)!r}; the built-in set is 'digits'")
+
+
 def visible_entries(folder: Path) -> list[Path]:
     """What lies in a folder, but for hidden files and what file managers leave behind; in no order."""
     return [path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in _LITTER]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from fixpoint_cli.names import hint, named, parse_spec, problem_entries
+from fixpoint_cli.names import file_of, hint, named, parse_spec, problem_entries
 
 if TYPE_CHECKING:
     from fixpoint.bench.results import Study
@@ -84,25 +87,31 @@ def load_object(place: str) -> Any:
     """What stands at ``"package.module:name"`` or ``"path/to/file.py:name"``; the file is run once.
 
     Raises:
-        LookupError: If there is no such module, file or name.
+        LookupError: If there is no such module, file or name, or the import fails.
     """
     where, _, name = place.rpartition(":")
-    if where.endswith(".py"):
-        if not Path(where).is_file():
-            raise LookupError(f"no file {where}")
-        spec = util.spec_from_file_location(where, where)
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[where] = util.module_from_spec(spec)  # dataclasses look their module up
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise LookupError(f"cannot import {where}: {error}") from error
+    file = file_of(place)
+    try:
+        module = importlib.import_module(where) if file is None else _run(file)
+    except (ImportError, SyntaxError) as error:
+        raise LookupError(f"cannot import {where}: {error}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        at = next((each for each in reversed(frames) if each.filename == os.path.abspath(where)), frames[-1])
+        found = f"{type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
+        raise LookupError(f"cannot import {where}: {found}") from error
     if not hasattr(module, name):
         raise LookupError(f"{where} has no {name!r}.{hint(name, [each for each in vars(module) if each[0] != '_'])}")
     return getattr(module, name)
+
+
+def _run(file: Path) -> ModuleType:
+    spec = util.spec_from_file_location(str(file), file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def _at_place(place: str) -> RegisteredProblem:

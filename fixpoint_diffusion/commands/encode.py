@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device, path_option
+from fixpoint_diffusion.files import check_source
 
 
 def encode(
@@ -37,6 +38,7 @@ def encode(
 
     The same command again completes an encoding that was interrupted.
     """
+    check_source(source)
     check_device(device)
 
     from fixpoint_diffusion.training.data import open_dataset

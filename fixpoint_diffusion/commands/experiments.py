@@ -11,6 +11,7 @@ import typer
 
 from fixpoint_diffusion.commands.shared import check_device, path_option
 from fixpoint_diffusion.experiments.names import NAMES, names_meant
+from fixpoint_diffusion.files import check_writable
 
 if TYPE_CHECKING:
     from fixpoint_diffusion.experiments.experiment import Experiment, Scale
@@ -91,6 +92,7 @@ def run_command(
             typer.echo(plan(entry) if size == "paper" else todo + time)
         return
     check_device(device)
+    check_writable(out / "report.html")
     _check_drawing()
     resources = Resources(
         records=records, scratch=out / "models", models=models, data=data, features=features, device=device

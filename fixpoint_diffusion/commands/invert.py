@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fixpoint_diffusion.commands.shared import ChannelsName, open_model, path_option
+from fixpoint_diffusion.files import check_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,7 @@ def invert(
     """
     if (out / RECORD).exists() and not overwrite:
         raise ValueError(f"{out} holds the results of another run; pass --overwrite to replace them")
+    check_source(images)
     denoiser, folder = open_model(model, device=device)
 
     import numpy as np

@@ -11,10 +11,26 @@ from typing import Annotated, Any
 import typer
 
 from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device, path_option, with_options
+from fixpoint_diffusion.files import check_source
 from fixpoint_diffusion.options.models import OWN_FAMILIES
 from fixpoint_diffusion.options.training import TrainingConfig
 
 _OBJECTIVES = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample", "flow": "flow_prediction"}
+
+
+class BackwardName(StrEnum):
+    SJFB = "sjfb"
+    MULTI_JFB = "multi-jfb"
+    JFB = "jfb"
+    PHANTOM = "phantom"
+    IFT = "ift"
+    SHINE = "shine"
+
+
+class PresetName(StrEnum):
+    PAPER = "paper"
+    RELEASED = "released"
+    OURS = "ours"
 
 
 @with_options(TrainingConfig, default="the model family's, or {}")
@@ -46,11 +62,11 @@ def train(
         typer.Option(help="What the model predicts: epsilon, v_prediction, sample, or flow, along straight paths."),
     ] = None,
     backward: Annotated[
-        str | None,
+        BackwardName | None,
         typer.Option(help="Gradient of an FPDM's layer: sjfb (default), multi-jfb, jfb, phantom, ift or shine."),
     ] = None,
     preset: Annotated[
-        str | None,
+        PresetName | None,
         typer.Option(
             help="fpdm, dit: as in FPDM's paper (paper); fpdm: as its code has it (released), as here (ours)."
         ),
@@ -96,6 +112,7 @@ def train(
         raise typer.BadParameter(f"no objective {objective!r}; there are {', '.join(_OBJECTIVES)}")
     if objective is not None and init is not None:
         raise typer.BadParameter(f"the model in {init} says what it predicts; drop it", param_hint="--objective")
+    check_source(data)
     if not dry_run:
         check_device(device)
 
@@ -108,7 +125,7 @@ def train(
     else:
         changed = {} if settings is None else read_json(settings)
         if backward is not None:
-            changed["backward"] = backward
+            changed["backward"] = backward.value
         training = {name: _plain(given[name]) for name in options.keys() & given.keys()}
         if objective is not None:
             training["prediction_type"] = _OBJECTIVES[objective]
@@ -123,7 +140,7 @@ def train(
             init=init,
             settings=changed,
             training=training,
-            preset=preset,
+            preset=_plain(preset),
             dry=dry_run,
             device=device,
             workers=workers,

@@ -85,6 +85,7 @@ def test_a_failed_study_gives_exit_code_1_and_the_others_are_written(tmp_path):
         (["bench", "linear", "--solver", "no_such.module:Solver"], "cannot import no_such.module"),
         (["bench", "linear", "--solver", "fixpoint.solvers.picard:Picrad"], "Did you mean 'Picard'?"),
         (["bench", "linear", "--solver", "math.py:Solver"], "no file math.py"),
+        (["bench", "kepler.py"], "expected kepler.py:NAME, with the name of the problem in that file"),
         (["bench", "linear", "--solver", "fixpoint.solve:solve"], "must be a class of solvers"),
         (["bench", "fixpoint.bench.problems:CLASSICAL"], "must be a problem (z0 and __call__) or make one"),
         (["bench", "linear", "--out", "/dev/null/here"], "cannot write to /dev/null/here"),
@@ -143,6 +144,24 @@ def test_problems_and_solvers_of_ones_own_come_from_a_file_or_a_module(tmp_path,
     assert invoke("bench", problems[2].replace("slope", "slpoe")).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("\ntable = {}\ntable['a']", "KeyError: 'a' ({file}, line 3)"),
+        ("import torch\ntorch.nn.Linear('a', 2)", "({file}, line 2)"),
+        ("import no_such_package", "No module named 'no_such_package'"),
+        ("def f(:", "(own.py, line 1)"),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_named_with_the_line(text, said, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(text)
+    result = invoke("bench", f"{file}:mine")
+    assert result.exit_code == 2
+    assert f"cannot import {file}: " in words(result)
+    assert said.format(file=file) in words(result)
+
+
 def test_problems_lists_every_registered_problem_with_its_summary():
     result = invoke("problems")
     assert re.search(r"^linear +symmetric linear map", result.output, re.MULTILINE)
@@ -161,7 +180,7 @@ def test_report_draws_the_same_page_from_results_alone(tmp_path):
 def test_report_refuses_a_file_that_holds_no_results(text, tmp_path):
     (tmp_path / "x.json").write_text(text)
     result = invoke("report", tmp_path / "x.json")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "does not hold results of fixpoint bench" in words(result)
 
 
@@ -177,6 +196,7 @@ def run(*words):
         return stop.code
 
 assert run("bnech") == run("bench", "--quikc") == run("bench", "--rtol", "-1") == run("report", "no-such.json") == 2
+assert run("bench", "no-such.py:f") == run("bench", "linear.py") == 2
 assert run("bench", "lineer") == run("bench", "linear", "--solver", "andersn") == run("bench", ":rho=1") == 2
 assert run("--version") == run("-h") == run("bench", "-h") == 0
 assert not {"torch", "matplotlib"} & sys.modules.keys()
@@ -187,6 +207,9 @@ assert run("problems") == 0
 def test_a_typo_is_refused_and_help_is_shown_before_pytorch_is_imported():
     found = subprocess.run([sys.executable, "-c", _IN_ORDER], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+    said = found.stderr.splitlines()
+    assert len(said) == 9
+    assert all(line.startswith("Error: ") for line in said)
 
 
 def test_version_and_help():
@@ -203,7 +226,7 @@ def test_a_missing_extra_is_named_in_one_line(missing, tmp_path):
         "from fixpoint_cli import main; main()"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert found.returncode == 1
+    assert found.returncode == (2 if missing == "matplotlib" else 1)
     assert found.stderr.strip().splitlines()[-1].endswith(f'needs {missing}: pip install "fixpoint-torch[bench]"')
     assert "Traceback" not in found.stderr
     assert not list(tmp_path.iterdir())

@@ -195,6 +195,8 @@ assert run("smaple") == run("sample", "--stpes", "3") == run("train", "--eta") =
 assert run("sample", "--model", "ddpm-digit") == run("info", "unte") == run("invert", "digits", "--model", "unte") == 2
 assert run("train", "unett") == 2
 assert run("experiments", "run", "deq-ddim/tabel-1") == run("sample", "--solver", "causal", "--noise-rtol", "1") == 2
+assert run("train", "--data", "digts") == run("invert", "digts") == run("encode", "a", "--vae", "b", "--out", "c") == 2
+assert run("train", "fpdm", "--preset", "papr") == run("train", "fpdm", "--backward", "sjbf") == 2
 assert run("--version") == run("-h") == run("sample", "-h") == 0
 assert not {"torch", "diffusers"} & sys.modules.keys()
 assert run("info") == run("info", "fpdm-digits") == run("info", "ddpm-digits") == 0
@@ -209,6 +211,8 @@ def test_commands_import_what_they_need_and_no_more() -> None:
     said += ["no model folder 'ddpm-digit'", "no model folder 'unte'", "no model folder 'unte'"]
     said += ["Invalid value for KIND: no model family 'unett'; did you mean 'unet'?"]
     said += ["no experiment 'deq-ddim/tabel-1'; did you mean 'deq-ddim/table-1'?", "--noise-rtol needs --eta"]
+    said += [f"no data set, .npy file or folder {name!r}" for name in ("digts", "digts", "a")]
+    said += ["Invalid value for '--preset'", "Invalid value for '--backward'"]
     for line, start in zip(done.stderr.splitlines(), said, strict=True):
         assert line.startswith(f"Error: {start}")
     assert done.stdout.startswith(metadata.version("fixpoint-torch"))

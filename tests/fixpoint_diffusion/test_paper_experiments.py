@@ -394,6 +394,13 @@ def run_command(monkeypatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_run(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert run_command(monkeypatch, "run", "fpdm/memory", "--quick", "--out", str(tmp_path / "file" / "out")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Error: cannot write to {tmp_path / 'file' / 'out'}")
+
+
 def test_list_prints_a_line_for_each(monkeypatch, capsys):
     assert run_command(monkeypatch, "list") == 0
     lines = capsys.readouterr().out.splitlines()

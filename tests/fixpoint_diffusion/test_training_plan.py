@@ -8,7 +8,7 @@ import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 
 from benchmarks.fpdm_memory import peak_of
 from fixpoint_diffusion.cli import app, main
+from fixpoint_diffusion.commands.train import BackwardName, PresetName
 from fixpoint_diffusion.models import FPDM, DiTConfig, FPDMConfig
+from fixpoint_diffusion.models.fpdm.config import Backpropagation
 from fixpoint_diffusion.options.training import learning_rate_at
 from fixpoint_diffusion.training import TrainingConfig, TrainingRun
 from fixpoint_diffusion.training.presets import PRESETS
@@ -202,12 +204,12 @@ def test_backward_rule_is_that_of_the_run_and_of_its_continuation(tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fpdm", "--preset", "nope"), "no preset 'nope'; there are paper, released, ours"),
+        (("fpdm", "--preset", "nope"), "'nope' is not one of 'paper', 'released', 'ours'"),
         (("fpdm", "--preset", "paper"), "say which data to train on"),
         (("unet", "--preset", "paper", "--dry-run"), "preset 'paper' is for fpdm and dit, got unet"),
         (("dit", "--preset", "released", "--dry-run"), "preset 'released' is for fpdm, got dit"),
         (("dit", "--backward", "ift"), "only an fpdm has an implicit layer, got dit"),
-        (("fpdm", "--backward", "bptt"), "FPDMConfig.backward must be one of"),
+        (("fpdm", "--backward", "bptt"), "'bptt' is not one of 'sjfb', 'multi-jfb',"),
         (("fpdm", "--kind", "dit"), "named twice, fpdm and dit"),
     ],
 )
@@ -224,6 +226,11 @@ def test_unusable_options_write_nothing(
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_offers_every_preset_and_backward_rule() -> None:
+    assert list(PresetName) == list(PRESETS)
+    assert list(BackwardName) == list(get_args(Backpropagation))
 
 
 def test_every_preset_can_be_built() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.files import map_array
+from fixpoint_diffusion.files import check_source, map_array
 from fixpoint_diffusion.training.data.crops import Crop
 from fixpoint_diffusion.training.data.dataset import ImageDataset
 from fixpoint_diffusion.training.data.folders import scan_folder
@@ -66,9 +66,8 @@ def open_dataset(
     cut = Crop(size=(size, size) if isinstance(size, int) else size, place=crop, flip=flip, seed=seed)
     if isinstance(source, LabelledImages) or str(source) == "digits":
         return _from_memory(source if isinstance(source, LabelledImages) else load_digits(), channels, cut, labels)
+    check_source(source)
     path = Path(source)
-    if not str(source) or not path.exists():
-        raise FileNotFoundError(f"no data set, .npy file or folder {str(source)!r}; the built-in set is 'digits'")
     encoded = (path / INFO_FILE).is_file()
     if latents or encoded:
         if channels is not None or cut.size is not None or flip:

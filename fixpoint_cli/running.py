@@ -1,0 +1,30 @@
+"""How both commands end: a mistake is told in one line, with exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+# Typer has click's classes within it, or imports them, according to its version.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def run_app(app: typer.Typer) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except _UsageError as error:
+        if not error.format_message():  # no command was given, and help has been shown
+            return 2
+        stop(error.format_message())
+    except typer.Abort:
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def stop(message: str) -> NoReturn:
+    """End with this message in one line, whatever line breaks it has."""
+    typer.echo(f"Error: {' '.join(message.split())}", err=True)
+    sys.exit(2)
