@@ -143,7 +143,7 @@ class Search:
             self._secants.observe(self._latents, self._images, torch.cat([each for each, _ in probed]), responses)
 
     def _predict(self, misses: Tensor) -> Tensor:
-        """The errors ``(n, B)`` that follow from n sorts of misses ``(n, B, T, D)``; where probed, by the worse of two."""
+        """The errors ``(n, B)`` that n sorts of misses ``(n, B, T, D)`` lead to; if probed, the worse of two models."""
         predicted = self._forecast.error(misses)
         if self._secants is None:
             return predicted
