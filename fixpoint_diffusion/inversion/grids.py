@@ -36,8 +36,7 @@ class StepGrid:
 
     def fill(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs ``(N, T, *)`` of all steps from those ``(N, n, *)`` of the grid, and the same by its coarser half."""
-        parts = (torch.einsum("tn,bnd->btd", weights, out.flatten(2)) for weights in (self.weights, self.coarser))
-        fine, coarse = (part.unflatten(2, out.shape[2:]) for part in parts)
+        fine, coarse = (torch.einsum("tn,bn...->bt...", weights, out) for weights in (self.weights, self.coarser))
         return fine, coarse
 
 

@@ -78,10 +78,13 @@ class Search:
     def work_left(self) -> bool:
         """Whether there is more to do; if all samples rest, they are measured first."""
         if not bool(self._working.any()):
+            before = self.best.error.clone()
             self._confirm((self.status == ACTIVE).nonzero().flatten())
             failed = self.status == ACTIVE
-            # A finer grid is of no use to those that this one is not at fault for.
-            again = failed & (self._finest | (2 * self._doubt <= self.tolerance))
+            # A finer grid is of no use to those that this one is not at fault for. It is at fault, whatever it tells,
+            # where better latents of it did not bring the sampler nearer to the image.
+            told = (2 * self._doubt <= self.tolerance) & ~(self.best.error > _PROGRESS * before)
+            again = failed & (self._finest | told)
             self._resume(again)
             self._move()
             self._refine(failed & ~again)
@@ -140,9 +143,12 @@ class Search:
             self._secants.observe(self._latents, self._images, torch.cat([each for each, _ in probed]), responses)
 
     def _predict(self, misses: Tensor) -> Tensor:
-        """The errors ``(n, B)`` that follow from n sorts of misses ``(n, B, T, D)``; by two models, the larger."""
+        """The errors ``(n, B)`` that n sorts of misses ``(n, B, T, D)`` lead to; if probed, the worse of two models."""
         predicted = self._forecast.error(misses)
-        return predicted if self._secants is None else torch.maximum(predicted, self._secants.error(misses))
+        if self._secants is None:
+            return predicted
+        # What probes have shown of a sample that is not probed any more was elsewhere, and led nowhere.
+        return torch.where(self._mixed, predicted, torch.maximum(predicted, self._secants.error(misses)))
 
     def _judge(self, missed: Tensor, doubt: Tensor) -> None:
         """Keep the best, and decide how each sample goes on: it moves, rests, goes on otherwise or has ended."""

@@ -242,6 +242,17 @@ def test_a_sample_that_probes_bring_no_further_goes_on_without_them_while_others
     assert inverse.history[8].rows == 3 * steps + 2 * probes
 
 
+def test_what_probes_have_shown_counts_no_more_for_a_sample_that_is_not_probed_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What follows from it is no number here; the solver's rounds do without."""
+    monkeypatch.setattr(BlockSecants, "error", lambda self, misses: torch.full_like(misses[:, :, 0, 0], torch.inf))
+    x_0 = random(3, 6) / 2
+    inverse = invert(chain_of(x_0, 12, bending), x_0, method=ParallelInverse(second_try=None), rtol=0, atol=1e-6)
+    assert inverse.converged.all()
+    assert inverse.history[-1].rows <= 3 * 12  # none was probed in the end
+
+
 @pytest.mark.parametrize("astray", [3.0, torch.nan])
 def test_what_probes_lead_astray_goes_on_from_the_best_so_far(monkeypatch: pytest.MonkeyPatch, astray: float) -> None:
     correction, calls = BlockSecants.correction, list[int]()
