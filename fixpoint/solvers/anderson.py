@@ -229,9 +229,8 @@ class Anderson(Solver):
                 xp, coordinates, squares, inverse, sparing=self.memory is None
             )
             square = xp.detach(squares[:, 0, 0])
-            unit = xp.reciprocal(
-                fresh + (fresh <= tiny)
-            )  # where nothing has changed, its gradient is finite all the same
+            # Where nothing has changed, its gradient is finite all the same.
+            unit = xp.reciprocal(fresh + (fresh <= tiny))
             newest = cross * unit
             guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
             good, guard = guard.judge(xp, square, xp.detach(xp.minus_product(outside, newest, cross)))

@@ -15,7 +15,9 @@ import fixpoint
 from fixpoint.engine import private
 
 ROOT = Path(fixpoint.__file__).parent
-PRIVATE = re.compile(r"torch\._(?!_version__)|_functorch|_torchdynamo|_orig_mod|^from torch.* import .*\b_[A-Za-z]", re.MULTILINE)
+PRIVATE = re.compile(
+    r"torch\._(?!_version__)|_functorch|_torchdynamo|_orig_mod|^from torch.* import .*\b_[A-Za-z]", re.MULTILINE
+)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
