@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -175,7 +177,7 @@ def test_every_question_is_answered(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    assert cli.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert cli.main(["--quick", "--jobs", "1", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for name in cli.QUESTIONS:
         assert (tmp_path / f"inversion-{name}.txt").read_text().strip() in printed
@@ -202,3 +204,21 @@ def test_every_question_is_answered(
     with pytest.raises(SystemExit, match="2"):
         cli.main(["--quick", "--ours-again", "--only", "reversible", "--out", str(tmp_path)])
     assert "no such file" in capsys.readouterr().err
+
+
+def test_each_question_has_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answered = []
+    monkeypatch.setattr(cli, "answer", lambda *place, **how: answered.append((place, how)))
+
+    def run(words: list[str], **options: Any) -> Any:
+        assert words[1:3] == ["-m", "benchmarks.inversion"]
+        assert cli.main(words[3:]) == 0
+        return SimpleNamespace(stdout="answered\n")
+
+    monkeypatch.setattr(cli.subprocess, "run", run)
+    assert cli.main(["--quick", "--only", "cost", "--only", "latents", "--out", str(tmp_path)]) == 0
+    asked = [((name, tmp_path), {"quick": True, "ours_again": False}) for name in ("cost", "latents")]
+    assert sorted(answered, key=str) == asked
+    assert capsys.readouterr().out.count("answered") == 2
