@@ -221,6 +221,7 @@ def fpdm_layer_problem(
         ValueError: As :meth:`FPDM.forward`.
 
     >>> import fixpoint
+    >>> _ = torch.manual_seed(0)  # some random layers expand, and take a hundred evaluations
     >>> model = FPDM(FPDMConfig(width=16, heads=2))
     >>> problem = fpdm_layer_problem(model, torch.randn(5, 1, 8, 8), torch.tensor(500))
     >>> bool(fixpoint.solve(problem, rtol=1e-3).converged.all())
