@@ -81,5 +81,5 @@ class ParallelInverse:
         search.end(Status.STOPPED if stopped else Status.MAX_EVALS)
         failed = search.measure_failed()
         if self.second_try is not None and len(failed) and not stopped:
-            search.consider(failed, self.second_try.search(search.problem, failed, tolerance)[0])
+            self.second_try.search(search.problem, failed, tolerance, search.consider)
         return search.best.found(search.status, search.history)

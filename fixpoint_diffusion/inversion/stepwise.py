@@ -63,23 +63,48 @@ class StepwiseInverse:
 
         Where a callback stops it, the steps that are left are undone as the prior has it.
         """
-        problem, rows = InverseProblem(chain, x_0), torch.arange(len(x_0), device=x_0.device)
-        best, asked, history, stopped = BestSoFar(problem), tolerance.clone(), list[int](), False
-        for _ in range(_PASSES):
-            x, evals, met = self.search(problem, rows, asked, progress=progress, callback=callback)
-            history += evals
-            error = best.consider(rows, x)
-            stopped = len(evals) < chain.steps
-            # Errors of many steps may add up to more than was taken: such samples are undone again, each step closer.
-            again = met & (error > tolerance[rows]) & torch.isfinite(error)
-            if stopped or not bool(again.any()):
-                break
-            rows = rows[again]
-            asked[rows] *= tolerance[rows] / (2 * error[again])
-        ended = Status.STOPPED if stopped else Status.MAX_EVALS
+        problem = InverseProblem(chain, x_0)
+        best, everyone = BestSoFar(problem), torch.arange(len(x_0), device=x_0.device)
+        history = self.search(problem, everyone, tolerance, best.consider, progress=progress, callback=callback)
+        ended = Status.STOPPED if len(history) % chain.steps else Status.MAX_EVALS
         return best.found(torch.full((len(x_0),), int(ended), device=x_0.device), history)
 
     def search(
+        self,
+        problem: InverseProblem,
+        samples: Tensor,
+        tolerance: Tensor,
+        consider: Callable[[Tensor, Tensor], Tensor],
+        *,
+        progress: bool = False,
+        callback: Callable[[int], object] | None = None,
+    ) -> list[int]:
+        """Undo the steps of some samples ``(N,)``, and again, each step closer, where the sampler is still too far off.
+
+        Args:
+            problem: of B samples.
+            samples: which of them.
+            tolerance: ``(B,)`` float64, largest error of x_0.
+            consider: gets samples and the x_T ``(n, D)`` that were found, coordinates; returns their errors ``(n,)``.
+            progress, callback: as of ``run``.
+
+        Returns:
+            The evaluations of each step.
+        """
+        asked, history = tolerance.clone(), list[int]()
+        for _ in range(_PASSES):
+            x, evals, met = self._undo_all(problem, samples, asked, progress=progress, callback=callback)
+            history += evals
+            error = consider(samples, x)
+            # Errors of many steps may add up to more than was taken.
+            again = met & (error > tolerance[samples]) & torch.isfinite(error)
+            if len(evals) < problem.steps or not bool(again.any()):
+                break
+            samples = samples[again]
+            asked[samples] *= tolerance[samples] / (2 * error[again])
+        return history
+
+    def _undo_all(
         self,
         problem: InverseProblem,
         samples: Tensor,
