@@ -46,7 +46,6 @@ ALLOCATIONS = {
     "detach",
     "lift_fresh",
     "alias",
-    "_unsafe_view",
 }
 WAITS = {
     "_local_scalar_dense",
