@@ -46,8 +46,9 @@ def rounds(data: Results) -> tuple[Lines, Table]:
         exact |= {f"T={count}, {name}, to {tolerance}" for tolerance in ("1e-03", "1e-05")}
         return sorted((cell["rounds"], _median(cell["errors"])) for key, cell in cells.items() if key in exact)
 
+    digits = sorted({len(cell["errors"]) for cell in data["cells"].values() if cell["steps"] == 50}, reverse=True)
     lines = Lines(
-        "Error of 64 or 16 digits, T = 50, median",
+        f"Error of {' or '.join(map(str, digits))} digits, T = 50, median",
         {name: tuple(zip(*points(50, name), strict=True)) for name in names},
         "rounds",
         "error of the image, RMS",

@@ -92,7 +92,7 @@ def load_object(place: str) -> Any:
     where, _, name = place.rpartition(":")
     file = file_of(place)
     try:
-        module = importlib.import_module(where) if file is None else _run(file)
+        module = importlib.import_module(where) if file is None else _run_file(file)
     except (ImportError, SyntaxError) as error:
         raise LookupError(f"cannot import {where}: {error}") from error
     except Exception as error:
@@ -105,7 +105,7 @@ def load_object(place: str) -> Any:
     return getattr(module, name)
 
 
-def _run(file: Path) -> ModuleType:
+def _run_file(file: Path) -> ModuleType:
     spec = util.spec_from_file_location(str(file), file)
     assert spec is not None
     assert spec.loader is not None

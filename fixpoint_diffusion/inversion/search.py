@@ -21,8 +21,7 @@ _PROBED_PATIENCE, _PROBED_PROGRESS = 4, 0.7
 # Cubic splines on twice as many steps are up to 16 times as accurate; so much better is each grid taken to be.
 _GAIN = 4.0
 _MOST_GAIN = 16.0
-# Predictions are to first order, and of models that were not shown every direction: digits of the bundled model end
-# 1.2 times as far off, in the median.
+# Predictions are to first order, and of models that were not shown every direction: they are rather too small.
 _CAUTION = 1.25
 
 
@@ -54,7 +53,7 @@ class Search:
         # Those of the least predicted error. Their x_T is measured when that is small or the search ends.
         self._nearest = self._latents.clone()
         self._least = torch.full((samples,), torch.inf, dtype=torch.float64, device=device)
-        # What a sample's grid itself is to blame for.
+        # The part of the predicted error that is due to interpolation on a sample's grid.
         self._doubt = torch.zeros_like(self._least)
         # By how much the ordinary sampler was seen to end farther off than predicted.
         self._factor = torch.ones_like(self._least)
@@ -81,10 +80,10 @@ class Search:
             before = self.best.error.clone()
             self._confirm((self.status == ACTIVE).nonzero().flatten())
             failed = self.status == ACTIVE
-            # A finer grid is of no use to those that this one is not at fault for. It is at fault, whatever it tells,
-            # where better latents of it did not bring the sampler nearer to the image.
-            told = (2 * self._doubt <= self.tolerance) & ~(self.best.error > _PROGRESS * before)
-            again = failed & (self._finest | told)
+            # A finer grid does not help where interpolation on this one is accurate. By its own estimate it may be so,
+            # and yet better latents have brought the sampler no nearer to the image: then it is not.
+            accurate = (2 * self._doubt <= self.tolerance) & ~(self.best.error > _PROGRESS * before)
+            again = failed & (self._finest | accurate)
             self._resume(again)
             self._move()
             self._refine(failed & ~again)

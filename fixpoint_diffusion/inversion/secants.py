@@ -14,7 +14,7 @@ from fixpoint_diffusion.inversion.problem import InverseProblem, Probes
 # Near the image a step's Jacobian is far from what the prior says: a share of them, there, is probed.
 _LATE_SHARE, _LATE_LEAST = 8, 10
 _NUDGE = 0.01  # RMS of a probe's change of a latent
-_FAR = 1e3  # no weight is nothing at all
+_FAR = 1e3  # longer ways count as this one, for weights must not become zero: they are divided by
 _RIDGE = 1e-3  # keeps nearly dependent changes apart
 _SHRINKAGE = 0.02  # weight of the prior's slope beside what was seen of a pixel
 _DAMPING = 0.03
@@ -65,9 +65,9 @@ class BlockSecants:
         mean = slopes[self._first :].mean(dim=1, keepdim=True).expand(-1, size)
         self._late = StepModels(mean, samples, self._count + 2, _LATE, fitted=True)
         self._drift = slopes.new_zeros(samples, len(slopes), size)
-        # Rounds of each sample so far, and what the generator is to start from in each of them.
+        # Rounds of each sample so far, and the state that the generator has before each of them.
         self._rounds = torch.zeros(samples, dtype=torch.int64)
-        self._seeds = [torch.Generator().manual_seed(0).get_state()]
+        self._generator_states = [torch.Generator().manual_seed(0).get_state()]
         # Latents and images of the latest round; not finite where there is none, or none to compare with.
         self._last = slopes.new_full((2, samples, len(slopes), size), torch.nan)
 
@@ -89,10 +89,10 @@ class BlockSecants:
     def _directions(self, number: int) -> Tensor:
         """The random ones ``(P, D)`` of a round of this number, whatever rounds other samples have had."""
         size, generator = self._problem.x_0.shape[1], torch.Generator()
-        generator.set_state(self._seeds[number])
+        generator.set_state(self._generator_states[number])
         signs = torch.randint(0, 2, (size, self._count), generator=generator) * 2.0 - 1
-        if number + 1 == len(self._seeds):
-            self._seeds.append(generator.get_state())
+        if number + 1 == len(self._generator_states):
+            self._generator_states.append(generator.get_state())
         pixels = torch.linalg.qr(signs.double())[0].mT * (_NUDGE * size**0.5)
         return self._problem.chain.prior.to_coordinates(pixels.to(self._problem.x_0.device))
 

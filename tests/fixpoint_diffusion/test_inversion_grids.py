@@ -175,12 +175,13 @@ def test_a_first_round_that_promised_too_much_is_of_no_consequence(
 
 def test_a_sample_does_not_wait_for_the_others_to_go_on_to_a_finer_grid() -> None:
     """It takes as many rounds in a batch as alone, and has no round of rest before its end."""
-    x_0 = images(3, 5)
-    x_0[0] /= 100
-    together = invert(chain_of(x_0), x_0, method=ALONE, rtol=0, atol=1e-5)
+    x_0, method = images(3, 5), ParallelInverse(probes=0, second_try=None)
+    sizes = [len(grid.steps) for grid in InverseProblem(chain_of(x_0, steps=1000), x_0).grids]
+    together = invert(chain_of(x_0, steps=1000), x_0, method=method, rtol=0, atol=1e-7)
+    assert any(each.rows == 2 * sizes[0] + sizes[1] for each in together.history)  # a round with samples on two grids
     worked = torch.stack([each.predicted_error for each in together.history]).isfinite()
     for i in range(3):
-        alone = invert(chain_of(x_0[i : i + 1]), x_0[i : i + 1], method=ALONE, rtol=0, atol=1e-5)
+        alone = invert(chain_of(x_0[i : i + 1], steps=1000), x_0[i : i + 1], method=method, rtol=0, atol=1e-7)
         assert worked[: alone.rounds, i].all()
         assert not worked[alone.rounds :, i].any()
 

@@ -235,14 +235,14 @@ def test_table_3_needs_a_lower_loss():
     assert not inversion.TABLE_3.trend(_losses(5, 5)).passed
 
 
-def _qualities(deq: float, seconds: float) -> list[Record]:
+def _qualities(deq: float, seconds: float, ours: float = 5.0) -> list[Record]:
     return [
         record(
             {"data": "d", "steps": 1000, "eta": 0.0, "method": method, "seed": seed},
             distance=distance + seed / 100,
             seconds_alone=time,
         )
-        for method, distance, time in (("sequential", 1.0, 10.0), ("paper", deq, seconds))
+        for method, distance, time in (("sequential", 1.0, 10.0), ("paper", deq, seconds), ("ours", 1.0, ours))
         for seed in range(3)
     ]
 
@@ -251,6 +251,14 @@ def test_table_1_fails_for_worse_images_and_for_no_speed():
     assert quality.TABLE_1.trend(_qualities(1.0, 2.0)).passed
     assert not quality.TABLE_1.trend(_qualities(1.5, 2.0)).passed
     assert not quality.TABLE_1.trend(_qualities(1.0, 20.0)).passed
+
+
+def test_table_1_tells_the_speed_of_our_solver_and_does_not_judge_by_it():
+    slow, fast = quality.TABLE_1.trend(_qualities(1.0, 2.0, 40.0)), quality.TABLE_1.trend(_qualities(1.0, 20.0, 2.5))
+    assert slow.passed
+    assert not fast.passed
+    assert slow.found.endswith("times faster alone: T=1000 5; with this project's own solver: T=1000 0.25")
+    assert fast.found.endswith("times faster alone: T=1000 0.5; with this project's own solver: T=1000 4")
 
 
 def _splits(*distances: float) -> list[Record]:
