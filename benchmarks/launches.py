@@ -46,6 +46,7 @@ ALLOCATIONS = {
     "detach",
     "lift_fresh",
     "alias",
+    "_unsafe_view",
 }
 WAITS = {
     "_local_scalar_dense",
