@@ -2,8 +2,9 @@
 
     python -m benchmarks.launches [--out benchmarks/results]
 
-Tensors that claim to lie on a device carry their numbers on the host. A dispatch mode lends these numbers to every
-operation and counts it. So everything runs as it would on a GPU, branches included, and the counts are exact.
+It says which targets are met. Tensors that claim to lie on a device carry their numbers on the host. A dispatch mode
+lends these numbers to every operation and counts it. So everything runs as it would on a GPU, branches included, and
+the counts are exact.
 
 *Array calls* are operations that torch dispatches. *Launches* are those that must start work on the device: views and
 allocations start none; a library call counts as one, however many kernels it has. *Waits* are operations for which the
@@ -31,6 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fixpoint
+from benchmarks.solvers.report import targets_text
+from benchmarks.solvers.standings import Target
 from fixpoint.bench import provenance
 from fixpoint.chains.sweep import Secants, sweep
 
@@ -46,6 +49,7 @@ ALLOCATIONS = {
     "detach",
     "lift_fresh",
     "alias",
+    "_unsafe_view",
 }
 WAITS = {
     "_local_scalar_dense",
@@ -149,17 +153,20 @@ class Launches(TorchDispatchMode):
         output = function(*tree_map(_numbers, args), **tree_map(_numbers, kwargs))
         if not (from_device or to_device):
             return output
-        self._count(function, inputs, from_device, to_device, kwargs)
+        self._count(function, args, inputs, from_device, to_device, kwargs)
         if isinstance(written, Tensor):
             return written
         # What leaves the device is a copy, as far as the caller can tell.
         return tree_map(lambda x: (OnDevice(x) if to_device else x.clone()) if isinstance(x, Tensor) else x, output)
 
-    def _count(self, function: Any, inputs: list[Tensor], from_device: bool, to_device: bool, kwargs: Any) -> None:
+    def _count(
+        self, function: Any, args: Any, inputs: list[Tensor], from_device: bool, to_device: bool, kwargs: Any
+    ) -> None:
         name = function._schema.name.partition("::")[2]
         launched = not (function.is_view or name in ALLOCATIONS)
         mixed = any(not isinstance(x, OnDevice) and x.ndim for x in inputs) and from_device
-        masked = name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in inputs[1:])
+        places = tree_leaves(args[1]) if name in ("index", "index_put", "index_put_") else []
+        masked = any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in places)
         copied = name in ("_to_copy", "copy_") and (mixed or from_device != to_device)
         asynchronous = copied and to_device and (kwargs.get("non_blocking") or not inputs[-1].ndim)
         waits = name in WAITS or masked or (copied and not asynchronous) or (mixed and not copied)
@@ -183,6 +190,8 @@ def counted(work: Callable[[], object]) -> Counts:
 ROWS, DIM, START, MORE = 3, 400, 12, 18
 LOOP_START, LOOP_MORE = 16, 16
 CHAIN_STEPS, CHAIN_START, CHAIN_MORE = 48, 4, 4
+
+STEP_LAUNCHES = 25
 
 
 def affine() -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -306,6 +315,24 @@ def measure() -> dict[str, Counts]:
         }
 
 
+def targets(counts: dict[str, Counts]) -> list[Target]:
+    """What a device should be asked for at most."""
+    every_check, seldom = counts["the loop, an evaluation"], counts["the loop, an evaluation, check_every=8"]
+    windows = counts["CausalQuasiNewton, a round of windows"]
+    return [
+        *(
+            Target(f"{name}: at most {STEP_LAUNCHES} launches", launches <= STEP_LAUNCHES, f"{launches:.0f}")
+            for name in ("Anderson, a step", "Broyden, a step")
+            for launches in [counts[name].launches]
+        ),
+        Target("the loop: waits once for a check", every_check.waits <= 1, f"{every_check.waits:.2f}"),
+        Target(
+            "the loop: waits at no evaluation in between", 8 * seldom.waits <= 1, f"{8 * seldom.waits:.2f} times in 8"
+        ),
+        Target("CausalQuasiNewton, a round of windows: waits once", windows.waits <= 1, f"{windows.waits:.2f}"),
+    ]
+
+
 def table(counts: dict[str, Counts]) -> str:
     """A line for each."""
     lines = [f"{'':40}{'array calls':>14}{'launches':>12}{'waits':>10}"]
@@ -326,13 +353,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     options = parser.parse_args(arguments)
     counts = measure()
-    text = f"{table(counts)}\n\n{_LEGEND}"
+    aims = targets(counts)
+    text = f"{table(counts)}\n\n{_LEGEND}\n\n{targets_text(aims)}"
     print(text)
     document = {
         "machine": provenance.machine(),
         "versions": {**provenance.versions(), "torchdeq": metadata.version("torchdeq")},
         "commit": provenance.commit(),
         "counts": {name: asdict(each) for name, each in counts.items()},
+        "targets": [asdict(aim) for aim in aims],
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "launches.txt").write_text(text + "\n")

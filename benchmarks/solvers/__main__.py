@@ -1,10 +1,12 @@
 """Count evaluations of our solvers and the peers' on every problem of the suite; say which targets are met.
 
     python -m benchmarks.solvers [--seeds 2] [--out benchmarks/results] [--quick] [--strict]
+    python -m benchmarks.solvers --peers-from benchmarks/results/solvers.json
     python -m benchmarks.solvers --against benchmarks/results/solvers.json
 
-Writes ``solvers.json``, ``solvers.txt`` and ``solvers.png`` to the folder; with ``--against``, runs our solvers alone,
-prints their counts beside those of that file, and writes nothing.
+Writes ``solvers.json``, ``solvers.txt`` and ``solvers.png`` to the folder. After a change of our solvers, the peers'
+counts can be taken from an earlier file. With ``--against``, runs our solvers alone, prints their counts beside those
+of that file, and writes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.solvers import report
-from benchmarks.solvers.against import against_text
+from benchmarks.solvers.against import against_text, counted_before
 from benchmarks.solvers.cases import Case, grouped
 from benchmarks.solvers.contestants import installed_runners
 from benchmarks.solvers.floor import floor
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one seed, float64 only: a look in passing")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 if a target is missed")
     parser.add_argument("--against", type=Path, help="an earlier solvers.json to compare our solvers with")
+    parser.add_argument("--peers-from", type=Path, help="an earlier solvers.json that the peers' counts are taken from")
     options = parser.parse_args(arguments)
     # More threads than one only wait for one another on states this small.
     torch.set_num_threads(1)
@@ -63,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runners = [runner for runner in runners if runner.ours]
         print(against_text(run_suite(chosen, runners), runners, options.against))
         return 0
-    results = run_suite(chosen, runners)
+    if options.peers_from:
+        results = run_suite(chosen, [runner for runner in runners if runner.ours])
+        results = counted_before(results, [runner for runner in runners if not runner.ours], options.peers_from)
+    else:
+        results = run_suite(chosen, runners)
     standings = targets(results, runners)
     affine = [case for case in chosen if case.affine and case.z0.dtype == torch.float64]
     floors = {case.name: least for case in affine if (least := floor(case)) is not None}

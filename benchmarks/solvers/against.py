@@ -1,4 +1,4 @@
-"""Our counts beside those of an earlier ``solvers.json``: a change that costs evaluations is seen at once."""
+"""What an earlier ``solvers.json`` serves for: a costly change is seen at once, and peers need not run again."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.solvers.runners import Runner
+from benchmarks.solvers.runners import Outcome, Runner
 from benchmarks.solvers.standings import Result, geometric_mean
 
 _WORSE = 1.1
@@ -22,11 +23,8 @@ def against_text(results: Sequence[Result], runners: Sequence[Runner], earlier: 
     Raises:
         ValueError: If the file is none of this benchmark's, or has no case in common.
     """
-    try:
-        document = json.loads(earlier.read_text())
-        before = {case["name"]: case["evaluations"] for case in document["cases"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{earlier} is no solvers.json of this benchmark: {error!r}") from error
+    document, cases = _read(earlier)
+    before = {name: case["evaluations"] for name, case in cases.items()}
     lines = [f"Evaluations against {earlier} (commit {document.get('commit')})"]
     for runner in (runner for runner in runners if runner.ours):
         counts = {
@@ -51,3 +49,39 @@ def against_text(results: Sequence[Result], runners: Sequence[Runner], earlier: 
         }
         lines += [f"  {what}: {', '.join(cases)}" for what, cases in named.items() if cases]
     return "\n".join(lines)
+
+
+def counted_before(results: Sequence[Result], runners: Sequence[Runner], earlier: Path) -> list[Result]:
+    """The results with the outcomes of ``runners`` added, as they were counted in ``earlier``.
+
+    Raises:
+        ValueError: If the file is none of this benchmark's, or lacks a case or a runner.
+    """
+    _, cases = _read(earlier)
+    return [
+        Result(
+            result.case,
+            {
+                **result.outcomes,
+                **{runner.name: _outcome(cases, result.case.name, runner.name, earlier) for runner in runners},
+            },
+        )
+        for result in results
+    ]
+
+
+def _outcome(cases: dict[str, Any], case: str, runner: str, earlier: Path) -> Outcome:
+    found = cases.get(case)
+    if found is None or runner not in found["evaluations"]:
+        raise ValueError(f"{earlier} has no count of {runner} on {case}: run all solvers, without --peers-from")
+    return Outcome(found["evaluations"][runner], runner in found["false_claims"], found["errors"].get(runner))
+
+
+def _read(earlier: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An earlier document, and its cases by name."""
+    try:
+        document = json.loads(earlier.read_text())
+        cases = {case["name"]: case for case in document["cases"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{earlier} is no solvers.json of this benchmark: {error!r}") from error
+    return document, cases

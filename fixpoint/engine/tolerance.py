@@ -137,6 +137,7 @@ def _scaled_norm(x: Tensor) -> Tensor:
 
 
 _BLOCK = 1 << 18  # entries
+_FEW = 1 << 12  # entries of a state; of fewer, calling torch costs more than computing in float64
 # A norm no larger than this may have lost squares below the range of its dtype; above the inverse, beyond it.
 _LOW = {dtype: torch.finfo(dtype).tiny ** 0.4 for dtype in _WIDE}
 
@@ -197,7 +198,7 @@ class Tolerance:
     def limit(self, scale: Array) -> Array | float:
         """The largest residual that is done, where ``norm(f(z)) = scale``, ``(..., rows)``."""
         atol, rtol = (_for_rows(x, scale.shape[-1]) for x in (self.atol, self.rtol))
-        if np.ndim(rtol) == 0:
+        if not isinstance(rtol, np.ndarray) or rtol.ndim == 0:
             return atol + rtol * scale if rtol else atol  # 0 times infinity would be NaN
         with np.errstate(invalid="ignore"):
             return np.where(np.asarray(rtol) > 0, atol + rtol * scale, atol)
@@ -273,8 +274,20 @@ def to_host(x: Tensor) -> Array:
 
 def _euclidean(z: Tensor, fz: Tensor, among: Array | bool) -> Array:
     """Euclidean norms of ``fz - z`` and of ``fz``, ``(2, rows)``."""
+    if z.numel() <= _FEW and z.is_cpu and z.dtype == fz.dtype and z.dtype in _WIDE:
+        figures = _small_norms(z.numpy(), fz.numpy())
+        return figures if z.dtype == torch.float32 else _repaired(figures, z, fz, _LOW[z.dtype], among)
     both = torch.stack((_difference_norm(z, fz), row_norm(fz)))
     return _repaired(both.cpu().numpy().astype(np.float64), z, fz, _LOW[both.dtype], among)
+
+
+def _small_norms(z: Array, fz: Array) -> Array:
+    """As ``_euclidean``, summed in float64: of float32, no square leaves its range."""
+    both = np.empty((2, *z.shape))
+    with np.errstate(all="ignore"):
+        np.subtract(fz, z, out=both[0])
+        both[1] = fz
+        return np.sqrt(np.einsum("kij,kij->ki", both, both))
 
 
 def _repaired(figures: Array, z: Tensor, fz: Tensor, low: float, among: Array | bool) -> Array:

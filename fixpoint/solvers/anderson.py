@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
-from fixpoint.solvers.history import History, recording, require_history_dtype
+from fixpoint.solvers.history import require_history_dtype
 from fixpoint.solvers.small import NumPyArithmetic, Small, arithmetic
+from fixpoint.solvers.states import State, states_for
 
 # A change of the residual is independent of the basis when at least this share of its length lies outside. Of less,
 # much would be rounding, or tell that f is not linear here.
@@ -19,6 +20,9 @@ _NEW_SHARE = 0.01
 _SURPRISE = 10.0
 # When the residual has fallen to this share, earlier failures are forgotten.
 _RECOVERY = 0.1
+# Where no memory is given, this many bytes of the changes of f are held for each row, but between the least and the
+# most number of changes.
+_ROW_BYTES, _LEAST, _MOST = 80 * 1024, 5, 20
 # This share of the present |g|^2 is added to the predicted one, which rounding may bring to zero.
 _NEGLIGIBLE = 1e-3
 
@@ -50,70 +54,81 @@ class _Guard(NamedTuple):
         if f bends. A row that fails a test takes plain steps. NaN fails.
         """
         trusted = xp.maximum(predicted, square / self.growth) <= self.bound
-        recovery = _RECOVERY**2 * self.level
-        if xp.holds(trusted & (square >= recovery) & (self.left == 0)):
+        recovered = square < _RECOVERY**2 * self.level
+        bound = xp.plus(predicted, square, _NEGLIGIBLE)
+        if xp.readable and xp.holds(trusted & ~recovered & (self.left == 0)):
             # Nearly every step is one of these.
-            return trusted, _Guard(predicted + _NEGLIGIBLE * square, *self[1:])
-        recovered = square < recovery
-        penalty = xp.where(recovered, 1.0, self.penalty)
+            return trusted, self._replace(bound=bound)
+        penalty = xp.where(recovered, recovered, self.penalty)  # true is 1
         due = ~trusted * penalty
         left = xp.maximum(self.left - 1, due)
-        plain = left > 0
-        bound = xp.where(plain, float("inf"), predicted + _NEGLIGIBLE * square)
         level = xp.where(recovered, square, self.level)
-        return ~plain, _Guard(bound, self.growth, level, penalty + due, left)
+        good = left <= 0
+        return good, _Guard(bound, self.growth, level, penalty + due, left).where(good)
+
+    def where(self, good: Small) -> _Guard:
+        """The same where a model is good; elsewhere what it said is forgotten."""
+        return self._replace(bound=self.bound / good)  # infinity over false, which costs a device less to say
 
 
 class _Split(NamedTuple):
-    """The residual ``g`` and its last change ``dg``, each split into a part in the basis and one outside."""
+    """The residual g and its last change dg, each split into a part along the changes held and a part outside."""
 
-    along: Small  # (rows, slots): coordinates of g in the basis
-    shared: Small  # (rows, slots): coordinates of dg
-    outside: Small  # (rows,): squared length of g outside
-    fresh: Small  # (rows,): squared length of dg outside
-    cross: Small  # (rows,): product of the two parts outside
-    independent: Small  # (rows,): whether enough of dg is outside; where not, the basis is left out of all the others
+    along: Small  # coefficients of g and of dg in the changes held (rows, 2, count)
+    outside: Small  # squared length of g outside (rows,)
+    cross: Small  # product of the two parts outside (rows,)
+    fresh: Small  # squared length of dg outside (rows,)
+    inverse: Small  # one over the squared length of each change that is still held, else zero (rows, count)
+    needed: Small  # how much of |dg|^2 lies along each change held; zero where it is not needed (rows, count)
 
     @classmethod
-    def of(cls, xp: NumPyArithmetic, along: Small, before: Small, square: Small, product: Small, size: Small) -> _Split:
-        """From coordinates of g and of the residual before, and from ``|g|^2``, ``g . dg`` and ``|dg|^2``."""
-        shared = along - before
-        inside = xp.products(along, shared)
-        outside = square - xp.detach(inside[:, 0, 0])
-        fresh, cross = size - inside[:, 1, 1], product - inside[:, 0, 1]
-        independent = fresh > _NEW_SHARE**2 * size
+    def of(cls, xp: NumPyArithmetic, coordinates: Small, squares: Small, inverse: Small, *, sparing: bool) -> _Split:
+        """From what is held and what was measured. If too little of dg is outside, the change it repeats most goes.
+
+        Args:
+            sparing: Whether a change counts as needed only if dg has more than next to nothing of it.
+            coordinates: Products of g and of dg with the changes held ``(rows, 2, count)``.
+            squares: Products of g and dg with each other ``(rows, 2, 2)``.
+            inverse: One over the squared length of each change held; zero where none is.
+        """
+        nothing = _NEW_SHARE**2 * squares[:, 1, 1]
+        along = coordinates * inverse[:, None]
+        shares = along[:, 1] * coordinates[:, 1]
+        independent = squares[:, 1, 1] - shares.sum(1) >= nothing
         if not xp.holds(independent):
-            column = independent[:, None]
-            along, shared = xp.where(column, along, 0), xp.where(column, shared, 0)
-            outside, fresh = xp.where(independent, outside, square), xp.where(independent, fresh, size)
-            cross = xp.where(independent, cross, product)
-        return cls(along, shared, outside, fresh, cross, independent)
+            kept = independent[:, None] | (shares < xp.amax(shares, 1)[:, None])
+            inverse, along, shares = inverse * kept, along * kept[:, None], shares * kept
+        rest = xp.less(squares, along, coordinates.swapaxes(1, 2))
+        needed = shares * (shares > nothing[:, None]) if sparing else shares
+        return cls(along, rest[:, 0, 0], rest[:, 0, 1], rest[:, 1, 1], inverse, needed)
 
 
 class AndersonState(NamedTuple):
     """What a step remembers.
 
     Attributes:
-        basis: Changes of the residual, made orthogonal and of length 1. There is room for one more than ``memory``:
-            a step writes where its state does not read, so a state can be stepped from again.
-        images: The changes of f that belong to them.
-        residuals: The last residual, at ``newest``, and room for the next.
-        use: One where a slot counts for a row, else zero ``(rows, slots)``.
-        before: Coordinates of the last residual in the basis ``(rows, slots)``.
-        slot: The slot that is free.
+        changes: Changes of the residual, made orthogonal ``(rows, count, dim)``. There is room for one more than
+            ``memory``, at a place that each row has free: a step writes where its state does not read, so a state can
+            be stepped from again.
+        images: The changes of f that belong to them ``(rows, count, dim)``.
+        inverse: One over the squared length of each change of the residual; zero where none is held ``(rows, count)``.
+        rows: Numbers of the rows.
+        free: The place of each row that is free ``(rows,)``.
+        newest: The place of its newest change ``(rows,)``.
+        g: The last residual.
         fz: The last image; None before the first step.
         first: ``|g|^2`` of the first residual ``(rows,)``, until there is a guard.
         guard: Whether the model of a row is trusted; None before the second step.
     """
 
-    basis: History
-    images: History
-    residuals: History
-    use: Small
-    before: Small
-    slot: int = 0
-    newest: int = 0
-    fz: Tensor | None = None
+    changes: State
+    images: State
+    inverse: Small
+    rows: Small
+    free: Small
+    newest: Small
+    g: State = None
+    fz: State = None
     first: Small = None
     guard: _Guard | None = None
 
@@ -126,19 +141,23 @@ class Anderson(Solver):
     are a linear model of f, and a step goes where the model's residual is least: ``gamma = argmin |g - dG gamma|``,
     ``z_next = f(z) - dF gamma - (1 - damping) (g - dG gamma)``.
 
-    Each new change is made orthogonal to the ``memory`` before it. So there is no system to solve and nothing to
-    regularise, the scale of a problem plays no part, and on a linear symmetric map a short memory does what an
-    unlimited one would.
+    Each new change is made orthogonal to the ones held. So there is no system to solve and nothing to regularise, the
+    scale of a problem plays no part, and on a linear symmetric map a short memory does what an unlimited one would.
+    When the memory is full, the change that the newest had least of goes, but for the two newest. A change that the
+    others nearly hold replaces the one that it repeats most.
 
     A model fails when the change that was dropped last was still needed, or when the residual is far from the predicted
     one. Its row then forgets it and takes a plain step, ``z_next = f(z)``; two at the next failure, then four, until
     the residual has fallen to a tenth. A row also takes a plain step where its own would go backwards,
-    ``(z_next - z) . g <= 0``: it was drawn to a point that f repels from, such as a saddle of the likelihood in
+    ``(z_next - z) . g < 0``: it was drawn to a point that f repels from, such as a saddle of the likelihood in
     expectation-maximisation.
 
     Args:
-        memory: Number of changes kept. Two states per row are held for each, and five more. 5 is enough for symmetric
-            and for strongly contracting maps; 20 or 40 save evaluations on non-symmetric, slowly converging ones.
+        memory: Number of changes held. Two states per row are held for each, and five more. None holds as many as are
+            needed: a change that the newest has less than a hundredth of, by length, makes room for the next. At most
+            80 KiB by the bytes of a row are held then, but between 5 and 20 changes: 20 up to 4 KiB, 5 from 16 KiB on.
+            5 is enough for symmetric and for strongly contracting maps; 50 or 100 save more on non-symmetric, slowly
+            converging ones.
         damping: Mixing in (0, 1]; 1 trusts the accelerated step wholly.
         ridge: Tikhonov weight on the coefficients of the orthonormal basis: each is divided by ``1 + ridge``.
         history_dtype: Precision of the histories, such as ``torch.bfloat16`` to halve their memory; None takes the
@@ -147,8 +166,8 @@ class Anderson(Solver):
     Raises:
         TypeError, ValueError: If an option is out of range.
 
-    Source: D. G. Anderson, J. ACM 12 (1965); truncated Gram-Schmidt as in Tang et al., arXiv:2403.14961. The tests of
-    the model and of the step, and the plain steps after a failure, are this project's own.
+    Source: D. G. Anderson, J. ACM 12 (1965); truncated Gram-Schmidt as in Tang et al., arXiv:2403.14961. Which change
+    is dropped, the tests of the model and of the step, and the plain steps after a failure are this project's own.
 
     Example:
         >>> import torch, fixpoint
@@ -157,13 +176,14 @@ class Anderson(Solver):
         (True, True)
     """
 
-    memory: int = 5
+    memory: int | None = None
     damping: float = 1.0
     ridge: float = 0.0
     history_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        require_count("memory", self.memory)
+        if self.memory is not None:
+            require_count("memory", self.memory)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], found {self.damping}")
         if not self.ridge >= 0:
@@ -171,99 +191,85 @@ class Anderson(Solver):
         require_history_dtype(self.history_dtype)
 
     def init(self, z: Tensor) -> AndersonState:
-        wide, kept = gram_dtype(z), self.history_dtype or z.dtype
-        basis, images = (History.empty(self.memory + 1, z, kept) for _ in range(2))
-        use = arithmetic(z).take(torch.zeros(len(z), self.memory + 1, dtype=wide, device=z.device))
-        return AndersonState(basis, images, History.empty(2, z, wide), use, use)
+        rows, dim = z.shape
+        kept = self.history_dtype or z.dtype
+        allowed = _ROW_BYTES // max(dim * kept.itemsize, 1)  # of one row: others beside it must not change its course
+        count = 1 + (self.memory or min(max(allowed, _LEAST), _MOST))
+        changes, images = (torch.zeros(rows, count, dim, dtype=kept, device=z.device) for _ in range(2))
+        xp = arithmetic(changes)
+        # Where the host can read them, there are as many numbers a row as changes so far: a step reads no empty place.
+        inverse = torch.zeros(rows, 1 if xp.readable else count, dtype=gram_dtype(z), device=z.device)
+        numbers = torch.arange(rows, device=z.device)
+        nothing = xp.take(torch.zeros_like(numbers))
+        return AndersonState(changes, images, xp.take(inverse), xp.take(numbers), nothing, nothing)
 
     def step(self, z: Tensor, fz: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
         dtype, wide = fz.dtype, gram_dtype(fz)
         if dtype != wide:
             z, fz = z.to(wide), fz.to(wide)
-        now, slot = 1 - state.newest, state.slot
-        residuals = state.residuals.put(now, torch.sub, fz, z)
-        g = residuals.lines[now]
-        if state.fz is None:
-            xp = arithmetic(g, kept=state.use)
-            first = xp.detach(xp.take(residuals.product(now, g))[:, 0, 0])
-            z_next = z + self.damping * residuals.slots[now]
-            return z_next.to(dtype), state._replace(residuals=residuals, newest=now, fz=fz, first=first)
-
-        # The change of g is worked on where the new image will stand: nothing reads that slot before.
-        work, at = (state.images, slot) if state.images.states.dtype == wide else (History.empty(1, z, wide), 0)
-        work = work.put(at, torch.sub, residuals.slots[now], residuals.slots[state.newest])
-        change = work.lines[at]
-        coordinates = state.basis.dots(g)
-        xp = arithmetic(coordinates, change, state.images.states, kept=state.use)
-        square = xp.detach(xp.take(residuals.product(now, g))[:, 0, 0])
-        product, size = xp.take(work.product(at, g))[:, 0, 0], xp.take(work.product(at, change))[:, 0, 0]
-        use = xp.own(state.use)
+        xp = arithmetic(z, fz, kept=state.inverse)
+        states = states_for(xp, fz, self.history_dtype or dtype)
+        now, image, tiny = states.take(z), states.take(fz), torch.finfo(wide).tiny
+        changes, images = states.take(state.changes), states.take(state.images)
+        places = changes.shape[1]
+        inverse, rows, free = xp.whole(xp.own(state.inverse), places), xp.own(state.rows), xp.own(state.free)
         with xp.quiet():
-            along = xp.take(coordinates)[:, 0] * use
-            split = _Split.of(xp, along, xp.own(state.before), square, product, size)
-            # A power would make 0 times infinity of a gradient.
-            scale = 1 / xp.sqrt(split.fresh + torch.finfo(wide).tiny)
-            along, newest = split.along, split.cross * scale  # coordinates of g, the last one along the new vector
+            if state.fz is None:
+                g = image - now
+                first = xp.detach(xp.take(states.dots(g[:, None], g[:, None])))[:, 0, 0]
+                z_next = fz if self.damping == 1 else z + self.damping * states.tensor(g)
+                return z_next.to(dtype), state._replace(g=g, fz=image, first=first)
+
+            # The residual g, its change, and the change of f.
+            both = states.differences(now, image, states.take(state.g))
+            g, change = both[:, :1], both[:, 1:]
+            held, held_images = (states.first(x, inverse.shape[1]) for x in (changes, images))
+            coordinates, squares = xp.take(states.dots(both, held)), xp.take(states.dots(both, both))
+            along, outside, cross, fresh, inverse, needed = _Split.of(
+                xp, coordinates, squares, inverse, sparing=self.memory is None
+            )
+            square = xp.detach(squares[:, 0, 0])
+            # Where nothing has changed, its gradient is finite all the same.
+            unit = xp.reciprocal(fresh + (fresh <= tiny))
+            newest = cross * unit
             guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
-            trusted, guard = guard.judge(xp, square, split.outside - xp.detach(newest * newest))
-            if not (xp.holds(split.independent) and xp.holds(trusted)):
-                kept = (split.independent & trusted)[:, None]
-                newest, along, use = xp.where(trusted, newest, 0), xp.where(kept, along, 0), use * kept
-        step, basis, images = self._extrapolate(xp, state, g, fz, change, split.shared, scale, along, newest)
-        # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand. Where
-        # it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.
-        ahead = xp.detach(xp.take(residuals.product(now, step))[:, 0, 0]) > 0
-        step = step[:, 0]
-        z_next = step + z if recording(step, z) else step.add_(z)
-        if not xp.holds(ahead):
-            z_next = torch.where(xp.tensor(ahead)[:, None], z_next, fz)
-            guard = guard._replace(bound=xp.where(ahead, guard.bound, float("inf")))
-            use, along, newest = use * ahead[:, None], xp.where(ahead[:, None], along, 0), xp.where(ahead, newest, 0)
-            trusted = trusted & ahead
-        use, along, free = xp.copy(use), xp.writable(along), (slot + 1) % (self.memory + 1)
-        use[:, slot], along[:, slot] = trusted, newest
-        use[:, free], along[:, free] = 0, 0
-        state = AndersonState(basis, images, residuals, use, along, free, now, fz, None, guard)
-        return z_next.to(dtype), state
-
-    def _extrapolate(
-        self,
-        xp: NumPyArithmetic,
-        state: AndersonState,
-        g: Tensor,
-        fz: Tensor,
-        change: Tensor,
-        shared: Small,
-        scale: Small,
-        along: Small,
-        newest: Small,
-    ) -> tuple[Tensor, History, History]:
-        """The step from z ``(rows, 1, dim)``, and the basis and the images with one vector more.
-
-        ``change`` ``(rows, 1, dim)``, the change of ``g``, is used up. ``shared`` are its coordinates in the basis, and
-        ``scale`` is one over the length of the rest; ``along`` and ``newest`` are the coordinates of ``g``.
-        """
-        assert state.fz is not None
-        if self.ridge > 0:
-            along, newest = along / (1 + self.ridge), newest / (1 + self.ridge)
-        weights, weight = xp.tensor(along[:, None]), xp.tensor((newest * scale)[:, None, None])
-        shared, scale = xp.tensor(shared[:, None]), xp.tensor(scale[:, None])
-        change = state.basis.subtract(change, shared, in_place=True)
-        remainder = None
-        if self.damping < 1:
-            remainder = torch.addcmul(state.basis.subtract(g, weights), change, weight, value=-1)
-        basis = state.basis.put(state.slot, torch.mul, change[:, 0], scale)
-        image = state.images.subtract((fz - state.fz)[:, None], shared, in_place=True)
-        images = state.images.put(state.slot, torch.mul, image[:, 0], scale)
-        recorded = recording(g, image, weight)
-        step = torch.addcmul(g, image, weight, value=-1, out=None if recorded else image)
-        step = state.images.subtract(step, weights, in_place=True)
-        if remainder is not None:
-            step = step - (1 - self.damping) * remainder
-        return step, basis, images
+            good, guard = guard.judge(xp, square, xp.detach(xp.minus_product(outside, newest, cross)))
+            if self.ridge > 0:
+                shrink = 1 / (1 + self.ridge)
+                newest, along = shrink * newest, xp.concatenate((shrink * along[:, :1], along[:, 1:]), 1)
+            by, first = states.take(along), state.guard is None
+            weights, shared, weight = by[:, :1], by[:, 1:], states.take(newest)[:, None, None]
+            change = states.less(change, shared, held)
+            image_change = states.less((image - states.take(state.fz))[:, None], shared, held_images)
+            if self.damping < 1:
+                share = 1 - self.damping
+                rest = states.less(share * g - share * weight * change, share * weights, held)
+            changes = states.write(changes, rows, free, change[:, 0], first=first)
+            images = states.write(images, rows, free, image_change[:, 0], first=first)
+            step = states.less(states.minus(g, weight, image_change), weights, held_images)
+            # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand.
+            # Where it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.
+            good = good & (xp.detach(xp.take(states.dots(step, g)))[:, 0, 0] >= 0)
+            if self.damping < 1:
+                step = step - rest
+            z_next = states.sum(step[:, 0], now)
+            inverse = xp.put(xp.copy(inverse), rows, free, unit)
+            if not xp.holds(good):
+                inverse = inverse * good[:, None]
+                z_next = states.where(good, z_next, image)
+                guard = guard.where(good)
+            # A place for the next change: an empty one, or that of one that is not needed; where all are, of the least
+            # needed. The two newest stay.
+            needed = xp.put(needed, rows, free, float("inf"))
+            needed = xp.put(needed, rows, xp.own(state.newest), float("inf"))
+            inverse, needed = xp.room(inverse, needed, places)
+            place = xp.argmin(needed)
+            inverse = xp.put(inverse, rows, place, 0.0)
+        z_next = states.tensor(z_next)
+        return z_next.to(dtype), AndersonState(changes, images, inverse, rows, place, free, g[:, 0], image, None, guard)
 
     def forget(self, state: AndersonState, rows: Tensor) -> AndersonState:
-        xp = arithmetic(kept=state.use)
+        xp = arithmetic(kept=state.inverse)
         forgotten = xp.take(rows)
         guard = state.guard
         if guard is not None:  # two plain steps, for the next one finds a difference of two maps
@@ -273,5 +279,4 @@ class Anderson(Solver):
                 level=xp.where(forgotten, infinite, guard.level),
                 left=xp.where(forgotten, 2.0, guard.left),
             )
-        use, before = (xp.where(forgotten[:, None], 0, x) for x in (state.use, state.before))
-        return state._replace(use=use, before=before, guard=guard)
+        return state._replace(inverse=xp.where(forgotten[:, None], 0.0, state.inverse), guard=guard)

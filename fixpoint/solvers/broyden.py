@@ -79,19 +79,22 @@ class Broyden(Solver):
         steps, system, use, held, _ = state
         xp = arithmetic(g, steps.states, kept=use)
         system, use = xp.own(system), xp.own(use)
-        direction, scale = g, torch.ones_like(g[:, :1])
-        if held > 0:
+        direction = g
+        if held == 0:
+            scale = torch.ones_like(g[:, :1])
+        else:
             products = xp.take(steps.dots(g[:, None], slice(held)))[:, 0]
             with xp.quiet():
                 factors = xp.solve_triangular(system[:, :held, :held], products * use[:, :held], upper=False)
                 pivot = 1 - factors[:, -1:]
                 # Not where a factor is infinite or NaN: those after it are, too.
-                sound = (abs(pivot) > torch.finfo(wide).eps ** 0.5) & (abs(pivot) < float("inf"))
+                size = abs(pivot)
+                sound = (size > torch.finfo(wide).eps ** 0.5) & (size < float("inf"))
                 if not xp.holds(sound):
                     use = use * sound
                     system = xp.where(sound[..., None], system, xp.identity(system, self.memory))
                 factors = xp.where(sound, -factors[:, :-1], 0)
-                scale = xp.tensor(1 / xp.where(sound, pivot, 1)).to(wide)
+                scale = xp.tensor(xp.reciprocal(xp.where(sound, pivot, 1.0))).to(wide)
             if held > 1:
                 direction = steps.subtract(g[:, None], xp.tensor(factors[:, None]).to(wide), slice(1, held))[:, 0]
         steps = steps.put(held, torch.mul, direction, scale)

@@ -32,10 +32,24 @@ class NumPyArithmetic:
     hypot: Any = staticmethod(np.hypot)
     concatenate: Any = staticmethod(np.concatenate)
     zeros_like: Any = staticmethod(np.zeros_like)
+    reciprocal: Any = staticmethod(np.reciprocal)
+    readable = True  # whether the host can read them without waiting
 
-    def take(self, x: Tensor) -> Small:
-        """The numbers in a small tensor; they share its memory."""
-        return x.numpy()
+    def plus(self, x: Small, y: Small, times: float) -> Small:
+        """``x + times y``."""
+        return x + times * y
+
+    def minus_product(self, x: Small, y: Small, z: Small) -> Small:
+        """``x - y z``."""
+        return x - y * z
+
+    def less(self, x: Small, y: Small, z: Small) -> Small:
+        """``x - y z``, products of matrices ``(rows, ...)``."""
+        return x - y @ z
+
+    def take(self, x: Small) -> Small:
+        """The numbers in a small tensor, if it is none yet; they share its memory."""
+        return x.numpy() if isinstance(x, Tensor) else x
 
     def own(self, x: Small) -> Small:
         """Numbers that an earlier step kept, as this step wants them: autograd may come and go at any step."""
@@ -49,14 +63,29 @@ class NumPyArithmetic:
         """``x`` without its gradient."""
         return x
 
+    def put(self, x: Small, rows: Small, places: Small, value: Small) -> Small:
+        """``x`` ``(rows, n)`` with ``value``, a number or one each, at a place of each row; ``x`` may be written to."""
+        x[rows, places] = value
+        return x
+
     def copy(self, x: Small) -> Small:
-        """``x`` in memory of its own."""
+        """``x`` for ``put`` to write to; tensors are not written to."""
         return x.copy()
 
-    def products(self, x: Small, y: Small) -> Small:
-        """``(rows, 2, 2)``: all products of each row of ``x`` ``(rows, n)`` and that of ``y``."""
-        both = self.concatenate((x[:, None], y[:, None]), 1)
-        return both @ both.swapaxes(1, 2)
+    def room(self, x: Small, needed: Small, most: int) -> tuple[Small, Small]:
+        """Both ``(rows, n)`` with a zero more in each row, if ``needed`` has a row without a zero and ``n < most``."""
+        if x.shape[1] == most or self.holds(needed.min(1) == 0):
+            return x, needed
+        zero = np.zeros((len(x), 1), x.dtype)
+        return np.concatenate((x, zero), 1), np.concatenate((needed, zero), 1)
+
+    def whole(self, x: Small, most: int) -> Small:
+        """``x`` ``(rows, n)`` with all the room that ``room`` ever makes, where shapes must stay what they are."""
+        return x
+
+    def argmin(self, x: Small) -> Small:
+        """Where each row of ``x`` ``(rows, n)`` is least; the place of a NaN if there is one."""
+        return x.argmin(1)
 
     def writable(self, x: Small) -> Small:
         """``x`` to write to: autograd may have saved a tensor, so that is copied."""
@@ -93,8 +122,19 @@ class TorchArithmetic(NumPyArithmetic):
     hypot = staticmethod(torch.hypot)
     concatenate = staticmethod(torch.concatenate)
     zeros_like = staticmethod(torch.zeros_like)
+    reciprocal = staticmethod(torch.reciprocal)
+    readable = False
 
-    def take(self, x: Tensor) -> Small:
+    def plus(self, x: Small, y: Small, times: float) -> Small:
+        return torch.add(x, y, alpha=times)
+
+    def minus_product(self, x: Small, y: Small, z: Small) -> Small:
+        return torch.addcmul(x, y, z, value=-1)
+
+    def less(self, x: Small, y: Small, z: Small) -> Small:
+        return x.baddbmm(y, z, alpha=-1)
+
+    def take(self, x: Small) -> Small:
         return x
 
     def own(self, x: Small) -> Small:
@@ -106,8 +146,17 @@ class TorchArithmetic(NumPyArithmetic):
     def detach(self, x: Small) -> Small:
         return x.detach()
 
+    def put(self, x: Small, rows: Small, places: Small, value: Small) -> Small:
+        return x.scatter(1, places[:, None], value[:, None] if isinstance(value, Tensor) else value)
+
+    def room(self, x: Small, needed: Small, most: int) -> tuple[Small, Small]:
+        return x, needed  # all there is, since ``whole``
+
+    def whole(self, x: Small, most: int) -> Small:
+        return x if x.shape[1] == most else torch.nn.functional.pad(x, (0, most - x.shape[1]))
+
     def copy(self, x: Small) -> Small:
-        return x.clone()
+        return x
 
     def writable(self, x: Small) -> Small:
         return x.clone()

@@ -297,8 +297,8 @@ def tiny_part(tmp_path: Path) -> Part:
     ("solver", "graphs"),
     [
         (fixpoint.Picard(), 1),
-        (fixpoint.Anderson(), 6),
-        (fixpoint.Anderson(memory=4), 10),
+        (fixpoint.Anderson(), 1),
+        (fixpoint.Anderson(memory=4), 1),
         (fixpoint.Broyden(), 18),
         (fixpoint.Broyden(memory=5), 3),
     ],

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks import launches
 from benchmarks.launches import DEVICE, Counts, Launches
+from benchmarks.solvers.standings import Target
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -44,6 +45,8 @@ def counts_of(work: Callable[[Tensor], object]) -> Counts:
         (lambda x: x.nonzero(), Counts(1, 1, 1)),
         (lambda x: x[x > 0], Counts(2, 2, 1)),
         (lambda x: x[torch.tensor([0, 1])], Counts(1, 1, 1)),
+        (lambda x: x.index_put_((x > 0,), x[0, 0]), Counts(4, 2, 1)),
+        (lambda x: (x > 0).index_put_((torch.zeros(1, dtype=int, device=x.device),), x[:1] > 0), Counts(5, 4, 0)),
         (lambda x: torch.from_numpy(np.ones(3)).to(x.device), Counts(1, 1, 1)),
         (lambda x: torch.from_numpy(np.ones(3)).to(x.device, non_blocking=True), Counts(1, 1, 0)),
         (lambda x: torch.tensor([1.0, 2.0], device=x.device), Counts(1, 1, 1)),
@@ -92,12 +95,27 @@ def test_nothing_costs_more_than_when_it_was_committed() -> None:
     assert not grown, "more than committed; if it must be, run python -m benchmarks.launches"
 
 
+def test_targets_are_about_steps_checks_and_rounds() -> None:
+    def met(**changed: Counts) -> list[bool]:
+        names = ("Anderson, a step", "Broyden, a step", "the loop, an evaluation")
+        names = (*names, "the loop, an evaluation, check_every=8", "CausalQuasiNewton, a round of windows")
+        limits = (Counts(90, 25, 0), Counts(90, 25, 0), Counts(9, 9, 1), Counts(9, 9, 1 / 8), Counts(900, 900, 1))
+        return [aim.met for aim in launches.targets(dict(zip(names, limits, strict=True)) | changed)]
+
+    assert met() == [True] * 5
+    assert met(**{"Broyden, a step": Counts(90, 26, 0)}) == [True, False, True, True, True]
+    assert met(**{"the loop, an evaluation, check_every=8": Counts(9, 9, 2 / 8)}) == [True, True, True, False, True]
+    assert met(**{"CausalQuasiNewton, a round of windows": Counts(9, 9, 2)}) == [True, True, True, True, False]
+
+
 def test_what_is_printed_is_what_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launches, "measure", lambda: {"a step": Counts(3, 2, 0.5)})
+    monkeypatch.setattr(launches, "targets", lambda counts: [Target("a step: no launch", False, "2")])
     assert launches.main(["--out", str(tmp_path)]) == 0
     assert (tmp_path / "launches.txt").read_text() == capsys.readouterr().out
     document = json.loads((tmp_path / "launches.json").read_text())
     assert document["counts"] == {"a step": {"calls": 3, "launches": 2, "waits": 0.5}}
+    assert [(aim["name"], aim["met"]) for aim in document["targets"]] == [("a step: no launch", False)]
     assert {"machine", "versions", "commit"} <= set(document)

@@ -13,7 +13,7 @@ import torch
 
 import fixpoint
 from benchmarks.solvers import __main__ as cli
-from benchmarks.solvers.against import against_text
+from benchmarks.solvers.against import against_text, counted_before
 from benchmarks.solvers.cases import Case, SuiteProblem, grouped
 from benchmarks.solvers.contestants import OURS, installed_runners
 from benchmarks.solvers.counting import Counted, EndedError, solves
@@ -282,3 +282,37 @@ def test_counts_are_compared_with_an_earlier_file(tmp_path: Path) -> None:
     file.write_text("[]")
     with pytest.raises(ValueError, match=r"is no solvers.json of this benchmark"):
         against_text(now, [runner], file)
+
+
+def test_counts_of_peers_are_taken_from_an_earlier_file_ours_from_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(f: Counted) -> bool:
+        raise AssertionError("a peer was run")
+
+    peer = Runner("torchdeq Anderson m=5", "torchdeq", never)
+    cases = halving(1e-1, 1e-2)
+    earlier = [
+        {
+            "name": case.name,
+            "evaluations": {peer.name: count, "Anderson": 99, "Picard": 99},
+            "false_claims": [] if count else [peer.name],
+            "errors": {},
+        }
+        for case, count in zip(cases, (7, None), strict=True)
+    ]
+    file = tmp_path / "earlier.json"
+    file.write_text(json.dumps({"commit": "abc", "cases": earlier}))
+    own = [Runner(name, "fixpoint", plain(15, True).run) for name in ("Anderson", "Picard")]
+    monkeypatch.setattr(cli, "cases", lambda seeds: cases)
+    monkeypatch.setattr(cli, "installed_runners", lambda: ((*own, peer), ()))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    assert cli.main(["--peers-from", str(file), "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "solvers.json").read_text())["cases"]
+    assert [case["evaluations"][peer.name] for case in found] == [7, None]
+    assert [peer.name in case["false_claims"] for case in found] == [False, True]
+    assert [case["evaluations"]["Anderson"] for case in found] == [4, 7]
+    earlier.pop()
+    file.write_text(json.dumps({"cases": earlier}))
+    with pytest.raises(ValueError, match=r"has no count of torchdeq Anderson m=5 on .*: run all solvers"):
+        counted_before([Result(case, {}) for case in cases], [peer], file)

@@ -10,7 +10,7 @@ import torch
 import fixpoint
 from fixpoint import Anderson, Broyden, Picard, Status
 from fixpoint.bench.problems import expansive, linear, tanh
-from fixpoint.solvers.anderson import _Guard
+from fixpoint.solvers.anderson import _Guard, _Split
 from fixpoint.solvers.small import NUMPY
 
 # Evaluations to a relative residual of 1e-5 in float32 that a scale-free sliding window of m = 5 and m = 10 differences
@@ -26,7 +26,7 @@ TABLE = [
 ]
 
 
-def anderson_by_lstsq(f, z, steps):
+def anderson_by_lstsq(f, z, steps, damping=1.0):
     """The iterates of Anderson by plain least squares in NumPy, with every difference kept."""
     zs, gs = [], []
     for _ in range(steps):
@@ -35,7 +35,7 @@ def anderson_by_lstsq(f, z, steps):
         gs.append(g)
         dz, dg = np.diff(zs, axis=0).T, np.diff(gs, axis=0).T
         gamma = np.linalg.lstsq(dg, g, rcond=None)[0] if dg.size else np.zeros(0)
-        z = z + g - ((dz + dg) @ gamma if dg.size else 0)
+        z = z - (dz @ gamma if dg.size else 0) + damping * (g - (dg @ gamma if dg.size else 0))
     return z
 
 
@@ -45,10 +45,11 @@ def iterate_in_numpy(f):
 
 @pytest.mark.parametrize("memory", [3, 5])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
-def test_steps_equal_plain_least_squares(contraction, memory, steps):
+@pytest.mark.parametrize("damping", [1.0, 0.6])
+def test_steps_equal_plain_least_squares(contraction, memory, steps, damping):
     f = contraction(rows=1, dim=8, rho=0.9, squash=torch.tanh)
-    expected = anderson_by_lstsq(iterate_in_numpy(f), np.zeros(8), steps)
-    sol = fixpoint.solve(f, solver=Anderson(memory=memory), depth=steps)
+    expected = anderson_by_lstsq(iterate_in_numpy(f), np.zeros(8), steps, damping)
+    sol = fixpoint.solve(f, solver=Anderson(memory=memory, damping=damping), depth=steps)
     np.testing.assert_allclose(sol.value[0], expected, rtol=1e-7, atol=1e-9)
 
 
@@ -119,7 +120,8 @@ def test_judge_trusts_what_follows_the_prediction_alone():
 
 
 def judge(guard, square, predicted):
-    follows, guard = guard.judge(NUMPY, np.array([square]), np.array([predicted]))
+    with NUMPY.quiet():
+        follows, guard = guard.judge(NUMPY, np.array([square]), np.array([predicted]))
     return follows[0], guard
 
 
@@ -164,12 +166,12 @@ def test_a_row_that_leaves_a_repelling_point_forgets_and_the_others_do_not():
     rate[0, 0], start[0] = 2.0, 0.05
 
     def iterates(rows, z):
-        solver = Anderson()
+        solver = Anderson(memory=5)
         state, found = solver.init(z), []
         for _ in range(8):
             fz = torch.tanh(rate[rows] * z)
             z, state = solver.step(z, fz, state)
-            found.append((z, (z - fz).abs().amax(dim=1) == 0, torch.as_tensor(state.use).sum(dim=1)))
+            found.append((z, (z - fz).abs().amax(dim=1) == 0, torch.as_tensor(state.inverse > 0).sum(dim=1)))
         return [torch.stack(each) for each in zip(*found, strict=True)]
 
     z, plain, held = iterates([0, 1], start)
@@ -266,7 +268,107 @@ def test_ridge_shrinks_the_accelerated_part(contraction, steps):
 
 def test_history_costs_two_states_for_each_difference_and_one_to_come():
     state = Anderson(memory=3).init(torch.zeros(2, 7))
-    assert (state.basis.states.shape, state.images.states.shape) == ((4, 2, 7), (4, 2, 7))
+    assert (state.changes.shape, state.images.shape) == ((2, 4, 7), (2, 4, 7))
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "dtype", "memory"),
+    [
+        (1, 512, torch.float64, 20),
+        (1, 1024, torch.float64, 10),
+        (1, 1024, torch.float32, 20),
+        (64, 1024, torch.float32, 20),
+        (1, 10**5, torch.float32, 5),
+        (0, 8, torch.float32, 20),
+    ],
+)
+def test_without_a_memory_it_takes_what_the_bytes_of_a_row_allow(rows, dim, dtype, memory):
+    assert Anderson().init(torch.zeros(rows, dim, dtype=dtype)).changes.shape[1] == memory + 1
+
+
+def rotating(rows, dim):
+    """Maps of the rows, linear, none of them symmetric, and what is added to each."""
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(rows, dim, dim, generator=generator, dtype=torch.float64)
+    return 0.95 * A / torch.linalg.eigvals(A).abs().amax(dim=1)[:, None, None], torch.ones(dim, dtype=torch.float64)
+
+
+def test_a_row_alone_takes_the_same_course_as_among_many():
+    A, b = rotating(40, 60)
+    options = {"rtol": 1e-8, "max_evals": 300, "backward": None}
+    together = fixpoint.solve(lambda z: torch.einsum("rij,rj->ri", A, z) + b, torch.zeros(40, 60).double(), **options)
+    assert together.converged.all()
+    assert together.evals.unique().numel() > 5
+    for row in (0, 17, 39):
+        alone = fixpoint.solve(lambda z, row=row: z @ A[row].T + b, torch.zeros(1, 60).double(), **options)
+        assert alone.evals.item() == together.evals[row].item()
+        torch.testing.assert_close(alone.value[0], together.value[row], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sparing", [True, False])
+def test_a_place_is_taken_again_once_it_is_not_needed_or_the_memory_is_full(monkeypatch, sparing):
+    A, b = rotating(2, 30)
+    A[1] = torch.diag(torch.linspace(0, 0.98, 30))  # symmetric: each change has to do with the last two alone
+    monkeypatch.setattr("fixpoint.solvers.anderson._MOST", 4)
+    solver, z = Anderson(memory=None if sparing else 4), torch.zeros(2, 30, dtype=torch.float64)
+    state, held = solver.init(z), []
+    for step in range(14):
+        fz = torch.einsum("rij,rj->ri", A, z) + b
+        before, inverse = state, torch.as_tensor(state.inverse).clone()
+        changes = torch.as_tensor(state.changes).clone()[:, : inverse.shape[1]]
+        z_next, state = solver.step(z, fz, state)
+        if step > 1:
+            change = fz - z - torch.as_tensor(before.g)
+            share = (
+                torch.einsum("rnd,rd->rn", changes, change).square() * inverse / change.square().sum(1, keepdim=True)
+            )
+            for row in (0, 1):
+                needed = {int(place) for place in torch.nonzero(share[row] > 1e-4 * sparing)}
+                needed |= {int(before.free[row]), int(before.newest[row])}
+                place = int(state.free[row])
+                if len(needed) == 5:
+                    needed.discard(place)
+                    rest = share[row].clone()
+                    rest[[int(before.free[row]), int(before.newest[row])]] = torch.inf
+                    assert place == int(rest.argmin()), "the least needed"
+                assert place == min({*range(5)} - needed)
+        held.append((torch.as_tensor(state.inverse) > 0).sum(dim=1).tolist())
+        z = z_next
+    most_rotating, most_symmetric = (max(each) for each in zip(*held, strict=True))
+    assert (most_rotating, most_symmetric < 4) == (4, sparing)
+
+
+def test_a_change_that_the_others_nearly_hold_replaces_the_one_that_it_repeats_most():
+    held = np.eye(4)[None, :2]  # of length 1
+    changes = np.array([[[1.0, 2.0, 3.0, 4.0], [0.3, 0.9, 1e-3, 0.0]]])  # g and dg
+    coordinates, squares = changes @ held.swapaxes(1, 2), changes @ changes.swapaxes(1, 2)
+    split = _Split.of(NUMPY, coordinates, squares, np.ones((1, 2)), sparing=True)
+    assert (split.inverse.tolist(), split.needed.tolist()) == ([[1, 0]], [[pytest.approx(0.09), 0]])
+    np.testing.assert_allclose(split.along, [[[1, 0], [0.3, 0]]])
+    g, dg = (changes * [0, 1, 1, 1])[0]
+    np.testing.assert_allclose([split.outside[0], split.cross[0], split.fresh[0]], [g @ g, g @ dg, dg @ dg])
+    changes[0, 1, 3] = 0.1
+    squares = changes @ changes.swapaxes(1, 2)
+    assert _Split.of(NUMPY, coordinates, squares, np.ones((1, 2)), sparing=True).inverse.tolist() == [[1, 1]], (
+        "enough is new"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"damping": 0.7}, {"ridge": 0.1}], ids=repr)
+def test_small_states_take_the_same_steps_as_large_ones(contraction, monkeypatch, options, dtype):
+    smooth = contraction(rows=3, dim=40, rho=0.97, squash=torch.tanh)
+
+    def f(z):  # bends so much in places that rows lose trust in their models
+        return (smooth(z.double()) + 0.02 * torch.sin(40 * z.double())).to(dtype)
+
+    def solution():
+        z0 = torch.zeros(3, 40, dtype=dtype)
+        return fixpoint.solve(f, z0, solver=Anderson(memory=4, **options), depth=9).value
+
+    in_numpy = solution()
+    monkeypatch.setattr("fixpoint.solvers.states._SMALL", 0)
+    torch.testing.assert_close(solution(), in_numpy, rtol=1e-2 if dtype == torch.float32 else 1e-9, atol=1e-6)
 
 
 @pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=repr)
@@ -283,7 +385,8 @@ def test_rows_whose_squares_leave_float32_are_solved_by_plain_steps_at_worst(sol
 )
 def test_histories_in_bfloat16_take_half_the_memory_and_still_converge_to_1e_3(solver):
     problem = tanh(rows=3)
-    states = solver.init(problem.z0)[0].states
+    states = solver.init(problem.z0)[0]
+    states = getattr(states, "states", states)
     assert (states.dtype, states.element_size()) == (torch.bfloat16, 2)
     sol = fixpoint.solve(problem, solver=solver, rtol=1e-3)
     full = fixpoint.solve(problem, solver=type(solver)(), rtol=1e-3)
@@ -298,3 +401,52 @@ def test_a_history_dtype_that_is_no_dtype_is_refused():
             TypeError, match=r"history_dtype must be a floating point torch\.dtype or None, found 'half'"
         ):
             kind(history_dtype="half")
+
+
+def test_unrolled_it_saves_a_few_states_an_evaluation_and_no_copy_of_its_history():
+    rate = torch.linspace(0, 0.98, 3000).requires_grad_()
+
+    def saved(depth):
+        held = {}
+
+        def note(x):
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            solver, rule = Anderson(memory=10), fixpoint.Unroll()
+            value = fixpoint.solve(
+                lambda z: rate * z + 1, torch.zeros(1, 3000), solver=solver, backward=rule, depth=depth
+            ).value
+        assert value.requires_grad
+        return sum(storage.nbytes() for storage in held.values()) / (4 * 3000)
+
+    # The residual, its change and that of f; both orthogonal; the next state.
+    assert (saved(18) - saved(12)) / 6 <= 8
+
+
+def test_a_compiled_step_is_whole_and_has_three_versions_whatever_the_memory():
+    versions = []
+
+    def backend(graph, inputs):
+        versions.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    solver, rate = Anderson(memory=6), torch.linspace(0, 0.98, 50)
+    step = torch.compile(solver.step, backend=backend, fullgraph=True)
+    z, expected = torch.zeros(2, 50), torch.zeros(2, 50)
+    state, plain = solver.init(z), solver.init(z)
+    with torch.no_grad():
+        for _ in range(12):
+            z, state = step(z, rate * z + 1, state)
+            expected, plain = solver.step(expected, rate * expected + 1, plain)
+    assert len(versions) == 3  # without a change, with the first one, and with some
+    torch.testing.assert_close(z, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_are_finite_where_nothing_changes_any_more():
+    c = torch.tensor([[1.0, -2.0]], requires_grad=True)
+    sol = fixpoint.solve(lambda z: 0 * z + c, torch.zeros(1, 2), solver=Anderson(), backward=fixpoint.Unroll(), depth=5)
+    sol.value.sum().backward()
+    torch.testing.assert_close(c.grad, torch.ones(1, 2))

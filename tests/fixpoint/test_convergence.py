@@ -114,6 +114,7 @@ def test_tiny_rows_do_not_pass_for_converged_nor_huge_ones_for_broken(normal, sc
 
 def test_rows_that_have_ended_are_not_measured_again(monkeypatch):
     tolerance = Tolerance(rtol=0.0, atol=0.0)
+    monkeypatch.setattr(convergence, "_FEW", 0)
     z, fz = torch.zeros(2, 3), torch.full((2, 3), 1e-30)
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "index_select", None)
@@ -125,6 +126,7 @@ def test_rows_that_have_ended_are_not_measured_again(monkeypatch):
 
 @pytest.mark.parametrize("offset", [1.0, torch.tensor([[0.0], [1.0]])], ids=["all", "zero"])
 def test_the_loop_measures_closely_only_rows_that_have_not_ended(monkeypatch, offset):
+    monkeypatch.setattr(convergence, "_FEW", 0)  # of few entries in float32 no square is lost
     measured, scaled_norm = [], convergence._scaled_norm
     monkeypatch.setattr(convergence, "_scaled_norm", lambda x: (measured.append(len(x)), scaled_norm(x))[1])
     slope = torch.tensor([[0.0], [0.9]])
@@ -146,6 +148,21 @@ def test_rows_of_any_size_are_seen_to_depend_on_others_and_only_then(scale):
         sol = fixpoint.solve(lambda z: f(z, 0.05), torch.zeros(2, 6), solver=Picard(), max_evals=300)
     expected = torch.linalg.solve(torch.tensor([[0.9, -0.05], [-0.05, 0.1]]), torch.ones(2, 1)).expand(2, 6)
     torch.testing.assert_close(sol.value / scale, expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_states_of_few_entries_are_measured_like_larger_ones(normal, monkeypatch, dtype, scale):
+    z, fz = (scale * normal(3, 5, seed=seed).to(dtype) for seed in (0, 1))
+    fz[1], z[2] = 0, torch.inf
+    tolerance = Tolerance(rtol=0.0, atol=0.0)
+    few = np.stack(tolerance.measure(z, fz))
+    monkeypatch.setattr(convergence, "_FEW", 0)
+    like_larger = np.stack(tolerance.measure(z, fz))
+    rtol = 1e-6 if dtype == torch.float32 else 1e-14
+    np.testing.assert_allclose(few[:, :2], like_larger[:, :2], rtol=rtol)
+    assert not np.isfinite(few[0, 2])
+    assert not np.isfinite(like_larger[0, 2])
 
 
 @pytest.mark.parametrize("shape", [(3, (1 << 18) + 5), (700, 1000), (1, 1 << 19), (2, 1 << 18), ((1 << 18) + 3, 1)])
