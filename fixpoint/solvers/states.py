@@ -124,8 +124,8 @@ class TorchStates:
             x = Columns([x[:, 0]], torch.zeros_like(at)) if first else Columns(x.unbind(1), at)
         if isinstance(x, Columns):
             return x.write(self.take(places), value)
-        if isinstance(places, np.ndarray) and x.dtype in _DTYPES:
-            x.numpy()[rows, places] = value.numpy()
+        if isinstance(places, np.ndarray) and len(places) and (places == places[0]).all():  # nearly always, and faster
+            x[:, int(places[0])].copy_(value)
             return x
         return x.index_put_((self.take(rows), self.take(places)), value)
 
