@@ -212,7 +212,7 @@ def test_commands_import_what_they_need_and_no_more() -> None:
     said += ["Invalid value for KIND: no model family 'unett'. Did you mean 'unet'?"]
     said += ["no experiment 'deq-ddim/tabel-1'. Did you mean 'deq-ddim/table-1'?", "--noise-rtol needs --eta"]
     said += [f"no data set, .npy file or folder {name!r}" for name in ("digts", "digts", "a")]
-    said += ["Invalid value for '--preset'", "Invalid value for '--backward'"]
+    said += ["Invalid value for '--preset': 'papr' is not one of", "Invalid value for '--backward'"]
     for line, start in zip(done.stderr.splitlines(), said, strict=True):
         assert line.startswith(f"Error: {start}")
     assert done.stdout.startswith(metadata.version("fixpoint-torch"))
