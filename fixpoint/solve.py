@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import sys
 import warnings
@@ -31,8 +30,8 @@ from fixpoint.solution import AdjointSlot, Progress, Solution
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 
-# Whose calls are not the ones to be warned of.
-_INSIDE = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
+# Packages whose calls are not the ones to be warned of.
+_INSIDE = ("fixpoint", "torch")
 # What was warned of where the filters show a warning once: the cause, and the place as far as they compare it.
 _said: set[Hashable] = set()
 
@@ -265,7 +264,7 @@ def _warn(message: str, cause: Hashable) -> None:
     what it has shown whenever filters change, as they do while PyTorch imports what the first backward needs.
     """
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
         frame = frame.f_back
     file, line, module = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "")
     place = {"default": (file, line), "module": (file,), "once": ()}.get(_filter_action(message, module, line))
