@@ -32,8 +32,9 @@ from fixpoint.solvers.base import Solver
 
 # Packages whose calls are not the ones to be warned of.
 _INSIDE = ("fixpoint", "torch")
-# What was warned of where the filters show a warning once: the cause, and the place as far as they compare it.
-_said: set[Hashable] = set()
+# What was warned of where the filters show a warning once: the cause, and the place as far as they compare it. With it
+# the caller's registry of warnings: IPython gives each cell a new one.
+_said: dict[Hashable, dict[Any, Any] | None] = {}
 
 
 @outside_graphs
@@ -269,9 +270,10 @@ def _warn(message: str, cause: Hashable) -> None:
     file, line, module = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "")
     place = {"default": (file, line), "module": (file,), "once": ()}.get(_filter_action(message, module, line))
     if place is not None:
-        if (cause, place) in _said:
+        registry = frame.f_globals.setdefault("__warningregistry__", {}) if place else None
+        if (cause, place) in _said and _said[cause, place] is registry:
             return
-        _said.add((cause, place))
+        _said[cause, place] = registry
     warnings.warn_explicit(message, ConvergenceWarning, file, line, module)
 
 
