@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import sys
 import warnings
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
@@ -27,6 +29,12 @@ from fixpoint.options import Norm, check_options, norm_of, tolerance_of
 from fixpoint.solution import AdjointSlot, Progress, Solution
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
+
+# Packages whose calls are not the ones to be warned of.
+_INSIDE = ("fixpoint", "torch")
+# What was warned of where the filters show a warning once: the cause, and the place as far as they compare it. With it
+# the caller's registry of warnings: IPython gives each cell a new one.
+_said: dict[Hashable, dict[Any, Any] | None] = {}
 
 
 @outside_graphs
@@ -239,7 +247,7 @@ def _above_autocast(start: Any) -> Any:
 
 
 def report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None:
-    """Warn or raise if rows did not converge; for the caller of the public function that calls this."""
+    """Warn or raise if rows did not converge; the warning is for whoever called this package."""
     if on_failure == "ignore":
         return
     message = solution.failure_message(what)
@@ -247,27 +255,35 @@ def report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None
         raise ConvergenceError(message, solution)
     if message:
         causes = frozenset(plain(torch.as_tensor(solution.status)).flatten().tolist()) - {Status.CONVERGED}
-        warnings.warn(_OnceForCause(message, (what, causes)), ConvergenceWarning, stacklevel=5)
+        _warn(message, (what, causes))
 
 
-class _OnceForCause(str):
-    """A message that equals others of the same cause: Python's default filter shows equal ones once at a line.
+def _warn(message: str, cause: Hashable) -> None:
+    """Warn as Python's filters say; where they show a warning once, once for each cause.
 
-    The numbers in a training's warnings change from step to step, and each would be shown as a new warning.
+    Python itself would show it again in a training: the numbers in the message change from step to step, and it forgets
+    what it has shown whenever filters change, as they do while PyTorch imports what the first backward needs.
     """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        frame = frame.f_back
+    file, line, module = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "")
+    place = {"default": (file, line), "module": (file,), "once": ()}.get(_filter_action(message, module, line))
+    if place is not None:
+        registry = frame.f_globals.setdefault("__warningregistry__", {}) if place else None
+        if (cause, place) in _said and _said[cause, place] is registry:
+            return
+        _said[cause, place] = registry
+    warnings.warn_explicit(message, ConvergenceWarning, file, line, module)
 
-    cause: Hashable
 
-    def __new__(cls, message: str, cause: Hashable = None) -> _OnceForCause:  # pickle gives the message alone
-        self = super().__new__(cls, message)
-        self.cause = cause
-        return self
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _OnceForCause) and self.cause == other.cause
-
-    def __hash__(self) -> int:
-        return hash(self.cause)
+def _filter_action(message: str, module: str, line: int) -> str:
+    """What the first filter that fits says: "default", "always", "error", ..."""
+    for action, text, category, where, number in warnings.filters:
+        fits = issubclass(ConvergenceWarning, category) and number in (0, line)
+        if fits and re.match(text or "", message) and re.match(where or "", module):
+            return action
+    return "default"
 
 
 def _report_adjoint(solution: Solution, on_failure: OnFailure) -> None:

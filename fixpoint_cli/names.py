@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,25 @@ SOLVERS: Mapping[str, str] = {
     "broyden": "fixpoint.solvers.broyden:Broyden",
     "causal": "fixpoint.chains.causal:CausalQuasiNewton",
 }
+# The options of what this distribution registers, for a typo to be refused at once. A test holds them to signatures.
+OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "problem": {
+        "linear": ("rho", "dim", "rows", "scale", "seed", "dtype"),
+        "tanh": ("gain", "dim", "rows", "seed", "dtype"),
+        "expansive": ("low", "high", "dim", "rows", "seed", "dtype"),
+        "ddim-chain": ("steps", "samples", "seed"),
+        "sddim-chain": ("steps", "samples", "eta", "seed"),
+        "fpdm-layer": ("timestep", "samples", "seed"),
+    },
+    "solver": {
+        "picard": ("damping", "blocks"),
+        "anderson": ("memory", "damping", "ridge", "history_dtype", "blocks"),
+        "broyden": ("memory", "history_dtype", "blocks"),
+        "causal": ("memory", "window", "max_rows", "certify", "noise_rtol", "blocks"),
+    },
+}
+# So many names are listed in full; of more, those that are nearest.
+_LISTED = 10
 Value = bool | int | float | str
 # A place is "package.module:name" or "path/to/file.py:name".
 _PLACE = re.compile(r"([^:=,]+\.py|\w+(\.\w+)+):[A-Za-z_]\w*(?=:|$)")
@@ -28,10 +47,11 @@ def problem_entries() -> dict[str, metadata.EntryPoint]:
 
 
 def check_names(problems: Sequence[str], solvers: Sequence[str]) -> None:
-    """Raise for a name that nobody registered and for a file that is not there; nothing is imported.
+    """Raise for a name or option that nobody registered and for a file that is not there; nothing is imported.
 
     Raises:
         LookupError: If there is no such problem, solver or file.
+        TypeError: If one of this distribution does not take an option; those of others are read where they are loaded.
         ValueError: If the text of one has another form than ``"name:key=value,..."``.
 
     Example:
@@ -41,13 +61,14 @@ def check_names(problems: Sequence[str], solvers: Sequence[str]) -> None:
     """
     known: dict[str, Mapping[str, object]] = {"problem": problem_entries(), "solver": SOLVERS}
     for kind, specs in (("problem", problems), ("solver", solvers)):
-        for name, _ in map(parse_spec, specs):
+        for name, options in map(parse_spec, specs):
             if ":" in name:
                 file_of(name)
             elif name.endswith(".py"):
                 raise ValueError(f"expected {name}:NAME, with the name of the {kind} in that file, found {name!r}")
             else:
                 named(kind, name, known[kind])
+                check_options(f"{kind} {name!r}", options, OPTIONS[kind].get(name, options))
 
 
 def file_of(place: str) -> Path | None:
@@ -103,11 +124,42 @@ def _value(text: str) -> Value:
     return text
 
 
+def near_miss(name: str, legal: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for a near miss, else nothing.
+
+    Example:
+        >>> near_miss("andersen", ["picard", "anderson"]), near_miss("x", ["picard"])
+        (" Did you mean 'anderson'?", '')
+    """
+    near = difflib.get_close_matches(name, legal, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def hint(name: str, legal: Iterable[str]) -> str:
-    """``". Did you mean 'x'?"`` for a near miss, and the legal names in any case."""
-    names = sorted(legal)
-    near = difflib.get_close_matches(name, names, n=1)
-    return (f" Did you mean {near[0]!r}?" if near else "") + f" Legal: {', '.join(names) or 'none'}."
+    """``near_miss``, and the legal names in any case; of more than ten those that are nearest, or the first.
+
+    Example:
+        >>> hint("roh", ["rho", "dim"])
+        " Did you mean 'rho'? Legal: dim, rho."
+    """
+    names = sorted(set(legal))
+    listed = names
+    if len(names) > _LISTED:
+        listed = [*(difflib.get_close_matches(name, names, n=_LISTED) or names[:_LISTED]), f"... ({len(names)} in all)"]
+    return f"{near_miss(name, names)} Legal: {', '.join(listed) or 'none'}."
+
+
+def check_options(owner: str, options: Iterable[str], legal: Collection[str]) -> None:
+    """Raise ``TypeError`` for an option that is not legal.
+
+    Example:
+        >>> check_options("problem 'linear'", {"roh": 0.5}, ["rho", "dim"])
+        Traceback (most recent call last):
+        TypeError: problem 'linear' has no option 'roh'. Did you mean 'rho'? Legal: dim, rho.
+    """
+    for name in options:
+        if name not in legal:
+            raise TypeError(f"{owner} has no option {name!r}.{hint(name, legal)}")
 
 
 def named(kind: str, name: str, legal: Mapping[str, T]) -> T:

@@ -18,7 +18,7 @@ def run_app(app: typer.Typer) -> int:
     except _UsageError as error:
         if not error.format_message():  # no command was given, and help has been shown
             return 2
-        stop(error.format_message())
+        stop(error.format_message().replace("Value error, ", ""))  # so typer starts what pydantic refuses
     except typer.Abort:
         return 130
     return code if isinstance(code, int) else 0

@@ -67,10 +67,7 @@ plt.show()
 # :func:`fixpoint.bench.compare` counts, times and measures afresh. ``fixpoint bench`` does the same
 # from the command line and writes a report.
 
-study = bench.compare(problem, solvers, rtols=[1e-3])
-table = study.main_table
-for row in [table.columns, *table.rows]:
-    print("  ".join(f"{cell:.2g}" if isinstance(cell, float) else str(cell) for cell in row))
+print(bench.compare(problem, solvers, rtols=[1e-3]))
 
 # %%
 # What to change when a solve does not converge is one list: :doc:`/convergence`.

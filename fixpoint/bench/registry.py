@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from fixpoint_cli.names import file_of, hint, named, parse_spec, problem_entries
+from fixpoint_cli.names import check_options, file_of, hint, named, parse_spec, problem_entries
 
 if TYPE_CHECKING:
     from fixpoint.bench.results import Study
@@ -206,6 +206,4 @@ def check_keywords(
         return
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     legal = [*(parameter.name for parameter in parameters if parameter.kind in by_keyword), *also]
-    for name in options:
-        if name not in legal:
-            raise TypeError(f"{owner} has no option {name!r}.{hint(name, legal)}")
+    check_options(owner, options, legal)

@@ -161,7 +161,7 @@ a { color: var(--link); }
 figure { margin: 0; }
 figcaption { margin-top: .6rem; max-width: 46rem; }
 .headline { font-size: 1.15rem; font-weight: 600; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem;
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1.5rem;
   align-items: start; margin: 2rem 0; }
 img { display: block; max-width: 100%; }
 .charts img { width: 100%; }

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fixpoint_cli.names import hint
 from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device, path_option, with_options
 from fixpoint_diffusion.files import check_source
 from fixpoint_diffusion.options.models import OWN_FAMILIES
@@ -169,15 +170,11 @@ def train(
 
 
 def _check_kind(kind: str | None) -> None:
-    from difflib import get_close_matches
-
     # Others are known where a program has registered them, and so has imported PyTorch already.
     registry = sys.modules.get("fixpoint_diffusion.denoisers.registry")
     known = sorted(registry.families()) if registry else OWN_FAMILIES
     if kind is not None and kind not in known:
-        close = get_close_matches(kind, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-        raise typer.BadParameter(f"no model family {kind!r}; {hint}", param_hint="KIND")
+        raise typer.BadParameter(f"no model family {kind!r}.{hint(kind, known)}", param_hint="KIND")
 
 
 def _size(text: str | None) -> int | tuple[int, int] | None:

@@ -220,8 +220,8 @@ def method_pictures(chain: DDIMChain, outcomes: Mapping[str, Outcome]) -> list[b
 
 
 def _strip(chain: DDIMChain, label: str, latents: Mapping[int, Tensor]) -> bench.Images:
-    """Ten latents evenly along the chain, then the last four, as in Figure 2 of the paper; one line a round."""
-    chosen = [*(k * chain.steps // 10 for k in range(10)), *range(chain.steps - 4, chain.steps)]
+    """Ten latents evenly along the chain and the last four, as in Figure 2 of the paper; one line a round."""
+    chosen = sorted({*(k * chain.steps // 10 for k in range(10)), *range(chain.steps - 4, chain.steps)})
     return bench.Images.of(
         f"{_name(chain)}: latents over rounds, {label}",
         torch.stack([trajectory[chosen] for trajectory in latents.values()]),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
+
+from fixpoint_cli.names import hint
 
 # In the order of the list.
 NAMES = (
@@ -26,14 +27,12 @@ def names_meant(names: Sequence[str]) -> list[str]:
     >>> names_meant(["fpdm/memry"])
     Traceback (most recent call last):
     ...
-    ValueError: no experiment 'fpdm/memry'; did you mean 'fpdm/memory'?
+    ValueError: no experiment 'fpdm/memry'. Did you mean 'fpdm/memory'? Legal: fpdm/memory, ... (45 in all).
     """
     found: list[str] = []
     for name in names:
         chosen = [each for each in NAMES if each == name or each.startswith(f"{name}/")]
         if not chosen:
-            close = difflib.get_close_matches(name, NAMES, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "fixpoint-diffusion experiments list shows all"
-            raise ValueError(f"no experiment {name!r}; {hint}")
+            raise ValueError(f"no experiment {name!r}.{hint(name, NAMES)}")
         found += chosen
     return list(dict.fromkeys(found))

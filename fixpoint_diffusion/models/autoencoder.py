@@ -139,7 +139,7 @@ class LatentEncoder:
         if channels != config.in_channels or any(side % factor for side in sides):
             raise ValueError(
                 f"images are {'x'.join(map(str, image_shape))}; the autoencoder takes {config.in_channels} channels "
-                f"and sides that are multiples of {factor}: choose channels and size"
+                f"and sides that are multiples of {factor}: choose channels and size (--channels, --size)"
             )
         return (config.latent_channels, *(side // factor for side in sides))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any, Literal
 
+from fixpoint_cli.names import hint
 from fixpoint_diffusion.options.kinds import check_kinds
 
 _WORD = 2**64 - 1
@@ -252,11 +252,9 @@ def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> tup
         elif _is_number(part) and not confusing:
             classes.append(int(part))
         elif names:
-            close = get_close_matches(part, names, n=10, cutoff=0.5) or names
-            listed = ", ".join(name[:40] for name in close[:10]) + (", ..." if len(names) > 10 else "")
             raise ValueError(
-                f"--class: no class {part[:40]!r} among the {len(names)} of this model: {listed}"
-                + ("; numbers are not taken, since they are names here" if confusing else "")
+                f"--class: no class {part[:40]!r} in this model.{hint(part, names)}"
+                + (" Numbers are not taken, since they are names here." if confusing else "")
             )
         else:
             raise ValueError(

@@ -6,13 +6,13 @@ import math
 import numbers
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fixpoint_cli.names import near_miss
 from fixpoint_diffusion.files import read_json
 from fixpoint_diffusion.processes.scheduler_tables import (
     CLASS_KEYS,
@@ -190,15 +190,14 @@ def _check_class(name: Any) -> None:
         return
     shown = str(name)[:60]
     what = next((what for start, what in OTHER_PROCESSES.items() if shown.startswith(start)), None)
-    close = get_close_matches(shown, CLASSES, n=2, cutoff=0.8)
     if what:
         advice = (
             "chain_from_scheduler takes it" if shown in SERVED else "sample with the model's own diffusers pipeline"
         )
-        reason = f"describes {what}: {advice}"
+        reason = f"describes {what}: {advice}."
     else:
-        reason = "is not known" + (f"; known ones with such a name are {', '.join(close)}" if close else "")
-    raise ValueError(f"the scheduler {shown} {reason}. The docs list those that are read: Schedulers of diffusers")
+        reason = f"is not known.{near_miss(shown, CLASSES)}"
+    raise ValueError(f"the scheduler {shown} {reason} The docs list those that are read: Schedulers of diffusers")
 
 
 def _guess_class(config: Mapping[str, Any]) -> str:

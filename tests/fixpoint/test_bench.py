@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from hypothesis import strategies as st
 
 import fixpoint
 from fixpoint import bench
+from fixpoint.bench.registry import find_problem
+from fixpoint_cli.command import DISTRIBUTION
+from fixpoint_cli.names import OPTIONS, SOLVERS, problem_entries
 
 
 @pytest.fixture
@@ -111,6 +115,18 @@ def test_solver_specs_make_solvers_and_refuse_typos():
         bench.make_solver("andersen")
     with pytest.raises(TypeError, match=r"solver 'anderson' has no option 'mem'. Did you mean 'memory'"):
         bench.make_solver("anderson:mem=3")
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in OPTIONS for name in OPTIONS[kind]])
+def test_the_options_that_are_known_without_pytorch_are_those_of_the_signatures(kind, name):
+    make = find_problem(name).make if kind == "problem" else type(bench.make_solver(name))
+    also = {"problem": (), "solver": ("blocks",)}[kind]
+    assert OPTIONS[kind][name] == (*inspect.signature(make).parameters, *also)
+
+
+def test_the_options_of_all_our_problems_and_solvers_are_known_without_pytorch():
+    ours = {name for name, entry in problem_entries().items() if entry.dist.name == DISTRIBUTION}
+    assert (OPTIONS["problem"].keys(), OPTIONS["solver"].keys()) == (ours, SOLVERS.keys())
 
 
 # Comparison

@@ -197,6 +197,7 @@ def run(*words):
 
 assert run("bnech") == run("bench", "--quikc") == run("bench", "--rtol", "-1") == run("report", "no-such.json") == 2
 assert run("bench", "no-such.py:f") == run("bench", "linear.py") == 2
+assert run("bench", "linear:roh=0.5") == run("bench", "linear", "--solver", "anderson:memroy=3") == 2
 assert run("bench", "lineer") == run("bench", "linear", "--solver", "andersn") == run("bench", ":rho=1") == 2
 assert run("--version") == run("-h") == run("bench", "-h") == 0
 assert not {"torch", "matplotlib"} & sys.modules.keys()
@@ -208,7 +209,7 @@ def test_a_typo_is_refused_and_help_is_shown_before_pytorch_is_imported():
     found = subprocess.run([sys.executable, "-c", _IN_ORDER], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     said = found.stderr.splitlines()
-    assert len(said) == 9
+    assert len(said) == 11
     assert all(line.startswith("Error: ") for line in said)
 
 

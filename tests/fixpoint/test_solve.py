@@ -159,6 +159,8 @@ def test_a_training_is_warned_once_of_each_cause_and_place_by_pythons_default_fi
         for rows in range(1, 4):  # another number of rows at every step
             slope = torch.tensor(slopes[:rows] * 4)[:, None]
             fixpoint.solve(lambda z, s=slope: s * z + 1, torch.ones(len(slope), 1), solver=Picard(), max_evals=20)
+            with warnings.catch_warnings():  # as libraries do; Python then forgets what it has shown
+                pass
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default", ConvergenceWarning)
@@ -170,6 +172,19 @@ def test_a_training_is_warned_once_of_each_cause_and_place_by_pythons_default_fi
         warnings.simplefilter("always", ConvergenceWarning)
         epoch([0.999, 0.9, 0.5])
     assert [str(w.message).partition(" of ")[0] for w in caught] == ["4", "8", "8"]
+
+
+@pytest.mark.parametrize(("action", "shown"), [("default", 2), ("module", 1), ("once", 1), ("always", 4)])
+def test_each_filter_shows_a_cause_as_often_as_it_says(action, shown):
+    solve = "fixpoint.solve(lambda z: 0.999 * z + 1, torch.ones(rows, 1), solver=fixpoint.Picard(), max_evals=3)"
+    code = f"for rows in (1, 2):\n    {solve}\nfor rows in (3, 4):\n    {solve}"
+    cell = {"__name__": "__main__", "fixpoint": fixpoint, "torch": torch}
+    for again in (1, 2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter(action, ConvergenceWarning)
+            exec(compile(code, f"a cell with {action}", "exec"), cell)
+        assert len(caught) == (0 if action == "once" and again == 2 else shown)
+        cell.pop("__warningregistry__", None)  # as IPython does before the next cell
 
 
 def test_failure_raises_with_the_solution_when_asked_to():

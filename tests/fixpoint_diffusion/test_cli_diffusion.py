@@ -209,10 +209,10 @@ def test_commands_import_what_they_need_and_no_more() -> None:
     assert done.returncode == 0, done.stderr
     said = ["No such command 'smaple'", "No such option: --stpes", "No such option: --eta", "Invalid value for '--eta'"]
     said += ["no model folder 'ddpm-digit'", "no model folder 'unte'", "no model folder 'unte'"]
-    said += ["Invalid value for KIND: no model family 'unett'; did you mean 'unet'?"]
-    said += ["no experiment 'deq-ddim/tabel-1'; did you mean 'deq-ddim/table-1'?", "--noise-rtol needs --eta"]
+    said += ["Invalid value for KIND: no model family 'unett'. Did you mean 'unet'?"]
+    said += ["no experiment 'deq-ddim/tabel-1'. Did you mean 'deq-ddim/table-1'?", "--noise-rtol needs --eta"]
     said += [f"no data set, .npy file or folder {name!r}" for name in ("digts", "digts", "a")]
-    said += ["Invalid value for '--preset'", "Invalid value for '--backward'"]
+    said += ["Invalid value for '--preset': 'papr' is not one of", "Invalid value for '--backward'"]
     for line, start in zip(done.stderr.splitlines(), said, strict=True):
         assert line.startswith(f"Error: {start}")
     assert done.stdout.startswith(metadata.version("fixpoint-torch"))

@@ -71,6 +71,8 @@ def test_pictures_show_images_and_the_latents_from_the_start_to_the_result(short
     assert tuple(grid.shape[:2]) == (5, 2)
     for strip, label in ((causal, "Causal quasi-Newton"), (anderson, "Anderson, per sample")):
         assert strip.column_labels[-1] == "x_0"
+        left = [int(name.removeprefix("x_")) for name in strip.column_labels]  # steps that are left
+        assert left == sorted(set(left), reverse=True)
         assert strip.row_labels[0] == "round 1"
         result = chains.bench.Images.of("x_0", outcomes[label].images[None, :1], low=-2, high=2).array()
         assert torch.equal(strip.array()[-1, -1], result[0, 0])

@@ -441,7 +441,7 @@ def test_a_dry_run_writes_nothing(monkeypatch, capsys, tmp_path, scale):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "deq-ddim/tabel-1"], "did you mean 'deq-ddim/table-1'?"),
+        (["run", "deq-ddim/tabel-1"], "Did you mean 'deq-ddim/table-1'?"),
         (["run"], "name experiments, or take --all"),
         (["run", "fpdm", "--all"], "name experiments, or take --all"),
         (["run", "fpdm/memory", "--quick", "--scale", "paper"], "--quick is a scale of its own"),
