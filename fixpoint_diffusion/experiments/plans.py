@@ -122,7 +122,6 @@ def plan(experiment: Experiment) -> str:
     models = sorted({config["model"] for config in configs if "model" in config})
     models += ["sd-vae"] * any(config.get("data") in LATENTS for config in configs)
     data = sorted({config["data"] for config in configs if "data" in config})
-    given = " --models FOLDER" * bool(models) + " --data FOLDER --features FILE" * bool(data)
     lines = [
         f"{experiment.name}: {experiment.claim}",
         f"  runs       {len(configs)}",
@@ -134,6 +133,13 @@ def plan(experiment: Experiment) -> str:
         f"  GPU-hours  {hours:.3g}, from {flops:.3g} FLOPs on an {GPU} at {UTILISATION:.0%} of its "
         f"{GPU_FLOPS / 1e12:.0f} TFLOP/s",
         *(f"  type       {line}" for line in dict.fromkeys(filter(None, map(experiment.kind.before, configs)))),
-        f"  type       fixpoint-diffusion experiments run {experiment.name} --scale paper{given} --device cuda",
+        f"  type       {command(experiment.name, 'paper', bool(models), bool(data))}",
     ]
     return "\n".join(lines)
+
+
+def command(name: str, scale: str, models: bool = False, data: bool = False) -> str:
+    """What to type for an experiment."""
+    given = " --models FOLDER" * models + " --data FOLDER --features FILE" * data
+    device = " --device cuda" if scale == "paper" else ""
+    return f"fixpoint-diffusion experiments run {name} --scale {scale}{given}{device}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from fixpoint import ProgressBar, bench
 from fixpoint_diffusion.experiments.experiment import Experiment, Kind, Scale, Verdict
+from fixpoint_diffusion.experiments.plans import command
 from fixpoint_diffusion.experiments.records import Config, Record, Records
 from fixpoint_diffusion.experiments.resources import Resources
 from fixpoint_diffusion.files import written_whole
@@ -97,8 +98,8 @@ def report(
 
 
 def summary(experiments: Sequence[Experiment], scale: Scale, records: Records) -> str:
-    """A Markdown table with a row for each claim: theirs, ours and the verdict."""
-    lines = ["| | the paper's claim | theirs | ours | verdict |", "|---|---|---|---|---|"]
+    """A Markdown table with a row for each claim: theirs, ours, the verdict, and what to type."""
+    lines = ["| | the paper's claim | theirs | ours | verdict | command |", "|---|---|---|---|---|---|"]
     for experiment, verdict in verdicts(experiments, scale, records):
         cells = (
             experiment.name,
@@ -106,6 +107,7 @@ def summary(experiments: Sequence[Experiment], scale: Scale, records: Records) -
             experiment.theirs or "pictures",
             verdict.found,
             verdict.word,
+            f"`{command(experiment.name, scale)}`",
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
