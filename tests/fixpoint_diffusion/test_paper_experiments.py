@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -318,7 +316,8 @@ def test_both_starts_of_the_layer_are_tried_at_the_latents_of_one_trajectory(qui
 
 
 def test_a_control_trains_as_many_steps_as_the_run_that_it_is_a_control_of(quick):
-    plain = {**trained.quick("dit"), "steps": None, "seconds": 0.05}
+    dit = trained.quick("dit")
+    plain = {**dit, "steps": None, "time": {"settings": dit["settings"], "steps": 3}}
     settings = trained.quick("fpdm")["settings"]
     other = {**plain, "network": "fpdm", "settings": settings}
     control = {**other, "match": "steps", "settings_of_other": plain["settings"]}
@@ -333,16 +332,30 @@ def test_a_control_trains_as_many_steps_as_the_run_that_it_is_a_control_of(quick
     assert abs(measures["training_flops"] - reference.measures["training_flops"]) <= step
 
 
-def test_time_that_other_programs_had_does_not_count_as_training(quick, monkeypatch):
-    class Waits:
-        """A trial of so many seconds, none of them its own work."""
+def test_equal_time_is_measured_in_turn_and_once_for_all_seeds(quick, monkeypatch, tmp_path):
+    asked = []
+
+    class Slower:
+        """A trial on a machine that gets slower and slower, where a step of the FPDM takes half as long as DiT's."""
+
+        def __init__(self, folder, *, kind, training, **options):
+            asked.append(training["seed"])
+            self.seconds = len(asked) * (0.5 if kind == "fpdm" else 1) * training["steps"]
 
         def run(self, *, progress):
-            time.sleep(0.2)
-            return SimpleNamespace(seconds=0.2)
+            return self
 
-    monkeypatch.setattr(training.TrainingRun, "start", lambda *_, **__: Waits())
-    assert training.steps_in_time(trained.quick("dit") | {"seconds": 1.0}, quick) > 10 * (30 / 0.2)
+    monkeypatch.setattr(training.TrainingRun, "start", Slower)
+    resources = replace(quick, records=Records(tmp_path))
+    time = {"settings": trained.quick("dit")["settings"], "steps": 1000}
+    config = trained.quick("fpdm") | {"time": time}
+    steps = training.steps_in_time(config, resources)
+    assert 1600 < steps < 2400
+    assert sorted(set(asked)) == list(range(8)), "steps of random depth are others in each trial"
+    measured = len(asked)
+    assert training.steps_in_time(config | {"seed": 5}, resources) == steps
+    assert len(asked) == measured
+    assert training.steps_in_time(trained.quick("dit") | {"time": time}, resources) == 1000
 
 
 def test_an_interrupted_training_goes_on(quick, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,18 @@ from fixpoint_diffusion.sampling import sample_fpdm
 from fixpoint_diffusion.training.runs import CHECKPOINT, DataOptions, TrainingRun
 
 _BATCH = 128
-_TRIAL = 30  # steps by which a step's time is found
+# A step's time is found by so many trials of so many steps, in turn with DiT's: a machine that others use is as slow
+# for both. Steps of S-JFB are of random depth, so that it takes many.
+_TRIALS, _TRIAL = 8, 30
 _BATCH_SIZE = 512  # of the paper
 
 
 def _train(config: Config, resources: Resources) -> Measures:
-    """``network``, ``settings``, ``data``, ``seconds`` or ``steps``, ``match``, ``budgets``, ``iterations``,
-    ``images``, ``seed``; ``model``, at the paper's scale: a trained folder.
+    """``network``, ``settings``, ``data``, ``time`` or ``steps``, ``match``, ``budgets``, ``iterations``, ``images``,
+    ``seed``; ``model``, at the paper's scale: a trained folder.
 
-    ``match`` says what a control has in common with the other network's run of the same ``seconds``: ``"flops"`` or
-    ``"steps"`` of its training. None: the time.
+    ``time`` is that of so many ``steps`` of a DiT with these ``settings``. ``match`` says what a control has in common
+    with the other network's run of the same ``time``: ``"flops"`` or ``"steps"`` of its training. None: the time.
     """
     if config.get("model"):
         denoiser, measures = resources.denoiser(config["model"]), Measures()
@@ -82,7 +83,7 @@ def _options(config: Config, resources: Resources, steps: int) -> dict[str, Any]
 
 
 def _steps(config: Config, resources: Resources) -> int:
-    """As given; or what fits into the time; or those of the run that this one is a control of."""
+    """As given; or those that take as long as DiT's; or those of the run that this one is a control of."""
     if config.get("steps"):
         return config["steps"]
     if config["match"]:
@@ -99,15 +100,26 @@ def _steps(config: Config, resources: Resources) -> int:
 
 
 def steps_in_time(config: Config, resources: Resources) -> int:
-    """How many steps fit into ``config["seconds"]``, by a trial of a few; on a processor, seconds of its work."""
+    """How many steps take ``config["time"]``. It is measured once, and so the same for all seeds."""
+    dit, steps = config["time"]["settings"], config["time"]["steps"]
+    if config["network"] == "dit" and config["settings"] == dit:
+        return steps
+    pair = {"network": config["network"], "settings": config["settings"], "dit": dit, "data": config["data"]}
+    found = resources.records.compute(STEP_TIMES.name, pair, STEP_TIMES.with_resources(resources)).measures
+    return max(1, round(steps / found["dit_steps"]))
+
+
+def _time_step(config: Config, resources: Resources) -> Measures:
+    """How many steps of DiT take as long as one of the network, and the seconds of both."""
+    dit = {**config, "network": "dit", "settings": config["dit"]}
+    trials = [[_trial_seconds({**each, "seed": n}, resources) for each in (config, dit)] for n in range(_TRIALS)]
+    one, other = (sum(each) / (_TRIALS * _TRIAL) for each in zip(*trials, strict=True))
+    return {"dit_steps": one / other, "step_seconds": one, "dit_step_seconds": other}
+
+
+def _trial_seconds(config: Config, resources: Resources) -> float:
     with tempfile.TemporaryDirectory() as trial:
-        run = TrainingRun.start(trial, **_options(config, resources, _TRIAL))
-        began, worked = time.perf_counter(), time.process_time()
-        seconds = run.run(progress=False).seconds
-        share = (time.process_time() - worked) / (time.perf_counter() - began)
-    if torch.device(resources.device).type == "cpu":
-        seconds *= min(share, 1.0)  # seconds that other programs had do not count
-    return max(1, int(config["seconds"] * _TRIAL / seconds))
+        return TrainingRun.start(trial, **_options(config, resources, _TRIAL)).run(progress=False).seconds
 
 
 def _folder_name(config: Config) -> str:
@@ -194,3 +206,4 @@ def _before(config: Config) -> str:
 
 
 TRAININGS = Kind(name="fpdm-training", run=_train, flops=_flops, before=_before)
+STEP_TIMES = Kind(name="fpdm-step-time", run=_time_step, flops=lambda config: 0.0)
