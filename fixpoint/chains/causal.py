@@ -51,7 +51,7 @@ class CausalQuasiNewton(Solver):
     If it is not, it may take many more or not converge, but it does not pass for converged at a wrong state.
 
     Args:
-        memory: Rounds that are remembered of each step.
+        memory: Rounds that are remembered of each step; the older a round, the less it counts.
         window: Most states of a row that are worked on at a time, from the first that is not done; what the solver
             holds grows with it. None: all.
         max_rows: Most steps evaluated in a round, in all rows of the batch together; rows that find no room wait for
@@ -78,7 +78,7 @@ class CausalQuasiNewton(Solver):
         (10.0, 3)
     """
 
-    memory: int = 2
+    memory: int = 3
     window: int | None = None
     max_rows: int | None = None
     certify: bool = False

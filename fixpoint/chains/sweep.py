@@ -15,6 +15,7 @@ _CHUNK = 32
 _SMALLEST_SLOPE = 1e-4
 # A state so many times larger than all before it comes from a wrong model, not from the chain.
 _WILD = 100.0
+_FADE = 0.1  # by how much a change counts for less than the one a round later
 
 
 class Past(NamedTuple):
@@ -66,14 +67,17 @@ class Secants(NamedTuple):
 
     @classmethod
     def of(cls, input_changes: Tensor, image_changes: Tensor, slopes: Tensor, ridge: float) -> Secants:
-        """From changes of the inputs and of the images, both ``(B, W, m, D)``.
+        """From changes of the inputs and of the images, both ``(B, W, m, D)``, newest first.
 
-        ``ridge`` is relative to the mean square of a step's changes. An input that did not change tells nothing.
+        ``ridge`` is relative to the mean square of a step's changes, and larger for those of earlier rounds: they are
+        long, and were seen far from here. An input that did not change tells nothing.
         """
         excess = image_changes - slopes[:, :, None] * input_changes
         gram = input_changes @ input_changes.mT
-        size = gram.diagonal(dim1=2, dim2=3).mean(dim=2)[:, :, None, None]
-        unit = torch.eye(gram.shape[2], dtype=gram.dtype, device=gram.device)
+        rounds = gram.shape[2]
+        aged = torch.logspace(0, 2 * (rounds - 1), rounds, base=1 / _FADE, dtype=gram.dtype, device=gram.device)
+        size = (gram.diagonal(dim1=2, dim2=3) / aged).mean(dim=2)[:, :, None, None]
+        unit = aged.diag()
         known = size > 0
         # A singular system is its own step's matter: no check that raises for all of them.
         weights = torch.linalg.solve_ex(torch.where(known, gram + ridge * size * unit, unit), input_changes)[0]

@@ -42,6 +42,17 @@ def test_a_sweep_is_the_recurrence(width, memory, diagonal, seed):
         assert_close(sweep(defects, slopes, known), expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()))
 
 
+def test_changes_count_by_their_squares_and_older_ones_less():
+    # In one direction the newest change saw the step treble it, and the one before, five times as long, leave it as it
+    # was. Least squares of what is beyond the slope, with weights 1 and (5 / 10)^2; no third change was seen.
+    unit = torch.tensor([0.6, 0.8], dtype=torch.float64)
+    moved = torch.stack((unit, 5 * unit, 0 * unit))[None, None]
+    images = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)[:, None] * moved
+    secants = Secants.of(moved, images, torch.full((1, 1, 1), 0.5, dtype=torch.float64), 1e-3)
+    found = 0.5 * unit + (secants.weights[0, 0] @ unit) @ secants.images[0, 0]
+    assert_close(found, (0.5 + (2.5 + 0.25 * 0.5) / (1.25 + 1e-3 * 1.25 / 3)) * unit)
+
+
 @pytest.mark.parametrize("slope", [0.0, -0.7, -1e-9, 1e-3])
 def test_slopes_at_and_below_zero(slope):
     defects, slopes, secants = random_case(70, 2, True)
