@@ -233,6 +233,8 @@ class Anderson(Solver):
             unit = xp.reciprocal(fresh + (fresh <= tiny))
             newest = cross * unit
             guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
+            if not xp.readable:
+                guard = _Guard(*map(xp.own, guard))  # the step before may have kept arrays
             good, guard = guard.judge(xp, square, xp.detach(xp.minus_product(outside, newest, cross)))
             if self.ridge > 0:
                 shrink = 1 / (1 + self.ridge)

@@ -425,6 +425,22 @@ def test_unrolled_it_saves_a_few_states_an_evaluation_and_no_copy_of_its_history
     assert (saved(18) - saved(12)) / 6 <= 8
 
 
+@pytest.mark.parametrize("recorded", [range(1, 5), range(4), range(2, 6)], ids=repr)
+def test_autograd_may_come_and_go_between_steps(recorded):
+    solver, rate = Anderson(memory=3), torch.linspace(0, 0.98, 50, dtype=torch.float64)
+
+    def last(recorded):
+        weight = rate.clone().requires_grad_()
+        z = torch.zeros(2, 50, dtype=torch.float64)
+        state = solver.init(z)
+        for step in range(9):
+            with torch.set_grad_enabled(step in recorded):
+                z, state = solver.step(z.detach(), weight * z.detach() + 1, state)
+        return z
+
+    torch.testing.assert_close(last(recorded), last(()), rtol=1e-8, atol=1e-8)
+
+
 def test_a_compiled_step_is_whole_and_has_three_versions_whatever_the_memory():
     versions = []
 
