@@ -160,6 +160,16 @@ def test_it_does_not_end_at_a_point_that_f_repels_from():
     np.testing.assert_allclose(solution.value[:, 0], attracting * start[:, 0].sign(), rtol=1e-9)
 
 
+@pytest.mark.parametrize(("damping", "expected"), [(0.9, [0.9, 0.0]), (0.3, [2.5, 0.0])])
+def test_a_step_that_damping_turns_backwards_is_not_taken(damping, expected):
+    solver = Anderson(damping=damping)
+    first, second = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.5, -1.0]])
+    _, state = solver.step(first, torch.tensor([[1.0, 0.0]]), solver.init(first))
+    # g was (1, 0) and is (1, 1); without damping the step is (-0.5, 1), and what the model leaves of g is (1, 0).
+    image = torch.tensor([[2.5, 0.0]])
+    torch.testing.assert_close(solver.step(second, image, state)[0], torch.tensor([expected]))
+
+
 def test_a_row_that_leaves_a_repelling_point_forgets_and_the_others_do_not():
     rate = torch.linspace(0.1, 0.8, 12, dtype=torch.float64).repeat(2, 1)
     start = torch.ones(2, 12, dtype=torch.float64)
