@@ -19,8 +19,9 @@ _said: dict[Hashable, dict[Any, Any] | None] = {}
 def warn(message: str, category: type[Warning], cause: Hashable) -> None:
     """Warn as Python's filters say; where they show a warning once, once for each cause.
 
-    Python itself would show it again in a training: the numbers in the message change from step to step, and it forgets
-    what it has shown whenever filters change, as they do while PyTorch imports what the first backward needs.
+    Python itself would show it again in a training, for two reasons. The numbers in the message change from step to
+    step. And it forgets what it has shown whenever filters change, as they do where PyTorch imports what the first
+    backward needs.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and _module(frame).partition(".")[0] in _INSIDE:

@@ -43,7 +43,7 @@ class _Guard(NamedTuple):
     def start(cls, xp: NumPyArithmetic, first: Small, square: Small) -> _Guard:
         """From ``|g|^2`` at the start and after one plain step: that shows how much f may stretch a residual."""
         zero = xp.zeros_like(square)
-        growth = _SURPRISE**2 * xp.maximum(square / first, zero + 1)
+        growth = _SURPRISE**2 * xp.maximum(square / (first + (first == 0)), zero + 1)
         return cls(zero + float("inf"), growth, xp.minimum(first, square), zero + 1, zero)
 
     def judge(self, xp: NumPyArithmetic, square: Small, predicted: Small) -> tuple[Small, _Guard]:
@@ -64,7 +64,8 @@ class _Guard(NamedTuple):
         left = xp.maximum(self.left - 1, due)
         level = xp.where(recovered, square, self.level)
         good = left <= 0
-        return good, _Guard(bound, self.growth, level, penalty + due, left).where(good)
+        bound = xp.plus_quotient(bound, left, good)  # infinity where plain steps are left, though the bound may be 0
+        return good, _Guard(bound, self.growth, level, penalty + due, left)
 
     def where(self, good: Small) -> _Guard:
         """The same where a model is good; elsewhere what it said is forgotten."""

@@ -41,6 +41,10 @@ class NumPyArithmetic:
         """``x + times y``."""
         return x + times * y
 
+    def plus_quotient(self, x: Small, y: Small, z: Small) -> Small:
+        """``x + y / z``."""
+        return x + y / z
+
     def minus_product(self, x: Small, y: Small, z: Small) -> Small:
         """``x - y z``."""
         return x - y * z
@@ -129,6 +133,9 @@ class TorchArithmetic(NumPyArithmetic):
 
     def plus(self, x: Small, y: Small, times: float) -> Small:
         return torch.add(x, y, alpha=times)
+
+    def plus_quotient(self, x: Small, y: Small, z: Small) -> Small:
+        return torch.addcdiv(x, y, z)
 
     def minus_product(self, x: Small, y: Small, z: Small) -> Small:
         return torch.addcmul(x, y, z, value=-1)

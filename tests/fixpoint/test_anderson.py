@@ -11,7 +11,7 @@ import fixpoint
 from fixpoint import Anderson, Broyden, Picard, Status
 from fixpoint.bench.problems import expansive, linear, tanh
 from fixpoint.solvers.anderson import _Guard, _Split
-from fixpoint.solvers.small import NUMPY
+from fixpoint.solvers.small import NUMPY, TORCH
 
 # Evaluations to a relative residual of 1e-5 in float32 that a scale-free sliding window of m = 5 and m = 10 differences
 # needs, worst row; None where it fails. Ours may need 10% more.
@@ -117,6 +117,21 @@ def test_judge_trusts_what_follows_the_prediction_alone():
             length += 1
             trusted, guard = judge(guard, 250.0, 0.3)
         assert length == rest
+
+
+@pytest.mark.parametrize("arrays", [True, False])
+def test_a_row_that_has_ended_is_judged_afresh_should_it_go_on(arrays):
+    xp, numbers = (NUMPY, np.array) if arrays else (TORCH, torch.tensor)
+    solved, one = numbers([0.0, 0.0]), numbers([1.0, 1.0])
+    with xp.quiet():
+        guard = _Guard.start(xp, numbers([0.0, 1.0]), numbers([0.0, 0.5]))  # the first was solved from the start
+        guard = guard._replace(left=numbers([0.0, 3.0]), penalty=numbers([1.0, 4.0]))  # the second had steps to take
+        for _ in range(9):
+            _, guard = guard.judge(xp, solved, solved)
+        # The residual was 0: this is a surprise, which costs one plain step as any other.
+        surprised, guard = guard.judge(xp, one, one / 2)
+        good, _ = guard.judge(xp, one, one / 2)
+    assert (surprised.tolist(), good.tolist()) == ([False, False], [True, True])
 
 
 def judge(guard, square, predicted):
