@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
-import sys
-import warnings
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,17 +21,12 @@ from fixpoint.engine.layout import Layout, map_leaves
 from fixpoint.engine.outcome import LoopResult, result_of
 from fixpoint.engine.tolerance import ConvergenceError, ConvergenceWarning, OnFailure, Status
 from fixpoint.engine.transforms import plain, transformed
+from fixpoint.engine.warning import warn
 from fixpoint.interop.numpy import accepts_arrays
 from fixpoint.options import Norm, check_options, norm_of, tolerance_of
 from fixpoint.solution import AdjointSlot, Progress, Solution
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
-
-# Packages whose calls are not the ones to be warned of.
-_INSIDE = ("fixpoint", "torch")
-# What was warned of where the filters show a warning once: the cause, and the place as far as they compare it. With it
-# the caller's registry of warnings: IPython gives each cell a new one.
-_said: dict[Hashable, dict[Any, Any] | None] = {}
 
 
 @outside_graphs
@@ -181,7 +173,8 @@ def solve(
     solution = replace(Solution.of(result, layout, value, adjoint), states=states, aux=aux)
     rows.ambient.end()
     if layout.rows > 1 and (result.coupled or rows.ambient.couples_rows):
-        warnings.warn(_NORMALISED if rows.ambient.couples_rows else _COUPLED, stacklevel=4)
+        message = _NORMALISED if rows.ambient.couples_rows else _COUPLED
+        warn(message, UserWarning, message)
     if not result.fixed_depth:
         report(solution, on_failure)
     return solution
@@ -255,35 +248,7 @@ def report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None
         raise ConvergenceError(message, solution)
     if message:
         causes = frozenset(plain(torch.as_tensor(solution.status)).flatten().tolist()) - {Status.CONVERGED}
-        _warn(message, (what, causes))
-
-
-def _warn(message: str, cause: Hashable) -> None:
-    """Warn as Python's filters say; where they show a warning once, once for each cause.
-
-    Python itself would show it again in a training: the numbers in the message change from step to step, and it forgets
-    what it has shown whenever filters change, as they do while PyTorch imports what the first backward needs.
-    """
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
-        frame = frame.f_back
-    file, line, module = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "")
-    place = {"default": (file, line), "module": (file,), "once": ()}.get(_filter_action(message, module, line))
-    if place is not None:
-        registry = frame.f_globals.setdefault("__warningregistry__", {}) if place else None
-        if (cause, place) in _said and _said[cause, place] is registry:
-            return
-        _said[cause, place] = registry
-    warnings.warn_explicit(message, ConvergenceWarning, file, line, module)
-
-
-def _filter_action(message: str, module: str, line: int) -> str:
-    """What the first filter that fits says: "default", "always", "error", ..."""
-    for action, text, category, where, number in warnings.filters:
-        fits = issubclass(ConvergenceWarning, category) and number in (0, line)
-        if fits and re.match(text or "", message) and re.match(where or "", module):
-            return action
-    return "default"
+        warn(message, ConvergenceWarning, (what, causes))
 
 
 def _report_adjoint(solution: Solution, on_failure: OnFailure) -> None:

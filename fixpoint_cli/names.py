@@ -91,7 +91,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Value]]:
     The name may be a place, ``"package.module:name"`` or ``"path/to/file.py:name"``.
 
     Raises:
-        ValueError: If the text has another form.
+        ValueError: If the text has another form, or an option twice.
 
     Example:
         >>> parse_spec("linear:rho=0.99,dim=50,dtype=float64")
@@ -107,6 +107,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Value]]:
         key, equals, text = item.partition("=")
         if not (key.strip() and equals and text.strip()):
             raise ValueError(f"expected name:key=value,key=value, found {item!r} in {spec!r}")
+        if key.strip() in options:
+            raise ValueError(f"option {key.strip()!r} stands twice in {spec!r}")
         options[key.strip()] = _value(text.strip())
     if not name.strip():
         raise ValueError(f"expected name:key=value,key=value, found no name in {spec!r}")

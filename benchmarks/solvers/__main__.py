@@ -67,8 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(against_text(run_suite(chosen, runners), runners, options.against))
         return 0
     if options.peers_from:
-        results = run_suite(chosen, [runner for runner in runners if runner.ours])
-        results = counted_before(results, [runner for runner in runners if not runner.ours], options.peers_from)
+        ours, peers = ([runner for runner in runners if runner.ours == wanted] for wanted in (True, False))
+        before = counted_before(chosen, peers, options.peers_from)  # first: a file that will not do is told at once
+        results = [
+            Result(found.case, {**found.outcomes, **others})
+            for found, others in zip(run_suite(chosen, ours), before, strict=True)
+        ]
     else:
         results = run_suite(chosen, runners)
     standings = targets(results, runners)

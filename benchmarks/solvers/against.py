@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.solvers.cases import Case
 from benchmarks.solvers.runners import Outcome, Runner
 from benchmarks.solvers.standings import Result, geometric_mean
 
@@ -51,23 +52,14 @@ def against_text(results: Sequence[Result], runners: Sequence[Runner], earlier: 
     return "\n".join(lines)
 
 
-def counted_before(results: Sequence[Result], runners: Sequence[Runner], earlier: Path) -> list[Result]:
-    """The results with the outcomes of ``runners`` added, as they were counted in ``earlier``.
+def counted_before(chosen: Sequence[Case], runners: Sequence[Runner], earlier: Path) -> list[dict[str, Outcome]]:
+    """The outcomes of ``runners``, by name, for each case, as they were counted in ``earlier``.
 
     Raises:
         ValueError: If the file is none of this benchmark's, or lacks a case or a runner.
     """
     _, cases = _read(earlier)
-    return [
-        Result(
-            result.case,
-            {
-                **result.outcomes,
-                **{runner.name: _outcome(cases, result.case.name, runner.name, earlier) for runner in runners},
-            },
-        )
-        for result in results
-    ]
+    return [{runner.name: _outcome(cases, case.name, runner.name, earlier) for runner in runners} for case in chosen]
 
 
 def _outcome(cases: dict[str, Any], case: str, runner: str, earlier: Path) -> Outcome:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.private import unbatched
 from fixpoint.engine.tolerance import Status
 from fixpoint.engine.transforms import Functional, alive, transformed
+from fixpoint.engine.warning import warn
 
 if TYPE_CHECKING:
     from fixpoint.backward.base import ForwardSolve
@@ -259,11 +259,11 @@ def _warn_if_detached(run: ForwardSolve, z: Tensor, fz: Tensor) -> None:
         nudge = torch.finfo(z.dtype).eps ** 0.5 * (1 + z.detach().abs())
         depends = not torch.equal(run.f(z.detach() + nudge), run.f(z.detach()))
     if depends:
-        warnings.warn(
+        message = (
             "f's output depends on z, but not as far as autograd can see, so the gradient is that of a constant f: "
-            "look for z.detach(), no_grad() or NumPy inside f, or pass backward=None if no gradient is wanted.",
-            stacklevel=6,
+            "look for z.detach(), no_grad() or NumPy inside f, or pass backward=None if no gradient is wanted."
         )
+        warn(message, UserWarning, message)
 
 
 def _reaches(output: Tensor, leaf: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.modules import batchnorm, dropout
 from torch.nn.utils import parametrizations
 from torch.utils import checkpoint
@@ -39,6 +40,16 @@ def unwrapped(x: Tensor) -> Tensor:
     while functorch.is_functorch_wrapped_tensor(x):
         x = functorch.get_unwrapped(x)
     return x
+
+
+def transforming() -> bool:
+    """Whether code runs inside torch.func or forward-mode differentiation, where a tensor is more than its numbers.
+
+    Without these names the answer is yes, and solvers do without NumPy and write nothing in place.
+    """
+    level = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", None)
+    forward = getattr(forward_ad, "_current_level", None)
+    return level is None or forward is None or level() is not None or forward >= 0
 
 
 def unwrap_if_dead(x: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ _NEW_SHARE = 0.01
 _SURPRISE = 10.0
 # When the residual has fallen to this share, earlier failures are forgotten.
 _RECOVERY = 0.1
-# Where no memory is given, this many bytes of the changes of f are held for each row, but between the least and the
-# most number of changes.
+# Where no memory is given, the changes of f may take so many bytes a row, and those of the residual as many, but there
+# is room for so many changes at least and at most.
 _ROW_BYTES, _LEAST, _MOST = 80 * 1024, 5, 20
 # This share of the present |g|^2 is added to the predicted one, which rounding may bring to zero.
 _NEGLIGIBLE = 1e-3
@@ -43,7 +43,7 @@ class _Guard(NamedTuple):
     def start(cls, xp: NumPyArithmetic, first: Small, square: Small) -> _Guard:
         """From ``|g|^2`` at the start and after one plain step: that shows how much f may stretch a residual."""
         zero = xp.zeros_like(square)
-        growth = _SURPRISE**2 * xp.maximum(square / first, zero + 1)
+        growth = _SURPRISE**2 * xp.maximum(square / (first + (first == 0)), zero + 1)
         return cls(zero + float("inf"), growth, xp.minimum(first, square), zero + 1, zero)
 
     def judge(self, xp: NumPyArithmetic, square: Small, predicted: Small) -> tuple[Small, _Guard]:
@@ -64,7 +64,8 @@ class _Guard(NamedTuple):
         left = xp.maximum(self.left - 1, due)
         level = xp.where(recovered, square, self.level)
         good = left <= 0
-        return good, _Guard(bound, self.growth, level, penalty + due, left).where(good)
+        bound = xp.plus_quotient(bound, left, good)  # infinity where plain steps are left, though the bound may be 0
+        return good, _Guard(bound, self.growth, level, penalty + due, left)
 
     def where(self, good: Small) -> _Guard:
         """The same where a model is good; elsewhere what it said is forgotten."""
@@ -143,8 +144,8 @@ class Anderson(Solver):
 
     Each new change is made orthogonal to the ones held. So there is no system to solve and nothing to regularise, the
     scale of a problem plays no part, and on a linear symmetric map a short memory does what an unlimited one would.
-    When the memory is full, the change that the newest had least of goes, but for the two newest. A change that the
-    others nearly hold replaces the one that it repeats most.
+    When the memory is full, the two newest changes stay, and of the others the one goes that the newest has least of.
+    A change that the others nearly hold replaces the one that it repeats most.
 
     A model fails when the change that was dropped last was still needed, or when the residual is far from the predicted
     one. Its row then forgets it and takes a plain step, ``z_next = f(z)``; two at the next failure, then four, until
@@ -154,10 +155,10 @@ class Anderson(Solver):
 
     Args:
         memory: Number of changes held. Two states per row are held for each, and five more. None holds as many as are
-            needed: a change that the newest has less than a hundredth of, by length, makes room for the next. At most
-            80 KiB by the bytes of a row are held then, but between 5 and 20 changes: 20 up to 4 KiB, 5 from 16 KiB on.
-            5 is enough for symmetric and for strongly contracting maps; 50 or 100 save more on non-symmetric, slowly
-            converging ones.
+            needed: where less than a hundredth of the newest, by length, lies along a change, that one makes room for
+            the next. There is room for 20 changes of rows of up to 4 KiB, for fewer of longer ones, and for 5 from
+            16 KiB on. 5 is enough for symmetric and for strongly contracting maps; 50 or 100 save more on
+            non-symmetric, slowly converging ones.
         damping: Mixing in (0, 1]; 1 trusts the accelerated step wholly.
         ridge: Tikhonov weight on the coefficients of the orthonormal basis: each is divided by ``1 + ridge``.
         history_dtype: Precision of the histories, such as ``torch.bfloat16`` to halve their memory; None takes the
@@ -233,6 +234,8 @@ class Anderson(Solver):
             unit = xp.reciprocal(fresh + (fresh <= tiny))
             newest = cross * unit
             guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
+            if not xp.readable:
+                guard = _Guard(*map(xp.own, guard))  # the step before may have kept arrays
             good, guard = guard.judge(xp, square, xp.detach(xp.minus_product(outside, newest, cross)))
             if self.ridge > 0:
                 shrink = 1 / (1 + self.ridge)
@@ -249,9 +252,10 @@ class Anderson(Solver):
             step = states.less(states.minus(g, weight, image_change), weights, held_images)
             # The exact step s solves (I - J) s = g, so s . g = s . (I - J) s is positive wherever f does not expand.
             # Where it is not, the model aims at a point that f repels from: the row follows f instead, and forgets.
-            good = good & (xp.detach(xp.take(states.dots(step, g)))[:, 0, 0] >= 0)
+            # It is the step with its damping that is judged, for that is the one to be taken.
             if self.damping < 1:
                 step = step - rest
+            good = good & (xp.detach(xp.take(states.dots(step, g)))[:, 0, 0] >= 0)
             z_next = states.sum(step[:, 0], now)
             inverse = xp.put(xp.copy(inverse), rows, free, unit)
             if not xp.holds(good):
@@ -259,7 +263,8 @@ class Anderson(Solver):
                 z_next = states.where(good, z_next, image)
                 guard = guard.where(good)
             # A place for the next change: an empty one, or that of one that is not needed; where all are, of the least
-            # needed. The two newest stay.
+            # needed. The two newest stay. With memory=1 there are no others, and the first place is taken: that needs
+            # fewer evaluations than always dropping the older one.
             needed = xp.put(needed, rows, free, float("inf"))
             needed = xp.put(needed, rows, xp.own(state.newest), float("inf"))
             inverse, needed = xp.room(inverse, needed, places)

@@ -99,7 +99,7 @@ class Broyden(Solver):
                 direction = steps.subtract(g[:, None], xp.tensor(factors[:, None]).to(wide), slice(1, held))[:, 0]
         steps = steps.put(held, torch.mul, direction, scale)
         newest = xp.take(steps.dots(direction[:, None], slice(held + 1))[:, 0] * scale)
-        system, use = xp.writable(system), xp.writable(use)
+        system, use = xp.writable(system, newest), xp.writable(use, newest)
         system[:, held, :held] = -newest[:, 1:]
         system[:, held, held] = xp.where(newest[:, -1] > 0, newest[:, -1], 1)
         use[:, held] = 1
@@ -128,7 +128,7 @@ class Broyden(Solver):
         steps = steps.put(0, torch.mul, step, torch.ones_like(scale)[:, None])
         steps = steps.put(1, torch.mul, -(step + change), scale[:, None])
         xp = arithmetic(g, steps.states, kept=state.use)
-        system, use = xp.writable(xp.own(state.system)), xp.writable(xp.own(state.use))
+        system, use = xp.writable(xp.own(state.system), square), xp.writable(xp.own(state.use), square)
         system[:, 0, 0] = xp.take(torch.where(square > 0, square, 1))
         system[:, 1, 0], system[:, 1, 1] = 0, 1
         use[:, 0], use[:, 1] = xp.take(sound), 0

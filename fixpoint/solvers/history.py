@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fixpoint.engine.private import transforming
+
 
 class History:
     """A fixed number of states ``(count, rows, dim)``, written in place unless autograd records.
@@ -70,8 +72,10 @@ class History:
 
 
 def recording(*tensors: Tensor) -> bool:
-    """Whether autograd records what is done with these, so that nothing may be written in place."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    """Whether autograd records or torch.func follows what is done with these, so that nothing is written in place."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    return not torch.compiler.is_compiling() and transforming()
 
 
 def require_history_dtype(dtype: object) -> None:

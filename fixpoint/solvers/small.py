@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fixpoint.engine.private import transforming
+
 Small = Any  # a NumPy array or a tensor, (rows, ...)
 
 
@@ -38,6 +40,10 @@ class NumPyArithmetic:
     def plus(self, x: Small, y: Small, times: float) -> Small:
         """``x + times y``."""
         return x + times * y
+
+    def plus_quotient(self, x: Small, y: Small, z: Small) -> Small:
+        """``x + y / z``."""
+        return x + y / z
 
     def minus_product(self, x: Small, y: Small, z: Small) -> Small:
         """``x - y z``."""
@@ -87,8 +93,8 @@ class NumPyArithmetic:
         """Where each row of ``x`` ``(rows, n)`` is least; the place of a NaN if there is one."""
         return x.argmin(1)
 
-    def writable(self, x: Small) -> Small:
-        """``x`` to write to: autograd may have saved a tensor, so that is copied."""
+    def writable(self, x: Small, value: Small) -> Small:
+        """``x`` to write ``value`` to: autograd may have saved a tensor, so that is copied."""
         return x
 
     def identity(self, like: Small, n: int) -> Small:
@@ -128,6 +134,9 @@ class TorchArithmetic(NumPyArithmetic):
     def plus(self, x: Small, y: Small, times: float) -> Small:
         return torch.add(x, y, alpha=times)
 
+    def plus_quotient(self, x: Small, y: Small, z: Small) -> Small:
+        return torch.addcdiv(x, y, z)
+
     def minus_product(self, x: Small, y: Small, z: Small) -> Small:
         return torch.addcmul(x, y, z, value=-1)
 
@@ -158,7 +167,9 @@ class TorchArithmetic(NumPyArithmetic):
     def copy(self, x: Small) -> Small:
         return x
 
-    def writable(self, x: Small) -> Small:
+    def writable(self, x: Small, value: Small) -> Small:
+        if not torch.compiler.is_compiling() and transforming():
+            return x + torch.zeros_like(value).sum()  # under vmap, ``value`` may have a batch that ``x`` has not
         return x.clone()
 
     def identity(self, like: Small, n: int) -> Small:
@@ -178,12 +189,12 @@ NUMPY, TORCH = NumPyArithmetic(), TorchArithmetic()
 
 
 def arithmetic(*xs: Tensor, kept: Small = None) -> NumPyArithmetic:
-    """NumPy's for what lies in the host's memory, torch's elsewhere and while autograd or a compiler traces.
+    """NumPy's for what lies in the host's memory, torch's elsewhere and while autograd, torch.func or a compiler trace.
 
     ``xs`` are the tensors that the numbers come from; ``kept`` are numbers that an earlier step kept. Once they are
     tensors they stay tensors.
     """
-    if isinstance(kept, Tensor) or torch.compiler.is_compiling():
+    if isinstance(kept, Tensor) or torch.compiler.is_compiling() or transforming():
         return TORCH
     for x in xs:
         if not x.is_cpu or x.requires_grad:

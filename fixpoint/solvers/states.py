@@ -123,7 +123,8 @@ class TorchStates:
             at = torch.arange(width, device=x.device).expand(len(x), width)
             x = Columns([x[:, 0]], torch.zeros_like(at)) if first else Columns(x.unbind(1), at)
         if isinstance(x, Columns):
-            return x.write(self.take(places), value)
+            kept = value if recording(value) else value.clone()  # what is not recorded is overwritten later
+            return x.write(self.take(places), kept)
         if isinstance(places, np.ndarray) and len(places) and (places == places[0]).all():  # nearly always, and faster
             x[:, int(places[0])].copy_(value)
             return x

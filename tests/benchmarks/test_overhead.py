@@ -129,9 +129,9 @@ def test_the_time_of_f_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.contestants["Anderson"].floor_seconds == 5
 
 
-def measured(anderson: float, broyden: float, size: Size = TINY[0]) -> Measured:
+def measured(anderson: float, broyden: float, size: Size = TINY[0], picard: float = 0.1) -> Measured:
     """Made-up figures: ours take these seconds, each peer takes one."""
-    seconds = {"Picard": 0.1, "Anderson": anderson, "Broyden": broyden, **dict.fromkeys(PEERS.values(), 1.0)}
+    seconds = {"Picard": picard, "Anderson": anderson, "Broyden": broyden, **dict.fromkeys(PEERS.values(), 1.0)}
     plain = {name: Figures(seconds=each, calls=6, operations=7, views=8) for name, each in seconds.items()}
     ours = {"step_operations": 9.0, "floor_bytes": 100.0, "floor_seconds": 0.05, "states": 17.25}
     contestants = {name: replace(each, **ours) if name in SOLVERS else each for name, each in plain.items()}
@@ -152,6 +152,12 @@ def measured(anderson: float, broyden: float, size: Size = TINY[0]) -> Measured:
 def test_targets_on_made_up_figures(figures: list[tuple[float, float]], verdicts: str) -> None:
     aims = overhead.targets([measured(*each, size=size) for each, size in zip(figures, TINY, strict=True)])
     assert "".join("P" if aim.met else "F" for aim in aims) == verdicts
+
+
+@pytest.mark.parametrize(("seconds", "met"), [(15e-6, True), (16e-6, False)])
+def test_the_time_of_picard_is_judged_at_the_first_size(seconds: float, met: bool) -> None:
+    aim = overhead.targets([measured(0.1, 0.1, picard=seconds), measured(0.1, 0.1, size=TINY[1], picard=1.0)])[-1]
+    assert (aim.met, aim.measured) == (met, f"{1e6 * seconds:.0f}")
 
 
 def test_targets_name_the_sizes_that_speak_against_them() -> None:

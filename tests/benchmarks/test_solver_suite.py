@@ -13,7 +13,7 @@ import torch
 
 import fixpoint
 from benchmarks.solvers import __main__ as cli
-from benchmarks.solvers.against import against_text, counted_before
+from benchmarks.solvers.against import against_text
 from benchmarks.solvers.cases import Case, SuiteProblem, grouped
 from benchmarks.solvers.contestants import OURS, installed_runners
 from benchmarks.solvers.counting import Counted, EndedError, solves
@@ -314,5 +314,6 @@ def test_counts_of_peers_are_taken_from_an_earlier_file_ours_from_the_run(
     assert [case["evaluations"]["Anderson"] for case in found] == [4, 7]
     earlier.pop()
     file.write_text(json.dumps({"cases": earlier}))
+    monkeypatch.setattr(cli, "run_suite", never)  # a file that will not do is told before anything is run
     with pytest.raises(ValueError, match=r"has no count of torchdeq Anderson m=5 on .*: run all solvers"):
-        counted_before([Result(case, {}) for case in cases], [peer], file)
+        cli.main(["--peers-from", str(file), "--out", str(tmp_path)])

@@ -11,7 +11,7 @@ import fixpoint
 from fixpoint import Anderson, Broyden, Picard, Status
 from fixpoint.bench.problems import expansive, linear, tanh
 from fixpoint.solvers.anderson import _Guard, _Split
-from fixpoint.solvers.small import NUMPY
+from fixpoint.solvers.small import NUMPY, TORCH
 
 # Evaluations to a relative residual of 1e-5 in float32 that a scale-free sliding window of m = 5 and m = 10 differences
 # needs, worst row; None where it fails. Ours may need 10% more.
@@ -119,6 +119,21 @@ def test_judge_trusts_what_follows_the_prediction_alone():
         assert length == rest
 
 
+@pytest.mark.parametrize("arrays", [True, False])
+def test_a_row_that_has_ended_is_judged_afresh_should_it_go_on(arrays):
+    xp, numbers = (NUMPY, np.array) if arrays else (TORCH, torch.tensor)
+    solved, one = numbers([0.0, 0.0]), numbers([1.0, 1.0])
+    with xp.quiet():
+        guard = _Guard.start(xp, numbers([0.0, 1.0]), numbers([0.0, 0.5]))  # the first was solved from the start
+        guard = guard._replace(left=numbers([0.0, 3.0]), penalty=numbers([1.0, 4.0]))  # the second had steps to take
+        for _ in range(9):
+            _, guard = guard.judge(xp, solved, solved)
+        # The residual was 0: this is a surprise, which costs one plain step as any other.
+        surprised, guard = guard.judge(xp, one, one / 2)
+        good, _ = guard.judge(xp, one, one / 2)
+    assert (surprised.tolist(), good.tolist()) == ([False, False], [True, True])
+
+
 def judge(guard, square, predicted):
     with NUMPY.quiet():
         follows, guard = guard.judge(NUMPY, np.array([square]), np.array([predicted]))
@@ -158,6 +173,16 @@ def test_it_does_not_end_at_a_point_that_f_repels_from():
     solution = fixpoint.solve(lambda z: torch.tanh(2 * z), start, rtol=1e-10)
     attracting = scipy.optimize.brentq(lambda z: np.tanh(2 * z) - z, 0.5, 2)
     np.testing.assert_allclose(solution.value[:, 0], attracting * start[:, 0].sign(), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("damping", "expected"), [(0.9, [0.9, 0.0]), (0.3, [2.5, 0.0])])
+def test_a_step_that_damping_turns_backwards_is_not_taken(damping, expected):
+    solver = Anderson(damping=damping)
+    first, second = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.5, -1.0]])
+    _, state = solver.step(first, torch.tensor([[1.0, 0.0]]), solver.init(first))
+    # g was (1, 0) and is (1, 1); without damping the step is (-0.5, 1), and what the model leaves of g is (1, 0).
+    image = torch.tensor([[2.5, 0.0]])
+    torch.testing.assert_close(solver.step(second, image, state)[0], torch.tensor([expected]))
 
 
 def test_a_row_that_leaves_a_repelling_point_forgets_and_the_others_do_not():
@@ -423,6 +448,22 @@ def test_unrolled_it_saves_a_few_states_an_evaluation_and_no_copy_of_its_history
 
     # The residual, its change and that of f; both orthogonal; the next state.
     assert (saved(18) - saved(12)) / 6 <= 8
+
+
+@pytest.mark.parametrize("recorded", [range(1, 5), range(4), range(2, 6)], ids=repr)
+def test_autograd_may_come_and_go_between_steps(recorded):
+    solver, rate = Anderson(memory=3), torch.linspace(0, 0.98, 50, dtype=torch.float64)
+
+    def last(recorded):
+        weight = rate.clone().requires_grad_()
+        z = torch.zeros(2, 50, dtype=torch.float64)
+        state = solver.init(z)
+        for step in range(9):
+            with torch.set_grad_enabled(step in recorded):
+                z, state = solver.step(z.detach(), weight * z.detach() + 1, state)
+        return z
+
+    torch.testing.assert_close(last(recorded), last(()), rtol=1e-8, atol=1e-8)
 
 
 def test_a_compiled_step_is_whole_and_has_three_versions_whatever_the_memory():

@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils._pytree import tree_leaves
 
 import fixpoint
-from fixpoint import IFT, JFB, ConvergenceWarning, Phantom, Picard, StochasticJFB, Unroll
+from fixpoint import IFT, JFB, Anderson, Broyden, ConvergenceWarning, Phantom, Picard, StochasticJFB, Unroll
 from tests.fixpoint.differentiated import EXACT, TIGHT, Z0, D, f, iterated, solved, squared
 
 # torch.func's own rules for some products still use a deprecated part of PyTorch.
@@ -196,6 +196,30 @@ def test_unsupported_combinations_say_so(A, b):
             grad(lambda A, rule=rule: solved(A, b, solver=fixpoint.Broyden(), backward=rule).sum())(A)
     with pytest.raises(ValueError, match="fixed depth"):
         vmap(lambda b: solved(A, b, backward=Unroll()))(torch.stack([b, b]))
+
+
+@pytest.mark.parametrize(
+    "solver", [Anderson(), Anderson(memory=2, history_dtype=torch.float32), Broyden(), Broyden(memory=3)], ids=repr
+)
+def test_solvers_with_histories_are_unrolled_under_transformations(A, b, solver):
+    batch = torch.stack([b, 2 * b])
+
+    def value(A, b):
+        return solved(A, b, backward=Unroll(), solver=solver, depth=7).square().sum()
+
+    together = vmap(value, (None, 0))(A, batch)
+    gradients = vmap(grad(value), (None, 0))(A, batch)
+    _, tangent = jvp(lambda A: value(A, b), (A,), (A,))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(value(forward_ad.make_dual(A, A), b)).tangent
+    A.requires_grad_()
+    alone = [value(A, sample) for sample in batch]
+    wanted = [torch.autograd.grad(one, A)[0] for one in alone]
+    same = {"rtol": 1e-6, "atol": 1e-8}
+    torch.testing.assert_close(together, torch.stack(alone).detach(), **same)
+    torch.testing.assert_close(gradients, torch.stack(wanted), **same)
+    for found in (tangent, dual):
+        torch.testing.assert_close(found, (wanted[0] * A.detach()).sum(), **same)
 
 
 @pytest.mark.parametrize("rule", [Unroll(), IFT(), JFB()], ids=repr)

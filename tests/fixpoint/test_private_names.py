@@ -36,6 +36,7 @@ def gradient() -> float:
     [
         (torch._C, "_storage_Use_Count"),
         (torch._C._functorch, "unwrap_if_dead"),
+        (torch._C._functorch, "maybe_current_level"),
         (torch._C, "_vmapmode_increment_nesting"),
         (torch._C, "_vmapmode_decrement_nesting"),
         (torch, "_remove_batch_dim"),
@@ -74,6 +75,12 @@ def test_without_the_hooks_a_checkpoint_repeats_the_global_draws(monkeypatch):
             checkpoint.checkpoint(layer, torch.tensor(0.5, requires_grad=True), use_reentrant=False).sum().backward()
     assert depths[::2] == depths[1::2]
     assert len(set(depths)) > 1
+
+
+def test_whether_derivatives_are_followed_is_not_taken_for_no(monkeypatch):
+    assert not private.transforming()
+    monkeypatch.delattr(torch._C._functorch, "maybe_current_level")
+    assert private.transforming()
 
 
 def test_whether_a_backward_pass_runs_is_not_taken_for_no(monkeypatch):

@@ -181,3 +181,8 @@ def test_a_spec_gives_back_the_options_that_it_was_written_from(options):
 def test_a_malformed_spec_is_refused(spec):
     with pytest.raises(ValueError, match="expected name:key=value"):
         parse_spec(spec)
+
+
+def test_an_option_that_stands_twice_is_refused():
+    with pytest.raises(ValueError, match=r"option 'rho' stands twice in 'linear:rho=0.5, rho=0.6'"):
+        parse_spec("linear:rho=0.5, rho=0.6")

@@ -193,6 +193,16 @@ def test_a_compiled_value_is_the_state_where_its_image_overflows():
     assert compiled(torch.tensor(1.0, requires_grad=True)).tolist() == value(torch.tensor(1.0)).tolist()
 
 
+@pytest.mark.parametrize("rule", [fixpoint.Unroll(), fixpoint.JFB(), fixpoint.Phantom(steps=2)], ids=repr)
+def test_a_fixed_depth_compiles_whole_where_nothing_requires_grad(rule):
+    def value(a):
+        return fixpoint.solve(lambda z, a: a * torch.cos(z), torch.ones(2, 3), (a,), backward=rule, depth=4).value
+
+    torch.compiler.reset()
+    a = torch.tensor(0.5)
+    torch.testing.assert_close(torch.compile(value, backend="eager", fullgraph=True)(a), value(a))
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_steps_of_fixed_depth_compile_whole_with_and_without_gradients(normal, cell_class, grad):
     torch.compiler.reset()

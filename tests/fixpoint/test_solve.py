@@ -154,6 +154,12 @@ def test_failure_warns_in_one_line_with_how_many_rows_why_and_what_to_change():
     assert (type(again), str(again)) == (ConvergenceWarning, message)
 
 
+@pytest.fixture
+def nothing_said(monkeypatch):
+    monkeypatch.setattr("fixpoint.engine.warning._said", {})
+
+
+@pytest.mark.usefixtures("nothing_said")
 def test_a_training_is_warned_once_of_each_cause_and_place_by_pythons_default_filter():
     def epoch(slopes):
         for rows in range(1, 4):  # another number of rows at every step
@@ -174,6 +180,7 @@ def test_a_training_is_warned_once_of_each_cause_and_place_by_pythons_default_fi
     assert [str(w.message).partition(" of ")[0] for w in caught] == ["4", "8", "8"]
 
 
+@pytest.mark.usefixtures("nothing_said")
 @pytest.mark.parametrize(("action", "shown"), [("default", 2), ("module", 1), ("once", 1), ("always", 4)])
 def test_each_filter_shows_a_cause_as_often_as_it_says(action, shown):
     solve = "fixpoint.solve(lambda z: 0.999 * z + 1, torch.ones(rows, 1), solver=fixpoint.Picard(), max_evals=3)"
@@ -185,6 +192,42 @@ def test_each_filter_shows_a_cause_as_often_as_it_says(action, shown):
             exec(compile(code, f"a cell with {action}", "exec"), cell)
         assert len(caught) == (0 if action == "once" and again == 2 else shown)
         cell.pop("__warningregistry__", None)  # as IPython does before the next cell
+
+
+@pytest.mark.parametrize("scope", [{}, {"__name__": None}, {"__name__": "fixpoints"}], ids=repr)
+def test_code_of_any_name_is_warned_of_at_its_own_line(scope):
+    call = "fixpoint.solve(lambda z: 0.999 * z + 1, torch.ones(1, 1), max_evals=1)"
+    with pytest.warns(ConvergenceWarning) as caught:
+        exec(compile(f"\n\n{call}", "code of any name", "exec"), {"fixpoint": fixpoint, "torch": torch, **scope})
+    assert [(w.filename, w.lineno) for w in caught] == [("code of any name", 3)]
+
+
+CALLS = {
+    "solve": lambda f, z: fixpoint.solve(f, z, (z,)),
+    "layer": lambda f, z: fixpoint.FixedPointLayer(f)(z),
+    "root": lambda f, z: fixpoint.root(lambda z, x: z - f(z, x), z, (z,)),
+    "attach": lambda f, z: fixpoint.attach(f, z, (z,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "call"),
+    [
+        *(("normalises by the statistics", name) for name in ("solve", "layer", "root")),
+        *(("not as far as autograd can see", name) for name in ("solve", "layer", "attach")),
+    ],
+)
+def test_whatever_is_called_the_warning_stands_at_the_callers_line(fault, call):
+    normal, weight = torch.nn.BatchNorm1d(3), torch.tensor(0.1, requires_grad=True)
+
+    def f(z, x):
+        return 0.1 * normal(z) + x if "normalises" in fault else weight * torch.cos(z.detach()) + x
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        CALLS[call](f, torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+    found = [(w.filename, w.lineno) for w in caught if fault in str(w.message)]
+    assert found == [(__file__, CALLS[call].__code__.co_firstlineno)]
 
 
 def test_failure_raises_with_the_solution_when_asked_to():
