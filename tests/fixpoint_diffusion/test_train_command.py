@@ -257,7 +257,7 @@ def test_init_refuses_what_does_not_fit(tmp_path: Path, monkeypatch, capsys) -> 
         (("--size", 1000, "--batch-size", 10**6), "1000000 samples of 1x1000x1000 at once would take 4,000 GB"),
         (("--init", "no-such"), "no folder 'no-such'"),
         (("--size", 8, "--crop", "patch", "--latents"), "no latents"),
-        (("nothing-like-it",), "there are conditional-unet, diffusers-dit, dit"),
+        (("nothing-like-it",), "Legal: conditional-unet, diffusers-dit, dit"),
     ],
 )
 def test_unusable_options_write_nothing(tmp_path: Path, monkeypatch, capsys, arguments, message: str) -> None:
