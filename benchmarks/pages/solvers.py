@@ -38,8 +38,8 @@ def solvers(data: Results) -> tuple[Lines, Table]:
 
 def overhead(data: Results) -> tuple[Lines, Table]:
     """The time of a solver beside f, by the size of the state."""
-    sizes, names = data["sizes"], list(data["sizes"][0]["contestants"])
-    numbers = [size["size"]["rows"] * size["size"]["dim"] for size in sizes]
+    sizes = sorted(data["sizes"], key=lambda size: size["size"]["rows"] * size["size"]["dim"])
+    numbers, names = [size["size"]["rows"] * size["size"]["dim"] for size in sizes], list(sizes[0]["contestants"])
     times = {name: [1e3 * size["contestants"][name]["seconds"] for size in sizes] for name in names}
     lines = Lines(
         "Time of a solver beside f",
