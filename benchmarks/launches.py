@@ -2,14 +2,14 @@
 
     python -m benchmarks.launches [--out benchmarks/results]
 
-It says which targets are met. Tensors that claim to lie on a device carry their numbers on the host. A dispatch mode
-lends these numbers to every operation and counts it. So everything runs as it would on a GPU, branches included, and
-the counts are exact.
+Tensors that claim to lie on a device carry their numbers on the host. A dispatch mode lends these numbers to every
+operation and counts it. So everything runs as it would on a GPU, branches included, and the counts are exact.
 
 *Array calls* are operations that torch dispatches. *Launches* are those that must start work on the device: views and
 allocations start none; a library call counts as one, however many kernels it has. *Waits* are operations for which the
 host waits until the device is done: a copy to the host, a number that is read, a shape that depends on values, an
-error that is looked for, a copy from the host that is not asynchronous. Writes ``launches.json`` and ``launches.txt``.
+error that is looked for, a copy from the host that is not asynchronous. Says which targets are met, and writes
+``launches.json`` and ``launches.txt``.
 """
 
 from __future__ import annotations
@@ -319,11 +319,11 @@ def targets(counts: dict[str, Counts]) -> list[Target]:
     """What a device should be asked for at most."""
     every_check, seldom = counts["the loop, an evaluation"], counts["the loop, an evaluation, check_every=8"]
     windows = counts["CausalQuasiNewton, a round of windows"]
+    steps = {name: counts[name].launches for name in ("Anderson, a step", "Broyden, a step")}
     return [
         *(
             Target(f"{name}: at most {STEP_LAUNCHES} launches", launches <= STEP_LAUNCHES, f"{launches:.0f}")
-            for name in ("Anderson, a step", "Broyden, a step")
-            for launches in [counts[name].launches]
+            for name, launches in steps.items()
         ),
         Target("the loop: waits once for a check", every_check.waits <= 1, f"{every_check.waits:.2f}"),
         Target(

@@ -126,14 +126,14 @@ def _value(text: str) -> Value:
     return text
 
 
-def near_miss(name: str, legal: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for a near miss, else nothing.
+def near_miss(name: str, legal: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """`` Did you mean 'x'?`` for a near miss, else nothing; ``cutoff`` is the least ratio of difflib that is near.
 
     Example:
         >>> near_miss("andersen", ["picard", "anderson"]), near_miss("x", ["picard"])
         (" Did you mean 'anderson'?", '')
     """
-    near = difflib.get_close_matches(name, legal, n=1)
+    near = difflib.get_close_matches(name, legal, n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

@@ -18,9 +18,9 @@ from fixpoint_diffusion.evaluation import digit_frechet_distance
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 RTOL = 1e-3
-# noise_rtol and window. With the largest share a window is done as soon as it is seen: about T / window + 5 rounds.
-# States far ahead of what is known are guessed worse, and are seen twice: about (1 + window / 500) T rows. Windows of
-# 38 to 40 keep to both bounds below.
+# noise_rtol and window. With the largest share a window is done as soon as it is seen, so a longer one takes fewer
+# rounds. States far ahead of what is known are guessed worse and are seen twice, so it takes more rows. This one keeps
+# to both bounds below.
 CASES = ((0.0, 50), (0.5, 50), (2.0, 50), (8.0, 39))
 _BATCH = 128
 # ParaSolver's for DDPM with 1000 steps are 42 rounds and 1.08 T rows.

@@ -196,7 +196,7 @@ def _check_class(name: Any) -> None:
         )
         reason = f"describes {what}: {advice}."
     else:
-        reason = f"is not known.{near_miss(shown, CLASSES)}"
+        reason = f"is not known.{near_miss(shown, CLASSES, cutoff=0.8)}"  # all end alike
     raise ValueError(f"the scheduler {shown} {reason} The docs list those that are read: Schedulers of diffusers")
 
 

@@ -65,6 +65,8 @@ def test_every_other_class_of_diffusers_is_refused_by_name() -> None:
 def test_a_misspelled_class_is_answered_with_the_nearest_and_any_with_the_list_in_the_docs() -> None:
     with pytest.raises(ValueError, match=r"DDIMSheduler is not known. Did you mean 'DDIMScheduler'\?"):
         SamplerConfig.from_diffusers({"_class_name": "DDIMSheduler"})
+    with pytest.raises(ValueError, match=r"MyOwnScheduler is not known. The docs"):
+        SamplerConfig.from_diffusers({"_class_name": "MyOwnScheduler"})
     with pytest.raises(ValueError, match="docs list those that are read: Schedulers of diffusers") as caught:
         SamplerConfig.from_diffusers({"_class_name": "x" * 10_000})
     assert len(str(caught.value)) <= 240
