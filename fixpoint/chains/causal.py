@@ -124,9 +124,10 @@ class CausalQuasiNewton(Solver):
         noise_scale = self._noise_scale(f, steps)
         f = OneStep(f) if isinstance(f, Chain) else f
         single_steps = isinstance(f, OneStep)
+        sparse = isinstance(f, OneStep) and f.sparse
         # Nobody promises that another f is causal: what it gives is measured.
         options = self if single_steps else replace(self, certify=True, max_rows=None)
-        return f, CausalSweep(options, steps, dim, slopes, basis, noise_scale, single_steps=single_steps)
+        return f, CausalSweep(options, steps, dim, slopes, basis, noise_scale, single_steps=single_steps, sparse=sparse)
 
     def _noise_scale(self, f: Any, steps: int) -> Array | None:
         """What ``noise_rtol`` is relative to; None where it is not asked for."""
@@ -172,6 +173,7 @@ class CausalSweep(Solver):
         noise_scale: ``(T,)``, on the host; None without ``noise_rtol``.
         backwards: Whether row k depends on later rows, as in the adjoint of a chain.
         single_steps: Whether the map can be asked for single steps, by its method ``part``.
+        sparse: Whether it can interpolate some of them, by its method ``sparse_part``.
     """
 
     options: CausalQuasiNewton
@@ -182,6 +184,7 @@ class CausalSweep(Solver):
     noise_scale: Array | None = None
     backwards: bool = False
     single_steps: bool = False
+    sparse: bool = False
 
     @property
     def noise(self) -> Array:
@@ -275,7 +278,9 @@ class CausalSweep(Solver):
         if slopes is not None:
             slopes = torch.cat((slopes[:1], slopes[1:].flip(0)))
         options = replace(self.options, window=None, max_rows=None, noise_rtol=0.0)
-        return replace(self, options=options, slopes=slopes, backwards=not self.backwards, single_steps=False)
+        return replace(
+            self, options=options, slopes=slopes, backwards=not self.backwards, single_steps=False, sparse=False
+        )
 
     def split(self, z: Tensor) -> Tensor:
         """Rows ``(B, T * D)`` as states ``(B, T, D)`` in the order of the chain, in at least float32."""

@@ -19,6 +19,9 @@ class Chain(Protocol):
     sequence of matrices ``(n, n)``, one for each dimension of a state, stands for their Kronecker product. A third one,
     ``noise_scale`` ``(T,)``, says of a chain with random steps how large the noise is that each adds, as a norm.
 
+    A chain of many steps, of which neighbours do nearly the same, may have a method :meth:`sparse_transition` beside.
+    Then early rounds evaluate a part of the steps.
+
     Example:
         See :class:`fixpoint.Recurrence`, which is one.
     """
@@ -37,6 +40,25 @@ class Chain(Protocol):
 
     def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """States ``(N, *shape)`` after the steps ``step`` ``(N,)`` of the samples ``sample`` ``(N,)`` from ``x``."""
+
+
+@runtime_checkable
+class SparseChain(Chain, Protocol):
+    """A :class:`Chain` that can guess what a step does from what its neighbours do."""
+
+    def sparse_transition(self, x: Tensor, sample: Tensor, step: Tensor, evaluated: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``transition``, but only some of the rows are evaluated, the others are interpolated.
+
+        Args:
+            x, sample, step: as for ``transition``; the rows of a sample stand together, steps ascending.
+            evaluated: ``(M,)`` int64, numbers of the rows to evaluate, ascending. The first and the last row of each
+                sample are among them.
+
+        Returns:
+            The states ``(N, *shape)`` after the steps; those of evaluated rows are what ``transition`` gives. And
+            ``(N,)``, of each evaluated row between two others, the norm of what interpolation between these two would
+            have missed it by; 0 elsewhere.
+        """
 
 
 class Recurrence:
@@ -132,15 +154,33 @@ class OneStep:
     def __call__(self, z: Tensor) -> Tensor:
         return one_step(self.chain, z)
 
+    @property
+    def sparse(self) -> bool:
+        """Whether some of the steps can be interpolated."""
+        return isinstance(self.chain, SparseChain)
+
     def part(self, z: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """States ``(N, *shape)`` after the steps ``step`` ``(N,)`` of samples ``sample`` ``(N,)``, from the states z.
 
         ``z`` is ``(B, T, *shape)``; step k starts from state k - 1 of it, the first from the chain's start.
         """
+        x = self._inputs(z, sample, step)
+        return self._checked(x, self.chain.transition(x, sample, step))
+
+    def sparse_part(self, z: Tensor, sample: Tensor, step: Tensor, evaluated: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``part``, see :class:`SparseChain`."""
+        assert isinstance(self.chain, SparseChain)
+        x = self._inputs(z, sample, step)
+        states, missed = self.chain.sparse_transition(x, sample, step, evaluated)
+        return self._checked(x, states), missed
+
+    def _inputs(self, z: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         first = (step == 0).reshape(-1, *[1] * (z.ndim - 2))
         before = z[sample, (step - 1).clamp(min=0)]
-        x = torch.where(first, self.chain.start.to(z.dtype)[sample], before)
-        out = self.chain.transition(x, sample, step)
+        return torch.where(first, self.chain.start.to(z.dtype)[sample], before)
+
+    @staticmethod
+    def _checked(x: Tensor, out: Tensor) -> Tensor:
         for name in ("shape", "dtype", "device"):
             found, expected = getattr(out, name, type(out)), getattr(x, name)
             if found != expected:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fixpoint.chains.amplification import Gains, ahead
+from fixpoint.chains.sparse import Sparse
 from fixpoint.chains.sweep import Past
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, tensor_like
@@ -32,19 +33,21 @@ class Windows:
         count: ``(R,)``, states of each.
         step: ``(R, W)``, numbers of the states; 0 where padded.
         inside: ``(R, W)``, false where padded.
+        evaluated: ``(R, W)``, steps that are evaluated; the others inside are interpolated.
     """
 
     rows: Array
     count: Array
     step: Array
     inside: Array
+    evaluated: Array
 
     @classmethod
     def of(cls, rows: Array, first: Array, count: Array) -> Windows:
         """``count`` states from the state ``first`` on, ``(R,)`` each."""
         offset = np.arange(count.max(initial=0))
         inside = offset < count[:, None]
-        return cls(rows, count, np.where(inside, first[:, None] + offset, 0), inside)
+        return cls(rows, count, np.where(inside, first[:, None] + offset, 0), inside, inside)
 
     def places(self, length: int, *, before: bool = False) -> Array:
         """Where the states are kept, ``(R, W)``, if ``length`` places are kept for each chain; -1 where padded.
@@ -68,6 +71,7 @@ class ChainRun:
         rows, steps, dim = states.shape
         options = sweeper.options
         self.width = min(options.window or steps, options.max_rows or steps, steps)
+        self.sparse = Sparse(rows, steps) if sweeper.sparse else None
         self.states = torch.cat((states.reshape(rows * steps, dim), states.new_zeros(1, dim)))
         # A window of one needs no model.
         self.past = Past.empty((rows * self.width + 1 if self.width > 1 else 1,), options.memory, dim, states)
@@ -180,3 +184,18 @@ def evaluate(run: ChainRun, f: Map, places: Array, states: Tensor | None = None)
         images = run.sweeper.split(every).flatten(0, 1)[tensor_like(run.start, places)]
     run.nfev += 1
     return images.to(run.states.dtype)
+
+
+def evaluate_some(run: ChainRun, f: Map, places: Array, evaluated: Array) -> tuple[Tensor, Tensor]:
+    """Images ``(N, D)`` of the states at these places ``(N,)``, of which the numbers ``evaluated`` are evaluated.
+
+    Beside them ``(N,)``, by how much interpolation would have missed them, where that is known.
+    """
+    sparse_part = getattr(f, "sparse_part", None)  # torch.func leaves none
+    if sparse_part is None or len(evaluated) == len(places):
+        images = evaluate(run, f, places)
+        return images, images.new_zeros(len(places))
+    row, step = np.divmod(places, run.steps)
+    images, missed = sparse_part(run.rows(), *(tensor_like(run.start, x) for x in (row, step, evaluated)))
+    run.nfev += 1
+    return images.to(run.states.dtype), missed.to(run.states.dtype)

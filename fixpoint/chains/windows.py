@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from fixpoint.chains.amplification import STRICTER, doubtful, note_gains
 from fixpoint.chains.certificate import certify, conclude
 from fixpoint.chains.error_control import Norms, judge
-from fixpoint.chains.run import ChainRun, Windows, evaluate
+from fixpoint.chains.run import ChainRun, Windows, evaluate, evaluate_some
 from fixpoint.chains.sweep import Past
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.loop import Map, Watcher
@@ -106,7 +107,8 @@ def open_windows(run: ChainRun, rows: Array) -> Windows:
         move_guesses(run, Windows.of(rows, run.end[rows], new))
     run.end[rows] = end
     run.seen[rows] = np.maximum(run.seen[rows], end)
-    return Windows.of(rows, run.done[rows], end - run.done[rows])
+    windows = Windows.of(rows, run.done[rows], end - run.done[rows])
+    return windows if run.sparse is None else replace(windows, evaluated=run.sparse.choose(run, windows))
 
 
 def move_guesses(run: ChainRun, new: Windows) -> None:
@@ -130,8 +132,14 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     places, step = tensor_like(z, on_host), tensor_like(z, windows.step)
     kept = tensor_like(z, windows.places(run.width))
     images = run.states.new_zeros(on_host.size, run.states.shape[1])
-    chosen = np.flatnonzero(windows.inside)
-    images[tensor_like(z, chosen)] = evaluate(run, f, on_host.ravel()[chosen])
+    inside = np.flatnonzero(windows.inside)
+    asked, at = on_host.ravel()[inside], tensor_like(z, inside)
+    missed = []
+    if run.sparse is None:
+        images[at] = evaluate(run, f, asked)
+    else:
+        images[at], by = evaluate_some(run, f, asked, np.flatnonzero(windows.evaluated.ravel()[inside]))
+        missed.append(by.new_zeros(on_host.size).index_copy(0, at, by).reshape(on_host.shape))
     images = images.reshape(*on_host.shape, -1)
     states, inputs = run.states[places], run.states[tensor_like(z, windows.places(run.steps, before=True))]
     known = torch.isfinite(images).all(dim=2)
@@ -147,9 +155,10 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     number = torch.arange(len(rows), device=change.device)
     run.moved[rows] += torch.stack((change[number, last], before[number, last]), dim=1)
     norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, swept.states, swept.corrections, before)]
-    figures = to_host(torch.stack([*norms, *changes, swept.sound, known]))  # one transfer a round
-    error, scale, grown, met, image_change, input_change, sound, finite = figures
-    settle(run, windows, Norms(error, scale, grown, met, image_change, input_change, sound > 0, finite > 0))
+    figures = to_host(torch.stack([*norms, *changes, swept.sound, known, *missed]))  # one transfer a round
+    error, scale, grown, met, image_change, input_change, sound, finite, *missed_by = figures
+    shown = Norms(error, scale, grown, met, image_change, input_change, sound > 0, finite > 0)
+    settle(run, windows, shown if run.sparse is None else run.sparse.note(windows, shown, *missed_by))
 
 
 def measured_changes(images: Tensor, inputs: Tensor, known: Tensor, past: Past) -> tuple[Tensor, Tensor]:

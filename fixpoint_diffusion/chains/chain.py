@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fixpoint import ProgressBar
+from fixpoint_diffusion.chains.known_outputs import KnownOutputs, neighbours, others
 from fixpoint_diffusion.denoisers.checks import call_checked, check_conditioning, check_fixed_function, check_process
 from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import GaussianPrior, Transitions, wide
@@ -180,6 +181,26 @@ class SamplingChain:
         """
         sample, step = sample.to(x.device), step.to(x.device)
         return self.arrive(x, self.denoise(self.latents(x, step), sample, step), sample, step)
+
+    def sparse_transition(self, x: Tensor, sample: Tensor, step: Tensor, evaluated: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`transition`, but the denoiser is asked about some of the rows; see :class:`fixpoint.SparseChain`.
+
+        What is interpolated between the steps is the image that the denoiser predicts. It changes slowly along a
+        chain, whatever noise the steps add.
+        """
+        sample, step = sample.to(x.device), step.to(x.device)
+        latents = self.latents(x, step)
+        samples, steps, asked = sample[evaluated], step[evaluated], latents[evaluated]
+        out = self.denoise(asked, samples, steps)
+        known = KnownOutputs(self.transitions, asked, out, steps)
+        before, after = neighbours(evaluated, len(step))
+        outputs = known.between(before, after, latents, step)
+        outputs[evaluated] = out
+        states = self.arrive(x, outputs, sample, step)
+        before, after = others(samples)
+        guesses = self.arrive(x[evaluated], known.between(before, after, asked, steps), samples, steps)
+        distance = torch.linalg.vector_norm((guesses - states[evaluated]).flatten(1), dim=1)
+        return states, distance.new_zeros(len(step)).index_copy(0, evaluated, torch.where(before < after, distance, 0))
 
     def arrive(self, x: Tensor, out: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """What :meth:`transition` returns, from the denoiser's outputs ``out``."""

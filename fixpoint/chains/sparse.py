@@ -1,0 +1,81 @@
+"""Which steps of a window are evaluated, of chains that can interpolate the others.
+
+Early rounds are far from the solution, and neighbouring steps of a long chain do nearly the same. So all steps are
+evaluated only up to where states are near the tolerance, or as near as interpolation brings them. Beyond, every eighth
+or fourth is. A state is done only if its step and all before it in the window were evaluated.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fixpoint.chains.error_control import Norms
+from fixpoint.engine.tolerance import Array
+
+if TYPE_CHECKING:
+    from fixpoint.chains.run import ChainRun, Windows
+
+# Steps from one that is evaluated to the next, in windows of at least so many states.
+_SPACINGS = ((512, 8), (64, 4))
+# All steps are evaluated where the predicted error of the state before is at most so many times the tolerance,
+_NEAR = 10.0
+# or so many times what interpolation seems to miss: a round takes no more than that from an error.
+_ROUND = 10.0
+# Between twice as distant steps, interpolation misses a step by so many times more.
+_DISTANCE = 3.0
+
+
+class Sparse:
+    """What is known of chains of which not all steps have to be evaluated, on the host: ``(B, T)`` each.
+
+    Attributes:
+        expected: Predicted error of each state before it was swept last; infinity before.
+        missed: What interpolation seems to miss of a state at its own step and those that are interpolated beside it.
+        evaluated: Whether the image of the step was evaluated, when it was in a window last.
+        whole: ``(B,)``: so many states are evaluated in each round, from the first on.
+    """
+
+    def __init__(self, rows: int, steps: int) -> None:
+        self.expected = np.full((rows, steps), np.inf)
+        self.missed = np.zeros((rows, steps))
+        self.evaluated = np.zeros((rows, steps), dtype=bool)
+        self.whole = np.zeros(rows, dtype=np.int64)
+
+    def choose(self, run: ChainRun, windows: Windows) -> Array:
+        """``(R, W)``: which steps of the windows to evaluate, among them the first and the last of each."""
+        rows, step, inside, spacing = windows.rows, windows.step, windows.inside, spacing_of(windows)
+        if spacing == 1:
+            return inside
+        before = np.maximum(step - 1, 0)
+        expected, bound = (np.take_along_axis(x, before, axis=1) for x in (self.expected[rows], run.bound(rows)))
+        # As if it missed the steps independently.
+        missed = np.take_along_axis(np.sqrt(np.cumsum(np.square(self.missed[rows]), axis=1)), step, axis=1)
+        near = (expected <= np.maximum(_NEAR * bound, _ROUND * missed)) & inside
+        near[:, 0] = True
+        self.whole[rows] = np.maximum(self.whole[rows], run.done[rows] + np.cumprod(near, axis=1).sum(axis=1))
+        chosen = (step < self.whole[rows, None]) | (step % spacing == spacing - 1)
+        chosen[:, 0] = True
+        chosen[np.arange(len(rows)), windows.count - 1] = True
+        return inside & chosen
+
+    def note(self, windows: Windows, norms: Norms, missed: Array) -> Norms:
+        """Take in what a round has shown of its windows; and return what of it was shown by f itself."""
+        inside, evaluated = windows.inside, windows.evaluated
+        alike = evaluated == self.evaluated[windows.rows[:, None], windows.step]
+        row, step = np.broadcast_to(windows.rows[:, None], inside.shape)[inside], windows.step[inside]
+        self.expected[row, step] = norms.error[inside]
+        self.missed[row, step] = spacing_of(windows) / _DISTANCE * missed[inside]
+        self.evaluated[row, step] = evaluated[inside]
+        return norms._replace(
+            # The change from a guess to an image holds what the guess missed.
+            input_change=np.where(alike, norms.input_change, 0),
+            met=np.where(evaluated, norms.met, np.inf),
+            sound=norms.sound & (np.cumprod(evaluated, axis=1) > 0),
+        )
+
+
+def spacing_of(windows: Windows) -> int:
+    """Steps from one that is evaluated to the next."""
+    return next((spacing for least, spacing in _SPACINGS if windows.inside.shape[1] >= least), 1)

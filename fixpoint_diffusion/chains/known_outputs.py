@@ -1,0 +1,65 @@
+"""What a denoiser would say at a step, from what it said at steps before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fixpoint_diffusion.processes import Transitions, wide
+
+
+class KnownOutputs:
+    """A denoiser's outputs at some steps of some samples, to interpolate between.
+
+    Args:
+        transitions: the chain's.
+        x: latents ``(M, *shape)`` that the denoiser was asked about.
+        out: its outputs ``(M, *shape)``, or with twice the channels.
+        step: ``(M,)``, the step of each.
+    """
+
+    def __init__(self, transitions: Transitions, x: Tensor, out: Tensor, step: Tensor) -> None:
+        parts: Sequence[Tensor] = wide(out).split(x.shape[1], dim=1) if x.ndim > 1 else (wide(out),)
+        self._transitions, self._step, self._dtype = transitions, step, out.dtype
+        self._images, self._variances = transitions.image(wide(x), parts[0], step), parts[1:]
+
+    def between(self, before: Tensor, after: Tensor, x: Tensor, step: Tensor) -> Tensor:
+        """Outputs for latents ``x`` ``(N, *shape)`` at steps ``(N,)`` from the known ones before and after, ``(N,)``.
+
+        Linear in the number of the step, of the images that are predicted.
+        """
+        start, end = self._step[before], self._step[after]
+        share = wide((step - start) / (end - start).clamp(min=1)).reshape(-1, *[1] * (x.ndim - 1))
+
+        def mixed(known: Tensor) -> Tensor:
+            return torch.lerp(known[before], known[after], share.to(known.dtype))
+
+        prediction = self._transitions.output(wide(x), mixed(self._images), step)
+        return torch.cat((prediction, *map(mixed, self._variances)), dim=min(1, x.ndim - 1)).to(self._dtype)
+
+
+def neighbours(known: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of each of so many rows, which of the known ones ``(M,)`` is the last up to it, and which the first from it on.
+
+    Example:
+        >>> neighbours(torch.tensor([0, 3]), 4)
+        (tensor([0, 0, 0, 1]), tensor([0, 1, 1, 1]))
+    """
+    is_known = torch.zeros(count, dtype=torch.int64, device=known.device).index_fill(0, known, 1)
+    before = is_known.cumsum(0) - 1
+    return before, before + 1 - is_known
+
+
+def others(sample: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each known row, the known ones before and after it; itself for both, unless they are of its sample ``(M,)``.
+
+    Example:
+        >>> others(torch.tensor([0, 0, 0, 1]))
+        (tensor([0, 0, 2, 3]), tensor([0, 2, 2, 3]))
+    """
+    number = torch.arange(len(sample), device=sample.device)
+    before, after = (number - 1).clamp(min=0), (number + 1).clamp(max=len(sample) - 1)
+    inner = (before < number) & (number < after) & (sample[before] == sample) & (sample[after] == sample)
+    return torch.where(inner, before, number), torch.where(inner, after, number)
