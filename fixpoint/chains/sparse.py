@@ -60,17 +60,21 @@ class Sparse:
         chosen[np.arange(len(rows)), windows.count - 1] = True
         return inside & chosen
 
+    def changed(self, windows: Windows) -> Array:
+        """``(R, W)``: steps that are evaluated where they were interpolated in the last round, or the other way round.
+
+        The change of their images holds what interpolation missed, which says nothing of how they follow their inputs.
+        """
+        return windows.evaluated != self.evaluated[windows.rows[:, None], windows.step]
+
     def note(self, windows: Windows, norms: Norms, missed: Array) -> Norms:
         """Take in what a round has shown of its windows; and return what of it was shown by f itself."""
         inside, evaluated = windows.inside, windows.evaluated
-        alike = evaluated == self.evaluated[windows.rows[:, None], windows.step]
         row, step = np.broadcast_to(windows.rows[:, None], inside.shape)[inside], windows.step[inside]
         self.expected[row, step] = norms.error[inside]
         self.missed[row, step] = spacing_of(windows) / _DISTANCE * missed[inside]
         self.evaluated[row, step] = evaluated[inside]
         return norms._replace(
-            # The change from a guess to an image holds what the guess missed.
-            input_change=np.where(alike, norms.input_change, 0),
             met=np.where(evaluated, norms.met, np.inf),
             sound=norms.sound & (np.cumprod(evaluated, axis=1) > 0),
         )

@@ -44,6 +44,10 @@ class Past(NamedTuple):
 
         return change(inputs, self.inputs), change(images, self.images)
 
+    def without_newest(self, steps: Tensor) -> Past:
+        """The same without the change from the last round to this one, for steps ``(...)`` where that tells nothing."""
+        return self._replace(known=torch.cat((self.known[..., :1] & ~steps[..., None], self.known[..., 1:]), dim=-1))
+
     def with_newest(self, inputs: Tensor, images: Tensor, sound: Tensor) -> Past:
         """The same one round later. Nothing is kept of steps that are not ``sound`` ``(...)``."""
 

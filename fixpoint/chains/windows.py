@@ -144,6 +144,8 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     states, inputs = run.states[places], run.states[tensor_like(z, windows.places(run.steps, before=True))]
     known = torch.isfinite(images).all(dim=2)
     past = Past(*(x[kept] for x in run.past))
+    if run.sparse is not None:
+        past = past.without_newest(tensor_like(z, run.sparse.changed(windows)))
     changes = measured_changes(images, inputs, known, past)
     swept = run.sweeper.swept(states, inputs, images, known, step, past)
     change = swept.states - states
