@@ -12,7 +12,7 @@ from fixpoint.backward.stochastic_jfb import MultiStepJFB, StochasticJFB
 from fixpoint.backward.unroll import Unroll
 from fixpoint.bench.registry import Problem, RegisteredProblem, available_problems, load_problem
 from fixpoint.chains.causal import CausalQuasiNewton
-from fixpoint.chains.recurrence import Chain, Recurrence
+from fixpoint.chains.recurrence import Chain, Recurrence, SparseChain
 from fixpoint.engine.layout import Layout
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import ConvergenceError, ConvergenceWarning, Status, Tolerance
@@ -62,6 +62,7 @@ __all__ = [
     "Reversible",
     "Solution",
     "Solver",
+    "SparseChain",
     "Status",
     "StochasticJFB",
     "Tolerance",

@@ -199,7 +199,7 @@ class SamplingChain:
         states = self.arrive(x, outputs, sample, step)
         before, after = others(samples)
         guesses = self.arrive(x[evaluated], known.between(before, after, asked, steps), samples, steps)
-        distance = torch.linalg.vector_norm((guesses - states[evaluated]).flatten(1), dim=1)
+        distance = torch.linalg.vector_norm((guesses - states[evaluated]).reshape(len(evaluated), -1), dim=1)
         return states, distance.new_zeros(len(step)).index_copy(0, evaluated, torch.where(before < after, distance, 0))
 
     def arrive(self, x: Tensor, out: Tensor, sample: Tensor, step: Tensor) -> Tensor:

@@ -1,0 +1,191 @@
+"""Sampling chains of which the denoiser is asked about some steps: what is interpolated, and what that saves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+from fixpoint import CausalQuasiNewton, SparseChain
+from fixpoint_diffusion import DDIMChain, NoiseSchedule, StochasticDDIMChain, embedded, initial_noise, sample
+from fixpoint_diffusion.chains import SamplingChain, chain_from_scheduler
+from fixpoint_diffusion.processes import Transitions
+
+LINEAR = NoiseSchedule.linear()
+X_T = initial_noise(0, range(2), (3,), dtype=torch.float64)
+STEPS = 40
+# Two samples, the rows of which stand together; rows 0, 4, 8, ... and the last of each are evaluated.
+SAMPLE = torch.arange(2).repeat_interleave(STEPS)
+STEP = torch.arange(STEPS).repeat(2)
+EVALUATED = torch.tensor([row for row in range(2 * STEPS) if row % STEPS % 4 == 0 or row % STEPS == STEPS - 1])
+SKIPPED = torch.tensor([row for row in range(2 * STEPS) if row not in EVALUATED.tolist()])
+
+
+def curved(x, t):
+    """Bends with x and t, and treats entries by themselves."""
+    return torch.tanh(x) * (1 + t.reshape(-1, *[1] * (x.ndim - 1)) / 1000)
+
+
+def of_schedule(prediction_type):
+    return DDIMChain(curved, X_T, LINEAR, steps=STEPS, prediction_type=prediction_type)
+
+
+def learned_variance():
+    transitions = Transitions.of(
+        LINEAR, LINEAR.timesteps(STEPS), eta=1.0, variance_type="learned_range", prediction_type="epsilon"
+    )
+    noise = initial_noise(1, range(2 * STEPS), (3,), dtype=torch.float64).reshape(2, STEPS, 3)
+    return SamplingChain(lambda x, t: torch.cat((curved(x, t), torch.sin(x)), dim=1), X_T, transitions, noise=noise)
+
+
+def scheduled(kind, **options):
+    def make():
+        chain = chain_from_scheduler(curved, X_T, kind(**options), steps=STEPS)
+        assert chain.steps == STEPS
+        return chain
+
+    return make
+
+
+CHAINS = {
+    "epsilon": lambda: of_schedule("epsilon"),
+    "v": lambda: of_schedule("v_prediction"),
+    "sample": lambda: of_schedule("sample"),
+    "clipped": lambda: DDIMChain(curved, X_T, LINEAR, steps=STEPS, clip_sample=1.0),
+    "stochastic": lambda: StochasticDDIMChain(curved, X_T, LINEAR, steps=STEPS, eta=1.0, seed=3),
+    "learned variance": learned_variance,
+    "multistep": scheduled(DPMSolverMultistepScheduler),
+    "euler": scheduled(EulerDiscreteScheduler),
+    "flow": scheduled(FlowMatchEulerDiscreteScheduler),
+}
+
+
+@pytest.fixture(params=CHAINS)
+def chain(request):
+    return CHAINS[request.param]()
+
+
+def states_before(chain):
+    path = chain.sequential() if chain.start.ndim == X_T.ndim else None
+    if path is None:  # steps that look back: the states, not the latents
+        state, path, samples = chain.start, [], torch.arange(2)
+        for k in range(chain.steps):
+            state = chain.transition(state, samples, torch.full_like(samples, k))
+            path.append(state)
+        path = torch.stack(path, dim=1)
+    return torch.cat((chain.start[:, None], path[:, :-1]), dim=1).flatten(0, 1)
+
+
+def test_steps_that_are_evaluated_are_exact(chain):
+    x = states_before(chain)
+    expected = chain.transition(x, SAMPLE, STEP)
+    before = chain.evals
+    found, _ = chain.sparse_transition(x, SAMPLE, STEP, EVALUATED)
+    assert chain.evals - before == len(EVALUATED)
+    torch.testing.assert_close(found[EVALUATED], expected[EVALUATED], rtol=0, atol=0)
+    assert (found[SKIPPED] != expected[SKIPPED]).flatten(1).any(dim=1).all()
+    assert isinstance(chain, SparseChain)
+
+
+def test_interpolation_and_what_it_would_have_missed_are_by_the_formulas_of_ddim():
+    chain = of_schedule("epsilon")
+    x = states_before(chain)
+    found, missed = chain.sparse_transition(x, SAMPLE, STEP, EVALUATED)
+    a, after = LINEAR.alphas_cumprod[chain.timesteps], chain.transitions.alphas_prev
+    eps = curved(x, chain.timesteps[STEP])
+    image = (x - (1 - a[STEP, None]).sqrt() * eps) / a[STEP, None].sqrt()
+
+    def arrived(row, low, high):
+        share, k = (row - low) / (high - low), row % STEPS
+        guess = (1 - share) * image[low] + share * image[high]
+        noise = (x[row] - a[k].sqrt() * guess) / (1 - a[k]).sqrt()
+        return after[k].sqrt() * guess + (1 - after[k]).sqrt() * noise
+
+    known = EVALUATED.tolist()
+    for row in SKIPPED.tolist():
+        low, high = max(each for each in known if each < row), min(each for each in known if each > row)
+        torch.testing.assert_close(found[row], arrived(row, low, high), rtol=1e-6, atol=1e-9)
+        assert missed[row] == 0
+    for place, row in enumerate(known):
+        k = row % STEPS
+        if k in (0, STEPS - 1):  # no neighbours on both sides
+            assert missed[row] == 0
+            continue
+        truth = after[k].sqrt() * image[row] + (1 - after[k]).sqrt() * eps[row]
+        off = (arrived(row, known[place - 1], known[place + 1]) - truth).norm()
+        torch.testing.assert_close(missed[row], off, rtol=1e-5, atol=1e-9)
+
+
+IMAGE = torch.tensor([0.3, -0.5, 1.0], dtype=torch.float64)
+
+
+def says_epsilon(x, t):
+    a = LINEAR.alphas_cumprod[t][:, None]
+    return (x - a.sqrt() * IMAGE) / (1 - a).sqrt()
+
+
+def says_v(x, t):
+    a = LINEAR.alphas_cumprod[t][:, None]
+    return a.sqrt() * says_epsilon(x, t) - (1 - a).sqrt() * IMAGE
+
+
+def says_image(x, t):
+    return IMAGE.expand_as(x)
+
+
+def says_velocity(x, t):
+    sigma = t.double()[:, None] / 1000
+    return (x - IMAGE) / sigma
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        StochasticDDIMChain(says_epsilon, X_T, LINEAR, steps=STEPS, eta=1.0),
+        DDIMChain(says_v, X_T, LINEAR, steps=STEPS, prediction_type="v_prediction"),
+        DDIMChain(says_image, X_T, LINEAR, steps=STEPS, prediction_type="sample"),
+        chain_from_scheduler(says_image, X_T, DPMSolverMultistepScheduler(prediction_type="sample"), steps=STEPS),
+        chain_from_scheduler(says_velocity, X_T, FlowMatchEulerDiscreteScheduler(), steps=STEPS),
+    ],
+    ids=["epsilon", "v", "sample", "multistep", "flow"],
+)
+def test_a_denoiser_that_predicts_one_image_is_interpolated_exactly(chain):
+    """Whatever the latents and the noise, for it is the predicted image that is interpolated."""
+    shape = (2 * STEPS, *chain.start.shape[1:])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, missed = chain.sparse_transition(x, SAMPLE, STEP, EVALUATED)
+    torch.testing.assert_close(found, chain.transition(x, SAMPLE, STEP), rtol=1e-6, atol=1e-6)
+    assert float(missed.max()) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (1, 8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_shapes_and_dtypes(shape, dtype):
+    x_T = initial_noise(0, range(2), shape, dtype=torch.float32).to(dtype)
+    chain = DDIMChain(lambda x, t: torch.tanh(x), x_T, LINEAR, steps=STEPS)
+    x = x_T.repeat_interleave(STEPS, dim=0)
+    found, missed = chain.sparse_transition(x, SAMPLE, STEP, EVALUATED)
+    assert found.shape == x.shape
+    assert found.dtype == dtype
+    assert missed.shape == (2 * STEPS,)
+    torch.testing.assert_close(found[EVALUATED], chain.transition(x, SAMPLE, STEP)[EVALUATED], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_long_chain_takes_fewer_rows(eta, monkeypatch):
+    unet = embedded("ddpm-digits")
+    x_T = initial_noise(0, range(1), (1, 8, 8))
+
+    def run():
+        chain = StochasticDDIMChain(unet, x_T, LINEAR, steps=200, eta=eta)
+        return chain, sample(chain, solver=CausalQuasiNewton(window=200))
+
+    chain, some = run()
+    monkeypatch.delattr(SamplingChain, "sparse_transition")
+    assert not isinstance(chain, SparseChain)
+    _, whole = run()
+    assert some.evals < 0.85 * whole.evals
+    assert some.rounds <= whole.rounds + 2
+    expected = chain.sequential(trajectory=False)
+    for found in (some, whole):
+        assert float((found.images - expected).norm() / expected.norm()) < 1e-3
