@@ -15,6 +15,12 @@ class Interpolated(Counted):
     off = 0.0
 
     def sparse_transition(self, x, sample, step, evaluated):
+        rows = list(zip(sample.tolist(), step.tolist(), strict=True))
+        assert rows == sorted(rows)
+        assert evaluated.tolist() == sorted(set(evaluated.tolist()))
+        for number in set(sample.tolist()):
+            mine = [row for row, (other, _) in enumerate(rows) if other == number]
+            assert {mine[0], mine[-1]} <= set(evaluated.tolist())
         added = self.transition(x[evaluated], sample[evaluated], step[evaluated]) - x[evaluated]
         number = torch.searchsorted(evaluated, torch.arange(len(step)), right=True) - 1
         after = (number + 1).clamp(max=len(evaluated) - 1)
@@ -33,6 +39,15 @@ class Interpolated(Counted):
 
 class Off(Interpolated):
     off = 0.05
+
+
+class Told(Off):
+    """Knows by how much it is off."""
+
+    def sparse_transition(self, x, sample, step, evaluated):
+        states, missed = super().sparse_transition(x, sample, step, evaluated)
+        missed[evaluated] += 3 * self.off
+        return states, missed
 
 
 class Broken(Interpolated):
@@ -73,6 +88,52 @@ def test_no_state_is_done_by_interpolation(kind, solver):
     solution = solve(problem, solver, rtol=1e-4, max_evals=2000)
     assert solution.converged.all()
     assert float(relative_errors(solution.value, problem.sequential()).max()) < 2e-4
+
+
+def test_a_state_that_stays_where_it_is_is_not_done_by_interpolation():
+    """The slopes are exact, so the second round finds nothing to correct, at states that are wrong."""
+    slopes = torch.full((200,), 0.98, dtype=torch.float64)
+    problem = Off(lambda x: 0.98 * x, torch.ones(2, 3, dtype=torch.float64), steps=200, slopes=slopes)
+    solution = solve(problem, rtol=1e-4)
+    assert solution.converged.all()
+    assert float(relative_errors(solution.value, problem.sequential()).max()) < 2e-4
+
+
+def test_where_interpolation_misses_much_all_is_evaluated_soon():
+    rounds = {kind: solve(pendulum(steps=200, kind=kind), rtol=1e-6).nfev for kind in (Counted, Told, Off)}
+    assert rounds[Told] <= rounds[Counted] + 2
+    assert rounds[Told] < rounds[Off]
+
+
+def test_what_goes_back_is_evaluated_whole():
+    class Forgetful(Interpolated):
+        """Answers wrongly at first: what was accepted by then does not fit its final answers."""
+
+        def transition(self, x, sample, step):
+            out = super().transition(x, sample, step)
+            return out if len(self.asked) > 4 else out + 0.1 * (step < 150)[:, None]
+
+    start = torch.ones(1, 2, dtype=torch.float64)
+    problem = Forgetful(lambda x: 0.5 * x + 1, start, steps=200, slopes=torch.full((200,), 0.5, dtype=torch.float64))
+    solution = solve(problem, CausalQuasiNewton(certify=True), rtol=1e-6)
+    assert solution.converged.all()
+    expected = Counted(lambda x: 0.5 * x + 1, start, steps=200).sequential()
+    assert float(relative_errors(solution.value, expected).max()) < 2e-6
+    certificate = next(number for number, asked in enumerate(problem.asked) if number > 3 and len(asked) == 200)
+    for asked in problem.asked[certificate + 1 :]:
+        steps = [step for _, step in asked]
+        assert steps == list(range(steps[0], steps[-1] + 1))
+
+
+def test_steps_that_draw_are_evaluated_together():
+    class Drawing(Interpolated):
+        def transition(self, x, sample, step):
+            return super().transition(x, sample, step) + 0 * torch.rand(())
+
+    problem = pendulum(steps=100, kind=Drawing)
+    solution = solve(problem, rtol=1e-4)
+    assert float(relative_errors(solution.value, problem.sequential()).max()) < 2e-4
+    assert {len(asked) for asked in problem.asked[1:]} == {3 * 100}  # what the first one drew was seen, and made good
 
 
 def test_each_state_that_is_done_was_evaluated_in_the_round_that_ended_it():
