@@ -157,8 +157,6 @@ def go_back(run: ChainRun, rows: Array, first: Array) -> None:
     if not rows.size:
         return
     run.retries[rows] += 1
-    if run.sparse is not None:
-        run.sparse.whole[rows] = run.steps
     ahead = run.ahead(rows)
     hopeless = ((ahead > run.finest(rows)) & (ahead > np.log(AMPLIFIES))).any(axis=1)
     hopeless |= (run.retries[rows] > _RETRIES) | (run.nfev - run.twin_evals > run.steps)

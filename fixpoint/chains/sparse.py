@@ -68,13 +68,13 @@ class Sparse:
         return windows.evaluated != self.evaluated[windows.rows[:, None], windows.step]
 
     def note(self, windows: Windows, norms: Norms, missed: Array) -> Norms:
-        """Take in what a round has shown of its windows. What hangs on interpolation is not to be trusted."""
+        """Take in what a round has shown of its windows; a state whose step was interpolated is not to be done."""
         inside, evaluated = windows.inside, windows.evaluated
         row, step = np.broadcast_to(windows.rows[:, None], inside.shape)[inside], windows.step[inside]
         self.expected[row, step] = norms.error[inside]
         self.missed[row, step] = spacing_of(windows) / _DISTANCE * missed[inside]
         self.evaluated[row, step] = evaluated[inside]
-        return norms._replace(sound=norms.sound & (np.cumprod(evaluated, axis=1) > 0))
+        return norms._replace(sound=norms.sound & evaluated)
 
 
 def spacing_of(windows: Windows) -> int:

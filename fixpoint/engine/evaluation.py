@@ -113,11 +113,10 @@ class RowMap:
             The blocks, and of each ``(N,)`` by how much a guess would have missed it, where f can tell.
         """
         state, sparse_part = self.layout.unflatten(z), getattr(self._f, "sparse_part")  # noqa: B009 - f is any callable
-        if not self.ambient.repeats:
-            images, missed = self._in_ambient_state(lambda: sparse_part(state, row, block, evaluated), z)
-            if not self.ambient.repeats:  # that is seen at its first evaluation
-                return images.reshape(len(block), -1), missed
-        return self.part(z, row, block), z.new_zeros(len(block))
+        if self.ambient.repeats:
+            return self.part(z, row, block), z.new_zeros(len(block))
+        images, missed = self._in_ambient_state(lambda: sparse_part(state, row, block, evaluated), z)
+        return images.reshape(len(block), -1), missed
 
     def _is_aligned(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.layout.rows

@@ -105,26 +105,6 @@ def test_where_interpolation_misses_much_all_is_evaluated_soon():
     assert rounds[Told] < rounds[Off]
 
 
-def test_what_goes_back_is_evaluated_whole():
-    class Forgetful(Interpolated):
-        """Answers wrongly at first: what was accepted by then does not fit its final answers."""
-
-        def transition(self, x, sample, step):
-            out = super().transition(x, sample, step)
-            return out if len(self.asked) > 4 else out + 0.1 * (step < 150)[:, None]
-
-    start = torch.ones(1, 2, dtype=torch.float64)
-    problem = Forgetful(lambda x: 0.5 * x + 1, start, steps=200, slopes=torch.full((200,), 0.5, dtype=torch.float64))
-    solution = solve(problem, CausalQuasiNewton(certify=True), rtol=1e-6)
-    assert solution.converged.all()
-    expected = Counted(lambda x: 0.5 * x + 1, start, steps=200).sequential()
-    assert float(relative_errors(solution.value, expected).max()) < 2e-6
-    certificate = next(number for number, asked in enumerate(problem.asked) if number > 3 and len(asked) == 200)
-    for asked in problem.asked[certificate + 1 :]:
-        steps = [step for _, step in asked]
-        assert steps == list(range(steps[0], steps[-1] + 1))
-
-
 def test_steps_that_draw_are_evaluated_together():
     class Drawing(Interpolated):
         def transition(self, x, sample, step):
@@ -133,7 +113,7 @@ def test_steps_that_draw_are_evaluated_together():
     problem = pendulum(steps=100, kind=Drawing)
     solution = solve(problem, rtol=1e-4)
     assert float(relative_errors(solution.value, problem.sequential()).max()) < 2e-4
-    assert {len(asked) for asked in problem.asked[1:]} == {3 * 100}  # what the first one drew was seen, and made good
+    assert {len(asked) for asked in problem.asked[1:]} == {3 * 100}  # that it draws is seen in the first
 
 
 def test_each_state_that_is_done_was_evaluated_in_the_round_that_ended_it():
