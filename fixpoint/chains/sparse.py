@@ -45,8 +45,8 @@ class Sparse:
 
     def choose(self, run: ChainRun, windows: Windows) -> Array:
         """``(R, W)``: which steps of the windows to evaluate, among them the first and the last of each."""
-        rows, step, inside, spacing = windows.rows, windows.step, windows.inside, spacing_of(windows)
-        if spacing == 1:
+        rows, step, inside, spacing = windows.rows, windows.step, windows.inside, spacings(windows)
+        if (spacing == 1).all():
             return inside
         before = np.maximum(step - 1, 0)
         expected, bound = (np.take_along_axis(x, before, axis=1) for x in (self.expected[rows], run.bound(rows)))
@@ -72,11 +72,12 @@ class Sparse:
         inside, evaluated = windows.inside, windows.evaluated
         row, step = np.broadcast_to(windows.rows[:, None], inside.shape)[inside], windows.step[inside]
         self.expected[row, step] = norms.error[inside]
-        self.missed[row, step] = spacing_of(windows) / _DISTANCE * missed[inside]
+        self.missed[row, step] = (spacings(windows) / _DISTANCE * missed)[inside]
         self.evaluated[row, step] = evaluated[inside]
         return norms._replace(sound=norms.sound & evaluated)
 
 
-def spacing_of(windows: Windows) -> int:
-    """Steps from one that is evaluated to the next."""
-    return next((spacing for least, spacing in _SPACINGS if windows.inside.shape[1] >= least), 1)
+def spacings(windows: Windows) -> Array:
+    """``(R, 1)``: steps from one that is evaluated to the next, in each of the windows."""
+    count = windows.count[:, None]
+    return np.select([count >= least for least, _ in _SPACINGS], [spacing for _, spacing in _SPACINGS], 1)
