@@ -58,6 +58,7 @@ def run_honesty(quick: bool) -> Part:
 def run_mixtures(quick: bool) -> Part:
     """How often a sample that is said to have converged is not the sequential one, clipped samplers among them."""
     tallies = mixtures.measure(range(3 if quick else 210))
+    tallies |= mixtures.measure(range(1 if quick else 105), mixtures.LONG_SOLVERS, mixtures.LONG)
     return mixtures.table(tallies), mixtures.as_json(tallies), mixtures.targets(tallies)
 
 

@@ -37,8 +37,12 @@ class MixtureDenoiser:
         return outputs[self.prediction_type].to(x.dtype)
 
 
-def random_chain(seed: int, samples: int = 5) -> StochasticDDIMChain:
-    """A function of the seed: length, size, modes, schedule, prediction, noise and clipping are drawn."""
+# Steps of a chain, from so many to fewer than so many.
+SHORT, LONG = (5, 120), (64, 500)
+
+
+def random_chain(seed: int, samples: int = 5, lengths: tuple[int, int] = SHORT) -> StochasticDDIMChain:
+    """A function of the seed: length, within ``lengths``, size, modes, schedule, prediction, noise, clipping."""
     generator = torch.Generator().manual_seed(seed)
 
     def number(low: float, high: float) -> float:
@@ -47,7 +51,7 @@ def random_chain(seed: int, samples: int = 5) -> StochasticDDIMChain:
     def one_of(*choices: Any) -> Any:
         return choices[int(number(0, len(choices)))]
 
-    steps, dim, modes = int(number(5, 120)), int(number(1, 9)), int(number(1, 7))
+    steps, dim, modes = int(number(*lengths)), int(number(1, 9)), int(number(1, 7))
     schedule = one_of(NoiseSchedule.linear, NoiseSchedule.cosine)()
     denoiser = MixtureDenoiser(
         alphas=schedule.alphas_cumprod,
@@ -74,11 +78,17 @@ SOLVERS = {
     "CausalQuasiNewton(certify=True)": CausalQuasiNewton(certify=True),
     "CausalQuasiNewton(certify=True, window=10)": CausalQuasiNewton(certify=True, window=10),
 }
+# Windows of whole chains, without a budget of rows: early rounds evaluate a part of the steps.
+LONG_SOLVERS = {
+    "CausalQuasiNewton(window=500)": CausalQuasiNewton(window=500),
+    "CausalQuasiNewton(certify=True, window=500)": CausalQuasiNewton(certify=True, window=500),
+}
 HOW_TO_READ = """\
 Samplers of random mixtures of Gaussians, half of them clipped, five samples each; float64; tolerances of 1e-2, 1e-3
 and 1e-4. beyond: samples called converged that have a latent farther from the sequential one than twice the tolerance.
 worst: the largest such error, in tolerances. amplified: samples seen to amplify errors more than thirtyfold.
-rounds/T and rows/T: rounds, and rows for each sample, held against the number of steps; means.
+rounds/T and rows/T: rounds, and rows for each sample, held against the number of steps; means. Chains have 5 to 119
+steps; with window=500, 64 to 499.
 """
 
 
@@ -101,13 +111,15 @@ def errors(chain: StochasticDDIMChain, trajectory: Tensor, rtol: float) -> Tenso
     return ((trajectory - exact).norm(dim=2) / (rtol * exact.norm(dim=2))).amax(dim=1)
 
 
-def measure(seeds: Sequence[int], solvers: dict[str, CausalQuasiNewton] = SOLVERS) -> dict[str, Tally]:
+def measure(
+    seeds: Sequence[int], solvers: dict[str, CausalQuasiNewton] = SOLVERS, lengths: tuple[int, int] = SHORT
+) -> dict[str, Tally]:
     """Sample every chain with every solver, and count."""
     found: dict[str, list[Tensor]] = {name: [] for name in solvers}
     for seed in tqdm(seeds, unit="chain", mininterval=1):
         rtol = RTOLS[seed % len(RTOLS)]
         for name, solver in solvers.items():
-            chain = random_chain(seed)
+            chain = random_chain(seed, lengths=lengths)
             result = sample(chain, solver=solver, rtol=rtol, on_failure="ignore")
             solution, like = result.solution, torch.ones(len(chain.x_T))
             costs = (result.rounds / chain.steps * like, result.evals / chain.steps / len(like) * like)

@@ -183,16 +183,12 @@ class SamplingChain:
         return self.arrive(x, self.denoise(self.latents(x, step), sample, step), sample, step)
 
     def sparse_transition(self, x: Tensor, sample: Tensor, step: Tensor, evaluated: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`transition`, but the denoiser is asked about some of the rows; see :class:`fixpoint.SparseChain`.
-
-        What is interpolated between the steps is the image that the denoiser predicts. It changes slowly along a
-        chain, whatever noise the steps add.
-        """
+        """As :meth:`transition`, but the denoiser is asked about a part; see :class:`fixpoint.SparseChain`."""
         sample, step = sample.to(x.device), step.to(x.device)
         latents = self.latents(x, step)
         samples, steps, asked = sample[evaluated], step[evaluated], latents[evaluated]
         out = self.denoise(asked, samples, steps)
-        known = KnownOutputs(self.transitions, asked, out, steps)
+        known = KnownOutputs(self.prior, self.transitions, asked, out, steps)
         before, after = neighbours(evaluated, len(step))
         outputs = known.between(before, after, latents, step)
         outputs[evaluated] = out

@@ -7,28 +7,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.processes import Transitions, wide
+from fixpoint_diffusion.processes import GaussianPrior, Transitions, wide
 
 
 class KnownOutputs:
     """A denoiser's outputs at some steps of some samples, to interpolate between.
 
+    What is interpolated is by how much the predicted images differ from those that the prior expects of the same
+    latents. That changes slowly along a chain, whatever noise the steps add, and is nothing where the prior is right.
+
     Args:
+        prior: of the images.
         transitions: the chain's.
         x: latents ``(M, *shape)`` that the denoiser was asked about.
         out: its outputs ``(M, *shape)``, or with twice the channels.
         step: ``(M,)``, the step of each.
     """
 
-    def __init__(self, transitions: Transitions, x: Tensor, out: Tensor, step: Tensor) -> None:
+    def __init__(self, prior: GaussianPrior, transitions: Transitions, x: Tensor, out: Tensor, step: Tensor) -> None:
         parts: Sequence[Tensor] = wide(out).split(x.shape[1], dim=1) if x.ndim > 1 else (wide(out),)
-        self._transitions, self._step, self._dtype = transitions, step, out.dtype
-        self._images, self._variances = transitions.image(wide(x), parts[0], step), parts[1:]
+        self._prior, self._transitions, self._step, self._dtype = prior, transitions, step, out.dtype
+        self._beyond = transitions.image(wide(x), parts[0], step) - self._expected(x, step)
+        self._variances = parts[1:]
 
     def between(self, before: Tensor, after: Tensor, x: Tensor, step: Tensor) -> Tensor:
         """Outputs for latents ``x`` ``(N, *shape)`` at steps ``(N,)`` from the known ones before and after, ``(N,)``.
 
-        Linear in the number of the step, of the images that are predicted.
+        Linear in the number of the step.
         """
         start, end = self._step[before], self._step[after]
         share = wide((step - start) / (end - start).clamp(min=1)).reshape(-1, *[1] * (x.ndim - 1))
@@ -36,8 +41,12 @@ class KnownOutputs:
         def mixed(known: Tensor) -> Tensor:
             return torch.lerp(known[before], known[after], share.to(known.dtype))
 
-        prediction = self._transitions.output(wide(x), mixed(self._images), step)
+        prediction = self._transitions.output(wide(x), self._expected(x, step) + mixed(self._beyond), step)
         return torch.cat((prediction, *map(mixed, self._variances)), dim=min(1, x.ndim - 1)).to(self._dtype)
+
+    def _expected(self, x: Tensor, step: Tensor) -> Tensor:
+        """The images ``(N, *shape)`` that the prior expects."""
+        return self._prior.images(wide(x)[None], self._transitions, step)[0]
 
 
 def neighbours(known: Tensor, count: int) -> tuple[Tensor, Tensor]:

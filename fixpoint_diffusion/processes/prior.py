@@ -18,6 +18,7 @@ PRIOR_FILE = "prior.safetensors"
 _LARGEST_BASIS = 1024  # up to so many entries, the principal axes are estimated: 8 MiB
 _LONGEST = 4096  # a longer dimension is not transformed: its matrix would take more than 128 MiB
 _BATCH = 256
+_PART = 2**12  # entries of latents that a path is made for at a time: more of them save little
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,9 +176,9 @@ class GaussianPrior:
         of_x, of_out, divisor = (values[k].to(x.device) for values in transitions.reading[:3])
         return (divisor * image - of_x * x) / of_out
 
-    def images(self, x: Tensor, transitions: Transitions, k: slice = slice(None)) -> Tensor:
-        """The x_0 that this Gaussian's exact denoiser predicts at the steps k from their latents ``(B, n, *shape)``."""
-        a, flat = transitions.alphas[k].to(x.device)[:, None], wide(x.reshape(*x.shape[:2], x.shape[2:].numel()))
+    def images(self, x: Tensor, transitions: Transitions, k: slice | Tensor = slice(None)) -> Tensor:
+        """The x_0 that this Gaussian's exact denoiser predicts from latents ``(B, n, *shape)`` at the n steps k."""
+        a, flat = transitions.alphas.to(x.device)[k][:, None], wide(x.reshape(*x.shape[:2], x.shape[2:].numel()))
         mean = self.mean.to(flat)
         along = self.to_coordinates((flat - a.sqrt() * mean).flatten(0, 1)).reshape(flat.shape)
         along = along * gain(self.variances.to(flat), a)
@@ -220,17 +221,29 @@ class GaussianPrior:
         looks_back = transitions.history is not None
         history = alphas.new_zeros(transitions.steps, 0) if transitions.history is None else transitions.history.to(x)
         earlier = [torch.zeros_like(x)] * history.shape[1]  # what predictions before this step differ from the mean by
-        for k in range(transitions.steps):
+        # What does not hang on x is made for many steps at once.
+        count = max(1, _PART // max(x.numel(), 1))
+        for first in range(0, transitions.steps, count):
+            k = slice(first, first + count)
+            levels = (alphas[k, None], arrive[k, None], direction[k, None])
+            slopes, gains, means = _slopes(variances, *levels), gain(variances, levels[0]), levels[0].sqrt() * mean
             # A Gaussian's flow keeps to its mean, sqrt(a) times it: displacements from there follow the slopes.
-            slopes, moved = _slopes(variances, alphas[k], arrive[k], direction[k]), x - alphas[k].sqrt() * mean
-            x = arrive[k].sqrt() * mean + slopes * moved
-            if looks_back:
-                image = gain(variances, alphas[k]) * moved
-                x = x + sum(weight * (old - image) for weight, old in zip(history[k], earlier, strict=True))
-                earlier = [image, *earlier[:-1]]
+            added = (levels[1].sqrt() * mean - slopes * means)[None]
             if noise is not None:
-                x = x + sigma[k] * _times_each(wide(noise[:, k].reshape(len(x_T), size)), factors)
-            path[:, k] = _times_each(x, [factor.mT for factor in factors])
+                drawn = _times_each(wide(noise[:, k]).reshape(-1, size), factors).reshape(len(x), -1, size)
+                added = added + sigma[k, None] * drawn
+            latents = []
+            for number, (slope, more) in enumerate(zip(slopes, added.unbind(1), strict=True)):
+                after = torch.addcmul(more, slope, x)
+                if looks_back:
+                    image = gains[number] * (x - means[number])
+                    weights = history[first + number]
+                    after = after + sum(weight * (old - image) for weight, old in zip(weights, earlier, strict=True))
+                    earlier = [image, *earlier[:-1]]
+                x = after
+                latents.append(x)
+            part = torch.stack(latents, dim=1)
+            path[:, k] = _times_each(part.flatten(0, 1), [factor.mT for factor in factors]).reshape(part.shape)
         return path.reshape(len(x_T), transitions.steps, *x_T.shape[1:])
 
 

@@ -113,7 +113,8 @@ def test_steps_that_draw_are_evaluated_together():
     problem = pendulum(steps=100, kind=Drawing)
     solution = solve(problem, rtol=1e-4)
     assert float(relative_errors(solution.value, problem.sequential()).max()) < 2e-4
-    assert {len(asked) for asked in problem.asked[1:]} == {3 * 100}  # that it draws is seen in the first
+    # That it draws is seen in the first round, which is evaluated twice beside other threads.
+    assert {len(asked) for asked in problem.asked[2:]} == {3 * 100}
 
 
 def test_each_state_that_is_done_was_evaluated_in_the_round_that_ended_it():
