@@ -137,9 +137,11 @@ def note_gains(run: ChainRun, row: Array, step: Array, norms: Norms, inside: Arr
     before = np.maximum(step - 1, 0)
     scale = run.scale[row, before]
     allowed = run.allowed[0][row, before] + run.allowed[1][row] * scale
-    counts = np.maximum(_COUNTS * allowed, run.rounding * scale)
+    rounding = run.rounding * scale
+    counts = np.maximum(_COUNTS * allowed, rounding)
     with np.errstate(all="ignore"):
-        run.gains.note(row, step, np.where(input_change > counts, image_change / input_change, np.nan), grown / met)
+        measured = np.where(input_change > counts, image_change / input_change, np.nan)
+        run.gains.note(row, step, measured, np.where(met > rounding, grown / met, np.nan))
 
 
 def doubtful(run: ChainRun, rows: Array) -> Array:

@@ -230,8 +230,8 @@ class GaussianPrior:
             # A Gaussian's flow keeps to its mean, sqrt(a) times it: displacements from there follow the slopes.
             added = (levels[1].sqrt() * mean - slopes * means)[None]
             if noise is not None:
-                drawn = _times_each(wide(noise[:, k]).reshape(-1, size), factors).reshape(len(x), -1, size)
-                added = added + sigma[k, None] * drawn
+                drawn = wide(noise[:, k]).reshape(*noise[:, k].shape[:2], size)
+                added = added + sigma[k, None] * _times_each(drawn.flatten(0, 1), factors).reshape(drawn.shape)
             latents = []
             for number, (slope, more) in enumerate(zip(slopes, added.unbind(1), strict=True)):
                 after = torch.addcmul(more, slope, x)

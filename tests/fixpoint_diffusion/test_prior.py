@@ -12,6 +12,7 @@ from fixpoint_diffusion import (
     StochasticDDIMChain,
     initial_noise,
     load_denoiser,
+    sample,
 )
 from fixpoint_diffusion.denoisers.embedded import EMBEDDED_MODELS, embedded_folder
 from fixpoint_diffusion.processes import Transitions
@@ -61,6 +62,21 @@ def test_gaussian_data_take_three_rounds():
     assert solution.nfev == 3
     assert chain.evals < 1.6 * 3 * 200
     assert_close(solution.value, chain.sequential(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_moved_by_rounding_is_no_gain():
+    """From the prior's path, in float32: the second round is for the steps that were interpolated, and the last."""
+
+    def denoiser(x, t):
+        a = SCHEDULE.alphas_cumprod.to(x)[t][:, None]
+        return (1 - a).sqrt() * (x - a.sqrt() * 2) / (a * 0.25 + 1 - a)
+
+    denoiser.prior = GaussianPrior(mean=torch.tensor([2.0]), variances=torch.tensor([0.25]))
+    chain = DDIMChain(denoiser, initial_noise(0, range(4), (16,)), SCHEDULE, steps=1000)
+    result = sample(chain, solver=fixpoint.CausalQuasiNewton(window=1000))
+    assert result.rounds == 2
+    assert result.evals == 4 * (126 + 999)
+    assert_close(result.images, chain.sequential()[:, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_slopes_at_both_ends_of_a_schedule_are_finite():
