@@ -19,8 +19,8 @@ class Chain(Protocol):
     sequence of matrices ``(n, n)``, one for each dimension of a state, stands for their Kronecker product. A third one,
     ``noise_scale`` ``(T,)``, says of a chain with random steps how large the noise is that each adds, as a norm.
 
-    A chain of many steps, of which neighbours do nearly the same, may have a method :meth:`sparse_transition` beside.
-    Then early rounds evaluate a part of the steps.
+    A chain of many steps, of which neighbours do nearly the same, may also be a :class:`SparseChain`. Then early rounds
+    evaluate a part of the steps.
 
     Example:
         See :class:`fixpoint.Recurrence`, which is one.
@@ -44,7 +44,10 @@ class Chain(Protocol):
 
 @runtime_checkable
 class SparseChain(Chain, Protocol):
-    """A :class:`Chain` that can guess what a step does from what its neighbours do."""
+    """A :class:`Chain` that can guess what a step does from what its neighbours do.
+
+    A subclass that overrides ``transition`` and not ``sparse_transition`` is evaluated whole.
+    """
 
     def sparse_transition(self, x: Tensor, sample: Tensor, step: Tensor, evaluated: Tensor) -> tuple[Tensor, Tensor]:
         """As ``transition``, but only some of the rows are evaluated, the others are interpolated.
@@ -156,8 +159,11 @@ class OneStep:
 
     @property
     def sparse(self) -> bool:
-        """Whether some of the steps can be interpolated."""
-        return isinstance(self.chain, SparseChain)
+        """Whether some of the steps can be interpolated, by a method that knows of the chain's ``transition``."""
+        if not isinstance(self.chain, SparseChain) or "transition" in getattr(self.chain, "__dict__", {}):
+            return False
+        owners = {name: kind for kind in reversed(type(self.chain).__mro__) for name in vars(kind)}
+        return issubclass(owners["sparse_transition"], owners["transition"])
 
     def part(self, z: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """States ``(N, *shape)`` after the steps ``step`` ``(N,)`` of samples ``sample`` ``(N,)``, from the states z.

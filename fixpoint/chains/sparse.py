@@ -23,7 +23,7 @@ _SPACINGS = ((512, 8), (64, 4))
 _NEAR = 10.0
 # or so many times what interpolation seems to miss: a round takes no more than that from an error.
 _ROUND = 10.0
-# Between twice as distant steps, interpolation misses a step by so many times more.
+# Leaving an evaluated step out doubles the gap, and the interpolation error becomes about so many times larger.
 _DISTANCE = 3.0
 
 
@@ -32,30 +32,28 @@ class Sparse:
 
     Attributes:
         expected: Predicted error of each state before it was swept last; infinity before.
-        missed: What interpolation seems to miss of a state at its own step and those that are interpolated beside it.
+        missed: Estimated error that interpolation adds between this evaluated step and the next; 0 at other steps.
         evaluated: Whether the image of the step was evaluated, when it was in a window last.
-        whole: ``(B,)``: so many states are evaluated in each round, from the first on.
+        prefix: ``(B,)``: all steps before this number are evaluated in every round.
     """
 
     def __init__(self, rows: int, steps: int) -> None:
         self.expected = np.full((rows, steps), np.inf)
         self.missed = np.zeros((rows, steps))
         self.evaluated = np.zeros((rows, steps), dtype=bool)
-        self.whole = np.zeros(rows, dtype=np.int64)
+        self.prefix = np.zeros(rows, dtype=np.int64)
 
     def choose(self, run: ChainRun, windows: Windows) -> Array:
         """``(R, W)``: which steps of the windows to evaluate, among them the first and the last of each."""
         rows, step, inside, spacing = windows.rows, windows.step, windows.inside, spacings(windows)
-        if (spacing == 1).all():
-            return inside
         before = np.maximum(step - 1, 0)
         expected, bound = (np.take_along_axis(x, before, axis=1) for x in (self.expected[rows], run.bound(rows)))
-        # As if it missed the steps independently.
+        # Errors of different steps add as squares.
         missed = np.take_along_axis(np.sqrt(np.cumsum(np.square(self.missed[rows]), axis=1)), step, axis=1)
         near = (expected <= np.maximum(_NEAR * bound, _ROUND * missed)) & inside
         near[:, 0] = True
-        self.whole[rows] = np.maximum(self.whole[rows], run.done[rows] + np.cumprod(near, axis=1).sum(axis=1))
-        chosen = (step < self.whole[rows, None]) | (step % spacing == spacing - 1)
+        self.prefix[rows] = np.maximum(self.prefix[rows], run.done[rows] + np.cumprod(near, axis=1).sum(axis=1))
+        chosen = (step < self.prefix[rows, None]) | (step % spacing == spacing - 1)
         chosen[:, 0] = True
         chosen[np.arange(len(rows)), windows.count - 1] = True
         return inside & chosen
@@ -72,7 +70,9 @@ class Sparse:
         inside, evaluated = windows.inside, windows.evaluated
         row, step = np.broadcast_to(windows.rows[:, None], inside.shape)[inside], windows.step[inside]
         self.expected[row, step] = norms.error[inside]
-        self.missed[row, step] = (spacings(windows) / _DISTANCE * missed)[inside]
+        # Of a row that is evaluated whole nothing is interpolated, whatever is evaluated beside it.
+        some = (inside & ~evaluated).any(axis=1, keepdims=True)
+        self.missed[row, step] = (some * spacings(windows) / _DISTANCE * missed)[inside]
         self.evaluated[row, step] = evaluated[inside]
         return norms._replace(sound=norms.sound & evaluated)
 

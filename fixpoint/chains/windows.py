@@ -65,7 +65,10 @@ def advance(run: ChainRun, f: Map) -> None:
     elif run.width == 1 or run.in_order[unfinished].all():
         take_steps(run, f, unfinished)
     else:
-        sweep_windows(run, f, open_windows(run, unfinished))
+        windows = open_windows(run, unfinished)
+        if run.sparse is not None and getattr(f, "may_skip", False):  # torch.func leaves nothing of f but the map
+            windows = replace(windows, evaluated=run.sparse.choose(run, windows))
+        sweep_windows(run, f, windows)
 
 
 def follow(run: ChainRun, twin: Twin) -> None:
@@ -107,8 +110,7 @@ def open_windows(run: ChainRun, rows: Array) -> Windows:
         move_guesses(run, Windows.of(rows, run.end[rows], new))
     run.end[rows] = end
     run.seen[rows] = np.maximum(run.seen[rows], end)
-    windows = Windows.of(rows, run.done[rows], end - run.done[rows])
-    return windows if run.sparse is None else replace(windows, evaluated=run.sparse.choose(run, windows))
+    return Windows.of(rows, run.done[rows], end - run.done[rows])
 
 
 def move_guesses(run: ChainRun, new: Windows) -> None:
@@ -134,12 +136,12 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     images = run.states.new_zeros(on_host.size, run.states.shape[1])
     inside = np.flatnonzero(windows.inside)
     asked, at = on_host.ravel()[inside], tensor_like(z, inside)
-    missed = []
+    extra = []
     if run.sparse is None:
         images[at] = evaluate(run, f, asked)
     else:
-        images[at], by = evaluate_some(run, f, asked, np.flatnonzero(windows.evaluated.ravel()[inside]))
-        missed.append(by.new_zeros(on_host.size).index_copy(0, at, by).reshape(on_host.shape))
+        images[at], missed = evaluate_some(run, f, asked, np.flatnonzero(windows.evaluated.ravel()[inside]))
+        extra = [missed.new_zeros(on_host.size).index_copy(0, at, missed).reshape(on_host.shape)]
     images = images.reshape(*on_host.shape, -1)
     states, inputs = run.states[places], run.states[tensor_like(z, windows.places(run.steps, before=True))]
     known = torch.isfinite(images).all(dim=2)
@@ -157,10 +159,10 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     number = torch.arange(len(rows), device=change.device)
     run.moved[rows] += torch.stack((change[number, last], before[number, last]), dim=1)
     norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, swept.states, swept.corrections, before)]
-    figures = to_host(torch.stack([*norms, *changes, swept.sound, known, *missed]))  # one transfer a round
-    error, scale, grown, met, image_change, input_change, sound, finite, *missed_by = figures
+    figures = to_host(torch.stack([*norms, *changes, swept.sound, known, *extra]))  # one transfer a round
+    error, scale, grown, met, image_change, input_change, sound, finite, *seen = figures
     shown = Norms(error, scale, grown, met, image_change, input_change, sound > 0, finite > 0)
-    settle(run, windows, shown if run.sparse is None else run.sparse.note(windows, shown, *missed_by))
+    settle(run, windows, shown if run.sparse is None else run.sparse.note(windows, shown, *seen))
 
 
 def measured_changes(images: Tensor, inputs: Tensor, known: Tensor, past: Past) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,11 @@ class RowMap:
             return self(z).reshape(len(z), blocks, -1)[row, block]
         return self._in_ambient_state(lambda: part(state, row, block), z).reshape(len(block), -1)
 
+    @property
+    def may_skip(self) -> bool:
+        """Whether some of the blocks may go unevaluated: not if each evaluation must see all of them."""
+        return not self.ambient.repeats
+
     def sparse_part(self, z: Tensor, row: Tensor, block: Tensor, evaluated: Tensor) -> tuple[Tensor, Tensor]:
         """As ``part``, of an f that evaluates some of the blocks alone and guesses the others.
 
@@ -113,8 +118,6 @@ class RowMap:
             The blocks, and of each ``(N,)`` by how much a guess would have missed it, where f can tell.
         """
         state, sparse_part = self.layout.unflatten(z), getattr(self._f, "sparse_part")  # noqa: B009 - f is any callable
-        if self.ambient.repeats:
-            return self.part(z, row, block), z.new_zeros(len(block))
         images, missed = self._in_ambient_state(lambda: sparse_part(state, row, block, evaluated), z)
         return images.reshape(len(block), -1), missed
 

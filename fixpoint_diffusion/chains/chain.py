@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fixpoint import ProgressBar
-from fixpoint_diffusion.chains.known_outputs import KnownOutputs, neighbours, others
+from fixpoint_diffusion.chains.known_outputs import KnownOutputs, known_neighbours, neighbours
 from fixpoint_diffusion.denoisers.checks import call_checked, check_conditioning, check_fixed_function, check_process
 from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import GaussianPrior, Transitions, wide
@@ -171,6 +171,9 @@ class SamplingChain:
     def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """Chosen steps of chosen samples, in one round of N denoiser rows.
 
+        A subclass that changes what a step does overrides :meth:`arrive` or :meth:`denoise`, of which
+        :meth:`sparse_transition` is made too. One that overrides this method alone is evaluated whole in every round.
+
         Args:
             x: the latents before the steps, ``(N, *shape)``.
             sample: the sample of each row, ``(N,)`` int64, from 0 to B - 1.
@@ -186,15 +189,19 @@ class SamplingChain:
         """As :meth:`transition`, but the denoiser is asked about a part; see :class:`fixpoint.SparseChain`."""
         sample, step = sample.to(x.device), step.to(x.device)
         latents = self.latents(x, step)
-        samples, steps, asked = sample[evaluated], step[evaluated], latents[evaluated]
+        # Before the denoiser is asked: the prior is copied to the device, for which the host would wait.
+        expected = self.prior.images(wide(latents)[None], self.transitions, step)[0]
+        samples, steps, asked, expected_of_asked = (each[evaluated] for each in (sample, step, latents, expected))
         out = self.denoise(asked, samples, steps)
-        known = KnownOutputs(self.prior, self.transitions, asked, out, steps)
+        known = KnownOutputs(self.transitions, asked, expected_of_asked, out, steps)
         before, after = neighbours(evaluated, len(step))
-        outputs = known.between(before, after, latents, step)
+        outputs = known.between(before, after, latents, expected, step)
         outputs[evaluated] = out
         states = self.arrive(x, outputs, sample, step)
-        before, after = others(samples)
-        guesses = self.arrive(x[evaluated], known.between(before, after, asked, steps), samples, steps)
+        before, after = known_neighbours(samples)
+        guesses = self.arrive(
+            x[evaluated], known.between(before, after, asked, expected_of_asked, steps), samples, steps
+        )
         distance = torch.linalg.vector_norm((guesses - states[evaluated]).reshape(len(evaluated), -1), dim=1)
         return states, distance.new_zeros(len(step)).index_copy(0, evaluated, torch.where(before < after, distance, 0))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.processes import GaussianPrior, Transitions, wide
+from fixpoint_diffusion.processes import Transitions, wide
 
 
 class KnownOutputs:
@@ -17,20 +17,20 @@ class KnownOutputs:
     latents. That changes slowly along a chain, whatever noise the steps add, and is nothing where the prior is right.
 
     Args:
-        prior: of the images.
         transitions: the chain's.
         x: latents ``(M, *shape)`` that the denoiser was asked about.
-        out: its outputs ``(M, *shape)``, or with twice the channels.
+        expected: the images ``(M, *shape)`` that the prior expects of them.
+        out: the denoiser's outputs ``(M, *shape)``, or with twice the channels.
         step: ``(M,)``, the step of each.
     """
 
-    def __init__(self, prior: GaussianPrior, transitions: Transitions, x: Tensor, out: Tensor, step: Tensor) -> None:
+    def __init__(self, transitions: Transitions, x: Tensor, expected: Tensor, out: Tensor, step: Tensor) -> None:
         parts: Sequence[Tensor] = wide(out).split(x.shape[1], dim=1) if x.ndim > 1 else (wide(out),)
-        self._prior, self._transitions, self._step, self._dtype = prior, transitions, step, out.dtype
-        self._beyond = transitions.image(wide(x), parts[0], step) - self._expected(x, step)
+        self._transitions, self._step, self._dtype = transitions, step, out.dtype
+        self._beyond = transitions.image(wide(x), parts[0], step) - expected
         self._variances = parts[1:]
 
-    def between(self, before: Tensor, after: Tensor, x: Tensor, step: Tensor) -> Tensor:
+    def between(self, before: Tensor, after: Tensor, x: Tensor, expected: Tensor, step: Tensor) -> Tensor:
         """Outputs for latents ``x`` ``(N, *shape)`` at steps ``(N,)`` from the known ones before and after, ``(N,)``.
 
         Linear in the number of the step.
@@ -41,12 +41,8 @@ class KnownOutputs:
         def mixed(known: Tensor) -> Tensor:
             return torch.lerp(known[before], known[after], share.to(known.dtype))
 
-        prediction = self._transitions.output(wide(x), self._expected(x, step) + mixed(self._beyond), step)
+        prediction = self._transitions.output(wide(x), expected + mixed(self._beyond), step)
         return torch.cat((prediction, *map(mixed, self._variances)), dim=min(1, x.ndim - 1)).to(self._dtype)
-
-    def _expected(self, x: Tensor, step: Tensor) -> Tensor:
-        """The images ``(N, *shape)`` that the prior expects."""
-        return self._prior.images(wide(x)[None], self._transitions, step)[0]
 
 
 def neighbours(known: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -61,11 +57,11 @@ def neighbours(known: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return before, before + 1 - is_known
 
 
-def others(sample: Tensor) -> tuple[Tensor, Tensor]:
+def known_neighbours(sample: Tensor) -> tuple[Tensor, Tensor]:
     """Of each known row, the known ones before and after it; itself for both, unless they are of its sample ``(M,)``.
 
     Example:
-        >>> others(torch.tensor([0, 0, 0, 1]))
+        >>> known_neighbours(torch.tensor([0, 0, 0, 1]))
         (tensor([0, 0, 2, 3]), tensor([0, 2, 2, 3]))
     """
     number = torch.arange(len(sample), device=sample.device)

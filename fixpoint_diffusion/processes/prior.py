@@ -221,7 +221,7 @@ class GaussianPrior:
         looks_back = transitions.history is not None
         history = alphas.new_zeros(transitions.steps, 0) if transitions.history is None else transitions.history.to(x)
         earlier = [torch.zeros_like(x)] * history.shape[1]  # what predictions before this step differ from the mean by
-        # What does not hang on x is made for many steps at once.
+        # What does not depend on x is made for many steps at once.
         count = max(1, _PART // max(x.numel(), 1))
         for first in range(0, transitions.steps, count):
             k = slice(first, first + count)

@@ -23,7 +23,7 @@ SKIPPED = torch.tensor([row for row in range(2 * STEPS) if row not in EVALUATED.
 
 def curved(x, t):
     """Bends with x and t, and treats entries by themselves."""
-    return torch.tanh(x) * (1 + t.reshape(-1, *[1] * (x.ndim - 1)) / 1000)
+    return torch.tanh(x) * (1 + t.reshape(-1, *[1] * (x.ndim - 1)) / 1000).to(x.dtype)
 
 
 def of_schedule(prediction_type):
@@ -159,6 +159,79 @@ def test_where_the_prior_is_right_interpolation_is_exact(name):
     found, missed = chain.sparse_transition(x, SAMPLE, STEP, EVALUATED)
     torch.testing.assert_close(found, chain.transition(x, SAMPLE, STEP), rtol=1e-7, atol=1e-7)
     assert float(missed.max()) < 1e-7
+
+
+def test_learned_variances_are_interpolated_too():
+    chain = learned_variance()
+    x = states_before(chain)
+    found, _ = chain.sparse_transition(x, SAMPLE, STEP, EVALUATED)
+    known, said = EVALUATED.tolist(), torch.sin(x)
+    large = 1 - chain.transitions.alphas / chain.transitions.alphas_prev
+    small = (large * (1 - chain.transitions.alphas_prev) / (1 - chain.transitions.alphas)).clamp(min=1e-20)
+    quiet = SamplingChain(chain.denoiser, X_T, chain.transitions, noise=torch.zeros_like(chain.noise))
+    without, _ = quiet.sparse_transition(x, SAMPLE, STEP, EVALUATED)
+    for row in SKIPPED.tolist():
+        low, high = max(each for each in known if each < row), min(each for each in known if each > row)
+        share = (torch.lerp(said[low], said[high], (row - low) / (high - low)) + 1) / 2
+        scale = ((share * large[STEP[row]].log() + (1 - share) * small[STEP[row]].log()) / 2).exp()
+        noise = (chain.timesteps[STEP[row]] > 0) * scale * chain.noise[SAMPLE[row], STEP[row]]
+        torch.testing.assert_close(found[row] - without[row], noise, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [CausalQuasiNewton(window=70), CausalQuasiNewton(window=100, certify=True)])
+def test_samples_are_solved_as_by_themselves(solver):
+    """In sliding windows, some of which are evaluated whole beside others that are not."""
+
+    def denoiser(x, t):
+        return torch.sin(3 * x) * t[:, None] / 1000
+
+    x_T = initial_noise(0, range(5), (3,), dtype=torch.float64)
+    together = sample(DDIMChain(denoiser, x_T, LINEAR, steps=200, clip_sample=1.0), solver=solver)
+    for number in range(5):
+        alone = sample(DDIMChain(denoiser, x_T[number : number + 1], LINEAR, steps=200, clip_sample=1.0), solver=solver)
+        torch.testing.assert_close(alone.trajectory[0], together.trajectory[number], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [63, 64, 65, 512])
+def test_lengths_at_which_the_distance_changes(steps):
+    chain = StochasticDDIMChain(curved, X_T, LINEAR, steps=steps, eta=0.5)
+    result = sample(chain, solver=CausalQuasiNewton(window=steps))
+    expected = chain.sequential()
+    assert float(((result.trajectory - expected).norm(dim=2) / expected.norm(dim=2)).max()) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_latents_of_half_precision_are_sampled(dtype):
+    chain = DDIMChain(curved, X_T.to(dtype), LINEAR, steps=100)
+    result = sample(chain, solver=CausalQuasiNewton(window=100), rtol=3e-2)
+    expected = chain.sequential(trajectory=False).double()
+    assert float((result.images.double() - expected).norm() / expected.norm()) < 6e-2
+
+
+def test_conditions_and_hooks_are_those_of_each_row():
+    labels = torch.tensor([0.2, 0.9], dtype=torch.float64)
+    seen = []
+
+    def denoiser(x, t, label):
+        return torch.tanh(x) * label[:, None]
+
+    def hook(x_0, step, sample):
+        seen.append((step.tolist(), sample.tolist()))
+        return x_0 * (1 - 0.001 * step[:, None] / (1 + sample[:, None]))
+
+    chain = DDIMChain(denoiser, X_T, LINEAR, steps=150, x0_hook=hook, conditioning={"label": labels})
+    result = sample(chain, solver=CausalQuasiNewton(window=150))
+    expected = chain.sequential()
+    assert float(((result.trajectory - expected).norm(dim=2) / expected.norm(dim=2)).max()) < 2e-3
+    assert result.evals < 2 * 150 * result.rounds / 2
+    assert {len(steps) for steps, _ in seen} > {300}  # of evaluated steps, of all, and of their neighbours' guesses
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize("size", [0, 3])
+def test_no_sample_and_no_entry(samples, size):
+    chain = StochasticDDIMChain(lambda x, t: 0.5 * x, torch.zeros(samples, size), LINEAR, steps=100, eta=1.0)
+    assert chain.guess.shape == (samples, 100, size)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (1, 8, 8)])
