@@ -90,7 +90,7 @@ def sweep(path: Path) -> None:
             errors.append(torch.linalg.vector_norm((progress.value - exact).flatten(2), dim=2)[0] / size[0])
 
         sample(chain, solver=fixpoint.CausalQuasiNewton(window=window), rtol=1e-3, callback=note)
-        rounds, (first, last) = len(errors), torch.tensor(chain.windows).T
+        rounds, (first, last, rows) = len(errors), torch.tensor(chain.windows).T
         shown = torch.stack(errors).clamp(min=1e-12).log10()
         edges = (0.5, chain.steps + 0.5, rounds + 0.5, 0.5)
         image = left.imshow(shown, aspect="auto", cmap="magma", extent=edges, vmin=-6, vmax=0, interpolation="nearest")
@@ -98,8 +98,8 @@ def sweep(path: Path) -> None:
         for edge in (first, last + 1):
             left.stairs(edge + 0.5, below, orientation="horizontal", baseline=None, color="tab:cyan")
         left.set(ylabel="round", title="all steps at a time" if window is None else f"a window of {window} steps")
-        right.barh(torch.arange(rounds) + 1, last + 1 - first, height=0.8, color="tab:cyan")
-        right.set_title(f"rows: {int((last + 1 - first).sum())}")
+        right.barh(torch.arange(rounds) + 1, rows, height=0.8, color="tab:cyan")
+        right.set_title(f"rows: {int(rows.sum())}")
     axes[1, 0].set_xlabel("step of the chain")
     axes[1, 1].set_xlabel("rows in the round")
     figure.colorbar(image, ax=axes, label="log10 of the relative error", shrink=0.6)
@@ -107,15 +107,15 @@ def sweep(path: Path) -> None:
 
 
 class _WindowsOf(DDIMChain):
-    """A chain of one sample that notes the first and the last step of every call."""
+    """A chain of one sample that notes the first and the last step of every call, and how many there are."""
 
     def __init__(self, denoiser: object, x_T: Tensor, schedule: NoiseSchedule, *, steps: int) -> None:
         super().__init__(denoiser, x_T, schedule, steps=steps)
-        self.windows: list[tuple[int, int]] = []
+        self.windows: list[tuple[int, int, int]] = []
 
-    def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
-        self.windows.append((int(step.min()), int(step.max())))
-        return super().transition(x, sample, step)
+    def denoise(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
+        self.windows.append((int(step.min()), int(step.max()), len(step)))
+        return super().denoise(x, sample, step)
 
 
 def _empirical_denoiser(schedule: NoiseSchedule) -> object:
