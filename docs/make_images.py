@@ -79,7 +79,7 @@ def sweep(path: Path) -> None:
     )
     denoiser = embedded("ddpm-digits")
     schedule = NoiseSchedule.from_diffusers(denoiser.schedule_config)
-    for (left, right), window in zip(axes, (None, 50), strict=True):
+    for (left, right), window in zip(axes, (200, 50), strict=True):
         chain = _WindowsOf(denoiser, initial_noise(4, range(1), (1, 8, 8)), schedule, steps=200)
         exact = chain.sequential()
         chain.windows.clear()
@@ -97,7 +97,7 @@ def sweep(path: Path) -> None:
         below = torch.arange(rounds + 1) + 0.5
         for edge in (first, last + 1):
             left.stairs(edge + 0.5, below, orientation="horizontal", baseline=None, color="tab:cyan")
-        left.set(ylabel="round", title="all steps at a time" if window is None else f"a window of {window} steps")
+        left.set(ylabel="round", title="all steps at a time" if window == chain.steps else f"a window of {window} steps")
         right.barh(torch.arange(rounds) + 1, rows, height=0.8, color="tab:cyan")
         right.set_title(f"rows: {int(rows.sum())}")
     axes[1, 0].set_xlabel("step of the chain")
