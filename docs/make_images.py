@@ -97,7 +97,8 @@ def sweep(path: Path) -> None:
         below = torch.arange(rounds + 1) + 0.5
         for edge in (first, last + 1):
             left.stairs(edge + 0.5, below, orientation="horizontal", baseline=None, color="tab:cyan")
-        left.set(ylabel="round", title="all steps at a time" if window == chain.steps else f"a window of {window} steps")
+        whole = window == chain.steps
+        left.set(ylabel="round", title="all steps at a time" if whole else f"a window of {window} steps")
         right.barh(torch.arange(rounds) + 1, rows, height=0.8, color="tab:cyan")
         right.set_title(f"rows: {int(rows.sum())}")
     axes[1, 0].set_xlabel("step of the chain")
