@@ -227,6 +227,22 @@ def test_conditions_and_hooks_are_those_of_each_row():
     assert {len(steps) for steps, _ in seen} > {300}  # of evaluated steps, of all, and of their neighbours' guesses
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_denoiser_that_swings_from_step_to_step_is_sampled_right(seed):
+    """Its period is near the distance of the steps that are evaluated, so interpolation is far off."""
+
+    def swinging(x, t):
+        return torch.tanh(x) * (1 + 0.5 * torch.sin(t[:, None].to(x) / 3))
+
+    x_T = initial_noise(100 + seed, range(1), (3,), dtype=torch.float64)
+    chain = DDIMChain(swinging, x_T, LINEAR, steps=200, clip_sample=1.0)
+    result = sample(chain, solver=CausalQuasiNewton(window=200))
+    expected = chain.sequential()
+    assert result.solution.converged.all()
+    assert result.rounds < 100
+    assert float(((result.trajectory - expected).norm(dim=2) / expected.norm(dim=2)).max()) < 2e-3
+
+
 @pytest.mark.parametrize("samples", [0, 2])
 @pytest.mark.parametrize("size", [0, 3])
 def test_no_sample_and_no_entry(samples, size):
