@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -191,11 +191,10 @@ def evaluate_some(run: ChainRun, f: Map, places: Array, evaluated: Array) -> tup
 
     Beside them ``(N,)``, by how much interpolation would have missed them, where that is known.
     """
-    sparse_part = getattr(f, "sparse_part", None)
-    if sparse_part is None or len(evaluated) == len(places):
+    if len(evaluated) == len(places):
         images = evaluate(run, f, places)
         return images, images.new_zeros(len(places))
     row, step = np.divmod(places, run.steps)
-    images, missed = sparse_part(run.rows(), *(tensor_like(run.start, x) for x in (row, step, evaluated)))
+    images, missed = cast(Any, f).sparse_part(run.rows(), *(tensor_like(run.start, x) for x in (row, step, evaluated)))
     run.nfev += 1
     return images.to(run.states.dtype), missed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ class RowMap:
         Returns:
             The blocks, and of each ``(N,)`` by how much a guess would have missed it, where f can tell.
         """
-        state, sparse_part = self.layout.unflatten(z), getattr(self._f, "sparse_part")  # noqa: B009 - f is any callable
+        state, sparse_part = self.layout.unflatten(z), cast(Any, self._f).sparse_part
         images, missed = self._in_ambient_state(lambda: sparse_part(state, row, block, evaluated), z)
         return images.reshape(len(block), -1), missed
 

@@ -173,8 +173,7 @@ class GaussianPrior:
             k: which step.
         """
         image = self.images(x.unsqueeze(1), transitions, slice(k, k + 1)).squeeze(1)
-        of_x, of_out, divisor = (values[k].to(x.device) for values in transitions.reading[:3])
-        return (divisor * image - of_x * x) / of_out
+        return transitions.output(x, image, k)
 
     def images(self, x: Tensor, transitions: Transitions, k: slice | Tensor = slice(None)) -> Tensor:
         """The x_0 that this Gaussian's exact denoiser predicts from latents ``(B, n, *shape)`` at the n steps k."""

@@ -257,7 +257,7 @@ class Transitions:
                 eps = (x - self._values.at("signal", x, k) * x_0) / self._values.at("noise", x, k)
         return x_0, eps
 
-    def output(self, x: Tensor, image: Tensor, k: Tensor) -> Tensor:
+    def output(self, x: Tensor, image: Tensor, k: int | Tensor) -> Tensor:
         """The denoiser's outputs ``(N, *shape)`` that predict these images for the latents x, before any hook."""
         of_x, of_out, divisor = (self._values.at(f"image_{name}", image, k) for name in ("of_x", "of_out", "divisor"))
         return (divisor * image - of_x * x) / of_out

@@ -125,15 +125,20 @@ def test_where_interpolation_misses_much_all_is_evaluated_soon():
 
 
 def test_steps_that_draw_are_evaluated_together():
-    class Drawing(Interpolated):
-        def transition(self, x, sample, step):
-            return super().transition(x, sample, step) + 0 * torch.rand(())
+    sizes = {}
+    for draws in (False, True):
 
-    problem = pendulum(steps=100, kind=Drawing)
-    solution = solve(problem, rtol=1e-4)
-    assert float(relative_errors(solution.value, problem.sequential()).max()) < 2e-4
+        def step(x, draws=draws):
+            noise = torch.rand(()) if draws else 1
+            return x + 0.02 * torch.stack((x[:, 1], -x[:, 0].sin()), dim=1) + 0 * noise
+
+        problem = Interpolated(step, pendulum().start, steps=800)
+        solution = solve(problem, rtol=1e-8)
+        assert float(relative_errors(solution.value, problem.sequential()).max()) < 2e-8
+        sizes[draws] = [len(asked) for asked in problem.asked]
     # That it draws is seen in the first round, which is evaluated twice beside other threads.
-    assert {len(asked) for asked in problem.asked[2:]} == {3 * 100}
+    assert sizes[False][2] < 3 * 800
+    assert set(sizes[True][2:4]) == {3 * 800}
 
 
 def test_each_state_that_is_done_was_evaluated_in_the_round_that_ended_it():
@@ -184,8 +189,12 @@ def test_a_step_that_is_not_finite_is_told():
         def transition(self, x, sample, step):
             return super().transition(x, sample, step).masked_fill((step == 150)[:, None], torch.nan)
 
+        def sparse_transition(self, x, sample, step, evaluated):  # of this class, or all would be evaluated
+            return super().sparse_transition(x, sample, step, evaluated)
+
     problem = pendulum(steps=200, kind=Failing)
     solution = solve(problem, rtol=1e-4, on_failure="ignore")
+    assert len(problem.asked[0]) < 3 * 200
     assert solution.status.tolist() == [Status.NON_FINITE] * 3
     expected = pendulum(steps=200).sequential()[:, :150]
     assert float(relative_errors(solution.value[:, :150], expected).max()) < 2e-4
