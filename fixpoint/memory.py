@@ -43,6 +43,10 @@ class MemoryEstimate:
         )
 
 
+# Bytes for a row's own numbers: where the host can read them, a step holds some of them longer than without data.
+_NUMBERS = 64
+
+
 def estimate_memory(
     z0: Any,
     *,
@@ -84,7 +88,8 @@ def estimate_memory(
         tolerance = _Unmeasured(rtol=0.0, atol=0.0)
         iterate(f, torch.empty_like(flat), solver, tolerance, max_evals=max_evals, watch=f.is_full)
     size = flat.numel() * flat.element_size()
-    return MemoryEstimate(bytes=live.peak, states=f.held / size if size else 0.0, state_bytes=size)
+    numbers = _NUMBERS * flat.shape[0]
+    return MemoryEstimate(bytes=live.peak + numbers, states=f.held / size if size else 0.0, state_bytes=size)
 
 
 class _Witness:

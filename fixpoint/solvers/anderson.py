@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fixpoint.solvers.base import Solver, gram_dtype, require_count
-from fixpoint.solvers.history import require_history_dtype
+from fixpoint.solvers.base import Solver, gram_dtype, require_count, require_history_dtype
 from fixpoint.solvers.small import NumPyArithmetic, Small, arithmetic
 from fixpoint.solvers.states import State, states_for
 
@@ -224,7 +223,7 @@ class Anderson(Solver):
             # The residual g, its change, and the change of f.
             both = states.differences(now, image, states.take(state.g))
             g, change = both[:, :1], both[:, 1:]
-            held, held_images = (states.first(x, inverse.shape[1]) for x in (changes, images))
+            held, held_images = (states.among(x, 0, inverse.shape[1]) for x in (changes, images))
             coordinates, squares = xp.take(states.dots(both, held)), xp.take(states.dots(both, both))
             along, outside, cross, fresh, inverse, needed = _Split.of(
                 xp, coordinates, squares, inverse, sparing=self.memory is None

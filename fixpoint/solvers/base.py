@@ -88,6 +88,12 @@ def require_count(name: str, value: object, least: int = 1) -> int:
     return count
 
 
+def require_history_dtype(dtype: object) -> None:
+    """Raise unless ``dtype`` is None or a floating point type of torch."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"history_dtype must be a floating point torch.dtype or None, found {dtype!r}")
+
+
 def small_dtype(z: Tensor) -> torch.dtype:
     """Dtype of a solver's small systems: float64, or float32 on a device that lacks it."""
     return torch.float32 if z.device.type == "mps" else torch.float64

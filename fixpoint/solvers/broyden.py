@@ -8,23 +8,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fixpoint.solvers.base import Solver, gram_dtype, require_count, small_dtype
-from fixpoint.solvers.history import History, require_history_dtype
-from fixpoint.solvers.small import TORCH, Small, arithmetic
+from fixpoint.solvers.base import Solver, gram_dtype, require_count, require_history_dtype, small_dtype
+from fixpoint.solvers.small import TORCH, NumPyArithmetic, Small, arithmetic
+from fixpoint.solvers.states import TORCH_STATES, State, TorchStates, states_for
 
 
 class BroydenState(NamedTuple):
     """The ``memory`` steps taken last, the first ``held`` of them in use.
 
-    ``system`` ``(rows, memory, memory)`` is lower triangular, from the products of steps: row j holds ``|s_j|^2`` on
-    the diagonal and ``-s_j . s_{i+1}`` before it. ``use`` ``(rows, memory)`` is zero for what a row has given up.
+    Attributes:
+        steps: Each step ``(rows, memory, dim)``.
+        system: ``-s_j . s_{i+1} / |s_j|^2`` in row j and column i < j, and ``-1 / |s_j|^2`` on the diagonal; zero for
+            what a row has given up ``(rows, memory, memory)``.
+        held: Number of steps in use.
+        g: The last residual.
     """
 
-    steps: History
+    steps: State
     system: Small
-    use: Small
     held: int = 0
-    g: Tensor | None = None
+    g: State = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,83 +66,82 @@ class Broyden(Solver):
         require_history_dtype(self.history_dtype)
 
     def init(self, z: Tensor) -> BroydenState:
-        rows = len(z)
-        steps = History.empty(self.memory, z, self.history_dtype or z.dtype)
-        system = torch.eye(self.memory, dtype=small_dtype(z), device=z.device).repeat(rows, 1, 1)
-        xp = arithmetic(system)
-        use = torch.ones(rows, self.memory, dtype=small_dtype(z), device=z.device)
-        return BroydenState(steps, xp.take(system), xp.take(use))
+        rows, dim = z.shape
+        steps = torch.zeros(rows, self.memory, dim, dtype=self.history_dtype or z.dtype, device=z.device)
+        system = torch.zeros(rows, self.memory, self.memory, dtype=small_dtype(z), device=z.device)
+        return BroydenState(steps, arithmetic(steps).take(system))
 
     def step(self, z: Tensor, fz: Tensor, state: BroydenState) -> tuple[Tensor, BroydenState]:
-        wide = gram_dtype(z)
-        start = z.to(wide)
-        g = fz.to(wide) - start
-        if state.held == self.memory:
-            state = self._restart(g, state)
-        steps, system, use, held, _ = state
-        xp = arithmetic(g, steps.states, kept=use)
-        system, use = xp.own(system), xp.own(use)
-        direction = g
-        if held == 0:
-            scale = torch.ones_like(g[:, :1])
-        else:
-            products = xp.take(steps.dots(g[:, None], slice(held)))[:, 0]
-            with xp.quiet():
-                factors = xp.solve_triangular(system[:, :held, :held], products * use[:, :held], upper=False)
-                pivot = 1 - factors[:, -1:]
+        dtype, wide = z.dtype, gram_dtype(z)
+        limits = torch.finfo(wide)
+        if dtype != wide:
+            z, fz = z.to(wide), fz.to(wide)
+        xp = arithmetic(z, fz, kept=state.system)
+        states = states_for(xp, fz, self.history_dtype or dtype)
+        now = states.take(z)
+        g = states.take(fz) - now
+        with xp.quiet():
+            if state.held == self.memory:
+                state = self._restart(xp, states, g, state, limits.eps)
+            steps, held = states.take(state.steps), state.held
+            system, step = xp.own(state.system), g
+            if held > 0:
+                products = xp.take(states.dots(g[:, None], states.among(steps, 0, held)))[:, 0]
+                use = system[:, :held, :held]
+                factors = xp.solve_triangular(use, products * use.diagonal(0, 1, 2), upper=False, unit=True)
+                pivot = factors[:, -1:] + 1
                 # Not where a factor is infinite or NaN: those after it are, too.
-                size = abs(pivot)
-                sound = (size > torch.finfo(wide).eps ** 0.5) & (size < float("inf"))
-                if not xp.holds(sound):
-                    use = use * sound
-                    system = xp.where(sound[..., None], system, xp.identity(system, self.memory))
-                factors = xp.where(sound, -factors[:, :-1], 0)
-                scale = xp.tensor(xp.reciprocal(xp.where(sound, pivot, 1.0))).to(wide)
-            if held > 1:
-                direction = steps.subtract(g[:, None], xp.tensor(factors[:, None]).to(wide), slice(1, held))[:, 0]
-        steps = steps.put(held, torch.mul, direction, scale)
-        newest = xp.take(steps.dots(direction[:, None], slice(held + 1))[:, 0] * scale)
-        system, use = xp.writable(system, newest), xp.writable(use, newest)
-        system[:, held, :held] = -newest[:, 1:]
-        system[:, held, held] = xp.where(newest[:, -1] > 0, newest[:, -1], 1)
-        use[:, held] = 1
-        z_next = torch.addcmul(start, direction, scale)
-        return z_next.to(z.dtype), BroydenState(steps, system, use, held + 1, g)
+                lost = xp.outside(abs(pivot), limits.eps**0.5, limits.max)
+                if not xp.absent(lost):
+                    system = xp.put_where(lost[..., None], 0.0, system)
+                    factors, pivot = xp.put_where(lost, 0.0, factors), xp.put_where(lost, 1.0, pivot)
+                if held > 1:
+                    weights = states.like(factors[:, None, :-1], g)
+                    step = states.less(g[:, None], weights, states.among(steps, 1, held), keep=True)[:, 0]
+                steps, step = states.put_quotient(steps, held, step, states.like(pivot, g))
+            else:
+                steps = states.put(steps, 0, g, first=True)
+            newest = xp.take(states.dots(step[:, None], states.among(steps, 0, held + 1)))[:, 0]
+            square = newest[:, -1:]
+            inverse = xp.reciprocal(xp.plus(square <= limits.tiny, square, -1))
+            if held == 0 or xp.readable:
+                system = xp.writable(system, newest)
+            system = xp.put_row(system, held, xp.concatenate((newest[:, 1:] * inverse, inverse), 1))
+            z_next = states.tensor(now + step)
+        return z_next.to(dtype), BroydenState(steps, system, held + 1, g)
 
     def forget(self, state: BroydenState, rows: Tensor) -> BroydenState:
-        xp = arithmetic(kept=state.use)
-        return state._replace(use=xp.where(xp.take(rows)[:, None], 0, state.use))
+        xp = arithmetic(kept=state.system)
+        return state._replace(system=xp.put_where(xp.take(rows)[:, None, None], 0.0, state.system))
 
-    def _restart(self, g: Tensor, state: BroydenState) -> BroydenState:
-        """Keep the last secant alone: slot 0 its step s, slot 1 the vector that s is paired with."""
+    def _restart(
+        self, xp: NumPyArithmetic, states: TorchStates, g: State, state: BroydenState, eps: float
+    ) -> BroydenState:
+        """Keep the last secant alone: place 0 its step s, place 1 the vector that s is paired with."""
         if state.g is None or self.memory < 3:
             return state._replace(held=0)
-        step = state.steps.slots[-1].to(g.dtype)
-        change = g - state.g
-        product = (step * change).sum(dim=1)
-        square = step.square().sum(dim=1)
-        sound = product.abs() > torch.finfo(g.dtype).eps ** 0.5 * step.norm(dim=1) * change.norm(dim=1)
-        sound &= (
-            arithmetic(g).tensor(arithmetic(g).own(state.use))[:, -1] > 0
-        )  # not where the row has just forgotten all
-        scale = torch.where(sound, square / torch.where(sound, product, 1), 0)
-        # The step after a restart writes slot 2, where the last step must stay if this state is stepped from again.
-        steps = state.steps if self.memory > 3 else History(state.steps.states.clone())
-        steps = steps.put(0, torch.mul, step, torch.ones_like(scale)[:, None])
-        steps = steps.put(1, torch.mul, -(step + change), scale[:, None])
-        xp = arithmetic(g, steps.states, kept=state.use)
-        system, use = xp.writable(xp.own(state.system), square), xp.writable(xp.own(state.use), square)
-        system[:, 0, 0] = xp.take(torch.where(square > 0, square, 1))
-        system[:, 1, 0], system[:, 1, 1] = 0, 1
-        use[:, 0], use[:, 1] = xp.take(sound), 0
-        return BroydenState(steps, system, use, 2, g)
+        # Places 0 to 2 are written before this state can be stepped from again; it reads the last.
+        steps = states.take(state.steps) if self.memory > 3 else states.copy(states.take(state.steps))
+        step, change = states.like(states.place(steps, -1), g), g - states.take(state.g)
+        pairs = ((step, change), (step, step), (change, change))
+        product, square, change_square = (xp.take(states.dots(x[:, None], y[:, None]))[:, 0, 0] for x, y in pairs)
+        sound = abs(product) > eps**0.5 * xp.sqrt(square) * xp.sqrt(change_square)
+        system = xp.own(state.system)
+        sound = sound & (system[:, -1, -1] != 0)  # not where the row has just forgotten all
+        lost = ~sound
+        scale = xp.put_where(lost, 0.0, square / xp.put_where(lost, 1.0, product))
+        steps = states.put(steps, 0, step, first=True)
+        steps = states.put(steps, 1, (step + change) * states.like(-scale[:, None], g))
+        inverse = xp.put_where(lost, 0.0, -1 / xp.put_where(lost, 1.0, square))
+        system = xp.put_row(xp.writable(xp.zeros_like(system), square), 0, inverse[:, None])
+        return BroydenState(steps, system, 2, state.g)
 
     def transposed_inverse(self, state: BroydenState, x: Tensor) -> Tensor:
         """``H^T x`` for each row of ``x`` ``(rows, dim)``, where ``H`` is the ``(I - J)^-1`` of the last step."""
-        system, use = TORCH.own(state.system), TORCH.own(state.use)
-        product = x.to(gram_dtype(x))
+        inverse, states = -TORCH.own(state.system).diagonal(0, 1, 2), TORCH_STATES
+        steps, product = states.take(state.steps), x.to(gram_dtype(x))
         for j in reversed(range(state.held - 1)):
-            step, following = (slot.to(product.dtype) for slot in state.steps.slots[j : j + 2])
-            share = (following * product).sum(dim=1) * (use[:, j] / system[:, j, j]).to(product.dtype)
+            step, following = (states.place(steps, each).to(product.dtype) for each in (j, j + 1))
+            share = (following * product).sum(dim=1) * inverse[:, j].to(product.dtype)
             product = torch.addcmul(product, step, share[:, None])
         return product.to(x.dtype)

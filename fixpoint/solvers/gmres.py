@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fixpoint.solvers.base import Solver, gram_dtype, require_count, small_dtype
-from fixpoint.solvers.history import History
 from fixpoint.solvers.krylov import Knowledge, Measurement
 from fixpoint.solvers.small import NumPyArithmetic, Small, arithmetic
+from fixpoint.solvers.states import TORCH_STATES, State
 
 # The basis is allocated by so many vectors, when they are needed.
 _BLOCK = 10
@@ -23,13 +23,13 @@ class GMRESState(NamedTuple):
     """What a step remembers: of each row, a basis and what ``I - A`` does with it.
 
     Attributes:
-        basis: Blocks of orthogonal vectors of length 1.
+        basis: Blocks of orthogonal vectors of length 1, each ``(rows, count, dim)``.
         base: Where the row counts from ``(rows, dim)``.
         proposal: The point to be evaluated next ``(rows, dim)``: the base and a sum of basis vectors.
         knowledge: All that is known in the coordinates of the basis.
     """
 
-    basis: tuple[History, ...]
+    basis: tuple[State, ...]
     base: Tensor
     proposal: Tensor
     knowledge: Knowledge
@@ -85,10 +85,7 @@ class GMRES(Solver):
         unit = torch.linalg.vector_norm(residual, ord=torch.inf, dim=1, keepdim=True)
         unit = torch.where((unit > 0) & (unit < torch.inf), unit, 1)
         residual = residual / unit
-        if state is None:
-            xp = arithmetic(residual)
-        else:
-            xp = arithmetic(residual, state.base, state.basis[-1].states, kept=state.knowledge.use)
+        xp = arithmetic(residual) if state is None else arithmetic(residual, state.base, kept=state.knowledge.use)
         scale = xp.take(unit[:, 0].to(exact))
         size = scale * xp.take(torch.linalg.vector_norm(image / unit, dim=1).to(exact))
         room = self.memory + _SPARE
@@ -98,7 +95,7 @@ class GMRES(Solver):
                 total = xp.take(torch.linalg.vector_norm(residual, dim=1).to(exact))
                 knowledge = Knowledge.start(xp, scale * total, size, before)
                 vector, base = _divided(xp, residual, total), here
-                basis: tuple[History, ...] = ()
+                basis: tuple[State, ...] = ()
             else:
                 before, basis = state.knowledge.owned(xp), state.basis
                 inside, rest = _split(xp, basis, residual, before.use)
@@ -122,21 +119,22 @@ class GMRES(Solver):
         return proposal, GMRESState(basis, base, proposal, knowledge)
 
 
-def _split(xp: NumPyArithmetic, basis: tuple[History, ...], x: Tensor, use: Small) -> tuple[Small, Tensor]:
+def _split(xp: NumPyArithmetic, basis: tuple[State, ...], x: Tensor, use: Small) -> tuple[Small, Tensor]:
     """Coordinates ``(rows, n)`` of ``x`` ``(rows, dim)`` in the basis, and what is outside it."""
     inside: Small = 0.0
     for _ in range(2):  # the second time for what rounding left
-        products = torch.cat([block.dots(x[:, None])[:, 0] for block in basis], dim=1)[:, : use.shape[1]]
+        products = torch.cat([TORCH_STATES.dots(x[:, None], block)[:, 0] for block in basis], dim=1)[:, : use.shape[1]]
         found = xp.where(use > 0, xp.take(products.to(small_dtype(x))), xp.zeros_like(use))
         x = _combined(basis, x, -xp.tensor(found).to(x.dtype))
         inside = inside + found
     return inside, x
 
 
-def _combined(basis: tuple[History, ...], x: Tensor, weights: Tensor) -> Tensor:
+def _combined(basis: tuple[State, ...], x: Tensor, weights: Tensor) -> Tensor:
     """``x`` and a sum of basis vectors; ``weights`` is ``(rows, n)``."""
     for block, part in zip(basis, weights.split(_BLOCK, dim=1), strict=True):
-        x = block.subtract(x[:, None], -part[:, None], slice(part.shape[1]))[:, 0]
+        vectors = TORCH_STATES.among(block, 0, part.shape[1])
+        x = TORCH_STATES.less(x[:, None], -part[:, None], vectors, keep=True)[:, 0]
     return x
 
 
@@ -145,12 +143,13 @@ def _divided(xp: NumPyArithmetic, x: Tensor, length: Small) -> Tensor:
     return x / xp.tensor(xp.where(length > 0, length, 1.0)).to(x.dtype)[:, None]
 
 
-def _vector(basis: tuple[History, ...], index: int) -> Tensor:
-    return basis[index // _BLOCK].slots[index % _BLOCK]
+def _vector(basis: tuple[State, ...], index: int) -> Tensor:
+    return TORCH_STATES.place(basis[index // _BLOCK], index % _BLOCK)
 
 
-def _appended(basis: tuple[History, ...], count: int, vector: Tensor) -> tuple[History, ...]:
+def _appended(basis: tuple[State, ...], count: int, vector: Tensor) -> tuple[State, ...]:
     """A basis of ``count`` vectors with one more."""
-    if count % _BLOCK == 0:
-        basis = (*basis, History.empty(_BLOCK, vector, vector.dtype))
-    return (*basis[:-1], basis[-1].put(count % _BLOCK, torch.mul, vector, torch.ones_like(vector[:, :1])))
+    place = count % _BLOCK
+    if place == 0:
+        basis = (*basis, vector.new_zeros(len(vector), _BLOCK, vector.shape[1]))
+    return (*basis[:-1], TORCH_STATES.put(basis[-1], place, vector, first=place == 0))

@@ -69,9 +69,22 @@ class NumPyArithmetic:
         """``x`` without its gradient."""
         return x
 
+    def outside(self, x: Small, low: float, high: float) -> Small:
+        """Where not ``low <= x <= high``; where x is NaN, too."""
+        return ~((x >= low) & (x <= high))
+
+    def put_where(self, mask: Small, value: float, x: Small) -> Small:
+        """``x``, but ``value`` where the mask is true."""
+        return np.where(mask, value, x)
+
     def put(self, x: Small, rows: Small, places: Small, value: Small) -> Small:
         """``x`` ``(rows, n)`` with ``value``, a number or one each, at a place of each row; ``x`` may be written to."""
         x[rows, places] = value
+        return x
+
+    def put_row(self, x: Small, place: int, value: Small) -> Small:
+        """``x`` ``(rows, n, n)``, written to: ``value`` ``(rows, k)`` is the start of a row of each matrix."""
+        x[:, place, : value.shape[1]] = value
         return x
 
     def copy(self, x: Small) -> Small:
@@ -105,12 +118,18 @@ class NumPyArithmetic:
         """Whether ``mask`` ``(rows,)`` is known to be true for every row."""
         return np.count_nonzero(mask) == len(mask)
 
-    def solve_triangular(self, matrix: Small, target: Small, *, upper: bool) -> Small:
+    def absent(self, mask: Small) -> bool:
+        """Whether ``mask`` is known to be false everywhere."""
+        return not np.count_nonzero(mask)
+
+    def solve_triangular(self, matrix: Small, target: Small, *, upper: bool, unit: bool = False) -> Small:
         """``x`` ``(rows, n)`` with ``matrix x = target``, where ``matrix`` ``(rows, n, n)`` is triangular.
 
         By substitution, without pivoting: a singular system gives infinity or NaN in its own row, and no error.
+        ``unit``: the diagonal is one, whatever stands there.
         """
-        return TORCH.solve_triangular(torch.from_numpy(matrix), torch.from_numpy(target), upper=upper).numpy()
+        matrix, target = torch.from_numpy(matrix), torch.from_numpy(target)
+        return TORCH.solve_triangular(matrix, target, upper=upper, unit=unit).numpy()
 
     def quiet(self) -> contextlib.AbstractContextManager[object]:
         """No warnings about overflow and NaN: a step tells them from its results."""
@@ -164,6 +183,10 @@ class TorchArithmetic(NumPyArithmetic):
     def whole(self, x: Small, most: int) -> Small:
         return x if x.shape[1] == most else torch.nn.functional.pad(x, (0, most - x.shape[1]))
 
+    def put_row(self, x: Small, place: int, value: Small) -> Small:
+        x.select(1, place)[:, : value.shape[1]].copy_(value)  # an index in brackets is compiled again for each place
+        return x
+
     def copy(self, x: Small) -> Small:
         return x
 
@@ -178,8 +201,17 @@ class TorchArithmetic(NumPyArithmetic):
     def holds(self, mask: Small) -> bool:
         return False  # nothing is known of a tensor without waiting for its device
 
-    def solve_triangular(self, matrix: Small, target: Small, *, upper: bool) -> Small:
-        return torch.linalg.solve_triangular(matrix, target[..., None], upper=upper)[..., 0]
+    def absent(self, mask: Small) -> bool:
+        return False
+
+    def outside(self, x: Small, low: float, high: float) -> Small:
+        return x.clamp(low, high) != x
+
+    def put_where(self, mask: Small, value: float, x: Small) -> Small:
+        return x.masked_fill(mask, value)
+
+    def solve_triangular(self, matrix: Small, target: Small, *, upper: bool, unit: bool = False) -> Small:
+        return torch.linalg.solve_triangular(matrix, target[..., None], upper=upper, unitriangular=unit)[..., 0]
 
     def quiet(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.solvers.history import recording
+from fixpoint.engine.private import transforming
 from fixpoint.solvers.small import NUMPY, NumPyArithmetic, Small
 
 State = Any  # a NumPy array or a tensor
@@ -24,33 +24,49 @@ _SMALL = 1 << 16  # entries of a state; of a larger one, what a call does outwei
 _DTYPES = (torch.float32, torch.float64)
 
 
+def recording(*tensors: Tensor) -> bool:
+    """Whether autograd records or torch.func follows what is done with these, so that nothing is written in place."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    return not torch.compiler.is_compiling() and transforming()
+
+
 class Columns:
     """A history ``(rows, n, dim)`` that autograd records: what was written stays, so no step needs a copy of it.
 
     Attributes:
         written: All that was written so far, each ``(rows, dim)``.
-        at: Number of what stands at each place of each row now ``(rows, n)``.
+        at: Number of what stands at each place of each row now ``(rows, n)``; None where all rows hold, at place j,
+            the j-th of ``written``.
     """
 
-    def __init__(self, written: Sequence[Tensor], at: Tensor) -> None:
-        self.written, self.at, self.dtype, self.shape = written, at, written[0].dtype, (*at.shape, written[0].shape[1])
+    def __init__(self, written: Sequence[Tensor], at: Tensor | None = None) -> None:
+        self.written, self.at, self.dtype = written, at, written[0].dtype
+        rows, dim = written[0].shape
+        self.shape = (rows, len(written) if at is None else at.shape[1], dim)
 
     def dots(self, xs: Tensor) -> Tensor:
         """As ``TorchStates.dots``."""
         products = torch.stack([(xs * x[:, None].to(xs.dtype)).sum(dim=2) for x in self.written], dim=2)
-        return products.gather(2, self.at[:, None].expand(-1, xs.shape[1], -1))
+        return products if self.at is None else products.gather(2, self.at[:, None].expand(-1, xs.shape[1], -1))
 
     def less(self, x: Tensor, weights: Tensor) -> Tensor:
         """As ``TorchStates.less``."""
-        nothing = weights.new_zeros(*weights.shape[:2], len(self.written))
-        at = self.at[:, None].expand_as(weights)
-        for y, weight in zip(self.written, nothing.scatter_add(2, at, weights).unbind(2), strict=True):
+        if self.at is not None:
+            nothing = weights.new_zeros(*weights.shape[:2], len(self.written))
+            weights = nothing.scatter_add(2, self.at[:, None].expand_as(weights), weights)
+        for y, weight in zip(self.written, weights.unbind(2), strict=True):
             x = torch.addcmul(x, y[:, None].to(x.dtype), weight[..., None], value=-1)
         return x
 
     def write(self, places: Tensor, value: Tensor) -> Columns:
         """As ``TorchStates.write``."""
+        assert self.at is not None
         return Columns([*self.written, value], self.at.scatter(1, places[:, None], len(self.written)))
+
+    def put(self, place: int, value: Tensor) -> Columns:
+        """As ``TorchStates.put``."""
+        return Columns([*self.written[:place], value, *self.written[place + 1 :]])
 
 
 class TorchStates:
@@ -87,16 +103,33 @@ class TorchStates:
             return torch.bmm(xs, ys.transpose(1, 2))
         return torch.stack([(xs * y[:, None].to(xs.dtype)).sum(dim=2) for y in ys.unbind(1)], dim=2)
 
-    def first(self, x: State, n: int) -> State:
-        """The first ``n`` places of a history ``(rows, count, dim)``."""
-        return x if n == x.shape[1] else x[:, :n]
+    def among(self, x: State, start: int, stop: int) -> State:
+        """The places from ``start`` to before ``stop`` of a history ``(rows, count, dim)``."""
+        if stop - start == x.shape[1]:
+            return x
+        return Columns(x.written[start:stop]) if isinstance(x, Columns) else x[:, start:stop]
 
-    def less(self, x: State, weights: State, ys: State) -> State:
-        """``x - weights ys``: ``(rows, k, dim)``, ``(rows, k, n)`` and ``(rows, n, dim)``; ``x`` may be overwritten."""
+    def place(self, x: State, place: int) -> State:
+        """What stands at a place of a history, ``(rows, dim)``."""
+        return x.written[place] if isinstance(x, Columns) else x[:, place]
+
+    def like(self, x: State, y: State) -> State:
+        """``x`` in the dtype of ``y``."""
+        return self.take(x).to(y.dtype)
+
+    def copy(self, x: State) -> State:
+        """A history that nobody else writes to."""
+        return x if isinstance(x, Columns) else x.clone()
+
+    def less(self, x: State, weights: State, ys: State, *, keep: bool = False) -> State:
+        """``x - weights ys``: ``(rows, k, dim)``, ``(rows, k, n)`` and ``(rows, n, dim)``.
+
+        ``x`` may be overwritten, unless it is to be kept.
+        """
         if isinstance(ys, Columns):
             return ys.less(x, weights)
         if x.dtype == ys.dtype:
-            return (x.baddbmm if recording(x, weights, ys) else x.baddbmm_)(weights, ys, alpha=-1)
+            return (x.baddbmm if keep or recording(x, weights, ys) else x.baddbmm_)(weights, ys, alpha=-1)
         for y, weight in zip(ys.split(1, dim=1), weights.split(1, dim=2), strict=True):
             x = torch.addcmul(x, y.to(x.dtype), weight, value=-1)
         return x
@@ -130,6 +163,25 @@ class TorchStates:
             return x
         return x.index_put_((self.take(rows), self.take(places)), value)
 
+    def put(self, x: State, place: int, value: State, *, first: bool = False) -> State:
+        """As ``write``, at the same place of all rows. ``first``: of what was written before, nothing is needed."""
+        if isinstance(x, Tensor) and recording(x, value):
+            x = Columns(x.unbind(1))
+        if isinstance(x, Columns):
+            kept = value.to(x.dtype)
+            kept = kept if recording(value) else kept.clone()
+            return Columns([kept]) if first else x.put(place, kept)
+        x.select(1, place).copy_(value)  # an index in brackets is compiled again for each place
+        return x
+
+    def put_quotient(self, x: State, place: int, dividend: State, divisor: State) -> tuple[State, State]:
+        """The history after ``put`` of a quotient, and that: ``(rows, dim)`` by ``(rows, 1)``."""
+        kept = isinstance(x, Columns) or recording(x, dividend, divisor)
+        if kept or x.dtype != dividend.dtype or torch.compiler.is_compiling():
+            quotient = dividend / divisor
+            return self.put(x, place, quotient), quotient
+        return x, torch.div(dividend, divisor, out=x.select(1, place))
+
 
 class NumPyStates(TorchStates):
     """Whole states as NumPy arrays."""
@@ -154,7 +206,13 @@ class NumPyStates(TorchStates):
             ys = xs.copy()
         return xs @ ys.swapaxes(1, 2)
 
-    def less(self, x: State, weights: State, ys: State) -> State:
+    def like(self, x: State, y: State) -> State:
+        return self.take(x).astype(y.dtype, copy=False)
+
+    def copy(self, x: State) -> State:
+        return x.copy()
+
+    def less(self, x: State, weights: State, ys: State, *, keep: bool = False) -> State:
         return x - weights @ ys
 
     def minus(self, x: State, weight: State, y: State) -> State:
@@ -167,11 +225,19 @@ class NumPyStates(TorchStates):
         x[rows, places] = value
         return x
 
+    def put(self, x: State, place: int, value: State, *, first: bool = False) -> State:
+        x[:, place] = value
+        return x
 
-_TORCH, _NUMPY = TorchStates(), NumPyStates()
+    def put_quotient(self, x: State, place: int, dividend: State, divisor: State) -> tuple[State, State]:
+        quotient = dividend / divisor
+        return self.put(x, place, quotient), quotient
+
+
+TORCH_STATES, NUMPY_STATES = TorchStates(), NumPyStates()
 
 
 def states_for(xp: NumPyArithmetic, fz: Tensor, kept: torch.dtype) -> TorchStates:
     """NumPy's for small states where the numbers of each row are NumPy's, too; torch's for all others."""
     small = xp is NUMPY and fz.numel() <= _SMALL and kept == fz.dtype and kept in _DTYPES
-    return _NUMPY if small else _TORCH
+    return NUMPY_STATES if small else TORCH_STATES

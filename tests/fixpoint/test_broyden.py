@@ -82,7 +82,7 @@ def test_a_singular_factor_starts_its_row_over_with_a_plain_step(rounding):
     g = torch.tensor([[1.0 + rounding, 0.0], [0.5, 0.1]], dtype=torch.float64)
     z2, state = solver.step(z1, z1 + g, state)
     torch.testing.assert_close(z2[0], z1[0] + g[0])
-    assert state.use[:, :2].tolist() == [[0, 1], [1, 1]]
+    assert (state.system.diagonal(0, 1, 2)[:, :2] != 0).tolist() == [[False, True], [True, True]]
     assert not torch.allclose(z2[1], z1[1] + g[1])
 
 
@@ -101,7 +101,7 @@ def test_a_secant_without_curvature_is_not_taken_into_the_new_start(rounding):
 
 
 def test_history_costs_one_state_for_each_step():
-    assert Broyden(memory=3).init(torch.zeros(2, 7)).steps.states.shape == (3, 2, 7)
+    assert Broyden(memory=3).init(torch.zeros(2, 7)).steps.shape == (2, 3, 7)
 
 
 @pytest.mark.parametrize("memory", [1, 2, 3, 4, 7, 20])
@@ -150,7 +150,7 @@ def test_a_singular_system_is_its_rows_own_matter():
     assert int(sol.evals[0]) == int(alone.evals[0])
 
 
-@pytest.mark.parametrize("broken", [0.0, torch.nan])
+@pytest.mark.parametrize("broken", [torch.inf, torch.nan])
 def test_a_row_whose_system_breaks_starts_over_alone(contraction, broken):
     f = contraction(rows=3, dim=6, rho=0.9, squash=torch.tanh)
     solver, z = Broyden(), f.z0

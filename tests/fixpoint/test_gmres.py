@@ -188,7 +188,7 @@ def test_it_holds_a_state_for_each_evaluation_and_at_most_its_memory_and_a_block
     held = []
     for _ in range(60):
         z, state = solver.step(z, affine(A, b)(z), state)
-        held.append(sum(len(block.slots) for block in state.basis))
+        held.append(sum(block.shape[1] for block in state.basis))
     assert all(count <= 10 * (1 + step // 10) for step, count in enumerate(held))
     assert max(held) <= memory + 6 + 9
 
