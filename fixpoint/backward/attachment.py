@@ -38,10 +38,27 @@ def solve_functionally(f: Functional, solve: Solve, linear: Solve, z0: Tensor, i
     Source: the derivatives are those of the implicit function theorem; see the page on gradients.
     """
     outcome: list[LoopResult] = []
-    z, residual, scale, status, evals, trace = _Solve.apply(f, solve, linear, outcome.append, z0, *inputs)
-    recorded = None if outcome[-1].trace is None else trace.T
-    figures = {"residual": residual, "scale": scale, "status": status, "evals": evals, "trace": recorded}
-    return replace(outcome[-1], z=z, predicted_error=None, **figures)
+    z, *figures = _Solve.apply(f, solve, linear, outcome.append, z0, *inputs)
+    found: dict[str, Any] = {name: _without_columns(name, x) for name, x in zip(_FIGURES, figures, strict=True)}
+    return replace(outcome[-1], z=z, **found)
+
+
+# What is known of each row beside its state. Between the levels of torch.func, each has rows first: (rows, columns),
+# without columns where nothing is known.
+_FIGURES = ("residual", "scale", "status", "evals", "trace", "predicted_error", "amplification", "lyapunov")
+
+
+def _in_columns(name: str, result: LoopResult) -> Tensor:
+    x = getattr(result, name)
+    if x is None:
+        return result.residual.new_empty(len(result.residual), 0)
+    return x.T if name == "trace" else x[:, None]
+
+
+def _without_columns(name: str, x: Tensor) -> Tensor | None:
+    if not x.shape[1]:
+        return None
+    return x.T if name == "trace" else x[:, 0]
 
 
 def vector_jacobian_product(
@@ -72,7 +89,7 @@ def _in_places(f: Functional, inputs: Sequence[Tensor], places: Sequence[int]) -
 
 
 class _Solve(torch.autograd.Function):
-    """``(z, residual, scale, status, evals, trace)`` of a solve; every tensor that f depends on is an argument."""
+    """The state of a solve and its figures, in columns; every tensor that f depends on is an argument."""
 
     @staticmethod
     def forward(
@@ -80,8 +97,7 @@ class _Solve(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         found = solve(lambda z: f(z, *inputs), z0)
         report(replace(found, state=None))
-        trace = found.residual.new_empty(0, len(z0)) if found.trace is None else found.trace
-        return found.z.clone(), found.residual, found.scale, found.status, found.evals, trace.T
+        return found.z.clone(), *(_in_columns(name, found) for name in _FIGURES)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -112,7 +128,7 @@ class _Solve(torch.autograd.Function):
 
         rest = (z, *inputs, *(tangents[5 + i] for i in moving))
         start = image(torch.zeros_like(z), *rest)
-        return solve_functionally(image, ctx.linear, ctx.linear, start, rest).z, None, None, None, None, None
+        return solve_functionally(image, ctx.linear, ctx.linear, start, rest).z, *(None for _ in _FIGURES)
 
     @staticmethod
     def vmap(

@@ -216,8 +216,10 @@ class _Retreat:
 
     def rows(self, z: Tensor, figures: Figures, active: Array) -> Array | None:
         """Which rows can go back; None if none has to."""
-        lost = active & ~(np.isfinite(figures.residual) & np.isfinite(figures.scale))
-        if self._good is None or not np.count_nonzero(lost):
+        if self._good is None or np.count_nonzero(figures.finite) == len(z):
+            return None
+        lost = active & ~figures.finite
+        if not np.count_nonzero(lost):
             return None
         index = tensor_like(z, np.flatnonzero(lost))
         before, image = (x.detach().index_select(0, index) for x in self._good)

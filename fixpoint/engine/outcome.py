@@ -135,17 +135,18 @@ class BestSoFar:
         The rows ``retreating`` go on although their image is not finite. ``all_rows``: whether f saw all rows.
         """
         (residual, scale, merit), (active, nfev) = figures, (self.active, self.nfev)
-        done, finite = tolerance.done(figures), np.isfinite(residual) & np.isfinite(scale)
+        done, finite = tolerance.done(figures), figures.finite
         better = self._better(merit)
         rows = len(residual)
-        if self.remaining == np.count_nonzero(better) == rows and not np.count_nonzero(done | ~finite):
+        well = better & finite & ~done
+        if self.remaining == np.count_nonzero(well) == rows:
             # Nearly every check is one of these.
             self._take(z, better)
             self.residual[:], self.scale[:], self.merit[:] = residual, scale, merit
             self.improved_at[:], self.unimproved_checks[:] = nfev, 0
             self.unconfirmed[:] = not all_rows
             return False
-        done &= active & finite
+        done &= active
         if self.together and np.count_nonzero(done) < self.remaining:
             done[:] = False
         # A row that meets the tolerance ends there, even when an earlier absolute residual was smaller.

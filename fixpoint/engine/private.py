@@ -48,8 +48,13 @@ def transforming() -> bool:
     Without these names the answer is yes, and solvers do without NumPy and write nothing in place.
     """
     level = getattr(getattr(torch._C, "_functorch", None), "maybe_current_level", None)
-    forward = getattr(forward_ad, "_current_level", None)
-    return level is None or forward is None or level() is not None or forward >= 0
+    return level is None or level() is not None or in_forward_mode()
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on. Without the name the answer is yes: tensors tell themselves."""
+    level = getattr(forward_ad, "_current_level", None)
+    return level is None or level >= 0
 
 
 def unwrap_if_dead(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fixpoint.engine.private import unwrap_if_dead, unwrapped
+from fixpoint.engine.private import in_forward_mode, unwrap_if_dead, unwrapped
 
 Functional = Callable[..., Tensor]  # f(z, *inputs), a map on rows that depends on nothing else
 
@@ -31,7 +31,8 @@ def transformed(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return any(unwrapped(x) is not x or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    forward = in_forward_mode()
+    return any(unwrapped(x) is not x or (forward and forward_ad.unpack_dual(x).tangent is not None) for x in tensors)
 
 
 def is_capturing(x: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import operator
-from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
@@ -80,9 +80,12 @@ class Solver(abc.ABC):
 
 def require_count(name: str, value: object, least: int = 1) -> int:
     """``value`` as an int, whatever integer type it has but bool; raise if it is none, or below ``least``."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+    try:
+        count = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, found {value!r}")
-    count = operator.index(value)
     if count < least:
         raise ValueError(f"{name} must be at least {least}, found {count}")
     return count

@@ -79,8 +79,8 @@ class Broyden(Solver):
         xp = arithmetic(z, fz, kept=state.system)
         states = states_for(xp, fz, self.history_dtype or dtype)
         now = states.take(z)
-        g = states.take(fz) - now
         with xp.quiet():
+            g = states.take(fz) - now
             if state.held == self.memory:
                 state = self._restart(xp, states, g, state, limits.eps)
             steps, held = states.take(state.steps), state.held

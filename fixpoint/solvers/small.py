@@ -93,7 +93,7 @@ class NumPyArithmetic:
 
     def room(self, x: Small, needed: Small, most: int) -> tuple[Small, Small]:
         """Both ``(rows, n)`` with a zero more in each row, if ``needed`` has a row without a zero and ``n < most``."""
-        if x.shape[1] == most or self.holds(needed.min(1) == 0):
+        if x.shape[1] == most or self.holds(np.minimum.reduce(needed, 1) == 0):
             return x, needed
         zero = np.zeros((len(x), 1), x.dtype)
         return np.concatenate((x, zero), 1), np.concatenate((needed, zero), 1)

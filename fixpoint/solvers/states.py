@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fixpoint.engine.private import transforming
+from fixpoint.engine.tolerance import vecdot
 from fixpoint.solvers.small import NUMPY, NumPyArithmetic, Small
 
 State = Any  # a NumPy array or a tensor
@@ -202,9 +203,7 @@ class NumPyStates(TorchStates):
         return both.swapaxes(0, 1)
 
     def dots(self, xs: State, ys: State) -> State:
-        if xs is ys:  # NumPy has a way of its own for a product with the transpose, which is several times slower
-            ys = xs.copy()
-        return xs @ ys.swapaxes(1, 2)
+        return vecdot(xs[:, :, None], ys[:, None])
 
     def like(self, x: State, y: State) -> State:
         return self.take(x).astype(y.dtype, copy=False)

@@ -293,3 +293,17 @@ def test_norms_that_overflow_or_vanish_are_no_warning(factor, atol):
     solution = solve(chain, rtol=1e-4, atol=atol)
     assert solution.converged.all()
     assert_close(solution.value, chain.sequential(), rtol=1e-4, atol=0)
+
+
+def test_members_of_a_vmap_have_the_figures_that_each_has_alone():
+    problem = pendulum(steps=20)
+    starts = torch.randn(2, 3, 20, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def figures(z0):
+        solution = solve(problem, z0=z0)
+        return solution.predicted_error, solution.amplification, solution.lyapunov, solution.evals
+
+    together = torch.func.vmap(figures)(starts)
+    for member, z0 in enumerate(starts):
+        for found, expected in zip(together, figures(z0), strict=True):
+            assert_close(found[member], expected)

@@ -12,7 +12,7 @@ import torch
 import fixpoint
 from fixpoint import Picard, Status
 from fixpoint.engine import tolerance as convergence
-from fixpoint.engine.tolerance import Tolerance, row_norm, same_images
+from fixpoint.engine.tolerance import Figures, Tolerance, row_norm, same_images
 
 
 @pytest.mark.parametrize("status", list(Status))
@@ -76,7 +76,7 @@ def test_tolerance_is_met_with_equality_and_never_by_nan_or_infinity():
     tolerance = Tolerance(rtol=0.5, atol=0.0)
     residual = np.array([1.0, 1.0001, math.nan, math.inf])
     scale = np.array([2.0, 2.0, 1.0, math.inf])
-    assert tolerance.satisfied(residual, scale).tolist() == [True, False, False, False]
+    assert tolerance.done(Figures(residual, scale, residual)).tolist() == [True, False, False, False]
 
 
 RANGES = [

@@ -218,3 +218,12 @@ def test_gradients_flow_through_the_solution():
     (found,) = torch.autograd.grad(value[:, -1].sum(), rate)
     (expected,) = torch.autograd.grad(problem.sequential()[:, -1].sum(), rate)
     assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_under_torch_func_all_is_evaluated():
+    """What torch.func maps over is one map from states to states, which has no parts."""
+    problem = pendulum(steps=100, kind=Broken)
+    starts = torch.randn(2, 3, 100, 2, dtype=torch.float64)
+    found = torch.func.vmap(lambda z: solve(problem, z0=z).value)(starts)
+    assert_close(found, problem.sequential().expand_as(found), rtol=1e-5, atol=1e-5)
+    assert {len(asked) for asked in problem.asked} == {300}
