@@ -102,7 +102,8 @@ class Broyden(Solver):
             else:
                 steps = states.put(steps, 0, g, first=True)
             newest = xp.take(states.dots(step[:, None], states.among(steps, 0, held + 1)))[:, 0]
-            square = newest[:, -1:]
+            # Not rounded more than the products: a row's last entry before its diagonal is -1, which a pivot feels.
+            square = xp.like(newest[:, -1:], system)
             inverse = xp.reciprocal(xp.plus(square <= limits.tiny, square, -1))
             if held == 0 or xp.readable:
                 system = xp.writable(system, newest)

@@ -65,6 +65,10 @@ class NumPyArithmetic:
         """The tensor of these numbers; it shares their memory."""
         return torch.from_numpy(x)
 
+    def like(self, x: Small, y: Small) -> Small:
+        """``x`` in the dtype of ``y``."""
+        return x.astype(y.dtype, copy=False)
+
     def detach(self, x: Small) -> Small:
         """``x`` without its gradient."""
         return x
@@ -203,6 +207,9 @@ class TorchArithmetic(NumPyArithmetic):
 
     def absent(self, mask: Small) -> bool:
         return False
+
+    def like(self, x: Small, y: Small) -> Small:
+        return x.to(y.dtype)
 
     def outside(self, x: Small, low: float, high: float) -> Small:
         return x.clamp(low, high) != x
