@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from fixpoint.chains.recurrence import Chain, OneStep
-from fixpoint.chains.sweep import Past, Secants, held_back, sweep
+from fixpoint.chains.sweep import Kept, Learnt, Past, held_back, parts, sweep
 from fixpoint.chains.windows import iterate_windows
 from fixpoint.engine.layout import Layout
 from fixpoint.engine.loop import LoopOptions, Map
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import Array, Tolerance, to_host
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
-
-_RIDGE = 1e-3  # relative weight that keeps nearly dependent changes of a step's input apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +157,7 @@ class Swept(NamedTuple):
 
     states: Tensor  # (B, W, D)
     corrections: Tensor  # (B, W, D), what was added to the images
-    sound: Tensor  # (B, W) bool: false from the first state on that had to be held back
-    past: Past  # with this round
+    sound: Tensor  # (B, W) bool: false from the first state on that had to be held back, and where images do not count
 
 
 @dataclass(frozen=True)
@@ -207,30 +204,32 @@ class CausalSweep(Solver):
         states, images = self.split(z), self.split(fz)
         inputs = torch.cat((torch.zeros_like(states[:, :1]), states), dim=1)[:, :-1]
         step = torch.arange(self.steps, device=z.device).expand(len(z), -1)
-        swept = self.swept(states, inputs, images, torch.isfinite(images).all(dim=2), step, state)
-        return self.join(swept.states, z), swept.past
+        finite = torch.isfinite(images).all(dim=2)
+        images = torch.where(finite[..., None], images, states)
+        swept = self.swept(states, inputs, images, finite, step, state)
+        return self.join(swept.states, z), state.with_newest(inputs.detach(), images.detach(), swept.sound)
 
-    def swept(self, states: Tensor, inputs: Tensor, images: Tensor, finite: Tensor, step: Tensor, past: Past) -> Swept:
+    def swept(
+        self, states: Tensor, inputs: Tensor, images: Tensor, finite: Tensor, step: Tensor, past: Past | Kept
+    ) -> Swept:
         """Sweep along windows.
 
         Args:
             states: ``(B, W, D)``.
             inputs: ``(B, W, D)``, of their steps: the states before them.
             images: ``(B, W, D)``, what the steps make of the inputs.
-            finite: ``(B, W)``, which images count; the others may be anything.
+            finite: ``(B, W)``, which images count; the others are the states themselves.
             step: ``(B, W)``, number of each step.
             past: of these steps.
         """
-        images = torch.where(finite[..., None], images, states)
         # The model is a constant where gradients are recorded. Its own derivative is that of quotients of ever smaller
         # changes; it would not vanish as the solve converges, although its effect on the states does.
         with torch.no_grad():
-            input_changes, image_changes = (self.to_basis(x) for x in past.changes(inputs, images))
-            slopes = self._slopes_at(step, input_changes, image_changes)
-            secants = Secants.of(input_changes, image_changes, slopes, _RIDGE)
-        corrections = self.from_basis(sweep(self.to_basis(images - states), slopes, secants))
+            slopes = self._slopes_at(step, inputs, images, past)
+        model = Learnt(past, inputs, images, slopes, self.to_basis)
+        corrections = self.from_basis(sweep(self.to_basis(images - states), slopes, model))
         after, sound = held_back(images + corrections, finite)
-        return Swept(after, corrections, sound, past.with_newest(inputs.detach(), images.detach(), finite & sound))
+        return Swept(after, corrections, finite & sound)
 
     def inherited(self, defects: Tensor, step: Tensor) -> Tensor:
         """What states inherit of the defects ``(B, W, D)`` before them by the problem's slopes; 0 without slopes."""
@@ -254,20 +253,27 @@ class CausalSweep(Solver):
         added[:, 0] += slopes[:, 0] * moved
         return self.from_basis(added + sweep(added, slopes, None))
 
-    def _slopes_at(self, step: Tensor, input_changes: Tensor, image_changes: Tensor) -> Tensor:
+    def _slopes_at(self, step: Tensor, inputs: Tensor, images: Tensor, past: Past | Kept) -> Tensor:
         """``(B, W, 1 or D)``: the problem's, or else what the last round showed, within [-1, 1].
 
         A step of which nothing is known takes the mean of the others, or 1.
         """
         if self.slopes is not None:
-            return self.slopes[step].to(input_changes.dtype)
-        square = input_changes[:, :, 0].square().sum(dim=2, keepdim=True)
+            return self.slopes[step].to(inputs.dtype)
+        products = [self._products(inputs[:, part], images[:, part], past, part) for part in parts(inputs)]
+        square, product = (torch.cat(each, dim=1) for each in zip(*products, strict=True))
         known = square > 0
-        product = (input_changes[:, :, 0] * image_changes[:, :, 0]).sum(dim=2, keepdim=True)
         shown = (product / torch.where(known, square, 1)).clamp(-1, 1)
         count = known.sum(dim=1, keepdim=True)
         mean = torch.where(known, shown, 0).sum(dim=1, keepdim=True) / count.clamp(min=1)
         return torch.where(known, shown, torch.where(count > 0, mean, 1))
+
+    def _products(self, inputs: Tensor, images: Tensor, past: Past | Kept, part: slice) -> tuple[Tensor, Tensor]:
+        """The last changes of inputs times themselves and times those of images, ``(B, W, 1)``; 0 where unknown."""
+        known, before = past.known[:, part, :1], past.newest(part)
+        changes = (torch.where(known, now - then, 0) for now, then in zip((inputs, images), before, strict=True))
+        moved, followed = map(self.to_basis, changes)
+        return moved.square().sum(dim=2, keepdim=True), (moved * followed).sum(dim=2, keepdim=True)
 
     def adjoint(self) -> CausalSweep:
         """The same for ``u = v + J^T u``, a chain that runs from the last row to the first.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fixpoint.chains.amplification import Gains, ahead
 from fixpoint.chains.sparse import Sparse
-from fixpoint.chains.sweep import Past
+from fixpoint.chains.sweep import Kept, Past, parts
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, tensor_like
 from fixpoint.engine.tolerance import Array, Status, Tolerance
@@ -49,13 +49,14 @@ class Windows:
         inside = offset < count[:, None]
         return cls(rows, count, np.where(inside, first[:, None] + offset, 0), inside, inside)
 
-    def places(self, length: int, *, before: bool = False) -> Array:
-        """Where the states are kept, ``(R, W)``, if ``length`` places are kept for each chain; -1 where padded.
+    def places(self, length: int, chains: int, *, before: bool = False) -> Array:
+        """Where the states are kept, ``(R, W)``, if ``length`` places are kept for each of so many chains.
 
-        ``before`` asks for the states before them instead, and finds -1 for those before the first as well.
+        It is the place after all of them where padded. ``before`` asks for the states before them instead, and finds
+        that place for those before the first as well.
         """
         step = self.step - before
-        return np.where(self.inside & (step >= 0), self.rows[:, None] * length + step % length, -1)
+        return np.where(self.inside & (step >= 0), self.rows[:, None] * length + step % length, chains * length)
 
 
 class ChainRun:
@@ -156,9 +157,16 @@ class ChainRun:
             return self.allowed[0][rows] + self.allowed[1][rows, None] * self.scale[rows]
 
     def write(self, kept: Tensor, places: Tensor, values: Tensor) -> None:
-        """Put ``values`` at their places, and wipe the scratch place."""
-        kept[places] = values
+        """Put ``values`` ``(B, W, ...)`` at their places ``(B, W)``, and wipe the scratch place."""
+        kept.index_copy_(0, places.flatten(), values.flatten(0, 1))
         kept[-1] = 0
+
+    def remember(self, past: Kept, inputs: Tensor, images: Tensor, sound: Tensor) -> None:
+        """Add a round of windows to their past."""
+        for part in parts(inputs):
+            newer = past.of(part).with_newest(inputs[:, part], images[:, part], sound[:, part])
+            for ours, new in zip(self.past, newer, strict=True):
+                self.write(ours, past.places[:, part], new)
 
     def end_rows(self, rows: Array, failed: Array, finished: Array) -> None:
         """Of the given rows, some have failed and some have converged."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +18,22 @@ _SMALLEST_SLOPE = 1e-4
 # A state so many times larger than all before it comes from a wrong model, not from the chain.
 _WILD = 100.0
 _FADE = 0.1  # by how much a change counts for less than the one a round later
+_RIDGE = 1e-3  # relative weight that keeps nearly dependent changes of a step's input apart
+# What is remembered of steps is worked on for so many entries of one round at a time: all of a long chain would take
+# several times the memory of what is remembered. At least a chunk.
+_PART = 1 << 18
+
+
+def parts(like: Tensor) -> Iterator[slice]:
+    """Steps of a window ``(B, W, D)`` to be worked on at a time: whole chunks."""
+    rows, steps, dim = like.shape
+    size = _CHUNK * max(1, _PART // max(_CHUNK * rows * dim, 1))
+    return (slice(start, min(start + size, steps)) for start in range(0, steps, size))
+
+
+def taken(x: Tensor, places: Tensor) -> Tensor:
+    """Entries ``(B, W, ...)`` of ``x`` ``(n, ...)`` at the places ``(B, W)``. An index in brackets takes longer."""
+    return x.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 class Past(NamedTuple):
@@ -31,6 +49,14 @@ class Past(NamedTuple):
         nothing = like.new_zeros(*shape, memory, dim)
         return cls(nothing, nothing.clone(), torch.zeros(*shape, memory, dtype=torch.bool, device=like.device))
 
+    def of(self, steps: slice) -> Past:
+        """That of some steps of a window."""
+        return Past(*(x[:, steps] for x in self))
+
+    def newest(self, steps: slice) -> tuple[Tensor, Tensor]:
+        """Inputs and images of the last round ``(B, W, D)``."""
+        return self.inputs[:, steps, 0], self.images[:, steps, 0]
+
     def changes(self, inputs: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Changes from each round to the next, the newest being ``inputs`` and ``images`` ``(..., D)``; 0 if unknown.
 
@@ -44,10 +70,6 @@ class Past(NamedTuple):
 
         return change(inputs, self.inputs), change(images, self.images)
 
-    def without_newest(self, steps: Tensor) -> Past:
-        """The same without the change from the last round to this one, for steps ``(...)`` where that tells nothing."""
-        return self._replace(known=torch.cat((self.known[..., :1] & ~steps[..., None], self.known[..., 1:]), dim=-1))
-
     def with_newest(self, inputs: Tensor, images: Tensor, sound: Tensor) -> Past:
         """The same one round later. Nothing is kept of steps that are not ``sound`` ``(...)``."""
 
@@ -56,6 +78,35 @@ class Past(NamedTuple):
 
         known = torch.cat((torch.ones_like(self.known[..., :1]), self.known[..., :-1]), dim=-1) & sound[..., None]
         return Past(shift(inputs, self.inputs), shift(images, self.images), known)
+
+
+class Kept(NamedTuple):
+    """The past of windows, which lies among that of other steps: read when and where it is asked for."""
+
+    past: Past  # of all steps, (places, ...)
+    places: Tensor  # (B, W)
+    known: Tensor  # (B, W, m)
+
+    def of(self, steps: slice) -> Past:
+        """As of ``Past``."""
+        inputs, images = (taken(x, self.places[:, steps]) for x in self.past[:2])
+        return Past(inputs, images, self.known[:, steps])
+
+    def newest(self, steps: slice) -> tuple[Tensor, Tensor]:
+        """As of ``Past``."""
+        inputs, images = (taken(x[:, 0], self.places[:, steps]) for x in self.past[:2])
+        return inputs, images
+
+    def without_newest(self, steps: Tensor) -> Kept:
+        """Without the change from the last round to this one, for those steps ``(B, W)`` of which it tells nothing."""
+        return self._replace(known=torch.cat((self.known[..., :1] & ~steps[..., None], self.known[..., 1:]), dim=-1))
+
+
+class Model(Protocol):
+    """What is known of the steps of a window beyond their slopes."""
+
+    def of(self, steps: slice) -> Secants:
+        """That of some of them."""
 
 
 class Secants(NamedTuple):
@@ -69,8 +120,12 @@ class Secants(NamedTuple):
     weights: Tensor
     images: Tensor
 
+    def of(self, steps: slice) -> Secants:
+        """Those of some steps."""
+        return Secants(self.weights[:, steps], self.images[:, steps])
+
     @classmethod
-    def of(cls, input_changes: Tensor, image_changes: Tensor, slopes: Tensor, ridge: float) -> Secants:
+    def fit(cls, input_changes: Tensor, image_changes: Tensor, slopes: Tensor, ridge: float = _RIDGE) -> Secants:
         """From changes of the inputs and of the images, both ``(B, W, m, D)``, newest first.
 
         ``ridge`` is relative to the mean square of a step's changes, and larger for those of earlier rounds: they are
@@ -91,7 +146,30 @@ class Secants(NamedTuple):
         return cls(torch.where(sound, weights, 0), torch.where(sound, excess, 0))
 
 
-def sweep(defects: Tensor, slopes: Tensor, secants: Secants | None) -> Tensor:
+@dataclass(frozen=True)
+class Learnt:
+    """What the rounds so far have shown of the steps of a window.
+
+    Attributes:
+        past: What is remembered.
+        inputs, images: Of this round ``(B, W, D)``.
+        slopes: ``(B, W, 1 or D)``.
+        to_basis: Takes changes to the coordinates in which slopes count.
+    """
+
+    past: Past | Kept
+    inputs: Tensor
+    images: Tensor
+    slopes: Tensor
+    to_basis: Callable[[Tensor], Tensor]
+
+    @torch.no_grad()
+    def of(self, steps: slice) -> Secants:
+        moved, followed = self.past.of(steps).changes(self.inputs[:, steps], self.images[:, steps])
+        return Secants.fit(self.to_basis(moved), self.to_basis(followed), self.slopes[:, steps])
+
+
+def sweep(defects: Tensor, slopes: Tensor, model: Model | None) -> Tensor:
     """``c_k = slopes_k * e_{k-1} + secants_k(e_{k-1})`` with ``e_k = defects_k + c_k`` and ``e_{-1} = 0``, for all k.
 
     ``e_k`` is the error of state k, if every step is the affine map that slopes and secants describe: its own defect
@@ -100,20 +178,22 @@ def sweep(defects: Tensor, slopes: Tensor, secants: Secants | None) -> Tensor:
     Args:
         defects: ``(B, W, D)``, image minus state for each step of the window.
         slopes: ``(B, W, D)``, or broadcasting to it.
-        secants: of every step, or None.
+        model: secants of every step, or None.
 
     Returns:
         The corrections ``c``, ``(B, W, D)``: what is to be added to the images.
     """
     before = torch.zeros_like(defects[:, 0])
-    parts = []
-    for start in range(0, defects.shape[1], _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        known = None if secants is None else Secants(secants.weights[:, chunk], secants.images[:, chunk])
-        corrections = _sweep_chunk(before, defects[:, chunk], slopes[:, chunk], known)
-        parts.append(corrections)
-        before = corrections[:, -1] + defects[:, chunk][:, -1]
-    return torch.cat(parts, dim=1)
+    corrections = []
+    for part in parts(defects):
+        secants = None if model is None else model.of(part)
+        for start in range(0, part.stop - part.start, _CHUNK):
+            inner = slice(start, start + _CHUNK)
+            chunk = slice(part.start + start, min(part.start + start + _CHUNK, part.stop))
+            known = None if secants is None else secants.of(inner)
+            corrections.append(_sweep_chunk(before, defects[:, chunk], slopes[:, chunk], known))
+            before = corrections[-1][:, -1] + defects[:, chunk][:, -1]
+    return torch.cat(corrections, dim=1)
 
 
 def _sweep_chunk(before: Tensor, defects: Tensor, slopes: Tensor, secants: Secants | None) -> Tensor:
@@ -136,7 +216,7 @@ def _sweep_chunk(before: Tensor, defects: Tensor, slopes: Tensor, secants: Secan
     errors = errors_before(defects)
     if secants is None:
         return (slopes * errors).to(dtype)
-    weights, images = (x.to(wide) for x in secants)
+    weights, images = secants  # in their own dtype: what they are multiplied with is wide
     shape = weights.shape[:3]
     target = (weights * errors[:, :, None]).sum(dim=3).flatten(1, 2)
     # How the coefficient of one step shows in the products of a later one.

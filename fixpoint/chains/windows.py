@@ -13,7 +13,7 @@ from fixpoint.chains.amplification import STRICTER, doubtful, note_gains
 from fixpoint.chains.certificate import certify, conclude
 from fixpoint.chains.error_control import Norms, judge
 from fixpoint.chains.run import ChainRun, Windows, evaluate, evaluate_some
-from fixpoint.chains.sweep import Past
+from fixpoint.chains.sweep import Kept, parts, taken
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.loop import Map, Watcher
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, handing_over, tensor_like
@@ -116,23 +116,24 @@ def open_windows(run: ChainRun, rows: Array) -> Windows:
 def move_guesses(run: ChainRun, new: Windows) -> None:
     """Move the states that enter the windows as the states before them have moved."""
     rows, step = tensor_like(run.start, new.rows), tensor_like(run.start, new.step)
+    chains = len(run.start)
     last, before = run.moved[rows].unbind(1)
     moved = run.sweeper.follow(step, last, before)
-    places = tensor_like(run.start, new.places(run.steps))
-    run.write(run.states, places, run.states[places] + moved)
+    places = tensor_like(run.start, new.places(run.steps, chains))
+    run.write(run.states, places, taken(run.states, places) + moved)
     # The last two of the states before the windows and those that have entered.
     moved = torch.cat((before[:, None], last[:, None], moved), dim=1)
     number, count = torch.arange(len(rows), device=moved.device), tensor_like(run.start, new.count)
     run.moved[rows] = torch.stack((moved[number, count + 1], moved[number, count]), dim=1)
     # What these places remember was of other steps.
-    run.past.known[tensor_like(run.start, new.places(run.width))] = False
+    run.past.known[tensor_like(run.start, new.places(run.width, chains))] = False
 
 
 def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     """Evaluate the windows, sweep along them, and see which states are done."""
-    z, on_host = run.start, windows.places(run.steps)
+    z, chains = run.start, len(run.start)
+    on_host = windows.places(run.steps, chains)
     places, step = tensor_like(z, on_host), tensor_like(z, windows.step)
-    kept = tensor_like(z, windows.places(run.width))
     images = run.states.new_zeros(on_host.size, run.states.shape[1])
     inside = np.flatnonzero(windows.inside)
     asked, at = on_host.ravel()[inside], tensor_like(z, inside)
@@ -143,33 +144,40 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
         images[at], missed = evaluate_some(run, f, asked, np.flatnonzero(windows.evaluated.ravel()[inside]))
         extra = [missed.new_zeros(on_host.size).index_copy(0, at, missed).reshape(on_host.shape)]
     images = images.reshape(*on_host.shape, -1)
-    states, inputs = run.states[places], run.states[tensor_like(z, windows.places(run.steps, before=True))]
+    before = tensor_like(z, windows.places(run.steps, chains, before=True))
+    states, inputs = taken(run.states, places), taken(run.states, before)
     known = torch.isfinite(images).all(dim=2)
-    past = Past(*(x[kept] for x in run.past))
+    kept = tensor_like(z, windows.places(run.width, chains))
+    past = Kept(run.past, kept, run.past.known[kept])
     if run.sparse is not None:
         past = past.without_newest(tensor_like(z, run.sparse.changed(windows)))
     changes = measured_changes(images, inputs, known, past)
+    images = torch.where(known[..., None], images, states)
     swept = run.sweeper.swept(states, inputs, images, known, step, past)
-    change = swept.states - states
-    before = torch.cat((torch.zeros_like(change[:, :1]), change[:, :-1]), dim=1)
     run.write(run.states, places, swept.states)
-    for ours, new in zip(run.past, swept.past, strict=True):
-        run.write(ours, kept, new)
+    run.remember(past, inputs, images, swept.sound)
+    change = states.neg_().add_(swept.states)  # in the memory of the states that were
     rows, last = tensor_like(z, windows.rows), tensor_like(z, windows.count - 1)
     number = torch.arange(len(rows), device=change.device)
-    run.moved[rows] += torch.stack((change[number, last], before[number, last]), dim=1)
-    norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, swept.states, swept.corrections, before)]
+    change_before = torch.where((last > 0)[:, None], change[number, (last - 1).clamp(min=0)], 0)
+    run.moved[rows] += torch.stack((change[number, last], change_before), dim=1)
+    norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, swept.states, swept.corrections)]
+    norms.append(torch.nn.functional.pad(norms[0][:, :-1], (1, 0)))  # of the change of the state before
     figures = to_host(torch.stack([*norms, *changes, swept.sound, known, *extra]))  # one transfer a round
     error, scale, grown, met, image_change, input_change, sound, finite, *seen = figures
     shown = Norms(error, scale, grown, met, image_change, input_change, sound > 0, finite > 0)
     settle(run, windows, shown if run.sparse is None else run.sparse.note(windows, shown, *seen))
 
 
-def measured_changes(images: Tensor, inputs: Tensor, known: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+def measured_changes(images: Tensor, inputs: Tensor, known: Tensor, past: Kept) -> tuple[Tensor, Tensor]:
     """Norms ``(B, W)`` of the changes of images and inputs since the round before; 0 where there was none."""
+    norms = []
+    for part in parts(images):
+        inputs_before, images_before = past.newest(part)
+        changes = images[:, part] - images_before, inputs[:, part] - inputs_before
+        norms.append([torch.linalg.vector_norm(x, dim=2) for x in changes])
     known = known & past.known[..., 0]
-    changes = images - past.images[..., 0, :], inputs - past.inputs[..., 0, :]
-    image_change, input_change = (torch.where(known, torch.linalg.vector_norm(x, dim=2), 0) for x in changes)
+    image_change, input_change = (torch.where(known, torch.cat(x, dim=1), 0) for x in zip(*norms, strict=True))
     return image_change, input_change
 
 

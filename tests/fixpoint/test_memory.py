@@ -35,16 +35,10 @@ class Hoarder(fixpoint.Solver):
         return (z + fz) / 2, [*state, {"z": z.clone()}]
 
 
-def measured_peak(solver, rows, dim, folder):
-    """Most bytes that torch's CPU allocator held at once in a solve of 30 evaluations, some of whose rows end early."""
-    rates = torch.linspace(0.05, 0.97, dim) * torch.linspace(1, 0.1, rows)[:, None]
-    b, z0 = torch.ones(rows, dim), torch.zeros(rows, dim)
-
-    def f(z):
-        return torch.addcmul(b, z, rates)
-
+def peak_of(work, folder):
+    """Most bytes that torch's CPU allocator held at once, above what was held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        fixpoint.solve(f, z0, solver=solver, backward=None, rtol=1e-5, max_evals=30, on_failure="ignore")
+        work()
     trace = folder / "trace.json"
     profiler.export_chrome_trace(str(trace))
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
@@ -53,12 +47,35 @@ def measured_peak(solver, rows, dim, folder):
     return max(event["Total Allocated"] for event in events) - before
 
 
+def measured_peak(solver, rows, dim, folder):
+    """That of a solve of 30 evaluations, some of whose rows end early."""
+    rates = torch.linspace(0.05, 0.97, dim) * torch.linspace(1, 0.1, rows)[:, None]
+    b, z0 = torch.ones(rows, dim), torch.zeros(rows, dim)
+
+    def f(z):
+        return torch.addcmul(b, z, rates)
+
+    options = {"backward": None, "rtol": 1e-5, "max_evals": 30, "on_failure": "ignore"}
+    return peak_of(lambda: fixpoint.solve(f, z0, solver=solver, **options), folder)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 8])
 @pytest.mark.parametrize("solver", [*SOLVERS, Hoarder()], ids=repr)
 def test_is_never_below_the_measured_peak_and_at_most_a_fifth_above(solver, rows, tmp_path):
     measured = measured_peak(solver, rows, 2**17, tmp_path)
     estimate = fixpoint.estimate_memory(torch.zeros(rows, 2**17), solver=solver, max_evals=30)
     assert measured <= estimate.bytes <= 1.2 * measured + 64 * rows  # some numbers of each row
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_a_chain_takes_no_more_than_is_estimated_for_a_window_over_all_of_it(window, tmp_path):
+    rate, inputs = torch.full((4096,), 0.99), torch.linspace(0, 1, 512)[None, :, None]
+    chain = fixpoint.Recurrence(lambda x, u: torch.addcmul(u, x, rate), torch.ones(1, 4096), inputs=(inputs,))
+    solver = fixpoint.CausalQuasiNewton(window=window)
+    options = {"backward": None, "rtol": 1e-4, "max_evals": 500}
+    measured = peak_of(lambda: fixpoint.solve(chain, solver=solver, **options), tmp_path)
+    estimate = fixpoint.estimate_memory(chain.z0, solver=solver)
+    assert measured <= estimate.bytes <= (1.25 if window is None else 2.5) * measured
 
 
 @pytest.mark.parametrize("memory", [1, 2, 5, 10, 20])
