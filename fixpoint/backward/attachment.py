@@ -39,8 +39,12 @@ def solve_functionally(f: Functional, solve: Solve, linear: Solve, z0: Tensor, i
     """
     outcome: list[LoopResult] = []
     z, *figures = _Solve.apply(f, solve, linear, outcome.append, z0, *inputs)
-    found: dict[str, Any] = {name: _without_columns(name, x) for name, x in zip(_FIGURES, figures, strict=True)}
-    return replace(outcome[-1], z=z, **found)
+    result = outcome[-1]
+    found: dict[str, Any] = {
+        name: None if getattr(result, name) is None else _without_columns(name, x)
+        for name, x in zip(_FIGURES, figures, strict=True)
+    }
+    return replace(result, z=z, **found)
 
 
 # What is known of each row beside its state. Between the levels of torch.func, each has rows first: (rows, columns),
@@ -55,9 +59,7 @@ def _in_columns(name: str, result: LoopResult) -> Tensor:
     return x.T if name == "trace" else x[:, None]
 
 
-def _without_columns(name: str, x: Tensor) -> Tensor | None:
-    if not x.shape[1]:
-        return None
+def _without_columns(name: str, x: Tensor) -> Tensor:
     return x.T if name == "trace" else x[:, 0]
 
 

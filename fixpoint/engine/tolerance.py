@@ -275,7 +275,7 @@ def to_host(x: Tensor) -> Array:
 def _euclidean(z: Tensor, fz: Tensor, among: Array | bool) -> Array:
     """Euclidean norms of ``fz - z`` and of ``fz``, ``(2, rows)``."""
     if z.numel() <= _FEW and z.is_cpu and z.dtype == fz.dtype and z.dtype in _WIDE:
-        figures = _small_norms(z.numpy(), fz.numpy())
+        figures = _small_norms(z.numpy(force=True), fz.numpy(force=True))
         return figures if z.dtype == torch.float32 else _repaired(figures, z, fz, _LOW[z.dtype], among)
     both = torch.stack((_difference_norm(z, fz), row_norm(fz)))
     return _repaired(both.cpu().numpy().astype(np.float64), z, fz, _LOW[both.dtype], among)

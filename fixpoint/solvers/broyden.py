@@ -131,10 +131,11 @@ class Broyden(Solver):
         sound = sound & (system[:, -1, -1] != 0)  # not where the row has just forgotten all
         lost = ~sound
         scale = xp.put_where(lost, 0.0, square / xp.put_where(lost, 1.0, product))
-        steps = states.put(steps, 0, step, first=True)
+        # Place 1 first: where autograd records it, nothing is written any more to the last step, which it has saved.
         steps = states.put(steps, 1, (step + change) * states.like(-scale[:, None], g))
+        steps = states.put(steps, 0, step)
         inverse = xp.put_where(lost, 0.0, -1 / xp.put_where(lost, 1.0, square))
-        system = xp.put_row(xp.writable(xp.zeros_like(system), square), 0, inverse[:, None])
+        system = xp.put_row(xp.writable(xp.zeros_like(system), inverse), 0, inverse[:, None])
         return BroydenState(steps, system, 2, state.g)
 
     def transposed_inverse(self, state: BroydenState, x: Tensor) -> Tensor:

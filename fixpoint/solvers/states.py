@@ -188,7 +188,7 @@ class NumPyStates(TorchStates):
     """Whole states as NumPy arrays."""
 
     def take(self, x: State) -> State:
-        return x.detach().numpy() if isinstance(x, Tensor) else x
+        return x.numpy(force=True) if isinstance(x, Tensor) else x
 
     def tensor(self, x: State) -> Tensor:
         return torch.from_numpy(x)

@@ -465,6 +465,34 @@ def test_autograd_may_come_and_go_between_steps(solver, recorded):
     torch.testing.assert_close(last(recorded), last(()), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("solver", [Anderson(memory=3), Broyden(memory=3), Broyden(memory=4)], ids=repr)
+@pytest.mark.parametrize("first", range(6))
+def test_steps_can_be_differentiated_from_any_one_on(solver, first):
+    rate = torch.linspace(0, 0.9, 5, dtype=torch.float64)
+
+    def last(weight):
+        z = torch.zeros(2, 5, dtype=torch.float64)
+        state = solver.init(z)
+        for step in range(first + 4):
+            z, state = solver.step(z, torch.tanh((weight if step >= first else rate) * z) + 1, state)
+        return z
+
+    assert torch.autograd.gradcheck(last, (rate.clone().requires_grad_(),))
+
+
+@pytest.mark.parametrize("solver", [Anderson(memory=3), Broyden(memory=3)], ids=repr)
+@pytest.mark.parametrize("first", range(5))
+def test_a_vmap_may_begin_at_any_step(solver, first):
+    z, rate = torch.zeros(2, 5, dtype=torch.float64), torch.linspace(0, 0.9, 5, dtype=torch.float64)
+    state = solver.init(z)
+    for _ in range(first):
+        z, state = solver.step(z, torch.tanh(rate * z) + 1, state)
+    scales = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    together = torch.vmap(lambda scale: solver.step(z, torch.tanh(rate * z) + scale, state)[0])(scales)
+    for found, scale in zip(together, scales, strict=True):
+        torch.testing.assert_close(found, solver.step(z, torch.tanh(rate * z) + scale, state)[0])
+
+
 @pytest.mark.parametrize(
     ("solver", "expected"),
     [

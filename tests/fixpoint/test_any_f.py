@@ -157,6 +157,26 @@ def test_tensors_of_inference_mode_are_arguments_like_others(rule, normal, cell_
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("solver", [Anderson(), Broyden(), Picard()], ids=repr)
+def test_an_image_may_be_a_view_that_negates(solver):
+    """PyTorch changes the sign of the imaginary part of a conjugate when somebody reads it; NumPy could not."""
+
+    def f(z, rate):
+        image = torch.complex(z, -rate * torch.sin(z) - 1).conj().imag
+        assert image.is_neg()
+        return image
+
+    z0, rate = torch.zeros(2, 3, dtype=torch.float64), torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
+    expected = fixpoint.solve(lambda z, rate: rate * torch.sin(z) + 1, z0, args=(rate,), solver=solver)
+    with torch.inference_mode():
+        torch.testing.assert_close(fixpoint.solve(f, z0, args=(rate,), solver=solver).value, expected.value.detach())
+    unrolled = fixpoint.solve(f, z0, args=(rate,), solver=solver, backward=fixpoint.Unroll())
+    torch.testing.assert_close(unrolled.value, expected.value)
+    state = solver.init(z0)
+    proposal, _ = solver.step(z0, f(z0, rate.detach()), state)
+    torch.testing.assert_close(proposal, torch.ones_like(z0))
+
+
 def test_an_f_that_detaches_its_input_is_named():
     a = torch.tensor(0.5, requires_grad=True)
     with pytest.warns(UserWarning, match="f's output depends on z, but not as far as autograd can see"):

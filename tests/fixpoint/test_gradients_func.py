@@ -107,6 +107,15 @@ def test_each_member_of_a_vmap_stops_and_reports_for_itself(A, b, counted):
     assert cell.calls == int(evals.max()) + 1  # one to see what f depends on
 
 
+@pytest.mark.parametrize("depth", [0, 2])
+def test_what_was_recorded_of_a_fixed_depth_is_there_under_transformations(A, b, depth):
+    def trace(b):
+        return fixpoint.solve(f, Z0, (A, b), record=True, depth=depth).trace
+
+    assert vmap(trace, out_dims=1)(b.expand(3, *b.shape)).shape == (depth, 3, 2)
+    torch.testing.assert_close(vmap(trace)(b[None])[0], trace(b))
+
+
 def test_failures_under_vmap_are_counted_over_the_whole_batch(A, b):
     batch = torch.stack([b, 0 * b, -b])
     with pytest.warns(ConvergenceWarning, match="4 of 6 rows did not converge"):
