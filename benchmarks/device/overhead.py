@@ -20,7 +20,7 @@ Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 
 CHECKED = Size(rows=32, dim=256, evals=40)
 TINY = (Size(rows=1, dim=10, evals=6, rounds=1), Size(rows=3, dim=8, evals=6, rounds=1))
-# A step is compiled, and captured, once for each value of the integers in its state. torch.compile stops at eight.
+# A step is captured once for each value of the integers in its state, so memories are short.
 SHORT = {"Anderson m=3": fixpoint.Anderson(memory=3), "Broyden m=5": fixpoint.Broyden(memory=5)}
 CHECK_EVERY = 8
 _AGREE = 1e-6  # of the largest entry, in float64: another order of summing grows from step to step
