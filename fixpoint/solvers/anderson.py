@@ -55,13 +55,13 @@ class _Guard(NamedTuple):
         trusted = xp.maximum(predicted, square / self.growth) <= self.bound
         recovered = square < _RECOVERY**2 * self.level
         bound = xp.plus(predicted, square, _NEGLIGIBLE)
-        if xp.readable and xp.holds(trusted & ~recovered & (self.left == 0)):
-            # Nearly every step is one of these.
-            return trusted, self._replace(bound=bound)
         penalty = xp.where(recovered, recovered, self.penalty)  # true is 1
+        level = xp.where(recovered, square, self.level)
+        if xp.holds(trusted) and xp.absent(self.left):
+            # Nearly every step is one of these.
+            return trusted, _Guard(bound, self.growth, level, penalty, self.left)
         due = ~trusted * penalty
         left = xp.maximum(self.left - 1, due)
-        level = xp.where(recovered, square, self.level)
         good = left <= 0
         bound = xp.plus_quotient(bound, left, good)  # infinity where plain steps are left, though the bound may be 0
         return good, _Guard(bound, self.growth, level, penalty + due, left)
@@ -93,12 +93,13 @@ class _Split(NamedTuple):
         """
         nothing = _NEW_SHARE**2 * squares[:, 1, 1]
         along = coordinates * inverse[:, None]
+        rest = xp.less(squares, along, coordinates.swapaxes(1, 2))
         shares = along[:, 1] * coordinates[:, 1]
-        independent = squares[:, 1, 1] - shares.sum(1) >= nothing
+        independent = rest[:, 1, 1] >= nothing
         if not xp.holds(independent):
             kept = independent[:, None] | (shares < xp.amax(shares, 1)[:, None])
             inverse, along, shares = inverse * kept, along * kept[:, None], shares * kept
-        rest = xp.less(squares, along, coordinates.swapaxes(1, 2))
+            rest = xp.less(squares, along, coordinates.swapaxes(1, 2))
         needed = shares * (shares > nothing[:, None]) if sparing else shares
         return cls(along, rest[:, 0, 0], rest[:, 0, 1], rest[:, 1, 1], inverse, needed)
 
