@@ -157,7 +157,7 @@ class Swept(NamedTuple):
 
     states: Tensor  # (B, W, D)
     corrections: Tensor  # (B, W, D), what was added to the images
-    sound: Tensor  # (B, W) bool: false from the first state on that had to be held back, and where images do not count
+    sound: Tensor  # (B, W) bool: false from the first state on that had to be held back
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,8 @@ class CausalSweep(Solver):
         return Past.empty((len(z), self.steps), self.options.memory, self.dim, self.split(z))
 
     def step(self, z: Tensor, fz: Tensor, state: Past) -> tuple[Tensor, Past]:
+        if not self.steps:
+            return fz, state
         states, images = self.split(z), self.split(fz)
         inputs = torch.cat((torch.zeros_like(states[:, :1]), states), dim=1)[:, :-1]
         step = torch.arange(self.steps, device=z.device).expand(len(z), -1)
@@ -228,8 +230,8 @@ class CausalSweep(Solver):
             slopes = self._slopes_at(step, inputs, images, past)
         model = Learnt(past, inputs, images, slopes, self.to_basis)
         corrections = self.from_basis(sweep(self.to_basis(images - states), slopes, model))
-        after, sound = held_back(images + corrections, finite)
-        return Swept(after, corrections, finite & sound)
+        after, sound = held_back(images, corrections, finite)
+        return Swept(after, corrections, sound)
 
     def inherited(self, defects: Tensor, step: Tensor) -> Tensor:
         """What states inherit of the defects ``(B, W, D)`` before them by the problem's slopes; 0 without slopes."""

@@ -65,19 +65,19 @@ class Past(NamedTuple):
         """
 
         def change(newest: Tensor, older: Tensor) -> Tensor:
-            newer = torch.cat((newest[..., None, :], older[..., :-1, :]), dim=-2)
-            return torch.where(self.known[..., None], newer - older, 0)
+            return torch.where(self.known[..., None], _shifted(newest, older) - older, 0)
 
         return change(inputs, self.inputs), change(images, self.images)
 
     def with_newest(self, inputs: Tensor, images: Tensor, sound: Tensor) -> Past:
         """The same one round later. Nothing is kept of steps that are not ``sound`` ``(...)``."""
-
-        def shift(newest: Tensor, older: Tensor) -> Tensor:
-            return torch.cat((newest[..., None, :], older[..., :-1, :]), dim=-2)
-
         known = torch.cat((torch.ones_like(self.known[..., :1]), self.known[..., :-1]), dim=-1) & sound[..., None]
-        return Past(shift(inputs, self.inputs), shift(images, self.images), known)
+        return Past(_shifted(inputs, self.inputs), _shifted(images, self.images), known)
+
+
+def _shifted(newest: Tensor, older: Tensor) -> Tensor:
+    """``newest`` ``(..., D)`` in front of ``older`` ``(..., m, D)``, which loses its last."""
+    return torch.cat((newest[..., None, :], older[..., :-1, :]), dim=-2)
 
 
 class Kept(NamedTuple):
@@ -187,12 +187,12 @@ def sweep(defects: Tensor, slopes: Tensor, model: Model | None) -> Tensor:
     corrections = []
     for part in parts(defects):
         secants = None if model is None else model.of(part)
-        for start in range(0, part.stop - part.start, _CHUNK):
-            inner = slice(start, start + _CHUNK)
-            chunk = slice(part.start + start, min(part.start + start + _CHUNK, part.stop))
-            known = None if secants is None else secants.of(inner)
-            corrections.append(_sweep_chunk(before, defects[:, chunk], slopes[:, chunk], known))
-            before = corrections[-1][:, -1] + defects[:, chunk][:, -1]
+        part_defects, part_slopes = defects[:, part], slopes[:, part]
+        for start in range(0, part_defects.shape[1], _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            known = None if secants is None else secants.of(chunk)
+            corrections.append(_sweep_chunk(before, part_defects[:, chunk], part_slopes[:, chunk], known))
+            before = corrections[-1][:, -1] + part_defects[:, chunk][:, -1]
     return torch.cat(corrections, dim=1)
 
 
@@ -230,17 +230,23 @@ def _sweep_chunk(before: Tensor, defects: Tensor, slopes: Tensor, secants: Secan
     return (slopes * errors_before(defects + added) + added).to(dtype)
 
 
-def held_back(states: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """``states`` ``(B, W, D)`` without those that a wrong model has thrown far out, and which were sound ``(B, W)``.
+def held_back(images: Tensor, corrections: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """The states ``images + corrections`` without those that a wrong model has thrown far out; and which were sound.
 
     From the first state on that is not finite, whose image was not (``finite`` ``(B, W)``), or that is a hundred times
-    larger than all before it, every state is replaced by the last one before. The first state of a window is exact
-    and always kept, so each round still makes at least one more state exact.
+    larger than all before it, every state is replaced by the last one before. A state without a correction may have any
+    size: no model has part in it. Such is each state whose input is exact, so each round still makes at least one more
+    state exact. The first state of a window is always kept.
+
+    Returns:
+        The states ``(B, W, D)``, and ``(B, W)`` which of them are not replaced.
     """
+    states = images + corrections
     size = torch.linalg.vector_norm(states.detach(), dim=2)
     largest = size.cummax(dim=1).values
     sane = torch.isfinite(size) & finite
-    sane[:, 1:] &= size[:, 1:] <= _WILD * largest[:, :-1]
+    modelled = corrections.detach().any(dim=2)
+    sane[:, 1:] &= modelled[:, 1:] * size[:, 1:] <= _WILD * largest[:, :-1]
     sane[:, 0] = True
     sound = sane.cumprod(dim=1).bool()
     index = torch.minimum(torch.arange(states.shape[1], device=states.device), sound.sum(dim=1, keepdim=True) - 1)

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 import fixpoint
 from fixpoint import CausalQuasiNewton, Recurrence, Status
+from fixpoint.chains import sweep
 from fixpoint.engine.layout import Layout
 from tests.fixpoint.chains import gru, pendulum, relative_errors, solve
 
@@ -238,6 +239,9 @@ def test_an_empty_chain_is_solved_at_once(samples, steps, options):
     assert plain.converged.all()
     assert plain.nfev <= 1
     assert Recurrence(never, torch.zeros(samples, 3), steps=0).sequential().shape == (samples, 0, 3)
+    fixed = fixpoint.solve(lambda z: 0.5 * z, torch.zeros(samples, steps, 3), solver=solver, depth=2)
+    assert fixed.value.shape == (samples, steps, 3)
+    assert fixpoint.estimate_memory(fixed.value, solver=solver).state_bytes == 0
 
 
 def test_a_solver_that_is_bound_makes_steps_by_itself():
@@ -248,6 +252,18 @@ def test_a_solver_that_is_bound_makes_steps_by_itself():
     for _ in range(12):
         z, state = solver.step(z, f(z.reshape(chain.z0.shape)).flatten(1), state)
     assert_close(z, chain.sequential().flatten(1), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("backward", [None, fixpoint.Unroll()], ids=repr)
+@pytest.mark.parametrize("window", [None, 50])
+def test_what_is_read_a_part_at_a_time_is_what_is_read_at_once(window, backward, monkeypatch):
+    problem, solver = gru(samples=2, steps=150), CausalQuasiNewton(window=window)
+    at_once = solve(problem, solver, backward=backward)
+    monkeypatch.setattr(sweep, "_PART", 0)
+    in_parts = solve(problem, solver, backward=backward)
+    assert len(list(sweep.parts(problem.z0))) == 5
+    assert in_parts.nfev == at_once.nfev
+    assert_close(in_parts.value, at_once.value, rtol=1e-9, atol=1e-11)
 
 
 def test_a_short_window_beside_a_long_one_is_what_it_is_alone():

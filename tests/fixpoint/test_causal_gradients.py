@@ -56,6 +56,18 @@ def test_other_backward_rules_attach(backward):
     assert cell.inner.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("inputs", [(0.0, 1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 3e4, 2.0, 1.0)], ids=["zero", "jump"])
+def test_a_chain_whose_rounds_are_recorded_may_start_at_zero_or_jump(inputs):
+    rate = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    inputs = torch.tensor(inputs, dtype=torch.float64)[None, :, None]
+    chain = Recurrence(lambda x, u: rate * torch.sin(x) + u, torch.zeros(1, 1, dtype=torch.float64), inputs=(inputs,))
+    solution = fixpoint.solve(chain, solver=CausalQuasiNewton(), rtol=1e-10, backward=fixpoint.Unroll())
+    assert solution.nfev <= 6
+    assert_close(solution.value, chain.sequential())
+    found, expected = (torch.autograd.grad(x.sum(), rate) for x in (solution.value, chain.sequential()))
+    assert_close(found, expected)
+
+
 @pytest.mark.parametrize("memory", [1, 2])
 def test_rounds_recorded_for_gradients_are_the_same_rounds(memory):
     problem, solver = gru(steps=60), CausalQuasiNewton(memory=memory)
