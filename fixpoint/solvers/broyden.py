@@ -105,7 +105,7 @@ class Broyden(Solver):
             # Not rounded more than the products: a row's last entry before its diagonal is -1, which a pivot feels.
             square = xp.like(newest[:, -1:], system)
             inverse = xp.reciprocal(xp.plus(square <= limits.tiny, square, -1))
-            if held == 0 or xp.readable:
+            if held == 0:  # later steps of tensors have a new one since put_where
                 system = xp.writable(system, newest)
             system = xp.put_row(system, held, xp.concatenate((newest[:, 1:] * inverse, inverse), 1))
             z_next = states.tensor(now + step)

@@ -165,13 +165,15 @@ class TorchStates:
         return x.index_put_((self.take(rows), self.take(places)), value)
 
     def put(self, x: State, place: int, value: State, *, first: bool = False) -> State:
-        """As ``write``, at the same place of all rows. ``first``: of what was written before, nothing is needed."""
+        """As ``write``, at the same place of all rows; nobody may write to ``value`` later.
+
+        ``first``: of what was written before, nothing is needed.
+        """
         if isinstance(x, Tensor) and recording(x, value):
             x = Columns(x.unbind(1))
         if isinstance(x, Columns):
-            kept = value.to(x.dtype)
-            kept = kept if recording(value) else kept.clone()
-            return Columns([kept]) if first else x.put(place, kept)
+            value = value.to(x.dtype)
+            return Columns([value]) if first else x.put(place, value)
         x.select(1, place).copy_(value)  # an index in brackets is compiled again for each place
         return x
 
@@ -203,7 +205,7 @@ class NumPyStates(TorchStates):
         return both.swapaxes(0, 1)
 
     def dots(self, xs: State, ys: State) -> State:
-        return vecdot(xs[:, :, None], ys[:, None])
+        return vecdot(xs[:, :, None], ys[:, None])  # a product of such flat matrices is slower
 
     def like(self, x: State, y: State) -> State:
         return self.take(x).astype(y.dtype, copy=False)

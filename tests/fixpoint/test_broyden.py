@@ -10,6 +10,7 @@ import torch
 import fixpoint
 from fixpoint import Broyden, Picard, Status
 from fixpoint.bench.problems import expansive
+from fixpoint.solvers.small import NUMPY, TORCH
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
@@ -64,6 +65,29 @@ def test_when_the_memory_is_full_it_starts_over_with_the_newest_secant(contracti
 
 def pairwise_triples(items):
     return list(zip(items, items[1:], items[2:], strict=False))
+
+
+def test_float32_does_not_round_what_a_system_must_hold_exactly(contraction):
+    # The entry before the diagonal is -s_j . s_j / |s_j|^2: what that is off from -1, a pivot is off by.
+    f = contraction(rows=3, dim=12, rho=0.95, squash=torch.tanh)
+    solver, z = Broyden(), f.z0.float()
+    state = solver.init(z)
+    for _ in range(10):
+        z, state = solver.step(z, f(z.double()).float(), state)
+    entries = torch.as_tensor(state.system)[:, :10, :10].diagonal(-1, 1, 2)
+    torch.testing.assert_close(entries, torch.full_like(entries, -1.0), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("held", [1, 2, 3, 4])
+def test_a_row_that_is_told_to_forget_takes_a_plain_step_next(contraction, held):
+    f = contraction(rows=2, dim=6, rho=0.9, squash=torch.tanh)
+    solver, z = Broyden(memory=4), f.z0
+    state = solver.init(z)
+    for _ in range(held):
+        z, state = solver.step(z, f(z), state)
+    z_next, _ = solver.step(z, f(z), solver.forget(state, torch.tensor([True, False])))
+    plain = (z_next - f(z)).abs().amax(dim=1) < 1e-12
+    assert plain.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("memory", [1, 2])
@@ -148,6 +172,13 @@ def test_a_singular_system_is_its_rows_own_matter():
     assert sol.converged.tolist() == [True, False]
     torch.testing.assert_close(sol.value[0], torch.tan(b[0]), rtol=1e-3, atol=1e-3)
     assert int(sol.evals[0]) == int(alone.evals[0])
+
+
+@pytest.mark.parametrize("xp", [NUMPY, TORCH], ids=["numpy", "torch"])
+def test_a_pivot_is_lost_where_it_is_small_or_no_finite_number(xp):
+    pivots = torch.tensor([[0.5], [1.0], [2.0], [torch.inf], [torch.nan]])
+    lost = xp.outside(pivots.numpy() if xp is NUMPY else pivots, 1.0, torch.finfo(torch.float32).max)
+    assert lost.tolist() == [[True], [False], [False], [True], [True]]
 
 
 @pytest.mark.parametrize("broken", [torch.inf, torch.nan])
