@@ -19,6 +19,10 @@ from fixpoint.engine.tolerance import Array, Figures, Tolerance, row_norm
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver, require_count
 
+# Bytes added for each row. Where the host can read them, a solver keeps a row's few numbers in arrays, and some of them
+# live longer than the tensors that stand for them here.
+_NUMBERS = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
@@ -41,10 +45,6 @@ class MemoryEstimate:
         return (
             f"{_readable(self.bytes)} at most; {self.states:.1f} states of {_readable(self.state_bytes)} while f runs"
         )
-
-
-# Bytes for a row's own numbers: where the host can read them, a step holds some of them longer than without data.
-_NUMBERS = 64
 
 
 def estimate_memory(

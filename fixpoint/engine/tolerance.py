@@ -285,8 +285,8 @@ def _einsum_vecdot(x: Array, y: Array) -> Array:
     return np.einsum("...i,...i->...", x, y)
 
 
-# Products along the last axis. Of few vectors with few others it takes a third of the time of a product of matrices.
-vecdot: Callable[[Array, Array], Array] = getattr(np, "vecdot", _einsum_vecdot)  # since NumPy 2.0
+# Products along the last axis; np.vecdot is there since NumPy 2.0.
+vecdot: Callable[[Array, Array], Array] = getattr(np, "vecdot", _einsum_vecdot)
 
 
 def _small_norms(z: Array, fz: Array) -> Array:

@@ -41,7 +41,7 @@ def accepts_arrays(solve: Solve) -> Solve:
     def solve_either(f: Any, z0: Any = None, args: Sequence[Any] = (), **options: Any) -> Any:
         start = getattr(f, "z0", None) if z0 is None else z0
         if not any(_is_array(leaf) for _, leaf in leaves(start)):
-            del start  # a problem may make its z0 anew for whoever asks
+            del start  # a problem may make its z0 at each access: this one is not to live through the solve
             return solve(f, z0, args, **options)
         callback = options.get("callback")
         if callback is not None:

@@ -79,6 +79,14 @@ def test_tolerance_is_met_with_equality_and_never_by_nan_or_infinity():
     assert tolerance.done(Figures(residual, scale, residual)).tolist() == [True, False, False, False]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_older_versions_of_numpy_have_the_same_products(dtype):
+    x, y = (np.random.default_rng(seed).standard_normal((2, 3, 5)).astype(dtype) for seed in (0, 1))
+    found = convergence._einsum_vecdot(x[:, :, None], y[:, None])
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, x @ y.swapaxes(1, 2), rtol=1e-5)
+
+
 RANGES = [
     (torch.float16, 1e-6, 2e4),
     (torch.bfloat16, 1e-30, 1e30),
