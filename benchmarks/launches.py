@@ -265,7 +265,7 @@ def sweep_once() -> Counts:
         moved, images = (torch.randn(ROWS, 32, 2, 8, generator=generator).to(DEVICE) for _ in range(2))
         slopes = torch.full((ROWS, 32, 1), 0.9).to(DEVICE)
         before = mode.counts
-        sweep(defects, slopes, Secants.fit(moved, images, slopes, 1e-3))
+        sweep(defects, slopes, Secants.fit(moved, images, slopes))
     return mode.counts - before
 
 

@@ -18,7 +18,7 @@ def random_case(width: int, memory: int, diagonal: bool, seed: int = 0):
     defects = normal(2, width, 5)
     slopes = 0.3 + 0.8 * torch.rand(2, width, 5 if diagonal else 1, generator=generator, dtype=torch.float64)
     moved, images = normal(2, width, memory, 5), 0.3 * normal(2, width, memory, 5)
-    return defects, slopes, Secants.fit(moved, images, slopes, 1e-3)
+    return defects, slopes, Secants.fit(moved, images, slopes)
 
 
 def by_loop(defects: torch.Tensor, slopes: torch.Tensor, secants: Secants | None) -> torch.Tensor:
@@ -48,7 +48,7 @@ def test_changes_count_by_their_squares_and_older_ones_less():
     unit = torch.tensor([0.6, 0.8], dtype=torch.float64)
     moved = torch.stack((unit, 5 * unit, 0 * unit))[None, None]
     images = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)[:, None] * moved
-    secants = Secants.fit(moved, images, torch.full((1, 1, 1), 0.5, dtype=torch.float64), 1e-3)
+    secants = Secants.fit(moved, images, torch.full((1, 1, 1), 0.5, dtype=torch.float64))
     found = 0.5 * unit + (secants.weights[0, 0] @ unit) @ secants.images[0, 0]
     assert_close(found, (0.5 + (2.5 + 0.25 * 0.5) / (1.25 + 1e-3 * 1.25 / 3)) * unit)
 
@@ -91,6 +91,6 @@ def test_secants_reproduce_what_was_seen():
 def test_what_did_not_move_or_is_not_finite_tells_nothing():
     moved, images = torch.zeros(1, 2, 1, 3), torch.ones(1, 2, 1, 3)
     moved[0, 1], images[0, 1] = 1.0, torch.nan
-    secants = Secants.fit(moved, images, torch.ones(1, 2, 1), 1e-3)
+    secants = Secants.fit(moved, images, torch.ones(1, 2, 1))
     assert (secants.images == 0).logical_or(secants.weights == 0).all()
     assert torch.isfinite(secants.images).all()
