@@ -70,6 +70,15 @@ def test_certified_the_lyapunov_exponent_is_the_mean_logarithm_of_the_slopes():
     assert_close(solution.lyapunov, slopes.abs().log().mean(dim=(1, 2)), rtol=0, atol=0.01)
 
 
+def test_after_one_round_the_lyapunov_exponent_is_that_of_the_model():
+    slopes = torch.linspace(0.2, 3.0, 12, dtype=torch.float64)
+    inputs = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spread = slopes[None, :, None].expand_as(inputs)
+    chain = Recurrence(lambda x, s, u: s * x + u, inputs[:, 0], inputs=(spread, inputs), slopes=slopes)
+    solution = solve(chain, max_evals=1)
+    assert_close(solution.lyapunov, slopes[1:].log().mean().expand(2))
+
+
 def test_there_is_no_lyapunov_exponent_where_no_step_was_seen_to_make_anything_of_a_change():
     problem = logistic(steps=5)
     assert solve(problem, CausalQuasiNewton(window=1)).lyapunov.isnan().all()
