@@ -102,7 +102,7 @@ class Broyden(Solver):
             else:
                 steps = states.put(steps, 0, g, first=True)
             newest = xp.take(states.dots(step[:, None], states.among(steps, 0, held + 1)))[:, 0]
-            # Not rounded more than the products: a row's last entry before its diagonal is -1, which a pivot feels.
+            # In the precision of the system: the last entry before the diagonal must be -1, for pivots depend on it.
             square = xp.like(newest[:, -1:], system)
             inverse = xp.reciprocal(xp.plus(square <= limits.tiny, square, -1))
             if held == 0:  # later steps of tensors have a new one since put_where
