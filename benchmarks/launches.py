@@ -269,12 +269,12 @@ def sweep_once() -> Counts:
     return mode.counts - before
 
 
-class Beyond(fixpoint.Recurrence):
-    """A recurrence of which the evaluations themselves are not to count: ``spent``.
+class Uncounted(fixpoint.Recurrence):
+    """A recurrence that adds up in ``spent`` what its own evaluations cost, for they are not to count.
 
     Args:
-        mode: What counts.
-        steps: Of the chain.
+        mode: The mode that counts.
+        steps: Number of steps.
     """
 
     def __init__(self, mode: Launches, steps: int) -> None:
@@ -291,13 +291,10 @@ class Beyond(fixpoint.Recurrence):
         return after
 
 
-class BeyondParts(Beyond):
-    """The same, of which a part can be evaluated. What would be interpolated is exact here."""
+class SparseUncounted(Uncounted):
+    """The same as a ``SparseChain``. What would be interpolated is exact here."""
 
-    parts = 0
-
-    def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
-        return super().transition(x, sample, step)
+    parts = 0  # number of rounds that were evaluated in part
 
     def sparse_transition(self, x: Tensor, sample: Tensor, step: Tensor, evaluated: Tensor) -> tuple[Tensor, Tensor]:
         self.parts += 1
@@ -308,7 +305,7 @@ class BeyondParts(Beyond):
         return every, missed
 
 
-def window_round(kind: type[Beyond], steps: int, window: int, first: int, more: int) -> Counts:
+def window_round(kind: type[Uncounted], steps: int, window: int, first: int, more: int) -> Counts:
     """A round of the chain solver beyond the evaluation of its windows: sweep, error control, windows moved on."""
 
     def run(rounds: int) -> Counts:
@@ -320,7 +317,7 @@ def window_round(kind: type[Beyond], steps: int, window: int, first: int, more: 
             solution = fixpoint.solve(chain, solver=solver, rtol=1e-6, **options)
             if solution.nfev != rounds:
                 raise RuntimeError(f"the chain was done after {solution.nfev} rounds")
-            if isinstance(chain, BeyondParts) and chain.parts != rounds:
+            if isinstance(chain, SparseUncounted) and chain.parts != rounds:
                 raise RuntimeError(f"{chain.parts} of {rounds} rounds were evaluated in part")
             return mode.counts - before - chain.spent
 
@@ -339,8 +336,8 @@ def measure() -> dict[str, Counts]:
             "CausalQuasiNewton, a sweep of 32 steps": sweep_once(),
             "the loop, an evaluation": loop(1),
             "the loop, an evaluation, check_every=8": loop(8),
-            "CausalQuasiNewton, a round of windows": window_round(Beyond, **CHAIN),
-            "CausalQuasiNewton, a round in part": window_round(BeyondParts, **IN_PART),
+            "CausalQuasiNewton, a round of windows": window_round(Uncounted, **CHAIN),
+            "CausalQuasiNewton, a round in part": window_round(SparseUncounted, **IN_PART),
             "torchdeq Anderson m=5, an evaluation": peer("anderson", m=5),
             "torchdeq Broyden, an evaluation": peer("broyden"),
         }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fixpoint.chains.recurrence import Chain, OneStep
-from fixpoint.chains.sweep import Kept, Learnt, Past, held_back, parts, sweep
+from fixpoint.chains.sweep import Past, SecantModel, WindowPast, held_back, parts, sweep
 from fixpoint.chains.windows import iterate_windows
 from fixpoint.engine.layout import Layout
 from fixpoint.engine.loop import LoopOptions, Map
@@ -212,7 +212,7 @@ class CausalSweep(Solver):
         return self.join(swept.states, z), state.with_newest(inputs.detach(), images.detach(), swept.sound)
 
     def swept(
-        self, states: Tensor, inputs: Tensor, images: Tensor, finite: Tensor, step: Tensor, past: Past | Kept
+        self, states: Tensor, inputs: Tensor, images: Tensor, finite: Tensor, step: Tensor, past: Past | WindowPast
     ) -> Swept:
         """Sweep along windows.
 
@@ -228,7 +228,7 @@ class CausalSweep(Solver):
         # changes; it would not vanish as the solve converges, although its effect on the states does.
         with torch.no_grad():
             slopes = self._slopes_at(step, inputs, images, past)
-        model = Learnt(past, inputs, images, slopes, self.to_basis)
+        model = SecantModel(past, inputs, images, slopes, self.to_basis)
         corrections = self.from_basis(sweep(self.to_basis(images - states), slopes, model))
         after, sound = held_back(images, corrections, finite)
         return Swept(after, corrections, sound)
@@ -255,7 +255,7 @@ class CausalSweep(Solver):
         added[:, 0] += slopes[:, 0] * moved
         return self.from_basis(added + sweep(added, slopes, None))
 
-    def _slopes_at(self, step: Tensor, inputs: Tensor, images: Tensor, past: Past | Kept) -> Tensor:
+    def _slopes_at(self, step: Tensor, inputs: Tensor, images: Tensor, past: Past | WindowPast) -> Tensor:
         """``(B, W, 1 or D)``: the problem's, or else what the last round showed, within [-1, 1].
 
         A step of which nothing is known takes the mean of the others, or 1.
@@ -270,7 +270,7 @@ class CausalSweep(Solver):
         mean = torch.where(known, shown, 0).sum(dim=1, keepdim=True) / count.clamp(min=1)
         return torch.where(known, shown, torch.where(count > 0, mean, 1))
 
-    def _products(self, inputs: Tensor, images: Tensor, past: Past | Kept, part: slice) -> tuple[Tensor, Tensor]:
+    def _products(self, inputs: Tensor, images: Tensor, past: Past | WindowPast, part: slice) -> tuple[Tensor, Tensor]:
         """The last changes of inputs times themselves and times those of images, ``(B, W, 1)``; 0 where unknown."""
         known, before = past.known[:, part, :1], past.newest(part)
         changes = (torch.where(known, now - then, 0) for now, then in zip((inputs, images), before, strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fixpoint.chains.amplification import Gains, ahead
 from fixpoint.chains.sparse import Sparse
-from fixpoint.chains.sweep import Kept, Past, parts
+from fixpoint.chains.sweep import Past, WindowPast, parts
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, tensor_like
 from fixpoint.engine.tolerance import Array, Status, Tolerance
@@ -161,7 +161,7 @@ class ChainRun:
         kept.index_copy_(0, places.flatten(), values.flatten(0, 1))
         kept[-1] = 0
 
-    def remember(self, past: Kept, inputs: Tensor, images: Tensor, sound: Tensor) -> None:
+    def remember(self, past: WindowPast, inputs: Tensor, images: Tensor, sound: Tensor) -> None:
         """Add a round of windows to their past."""
         for part in parts(inputs):
             newer = past.of(part).with_newest(inputs[:, part], images[:, part], sound[:, part])

@@ -80,7 +80,7 @@ def _shifted(newest: Tensor, older: Tensor) -> Tensor:
     return torch.cat((newest[..., None, :], older[..., :-1, :]), dim=-2)
 
 
-class Kept(NamedTuple):
+class WindowPast(NamedTuple):
     """The past of windows, which lies among that of other steps: read when and where it is asked for."""
 
     past: Past  # of all steps, (places, ...)
@@ -97,7 +97,7 @@ class Kept(NamedTuple):
         inputs, images = (taken(x[:, 0], self.places[:, steps]) for x in self.past[:2])
         return inputs, images
 
-    def without_newest(self, steps: Tensor) -> Kept:
+    def without_newest(self, steps: Tensor) -> WindowPast:
         """Without the change from the last round to this one, for those steps ``(B, W)`` of which it tells nothing."""
         return self._replace(known=torch.cat((self.known[..., :1] & ~steps[..., None], self.known[..., 1:]), dim=-1))
 
@@ -147,7 +147,7 @@ class Secants(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Learnt:
+class SecantModel:
     """What the rounds so far have shown of the steps of a window.
 
     Attributes:
@@ -157,7 +157,7 @@ class Learnt:
         to_basis: Takes changes to the coordinates in which slopes count.
     """
 
-    past: Past | Kept
+    past: Past | WindowPast
     inputs: Tensor
     images: Tensor
     slopes: Tensor

@@ -13,7 +13,7 @@ from fixpoint.chains.amplification import STRICTER, doubtful, note_gains
 from fixpoint.chains.certificate import certify, conclude
 from fixpoint.chains.error_control import Norms, judge
 from fixpoint.chains.run import ChainRun, Windows, evaluate, evaluate_some
-from fixpoint.chains.sweep import Kept, parts, taken
+from fixpoint.chains.sweep import WindowPast, parts, taken
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.loop import Map, Watcher
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, handing_over, tensor_like
@@ -148,7 +148,7 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     states, inputs = taken(run.states, places), taken(run.states, before)
     known = torch.isfinite(images).all(dim=2)
     kept = tensor_like(z, windows.places(run.width, chains))
-    past = Kept(run.past, kept, run.past.known[kept])
+    past = WindowPast(run.past, kept, run.past.known[kept])
     if run.sparse is not None:
         past = past.without_newest(tensor_like(z, run.sparse.changed(windows)))
     changes = measured_changes(images, inputs, known, past)
@@ -169,7 +169,7 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     settle(run, windows, shown if run.sparse is None else run.sparse.note(windows, shown, *seen))
 
 
-def measured_changes(images: Tensor, inputs: Tensor, known: Tensor, past: Kept) -> tuple[Tensor, Tensor]:
+def measured_changes(images: Tensor, inputs: Tensor, known: Tensor, past: WindowPast) -> tuple[Tensor, Tensor]:
     """Norms ``(B, W)`` of the changes of images and inputs since the round before; 0 where there was none."""
     norms = []
     for part in parts(images):
