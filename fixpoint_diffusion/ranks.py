@@ -6,6 +6,7 @@ PyTorch is imported where there are several: the command line comes by here befo
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -60,11 +61,9 @@ class Ranks:
             )
         import torch.distributed as dist
 
-        dist.init_process_group("gloo", timeout=_PATIENCE)
-        try:
+        with ending_group():
+            dist.init_process_group("gloo", timeout=_PATIENCE)
             yield cls(dist.get_rank(), dist.get_world_size())
-        finally:
-            dist.destroy_process_group()
 
     def device(self, name: str) -> str:
         """The device of this process, where a name such as ``"cuda"`` leaves open which."""
@@ -123,6 +122,35 @@ class Ranks:
         with others_there(_GOES_ON):
             dist.all_reduce(total)
         return total
+
+
+def is_first() -> bool:
+    """Whether this process is the one of ``torchrun`` or ``accelerate launch`` that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def ending_group() -> Iterator[None]:
+    """A process group that is made in this block ends with it, and so do its threads.
+
+    A thread of gloo that frees a tensor while the interpreter ends aborts the process, after all its work is done.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        yield
+        return
+    import torch.distributed.nn  # noqa: F401 - imported later, it would keep the group: as a default of its functions
+
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        # That of a GPU would wait for the others, who do not know yet that this process has failed.
+        if dist.is_initialized() and (not failed or dist.get_backend() == "gloo"):
+            dist.destroy_process_group()
+            gc.collect()  # DistributedDataParallel holds the group too, and is part of a reference cycle
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_dev
 from fixpoint_diffusion.files import check_source
 from fixpoint_diffusion.options.models import OWN_FAMILIES
 from fixpoint_diffusion.options.training import TrainingConfig
+from fixpoint_diffusion.ranks import ending_group, is_first
 
 _OBJECTIVES = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample", "flow": "flow_prediction"}
 
@@ -146,27 +147,33 @@ def train(
             device=device,
             workers=workers,
         )
-    typer.echo(run.describe())
+    say = typer.echo if is_first() else _nothing
+    say(run.describe())
     if dry_run:
-        typer.echo(run.plan().describe())
+        say(run.plan().describe())
         unknown = "" if preset is None else preset_named(preset, kind or "unet").unknown
         if unknown:
-            typer.echo(f"  not known    {unknown}")
+            say(f"  not known    {unknown}")
         return
     try:
-        log = run.run()
+        with ending_group():
+            log = run.run()
     except KeyboardInterrupt:
-        typer.echo(
+        say(
             "\nInterrupted; checkpoint written. Continue with:\n"
             f"  fixpoint-diffusion train --resume --out {quote(str(out))}"
         )
         raise typer.Exit(130) from None
     told = " --class all" if run.labels is not None else ""
     decoded = " --vae FOLDER" if run.data.is_latent else ""
-    typer.echo(
+    say(
         f"Trained in {log.seconds:.0f} s, written to {out}. Try:\n"
         f"  fixpoint-diffusion sample --model {quote(str(out))}{told}{decoded}"
     )
+
+
+def _nothing(message: str) -> None:
+    """Say nothing: another process says it."""
 
 
 def _check_kind(kind: str | None) -> None:

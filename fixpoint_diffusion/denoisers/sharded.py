@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
+if dist.is_available():
+    import torch.distributed.nn  # imported while there is a process group, it would keep its threads alive
+
 # What every rank tells the others once it has its part, as int64.
 _TOLD = ("calls", "rows", "width of the output", "failed", "latents", "timesteps")
 

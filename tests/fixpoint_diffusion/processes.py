@@ -44,6 +44,13 @@ def ended(ranks: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     return [(code, out, "\n".join(_ours(error))) for out, error, code in found]
 
 
+def threads_of_gloo() -> list[str]:
+    """Those of this process: one that is left when the interpreter ends may abort it."""
+    tasks = Path("/proc/self/task")
+    names = [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.exists() else []
+    return [name for name in names if "gloo" in name]
+
+
 def _ours(error: str) -> list[str]:
     return [line for line in error.splitlines() if line.startswith(("Error", "Warning", "Traceback"))]
 

@@ -95,6 +95,7 @@ def test_of_four_processes_one_is_killed_and_two_go_on_without_losing_an_image(t
 IN_TURN = """
 import json, os, resource, sys
 from fixpoint_diffusion.cli import main
+from tests.fixpoint_diffusion.processes import threads_of_gloo
 for number, words in enumerate(json.loads(sys.argv[1])):
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     if number == 0 and os.environ["RANK"] == "1":
@@ -104,7 +105,7 @@ for number, words in enumerate(json.loads(sys.argv[1])):
     try:
         main()
     except SystemExit as stop:
-        print("code", stop.code, flush=True)
+        print("code", stop.code, *threads_of_gloo(), flush=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 """
 

@@ -95,6 +95,25 @@ def test_two_processes_train_what_one_does_with_the_same_batch(tmp_path: Path) -
     assert_same(tmp_path / "one" / "killed", tmp_path / "two" / "killed")
 
 
+ENDED = """
+from fixpoint_diffusion.cli import main
+from tests.fixpoint_diffusion.processes import threads_of_gloo
+try:
+    main()
+finally:
+    print("left:", threads_of_gloo(), flush=True)
+"""
+
+
+def test_no_thread_of_the_process_group_is_left_to_meet_the_end_of_the_interpreter(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps({"width": 16, "heads": 2}))
+    command = ["train", "dit", "--steps", 1, "--batch-size", 8, "--settings", tmp_path / "settings.json"]
+    (code, said, error), (other_code, other_said, _) = ended(start_ranks(2, "-c", ENDED, *command, "--out", tmp_path))
+    assert (code, other_code) == (0, 0), error
+    assert said.startswith("DiT with ")  # and the other process does not say it again
+    assert said.splitlines()[-1] == other_said.strip() == "left: []"
+
+
 CONFIG = TrainingConfig(steps=6, batch_size=8, accumulate=2, seed=3)
 PARTS = [Share(config=CONFIG, process=process, processes=2) for process in range(2)]
 
