@@ -125,10 +125,10 @@ class Secants(NamedTuple):
         return Secants(self.weights[:, steps], self.images[:, steps])
 
     @classmethod
-    def fit(cls, input_changes: Tensor, image_changes: Tensor, slopes: Tensor, ridge: float = _RIDGE) -> Secants:
+    def fit(cls, input_changes: Tensor, image_changes: Tensor, slopes: Tensor) -> Secants:
         """From changes of the inputs and of the images, both ``(B, W, m, D)``, newest first.
 
-        ``ridge`` is relative to the mean square of a step's changes, and larger for those of earlier rounds: they are
+        The ridge is relative to the mean square of a step's changes, and larger for those of earlier rounds: they are
         long, and were seen far from here. An input that did not change tells nothing.
         """
         excess = image_changes - slopes[:, :, None] * input_changes
@@ -139,7 +139,7 @@ class Secants(NamedTuple):
         unit = aged.diag()
         known = size > 0
         # A singular system is its own step's matter: no check that raises for all of them.
-        weights = torch.linalg.solve_ex(torch.where(known, gram + ridge * size * unit, unit), input_changes)[0]
+        weights = torch.linalg.solve_ex(torch.where(known, gram + _RIDGE * size * unit, unit), input_changes)[0]
         sound = (
             known & torch.isfinite(weights).all(dim=3, keepdim=True) & torch.isfinite(excess).all(dim=3, keepdim=True)
         )
