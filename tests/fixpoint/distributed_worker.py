@@ -10,6 +10,7 @@ import sys
 import torch
 
 import fixpoint
+from fixpoint_diffusion.ranks import ending_group
 
 D = torch.float64
 ROWS, DIM = 6, 4
@@ -73,7 +74,7 @@ def steps(rows, wrap):
 if __name__ == "__main__":
     rank, size, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     share = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
-    torch.save(steps(share, torch.nn.parallel.DistributedDataParallel), out)
-    torch.distributed.destroy_process_group()
+    with ending_group():
+        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        torch.save(steps(share, torch.nn.parallel.DistributedDataParallel), out)

@@ -37,6 +37,7 @@ from fixpoint_diffusion import (
 from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided, sharded
 from fixpoint_diffusion.models import FPDM, FPDMConfig
 from fixpoint_diffusion.pipelines import ParallelDDIMPipeline
+from fixpoint_diffusion.ranks import ending_group
 
 D = torch.float64
 Wrap = Callable[[Any], Any]
@@ -274,15 +275,14 @@ def die(rank: int) -> str:
 if __name__ == "__main__":
     rank, size, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
-    )
-    if sys.argv[5:] == ["die"]:
-        torch.save(die(rank), out)
-        os._exit(0)
-    if sys.argv[5:] == ["mesh"]:
-        torch.save(two_dimensions(), out)
-        dist.destroy_process_group()
-        sys.exit()
-    torch.save({"found": everything(sharded), "faults": faults(rank)}, out)
-    dist.destroy_process_group()
+    with ending_group():
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        )
+        if sys.argv[5:] == ["die"]:
+            torch.save(die(rank), out)
+            os._exit(0)
+        if sys.argv[5:] == ["mesh"]:
+            torch.save(two_dimensions(), out)
+        else:
+            torch.save({"found": everything(sharded), "faults": faults(rank)}, out)
