@@ -72,6 +72,14 @@ def test_quick_runs_make_a_study_that_is_judged(quick, name):
     assert bench.Study.from_json(study.to_json()).to_json() == study.to_json()
 
 
+def test_samples_of_several_data_sets_say_of_which_they_are(quick):
+    entry = EXPERIMENTS["fpdm/figure-12"]
+    found = [quick.records.find(entry.kind.name, config) for config in entry.grid["quick"]]
+    (images,) = (block for block in entry.study(found, 0).blocks if isinstance(block, bench.Images))
+    named = [f"{config['data']}: {config['network']}, 24 passes" for config in entry.grid["quick"]]
+    assert list(images.row_labels) == named
+
+
 def test_the_report_shows_every_experiment_and_the_summary_has_a_row_for_each(quick, tmp_path):
     names = ["deq-ddim/figure-1", "deq-ddim/figure-19", "deq-ddim/figure-25", "fpdm/memory", "fpdm/table-2"]
     text = running.report(experiments_named(names), "quick", quick.records, tmp_path).read_text()
@@ -406,6 +414,7 @@ def test_at_the_papers_scale_a_trained_folder_is_judged(quick, tmp_path):
 def test_the_committed_summary_is_that_of_the_committed_records():
     expected = running.summary(list(EXPERIMENTS.values()), "mini", Records(COMMITTED / "records", any_code=True))
     assert (COMMITTED / "summary.md").read_text() == expected
+    assert "| OPEN |" not in expected  # as docs/reproduction.md says
 
 
 def run_command(monkeypatch, *arguments: str) -> int:

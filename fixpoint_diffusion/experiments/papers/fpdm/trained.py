@@ -281,7 +281,11 @@ FIGURE_7 = Experiment(
 
 
 def _samples(records: Sequence[Record]) -> list[bench.Block]:
-    first = [record.measures["images"] for record in first_seed(records)]
+    first = []
+    for record in first_seed(records):
+        grid = record.measures["images"]
+        labels = [f"{record.config['data']}: {label}" for label in grid["row_labels"]]
+        first.append({**grid, "row_labels": labels})
     return [stacked("Samples", first, "One column a starting noise, by DDIM at the largest budget.")]
 
 
