@@ -84,6 +84,7 @@ def run_command(
     from fixpoint_diffusion.experiments.running import compute
 
     records = _records(out, any_commit)
+    _tell_of_other_versions(chosen, size, records)
     if dry_run:
         for entry in chosen:
             missing = sum(records.find(entry.kind.name, config) is None for config in entry.grid[size])
@@ -118,7 +119,9 @@ def report_command(
     """Write the report of the records that are there, and run nothing."""
     chosen, size = _chosen(names, all_of_them), _scale(scale, quick)
     _check_drawing()
-    _tell(chosen, size, _records(out, any_commit), out, [])
+    records = _records(out, any_commit)
+    _tell_of_other_versions(chosen, size, records)
+    _tell(chosen, size, records, out, [])
 
 
 def _chosen(names: list[str] | None, all_of_them: bool) -> list[Experiment]:
@@ -148,6 +151,14 @@ def _check_drawing() -> None:
 
     with needed_for("the report"):
         import matplotlib  # noqa: F401
+
+
+def _tell_of_other_versions(chosen: list[Experiment], scale: Scale, records: Records) -> None:
+    """Before hours are spent on what is there."""
+    from fixpoint_diffusion.experiments.running import of_other_versions
+
+    if count := of_other_versions(chosen, scale, records):
+        typer.echo(f"Note: {count} missing runs have records of other versions of the code; --any-commit counts these")
 
 
 def _tell(

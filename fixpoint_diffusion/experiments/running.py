@@ -48,7 +48,7 @@ def compute(
     """
     start, failures, left = time.perf_counter(), [], 0
     missing = list(_missing(experiments, scale, resources.records))
-    with ProgressBar.tqdm(total=len(missing), unit="run", disable=not progress) as bar:
+    with ProgressBar.tqdm(total=len(missing), unit="run", disable=not (progress and missing)) as bar:
         for kind, config in missing:
             bar.set_description(f"{kind.name} {_short(config)}")
             if minutes is not None and time.perf_counter() - start > 60 * minutes:
@@ -117,6 +117,12 @@ def verdicts(experiments: Sequence[Experiment], scale: Scale, records: Records) 
     """Each experiment with its verdict."""
     for experiment in experiments:
         yield experiment, experiment.judge(*_found(experiment, scale, records))
+
+
+def of_other_versions(experiments: Sequence[Experiment], scale: Scale, records: Records) -> int:
+    """How many of the missing runs have records that other versions of the code made."""
+    others = Records(records.folder, any_code=True)
+    return sum(others.find(kind.name, config) is not None for kind, config in _missing(experiments, scale, records))
 
 
 def _found(experiment: Experiment, scale: Scale, records: Records) -> tuple[list[Record], int]:

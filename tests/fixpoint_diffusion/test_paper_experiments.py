@@ -80,6 +80,14 @@ def test_samples_of_several_data_sets_say_of_which_they_are(quick):
     assert list(images.row_labels) == named
 
 
+def test_reconstructions_of_several_levels_of_noise_say_of_which_they_are(quick):
+    entry = EXPERIMENTS["deq-ddim/figure-14"]
+    found = [quick.records.find(entry.kind.name, config) for config in entry.grid["quick"]]
+    found = [replace(found[0], config={**found[0].config, "eta": eta}) for eta in (0.0, 0.5)]
+    (images,) = entry.blocks(found)
+    assert [label.partition(": ")[0] for label in images.row_labels] == ["eta=0", "eta=0", "eta=0.5", "eta=0.5"]
+
+
 def test_the_report_shows_every_experiment_and_the_summary_has_a_row_for_each(quick, tmp_path):
     names = ["deq-ddim/figure-1", "deq-ddim/figure-19", "deq-ddim/figure-25", "fpdm/memory", "fpdm/table-2"]
     text = running.report(experiments_named(names), "quick", quick.records, tmp_path).read_text()
@@ -450,6 +458,18 @@ def test_run_computes_what_is_missing_and_report_runs_nothing(monkeypatch, capsy
     assert len(files) == len(EXPERIMENTS["fpdm/memory"].grid["quick"])
     assert run_command(monkeypatch, "run", "fpdm/memory", "--quick", "--out", str(tmp_path)) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "records").rglob("*.json")} == files
+    assert capsys.readouterr().err == ""  # no bar where nothing is run
+
+    for path in files:
+        path.rename(path.with_name(f"{path.stem.partition('-')[0]}-ofanother.json"))
+    note = f"Note: {len(files)} missing runs have records of other versions of the code; --any-commit counts these"
+    assert run_command(monkeypatch, "run", "fpdm/memory", "--quick", "--dry-run", "--out", str(tmp_path)) == 0
+    assert capsys.readouterr().out.startswith(note)
+    assert run_command(monkeypatch, "report", "fpdm/memory", "--quick", "--out", str(tmp_path)) == 0
+    assert capsys.readouterr().out.startswith(note)
+    command = ("report", "fpdm/memory", "--quick", "--any-commit", "--out", str(tmp_path))
+    assert run_command(monkeypatch, *command) == 0
+    assert capsys.readouterr().out.startswith("PASS     fpdm/memory")
 
 
 @pytest.mark.parametrize("scale", [("--scale", "mini"), ("--scale", "paper"), ("--quick",)])

@@ -21,8 +21,14 @@ from fixpoint_diffusion.sampling import sample
 
 
 def _triplets(records: Sequence[Record]) -> list[bench.Block]:
-    first = [record.measures["back"] for record in first_seed(records)]
-    return [stacked("Images and their reconstructions", first, "One column an image; the first row is the real one.")]
+    first = first_seed(records)
+    several = len(grouped(first, "eta")) > 1
+    grids = []
+    for record in first:
+        grid = record.measures["back"]
+        labels = [f"eta={record.config['eta']:g}: {label}" if several else label for label in grid["row_labels"]]
+        grids.append({**grid, "row_labels": labels})
+    return [stacked("Images and their reconstructions", grids, "One column an image; the first row is the real one.")]
 
 
 def _over_epochs(records: Sequence[Record]) -> list[bench.Block]:

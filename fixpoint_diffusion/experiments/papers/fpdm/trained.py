@@ -286,7 +286,11 @@ def _samples(records: Sequence[Record]) -> list[bench.Block]:
         grid = record.measures["images"]
         labels = [f"{record.config['data']}: {label}" for label in grid["row_labels"]]
         first.append({**grid, "row_labels": labels})
-    return [stacked("Samples", first, "One column a starting noise, by DDIM at the largest budget.")]
+    caption = (
+        "One column a starting noise, by DDIM at the largest budget. The verdict is about DDPM at the middle budget, "
+        "as in Table 2."
+    )
+    return [stacked("Samples", first, caption)]
 
 
 def _sampled(number: int, theirs: str, ours: str) -> Experiment:
