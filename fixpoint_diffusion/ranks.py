@@ -127,8 +127,8 @@ class Ranks:
 
 
 def is_first() -> bool:
-    """Whether this process is the one of ``torchrun`` or ``accelerate launch`` that speaks."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is alone, or the one of ``torchrun`` or ``accelerate launch`` that speaks."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from fixpoint_diffusion.models.fpdm.config import Backpropagation
 from fixpoint_diffusion.options.training import TrainingConfig
-from fixpoint_diffusion.ranks import ending_group
+from fixpoint_diffusion.ranks import ending_group, is_first
 from fixpoint_diffusion.training.batches import Share, StepSampler, draw
 from fixpoint_diffusion.training.checkpoints import load_state
 from fixpoint_diffusion.training.runs import TrainingRun
@@ -138,6 +138,25 @@ def test_no_thread_of_the_process_group_is_left_to_meet_the_end_of_the_interpret
     assert said.count("Interrupted; checkpoint written") == said.count("Trained in ") == 1
     assert error.startswith("Error: another process of this command has ended")
     assert other_error == "Error: of the second alone"
+
+
+def test_the_first_process_speaks_and_so_does_one_that_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, rank, first in ((None, None, True), ("2", "0", True), ("2", "1", False), (None, "1", True)):
+        for name, value in (("WORLD_SIZE", size), ("RANK", rank)):
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+        assert is_first() is first
+
+
+def test_one_that_is_alone_writes_its_model_whatever_rank_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    TrainingRun.start(tmp_path, **options("jfb", steps=1)).run(progress=False)
+    assert (tmp_path / "config.json").exists()
 
 
 def test_a_process_group_of_the_caller_is_left_alone() -> None:
