@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -125,32 +127,54 @@ class Ranks:
 
 
 def is_first() -> bool:
-    """Whether this process is the one of ``torchrun`` or ``accelerate launch`` that speaks."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is alone, or the one of ``torchrun`` or ``accelerate launch`` that speaks."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def ending_group() -> Iterator[None]:
     """A process group that is made in this block ends with it, and so do its threads.
 
-    A thread of gloo that frees a tensor while the interpreter ends aborts the process, after all its work is done.
+    A thread of gloo that frees a tensor while the interpreter ends aborts the process, after all its work is done. A
+    group that was there before is left alone. So is that of a GPU where the block fails.
     """
     import torch.distributed as dist
 
-    if not dist.is_available():
+    if not dist.is_available() or dist.is_initialized():
         yield
         return
     import torch.distributed.nn  # noqa: F401 - imported later, it would keep the group: as a default of its functions
 
-    failed = True
     try:
         yield
-        failed = False
-    finally:
+    except BaseException as error:
         # That of a GPU would wait for the others, who do not know yet that this process has failed.
-        if dist.is_initialized() and (not failed or dist.get_backend() == "gloo"):
-            dist.destroy_process_group()
-            gc.collect()  # DistributedDataParallel holds the group too, and is part of a reference cycle
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            _clear(error)
+            _end_group()
+        raise
+    if dist.is_initialized():
+        _end_group()
+
+
+def _end_group() -> None:
+    """End the process group, with its threads."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is not None:
+        accelerate.PartialState._reset_state()  # or the next training would take the group for there
+    gc.collect()  # DistributedDataParallel holds the group too, and is part of a reference cycle
+
+
+def _clear(error: BaseException) -> None:
+    """Empty the frames that this error and those before it have left: among their variables is the group."""
+    errors: list[BaseException | None] = [error]
+    for each in errors:
+        if each is not None:
+            traceback.clear_frames(each.__traceback__)
+            errors += [other for other in (each.__cause__, each.__context__) if other not in errors]
 
 
 @contextlib.contextmanager

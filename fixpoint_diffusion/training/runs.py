@@ -23,6 +23,7 @@ from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.processes.flow import FLOW_SCHEDULE, flow_levels, is_flow
 from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
+from fixpoint_diffusion.ranks import is_first
 from fixpoint_diffusion.training.checkpoints import load_record
 from fixpoint_diffusion.training.data import ImageDataset, open_dataset, split_held_out
 from fixpoint_diffusion.training.export import export, prior_of
@@ -292,7 +293,7 @@ class TrainingRun:
             FileExistsError: if another run has begun there in the meantime.
             FloatingPointError: as ``fixpoint_diffusion.training.train``; nothing is exported.
         """
-        main = int(os.environ.get("RANK", "0")) == 0
+        main = is_first()
         origin = {
             "kind": self.family.name,
             "data": dataclasses.asdict(self.data_options),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -45,9 +46,19 @@ def ended(ranks: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 
 
 def threads_of_gloo() -> list[str]:
-    """Those of this process: one that is left when the interpreter ends may abort it."""
+    """Those that stay in this process: one that is left when the interpreter ends may abort it."""
+    end = time.monotonic() + 5
+    while (found := _names_of_gloo()) and time.monotonic() < end:
+        time.sleep(0.05)  # a thread that has been joined is listed for a moment more
+    return found
+
+
+def _names_of_gloo() -> list[str]:
     tasks = Path("/proc/self/task")
-    names = [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.exists() else []
+    names = []
+    for task in tasks.iterdir() if tasks.exists() else ():
+        with contextlib.suppress(OSError):  # it has ended in the meantime
+            names.append((task / "comm").read_text().strip())
     return [name for name in names if "gloo" in name]
 
 

@@ -20,6 +20,7 @@ import sys, time
 from pathlib import Path
 from fixpoint_diffusion.cli import main
 from fixpoint_diffusion.sampling.job import SamplingJob
+from tests.fixpoint_diffusion.processes import threads_of_gloo
 original = SamplingJob._sample
 def sample(self, samples, **how):
     if samples[0] == 2:
@@ -27,7 +28,10 @@ def sample(self, samples, **how):
         time.sleep(600)
     return original(self, samples, **how)
 SamplingJob._sample = sample
-main()
+try:
+    main()
+finally:
+    print("left:", threads_of_gloo(), flush=True)
 """
 
 
@@ -69,6 +73,7 @@ def test_of_four_processes_one_is_killed_and_two_go_on_without_losing_an_image(t
     ranks[1].kill()
     found = ended(ranks)
     assert [code for code, _, _ in found] == [2, -signal.SIGKILL, 2, 2]
+    assert {out for code, out, _ in found if code == 2} == {"left: []\n"}
     assert {error for code, _, error in found if code == 2} == {
         "Error: another process of this command has ended; the same command goes on"
     }

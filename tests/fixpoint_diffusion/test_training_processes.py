@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fixpoint_diffusion.models.fpdm.config import Backpropagation
 from fixpoint_diffusion.options.training import TrainingConfig
+from fixpoint_diffusion.ranks import ending_group, is_first
 from fixpoint_diffusion.training.batches import Share, StepSampler, draw
 from fixpoint_diffusion.training.checkpoints import load_state
 from fixpoint_diffusion.training.runs import TrainingRun
-from tests.fixpoint_diffusion.processes import ended, start_ranks, wait_for
+from tests.fixpoint_diffusion.processes import ROOT, ended, start_ranks, wait_for
 
 RULES = get_args(Backpropagation)
 
@@ -35,19 +39,21 @@ SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
 from fixpoint_diffusion.cli import main
+from fixpoint_diffusion.ranks import ending_group
 from fixpoint_diffusion.training import trainer
 from fixpoint_diffusion.training.runs import TrainingRun
 folder, runs = Path(sys.argv.pop(1)), json.loads(sys.argv.pop(1))
-for name, options in runs.items():
-    TrainingRun.start(folder / name, **options).run(progress=False)
 original = trainer._Run.step
 def step(self, batches, number, interrupted):
     if number == 2 and os.environ["RANK"] == "1":
         (folder / "waiting").touch()
         time.sleep(600)
     return original(self, batches, number, interrupted)
-trainer._Run.step = step
-main()
+with ending_group():
+    for name, options in runs.items():
+        TrainingRun.start(folder / name, **options).run(progress=False)
+    trainer._Run.step = step
+    main()
 """
 
 
@@ -95,23 +101,99 @@ def test_two_processes_train_what_one_does_with_the_same_batch(tmp_path: Path) -
     assert_same(tmp_path / "one" / "killed", tmp_path / "two" / "killed")
 
 
+# Several trainings one after another. In the first the second process fails, and in the second it is interrupted.
 ENDED = """
+import json, os, signal, sys
 from fixpoint_diffusion.cli import main
+from fixpoint_diffusion.training import trainer
 from tests.fixpoint_diffusion.processes import threads_of_gloo
-try:
-    main()
-finally:
-    print("left:", threads_of_gloo(), flush=True)
+original = trainer._Run.step
+def step(self, batches, number, interrupted):
+    if os.environ["RANK"] == "1" and number == 0:
+        if turn == 0:
+            raise ValueError("of the second alone")
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(self, batches, number, interrupted)
+trainer._Run.step = step
+for turn, words in enumerate(json.loads(sys.argv[1])):
+    sys.argv[1:] = words
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + turn)
+    try:
+        main()
+    except SystemExit as stop:
+        print("code", stop.code, *threads_of_gloo(), flush=True)
 """
 
 
 def test_no_thread_of_the_process_group_is_left_to_meet_the_end_of_the_interpreter(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text(json.dumps({"width": 16, "heads": 2}))
-    command = ["train", "dit", "--steps", 1, "--batch-size", 8, "--settings", tmp_path / "settings.json"]
-    (code, said, error), (other_code, other_said, _) = ended(start_ranks(2, "-c", ENDED, *command, "--out", tmp_path))
-    assert (code, other_code) == (0, 0), error
-    assert said.startswith("DiT with ")  # and the other process does not say it again
-    assert said.splitlines()[-1] == other_said.strip() == "left: []"
+    command = ["train", "dit", "--steps", 2, "--batch-size", 8, "--settings", tmp_path / "settings.json"]
+    resumed = ["train", "--resume", "--out", tmp_path / "b"]
+    commands = [[*command, "--out", tmp_path / "a"], [*command, "--out", tmp_path / "b"], resumed]
+    words = json.dumps([list(map(str, each)) for each in commands])
+    (_, said, error), (_, other_said, other_error) = ended(start_ranks(2, "-c", ENDED, words))
+    assert other_said.splitlines() == ["code 2", "code 130", "code 0"]  # no threads, and nothing said twice
+    assert [line for line in said.splitlines() if line.startswith("code")] == other_said.splitlines()
+    assert said.count("DiT with ") == 3
+    assert said.count("Interrupted; checkpoint written") == said.count("Trained in ") == 1
+    assert error.startswith("Error: another process of this command has ended")
+    assert other_error == "Error: of the second alone"
+
+
+def test_the_first_process_speaks_and_so_does_one_that_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, rank, first in ((None, None, True), ("2", "0", True), ("2", "1", False), (None, "1", True)):
+        for name, value in (("WORLD_SIZE", size), ("RANK", rank)):
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+        assert is_first() is first
+
+
+def test_one_that_is_alone_writes_its_model_whatever_rank_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    TrainingRun.start(tmp_path, **options("jfb", steps=1)).run(progress=False)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_process_group_of_the_caller_is_left_alone() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with ending_group():
+            pass
+        assert dist.is_initialized()
+        with pytest.raises(ValueError, match="mine"), ending_group():
+            raise ValueError("mine")
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+# Each imports in its block what diffusers imports when it loads a model.
+OWN = """
+import torch.distributed as dist
+from fixpoint_diffusion.ranks import ending_group
+with ending_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    import torch.distributed.nn.functional
+"""
+OF_SHARDED = """
+import torch.distributed as dist
+from fixpoint_diffusion.denoisers import sharded
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+import torch.distributed.nn.functional
+dist.destroy_process_group()
+"""
+LEFT = "\nfrom tests.fixpoint_diffusion.processes import threads_of_gloo\nprint(threads_of_gloo())"
+
+
+@pytest.mark.parametrize("program", [OWN, OF_SHARDED], ids=["ending_group", "sharded"])
+def test_what_is_imported_later_does_not_hold_the_process_group(program: str) -> None:
+    run = subprocess.run([sys.executable, "-c", program + LEFT], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert (run.returncode, run.stdout) == (0, "[]\n"), run.stderr
 
 
 CONFIG = TrainingConfig(steps=6, batch_size=8, accumulate=2, seed=3)
