@@ -89,6 +89,15 @@ def first_seed(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record.config["seed"] == records[0].config["seed"]]
 
 
+def of_which(grid: dict[str, Any], name: str) -> dict[str, Any]:
+    """A grid of pictures, kept in measures, whose rows say of what they are.
+
+    >>> of_which({"row_labels": ["image", "reconstruction"]}, "digits")
+    {'row_labels': ['digits: image', 'digits: reconstruction']}
+    """
+    return {**grid, "row_labels": [f"{name}: {label}" for label in grid["row_labels"]]}
+
+
 def stacked(title: str, grids: Sequence[dict[str, Any]], caption: str = "") -> bench.Images:
     """Grids of pictures of one width, kept in measures, one below the other."""
     import torch

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,23 @@ def ended(ranks: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
         for process in ranks:
             process.kill()
     return [(code, out, "\n".join(_ours(error))) for out, error, code in found]
+
+
+def run_in_turn(commands: Sequence[Sequence[str]], prepare: Callable[[int], None]) -> None:
+    """In one rank: run the command line again and again, and print each exit code with the threads of gloo left.
+
+    Processes take long to start. ``prepare`` is called before each command with its number.
+    """
+    from fixpoint_diffusion.cli import main
+
+    for turn, words in enumerate(commands):
+        sys.argv[1:] = words
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + turn)
+        prepare(turn)
+        try:
+            main()
+        except SystemExit as stop:
+            print("code", stop.code, *threads_of_gloo(), flush=True)
 
 
 def threads_of_gloo() -> list[str]:

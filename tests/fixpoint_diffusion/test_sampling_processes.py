@@ -95,23 +95,16 @@ def test_of_four_processes_one_is_killed_and_two_go_on_without_losing_an_image(t
     assert {**record, "seconds": 0} == {**whole, "seconds": 0}
 
 
-# Several commands one after another, since processes take long to start. Of the first one, the second process finds no
-# room: a limit on the size of a file fails as a full disk does.
+# Of the first of several commands, the second process finds no room: a limit on the size of a file fails as a full disk
+# does.
 IN_TURN = """
 import json, os, resource, sys
-from fixpoint_diffusion.cli import main
-from tests.fixpoint_diffusion.processes import threads_of_gloo
-for number, words in enumerate(json.loads(sys.argv[1])):
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if number == 0 and os.environ["RANK"] == "1":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400, unlimited[1]))
-    sys.argv[1:] = words
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + number)
-    try:
-        main()
-    except SystemExit as stop:
-        print("code", stop.code, *threads_of_gloo(), flush=True)
-    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+from tests.fixpoint_diffusion.processes import run_in_turn
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+def prepare(turn):
+    full = turn == 0 and os.environ["RANK"] == "1"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, unlimited[1]) if full else unlimited)
+run_in_turn(json.loads(sys.argv[1]), prepare)
 """
 
 

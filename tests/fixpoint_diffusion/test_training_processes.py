@@ -101,27 +101,21 @@ def test_two_processes_train_what_one_does_with_the_same_batch(tmp_path: Path) -
     assert_same(tmp_path / "one" / "killed", tmp_path / "two" / "killed")
 
 
-# Several trainings one after another. In the first the second process fails, and in the second it is interrupted.
-ENDED = """
+# Of several trainings, in the first the second process fails, and in the second it is interrupted.
+IN_TURN = """
 import json, os, signal, sys
-from fixpoint_diffusion.cli import main
 from fixpoint_diffusion.training import trainer
-from tests.fixpoint_diffusion.processes import threads_of_gloo
+from tests.fixpoint_diffusion.processes import run_in_turn
 original = trainer._Run.step
-def step(self, batches, number, interrupted):
-    if os.environ["RANK"] == "1" and number == 0:
-        if turn == 0:
-            raise ValueError("of the second alone")
-        os.kill(os.getpid(), signal.SIGINT)
-    return original(self, batches, number, interrupted)
-trainer._Run.step = step
-for turn, words in enumerate(json.loads(sys.argv[1])):
-    sys.argv[1:] = words
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + turn)
-    try:
-        main()
-    except SystemExit as stop:
-        print("code", stop.code, *threads_of_gloo(), flush=True)
+def prepare(turn):
+    def step(self, batches, number, interrupted):
+        if os.environ["RANK"] == "1" and number == 0:
+            if turn == 0:
+                raise ValueError("of the second alone")
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batches, number, interrupted)
+    trainer._Run.step = step
+run_in_turn(json.loads(sys.argv[1]), prepare)
 """
 
 
@@ -131,7 +125,7 @@ def test_no_thread_of_the_process_group_is_left_to_meet_the_end_of_the_interpret
     resumed = ["train", "--resume", "--out", tmp_path / "b"]
     commands = [[*command, "--out", tmp_path / "a"], [*command, "--out", tmp_path / "b"], resumed]
     words = json.dumps([list(map(str, each)) for each in commands])
-    (_, said, error), (_, other_said, other_error) = ended(start_ranks(2, "-c", ENDED, words))
+    (_, said, error), (_, other_said, other_error) = ended(start_ranks(2, "-c", IN_TURN, words))
     assert other_said.splitlines() == ["code 2", "code 130", "code 0"]  # no threads, and nothing said twice
     assert [line for line in said.splitlines() if line.startswith("code")] == other_said.splitlines()
     assert said.count("DiT with ") == 3

@@ -16,18 +16,15 @@ from fixpoint_diffusion.experiments.papers.deq_ddim.solving import relative_erro
 from fixpoint_diffusion.experiments.plans import call_flops
 from fixpoint_diffusion.experiments.records import Config, Measures, Record
 from fixpoint_diffusion.experiments.resources import Resources
-from fixpoint_diffusion.experiments.summaries import first_seed, grouped, lower, mean_spread, stacked, values
+from fixpoint_diffusion.experiments.summaries import first_seed, grouped, lower, mean_spread, of_which, stacked, values
 from fixpoint_diffusion.sampling import sample
 
 
 def _triplets(records: Sequence[Record]) -> list[bench.Block]:
     first = first_seed(records)
-    several = len(grouped(first, "eta")) > 1
-    grids = []
-    for record in first:
-        grid = record.measures["back"]
-        labels = [f"eta={record.config['eta']:g}: {label}" if several else label for label in grid["row_labels"]]
-        grids.append({**grid, "row_labels": labels})
+    grids = [record.measures["back"] for record in first]
+    if len(grouped(first, "eta")) > 1:
+        grids = [of_which(record.measures["back"], f"eta={record.config['eta']:g}") for record in first]
     return [stacked("Images and their reconstructions", grids, "One column an image; the first row is the real one.")]
 
 

@@ -9,7 +9,7 @@ from fixpoint import bench
 from fixpoint_diffusion.experiments.experiment import Experiment, Verdict
 from fixpoint_diffusion.experiments.papers.fpdm.training import TRAININGS
 from fixpoint_diffusion.experiments.records import Config, Record
-from fixpoint_diffusion.experiments.summaries import first_seed, grouped, lower, mean, mean_spread, stacked
+from fixpoint_diffusion.experiments.summaries import first_seed, grouped, lower, mean, mean_spread, of_which, stacked
 
 # A DiT of twelve blocks stands for the paper's of 28; the budgets are 5, 10 and 20 of its steps, as there. Each family
 # is trained with its own usual settings (learning rate, weight decay), for as long as so many steps of that DiT take:
@@ -281,11 +281,7 @@ FIGURE_7 = Experiment(
 
 
 def _samples(records: Sequence[Record]) -> list[bench.Block]:
-    first = []
-    for record in first_seed(records):
-        grid = record.measures["images"]
-        labels = [f"{record.config['data']}: {label}" for label in grid["row_labels"]]
-        first.append({**grid, "row_labels": labels})
+    first = [of_which(record.measures["images"], record.config["data"]) for record in first_seed(records)]
     caption = (
         "One column a starting noise, by DDIM at the largest budget. The verdict is about DDPM at the middle budget, "
         "as in Table 2."
