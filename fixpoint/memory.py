@@ -99,18 +99,22 @@ class _Witness:
         self.held = 0
         self._live = live
         self._before = 0, 0
-        self._rose_at = 0
+        self._rose_at = self._states = 0
 
     def __call__(self, z: Tensor) -> Tensor:
         self.held = max(self.held, self._live.now)
+        self._states = self.held // max(z.numel() * z.element_size(), 1)
         return torch.empty_like(z)
 
     def is_full(self, nfev: int, *_: object) -> bool:
-        """Whether no more is held than before for so long that no history grows any more."""
+        """Whether no more is held than before for so long that no history grows any more, nor starts over.
+
+        To start over may need more, once all the states that there is room for have been written.
+        """
         now = self.held, self._live.peak
         if now != self._before:
             self._before, self._rose_at = now, nfev
-        return nfev > 2 * self._rose_at + 10
+        return nfev > 2 * self._rose_at + self._states + 10
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,7 @@ class Layout:
     device: torch.device
     rows: int = field(init=False)  # independent problems
     _plain: bool = field(init=False)  # one real tensor: the common case, which is spared the walk through a tree
+    _is_rows: bool = field(init=False)  # such a tensor is laid out as it is
     _size: int = field(init=False)  # length of a plain state's row
 
     def __post_init__(self) -> None:
@@ -121,6 +122,7 @@ class Layout:
         )
         object.__setattr__(self, "rows", math.prod(self.batch_shape))
         object.__setattr__(self, "_plain", is_plain)
+        object.__setattr__(self, "_is_rows", is_plain and self.example.ndim == 2 == batch_dims + 1)
         object.__setattr__(self, "_size", math.prod(self.example.shape[len(self.batch_shape) :]) if is_plain else 0)
 
     @classmethod
@@ -165,8 +167,10 @@ class Layout:
 
     def flatten(self, state: Any) -> Tensor:
         """``(rows, dim)`` real tensor that holds ``state``; differentiable."""
+        if self._is_rows:
+            return state
         if self._plain:
-            return state if state.ndim == 2 == len(self.batch_shape) + 1 else state.reshape(self.rows, self._size)
+            return state.reshape(self.rows, self._size)
         rows = []
         for _, leaf, like in paired_leaves(state, self.example):
             order = _memory_order(like, len(self.batch_shape))
@@ -183,6 +187,8 @@ class Layout:
 
     def unflatten(self, flat: Tensor) -> Any:
         """The state, structured like the example, that ``flat`` holds; views where possible."""
+        if self._is_rows:
+            return flat.view_as(flat)  # a tensor of its own, which f may ask gradients for
         if self._plain:
             return flat.reshape(self.example.shape)
         start = 0

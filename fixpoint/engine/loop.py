@@ -124,9 +124,11 @@ class _Run:
                 assert seen.figures is not None
                 assert seen.residual is not None
                 self.next_check = (best.nfev // self.check_every + 1) * self.check_every
-                reopened = self._reopen_what_moved(seen, seen.figures)
-                lost = self.retreat.rows(z, seen.figures, best.active)
-                ended = best.update(z, seen.figures, self.tolerance, lost, all_rows=seen.all_rows)
+                changed, lost = False, None
+                if not best.advances(z, seen.figures, self.tolerance):
+                    reopened = self._reopen_what_moved(seen, seen.figures)
+                    lost = self.retreat.rows(z, seen.figures, best.active)
+                    changed = best.update(z, seen.figures, self.tolerance, lost, all_rows=seen.all_rows) or reopened
                 if self.watch and not self.stop:
                     self.stop = self.watch(best.nfev, figures_like(z, seen.residual), best.remaining, z.detach())
                 if self.stop or best.nfev >= self.max_evals or best.remaining == 0:
@@ -134,7 +136,7 @@ class _Run:
                         continue  # the next evaluation confirms
                     return replace(best.result(Status.STOPPED if self.stop else Status.MAX_EVALS), state=self.state)
                 z, fz = self.retreat.back(z, fz, lost, best.nfev)
-                if ended or reopened:
+                if changed:
                     self.ended = best.ended()
                     z = self._with_ended(z)
             z = self._step(z, fz)
@@ -142,7 +144,7 @@ class _Run:
     def _evaluate(self, z: Tensor) -> _Evaluation:
         """Evaluate f, count that, and measure where there is a check or everything is recorded."""
         best, left = self.best, self.max_evals - self.best.nfev
-        confirming = best.any_unconfirmed and bool(self.stop or left < 2 or best.remaining == 0)
+        confirming = bool(self.stop or left < 2 or best.remaining == 0) and best.any_unconfirmed
         if confirming:
             z = best.z
         # A part of the rows is worth an evaluation where two more remain: of all rows in its place, and to confirm.

@@ -81,8 +81,8 @@ class BestSoFar:
         self.merit = np.full(rows, np.inf)
         self.status = np.full(rows, ACTIVE)
         self.evals = np.zeros(rows, dtype=np.int64)
-        self.improved_at = np.zeros(rows, dtype=np.int64)
-        self.unimproved_checks = np.zeros(rows, dtype=np.int64)
+        self.improved_at: Array | int = 0  # number of evaluations; one number stands for all rows
+        self.unimproved_checks: Array | int = 0
         self.active = np.ones(rows, dtype=bool)
         self.remaining = rows
         self.unconfirmed = np.zeros(rows, dtype=bool)  # the best state was evaluated with a part of the rows alone
@@ -121,6 +121,25 @@ class BestSoFar:
         ordinary = (self.scale > self._low) & (self.scale < self._high) | (self.scale == 0)
         return self.active | ~ordinary
 
+    def advances(self, z: Tensor, figures: Figures, tolerance: Tolerance) -> bool:
+        """Take in the figures of ``z`` if every row goes on and has got better; nearly every check is one of these.
+
+        Returns:
+            Whether it is. If not, nothing is taken in.
+        """
+        (residual, scale, merit), rows = figures, len(self.active)
+        if self.remaining < rows or self.together:
+            return False
+        # Merit is smaller than that of an earlier state only where the residual is finite.
+        if not (np.count_nonzero(merit < self.merit) == np.count_nonzero(np.isfinite(scale)) == rows):
+            return False
+        if np.count_nonzero(tolerance.met(figures)):
+            return False
+        self.z, self._own = z, False
+        self.residual, self.scale, self.merit = residual, scale, merit
+        self.improved_at, self.unimproved_checks = self.nfev, 0
+        return True
+
     def update(
         self,
         z: Tensor,
@@ -134,27 +153,15 @@ class BestSoFar:
 
         The rows ``retreating`` go on although their image is not finite. ``all_rows``: whether f saw all rows.
         """
-        (residual, scale, merit), (active, nfev) = figures, (self.active, self.nfev)
-        done, finite = tolerance.done(figures), figures.finite
-        better = self._better(merit)
-        rows = len(residual)
-        well = better & finite & ~done
-        if self.remaining == np.count_nonzero(well) == rows:
-            # Nearly every check is one of these.
-            self._take(z, better)
-            self.residual[:], self.scale[:], self.merit[:] = residual, scale, merit
-            self.improved_at[:], self.unimproved_checks[:] = nfev, 0
-            self.unconfirmed[:] = not all_rows
-            return False
-        done &= active
+        active, nfev = self.active, self.nfev
+        done, finite = tolerance.done(figures) & active, figures.finite
         if self.together and np.count_nonzero(done) < self.remaining:
             done[:] = False
         # A row that meets the tolerance ends there, even when an earlier absolute residual was smaller.
-        best = done | (active & better)
+        best = done | (active & self._better(figures.merit))
         self._take(z, best)
-        for ours, new in ((self.residual, residual), (self.scale, scale), (self.merit, merit)):
-            np.copyto(ours, new, where=best)
-        self.improved_at[best] = nfev
+        self.residual, self.scale, self.merit = np.where(best, figures, (self.residual, self.scale, self.merit))
+        self.improved_at = np.where(best, nfev, self.improved_at)
         self.unconfirmed[best] = not all_rows
         self.unimproved_checks = np.where(best, 0, self.unimproved_checks + 1)
         waited = (nfev - self.improved_at >= _PATIENCE) & (self.unimproved_checks >= _PATIENT_CHECKS)
@@ -192,9 +199,9 @@ class BestSoFar:
         self.status[rows] = ACTIVE
         self.active = self.active | rows
         self.remaining = int(np.count_nonzero(self.active))
-        for figures in (self.residual, self.scale, self.merit):
-            figures[rows] = np.inf
-        self.improved_at[rows], self.unimproved_checks[rows] = self.nfev, 0
+        self.residual, self.scale, self.merit = np.where(rows, np.inf, (self.residual, self.scale, self.merit))
+        self.improved_at = np.where(rows, self.nfev, self.improved_at)
+        self.unimproved_checks = np.where(rows, 0, self.unimproved_checks)
         self.unconfirmed[rows] = False
 
     def couple(self) -> None:

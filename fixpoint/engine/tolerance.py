@@ -210,8 +210,11 @@ class Tolerance:
 
     def done(self, figures: Figures) -> Array:
         """Which rows are done, by what was measured. False for NaN and infinity."""
-        met = figures.merit <= 1 if self.leaves is not None else figures.residual <= self.limit(figures.scale)
-        return met & figures.finite
+        return self.met(figures) & figures.finite
+
+    def met(self, figures: Figures) -> Array:
+        """The same, but of rows that are not finite it may be true."""
+        return figures.merit <= 1 if self.leaves is not None else figures.residual <= self.limit(figures.scale)
 
     def started(self, z: Tensor, fz: Tensor, figures: Figures) -> Tolerance:
         """The same for a solve that starts at ``z`` with the image ``fz``: rows of which nothing is left are done, too.

@@ -205,7 +205,9 @@ class NumPyStates(TorchStates):
         return both.swapaxes(0, 1)
 
     def dots(self, xs: State, ys: State) -> State:
-        return vecdot(xs[:, :, None], ys[:, None])  # a product of such flat matrices is slower
+        if xs is ys or xs.shape[1] == 1:  # such products of matrices are slower
+            return vecdot(xs[:, :, None], ys[:, None])
+        return xs @ ys.swapaxes(1, 2)
 
     def like(self, x: State, y: State) -> State:
         return self.take(x).astype(y.dtype, copy=False)

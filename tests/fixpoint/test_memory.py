@@ -47,7 +47,7 @@ def peak_of(work, folder):
     return max(event["Total Allocated"] for event in events) - before
 
 
-def measured_peak(solver, rows, dim, folder):
+def measured_peak(solver, rows, dim, folder, *, rtol=1e-5):
     """That of a solve of 30 evaluations, some of whose rows end early."""
     rates = torch.linspace(0.05, 0.97, dim) * torch.linspace(1, 0.1, rows)[:, None]
     b, z0 = torch.ones(rows, dim), torch.zeros(rows, dim)
@@ -55,7 +55,7 @@ def measured_peak(solver, rows, dim, folder):
     def f(z):
         return torch.addcmul(b, z, rates)
 
-    options = {"backward": None, "rtol": 1e-5, "max_evals": 30, "on_failure": "ignore"}
+    options = {"backward": None, "rtol": rtol, "max_evals": 30, "on_failure": "ignore"}
     return peak_of(lambda: fixpoint.solve(f, z0, solver=solver, **options), folder)
 
 
@@ -65,6 +65,15 @@ def test_is_never_below_the_measured_peak_and_at_most_a_fifth_above(solver, rows
     measured = measured_peak(solver, rows, 2**17, tmp_path)
     estimate = fixpoint.estimate_memory(torch.zeros(rows, 2**17), solver=solver, max_evals=30)
     assert measured <= estimate.bytes <= 1.2 * measured + 64 * rows  # some numbers of each row
+
+
+@pytest.mark.parametrize("memory", [20, 28])
+def test_counts_what_a_full_history_needs_to_start_over(memory, tmp_path):
+    solver = fixpoint.Broyden(memory=memory)
+    measured = measured_peak(solver, 2, 2**17, tmp_path, rtol=0)  # no row ends before
+    estimate = fixpoint.estimate_memory(torch.zeros(2, 2**17), solver=solver, max_evals=30)
+    before = fixpoint.estimate_memory(torch.zeros(2, 2**17), solver=solver, max_evals=memory)
+    assert before.bytes < measured <= estimate.bytes
 
 
 @pytest.mark.parametrize("window", [None, 128])
