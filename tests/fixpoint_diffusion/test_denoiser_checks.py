@@ -249,3 +249,19 @@ def test_steps_of_another_process_than_a_model_was_trained_on_are_refused(
     if trained is FLOW and refused:
         with expected:
             DDIMChain(denoiser, torch.zeros(1, 1, 8, 8), NoiseSchedule.linear(), steps=4)
+
+
+def test_a_row_that_rounding_moves_as_far_as_the_rows_beside_it_is_no_fault() -> None:
+    """As a fixed-point layer that does not converge: what a batch rounds in its own way grows to all of the output."""
+    calls: list[int] = []
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(x))
+        value = (0.3 + 0.1 * x.sigmoid()) * (1 + 8 * torch.finfo(x.dtype).eps * x.sum().sin())
+        for _ in range(60):
+            value = 4 * value * (1 - value)
+        return value
+
+    chain = DDIMChain(denoiser, initial_noise(0, range(1), (1, 8, 8)), LINEAR, steps=5)
+    chain.sequential()
+    assert len(calls) > 5 + 3, "a closer look was taken"
