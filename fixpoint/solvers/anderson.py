@@ -54,9 +54,10 @@ class _Guard(NamedTuple):
         """
         trusted = xp.maximum(predicted, square / self.growth) <= self.bound
         recovered = square < _RECOVERY**2 * self.level
-        bound = xp.plus(predicted, square, _NEGLIGIBLE)
-        penalty = xp.where(recovered, recovered, self.penalty)  # true is 1
-        level = xp.where(recovered, square, self.level)
+        bound, penalty, level = xp.plus(predicted, square, _NEGLIGIBLE), self.penalty, self.level
+        if not xp.absent(recovered):
+            penalty = xp.where(recovered, recovered, penalty)  # true is 1
+            level = xp.where(recovered, square, level)
         if xp.holds(trusted) and xp.absent(self.left):
             # Nearly every step is one of these.
             return trusted, _Guard(bound, self.growth, level, penalty, self.left)
@@ -116,8 +117,8 @@ class AndersonState(NamedTuple):
         rows: Numbers of the rows.
         free: The place of each row that is free ``(rows,)``.
         newest: The place of its newest change ``(rows,)``.
-        g: The last residual.
-        fz: The last image; None before the first step.
+        z: The last state; the loop holds it as well.
+        fz: Its image; None before the first step.
         first: ``|g|^2`` of the first residual ``(rows,)``, until there is a guard.
         guard: Whether the model of a row is trusted; None before the second step.
     """
@@ -128,7 +129,7 @@ class AndersonState(NamedTuple):
     rows: Small
     free: Small
     newest: Small
-    g: State = None
+    z: State = None
     fz: State = None
     first: Small = None
     guard: _Guard | None = None
@@ -219,10 +220,11 @@ class Anderson(Solver):
                 g = image - now
                 first = xp.detach(xp.take(states.dots(g[:, None], g[:, None])))[:, 0, 0]
                 z_next = fz if self.damping == 1 else z + self.damping * states.tensor(g)
-                return z_next.to(dtype), state._replace(g=g, fz=image, first=first)
+                return z_next.to(dtype), state._replace(z=now, fz=image, first=first)
 
-            # The residual g, its change, and the change of f.
-            both = states.differences(now, image, states.take(state.g))
+            # The residual g and its change.
+            before = states.take(state.fz)
+            both = states.differences(now, image, states.take(state.z), before)
             g, change = both[:, :1], both[:, 1:]
             held, held_images = (states.among(x, 0, inverse.shape[1]) for x in (changes, images))
             coordinates, squares = xp.take(states.dots(both, held)), xp.take(states.dots(both, both))
@@ -243,7 +245,7 @@ class Anderson(Solver):
             by, first = states.take(along), state.guard is None
             weights, shared, weight = by[:, :1], by[:, 1:], states.take(newest)[:, None, None]
             change = states.less(change, shared, held)
-            image_change = states.less((image - states.take(state.fz))[:, None], shared, held_images)
+            image_change = states.less((image - before)[:, None], shared, held_images)
             if self.damping < 1:
                 share = 1 - self.damping
                 rest = states.less(share * g - share * weight * change, share * weights, held)
@@ -271,7 +273,7 @@ class Anderson(Solver):
             place = xp.argmin(needed)
             inverse = xp.put(inverse, rows, place, 0.0)
         z_next = states.tensor(z_next)
-        return z_next.to(dtype), AndersonState(changes, images, inverse, rows, place, free, g[:, 0], image, None, guard)
+        return z_next.to(dtype), AndersonState(changes, images, inverse, rows, place, free, now, image, None, guard)
 
     def forget(self, state: AndersonState, rows: Tensor) -> AndersonState:
         xp = arithmetic(kept=state.inverse)

@@ -85,15 +85,16 @@ class TorchStates:
         """``x`` in the rows of a mask ``(rows,)``, ``y`` in the others."""
         return torch.where(self.take(rows)[:, None], x, y)
 
-    def differences(self, z: State, fz: State, g: State) -> State:
-        """``(rows, 2, dim)``: the residual ``fz - z``, and how it differs from ``g``."""
-        if recording(z, fz, g):
+    def differences(self, z: State, fz: State, z_before: State, fz_before: State) -> State:
+        """``(rows, 2, dim)``: the residual ``fz - z``, and how it differs from the one before."""
+        if recording(z, fz, z_before, fz_before):
             now = fz - z
-            return torch.stack((now, now - g), dim=1)
+            return torch.stack((now, now - (fz_before - z_before)), dim=1)
         both = fz.new_empty(2, *fz.shape)  # each of the two is contiguous: what is done to it in place needs that
         now, change = both.unbind()
         torch.sub(fz, z, out=now)
-        torch.sub(now, g, out=change)
+        torch.sub(fz_before, z_before, out=change)
+        torch.sub(now, change, out=change)
         return both.transpose(0, 1)
 
     def dots(self, xs: State, ys: State) -> State:
@@ -198,10 +199,12 @@ class NumPyStates(TorchStates):
     def where(self, rows: Small, x: State, y: State) -> State:
         return np.where(rows[:, None], x, y)
 
-    def differences(self, z: State, fz: State, g: State) -> State:
+    def differences(self, z: State, fz: State, z_before: State, fz_before: State) -> State:
         both = np.empty((2, *fz.shape), fz.dtype)
-        np.subtract(fz, z, out=both[0])
-        np.subtract(both[0], g, out=both[1])
+        now, change = both
+        np.subtract(fz, z, out=now)
+        np.subtract(fz_before, z_before, out=change)
+        np.subtract(now, change, out=change)
         return both.swapaxes(0, 1)
 
     def dots(self, xs: State, ys: State) -> State:

@@ -343,7 +343,7 @@ def test_a_place_is_taken_again_once_it_is_not_needed_or_the_memory_is_full(monk
         changes = torch.as_tensor(state.changes).clone()[:, : inverse.shape[1]]
         z_next, state = solver.step(z, fz, state)
         if step > 1:
-            change = fz - z - torch.as_tensor(before.g)
+            change = fz - z - (torch.as_tensor(before.fz) - torch.as_tensor(before.z))
             share = (
                 torch.einsum("rnd,rd->rn", changes, change).square() * inverse / change.square().sum(1, keepdim=True)
             )
