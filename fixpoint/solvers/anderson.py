@@ -17,8 +17,6 @@ from fixpoint.solvers.states import State, states_for
 _NEW_SHARE = 0.01
 # A row's model has failed when the residual is so many times the predicted one, beyond what a plain step does to it.
 _SURPRISE = 10.0
-# When the residual has fallen to this share, earlier failures are forgotten.
-_RECOVERY = 0.1
 # Where no memory is given, the changes of f may take so many bytes a row, and those of the residual as many, but there
 # is room for so many changes at least and at most.
 _ROW_BYTES, _LEAST, _MOST = 80 * 1024, 5, 20
@@ -27,45 +25,27 @@ _NEGLIGIBLE = 1e-3
 
 
 class _Guard(NamedTuple):
-    """What decides whether a row's model is trusted, all ``(rows,)``.
-
-    A model that fails costs the row plain steps: one at the first failure, twice as many at each further one.
-    """
+    """What decides whether a row's model is trusted, all ``(rows,)``. A model that fails costs the row a plain step."""
 
     bound: Small  # the last prediction of |g|^2, infinity after a plain step: the model must be able to repeat it
     growth: Small  # how many times the bound |g|^2 may be
-    level: Small  # once |g|^2 is well below this, failures are forgotten
-    penalty: Small  # number of plain steps that the next failure costs
-    left: Small  # number of plain steps still to take
 
     @classmethod
     def start(cls, xp: NumPyArithmetic, first: Small, square: Small) -> _Guard:
         """From ``|g|^2`` at the start and after one plain step: that shows how much f may stretch a residual."""
         zero = xp.zeros_like(square)
         growth = _SURPRISE**2 * xp.maximum(square / (first + (first == 0)), zero + 1)
-        return cls(zero + float("inf"), growth, xp.minimum(first, square), zero + 1, zero)
+        return cls(zero + float("inf"), growth)
 
     def judge(self, xp: NumPyArithmetic, square: Small, predicted: Small) -> tuple[Small, _Guard]:
         """Which rows may trust their model, given ``|g|^2`` and the smallest ``|g|^2`` that the model promises.
 
         Two tests. The promise must not be larger than the last one, since the same differences are still there; it is
         larger if the one dropped in between was needed. And the residual must not be far larger than promised; it is
-        if f bends. A row that fails a test takes plain steps. NaN fails.
+        if f bends. NaN fails.
         """
         trusted = xp.maximum(predicted, square / self.growth) <= self.bound
-        recovered = square < _RECOVERY**2 * self.level
-        bound, penalty, level = xp.plus(predicted, square, _NEGLIGIBLE), self.penalty, self.level
-        if not xp.absent(recovered):
-            penalty = xp.where(recovered, recovered, penalty)  # true is 1
-            level = xp.where(recovered, square, level)
-        if xp.holds(trusted) and xp.absent(self.left):
-            # Nearly every step is one of these.
-            return trusted, _Guard(bound, self.growth, level, penalty, self.left)
-        due = ~trusted * penalty
-        left = xp.maximum(self.left - 1, due)
-        good = left <= 0
-        bound = xp.plus_quotient(bound, left, good)  # infinity where plain steps are left, though the bound may be 0
-        return good, _Guard(bound, self.growth, level, penalty + due, left)
+        return trusted, self._replace(bound=xp.plus(predicted, square, _NEGLIGIBLE))
 
     def where(self, good: Small) -> _Guard:
         """The same where a model is good; elsewhere what it said is forgotten."""
@@ -94,13 +74,13 @@ class _Split(NamedTuple):
         """
         nothing = _NEW_SHARE**2 * squares[:, 1, 1]
         along = coordinates * inverse[:, None]
-        rest = xp.less(squares, along, coordinates.swapaxes(1, 2))
+        rest = xp.less(squares, along, coordinates)
         shares = along[:, 1] * coordinates[:, 1]
         independent = rest[:, 1, 1] >= nothing
         if not xp.holds(independent):
             kept = independent[:, None] | (shares < xp.amax(shares, 1)[:, None])
             inverse, along, shares = inverse * kept, along * kept[:, None], shares * kept
-            rest = xp.less(squares, along, coordinates.swapaxes(1, 2))
+            rest = xp.less(squares, along, coordinates)
         needed = shares * (shares > nothing[:, None]) if sparing else shares
         return cls(along, rest[:, 0, 0], rest[:, 0, 1], rest[:, 1, 1], inverse, needed)
 
@@ -149,13 +129,12 @@ class Anderson(Solver):
     A change that the others nearly hold replaces the one that it repeats most.
 
     A model fails when the change that was dropped last was still needed, or when the residual is far from the predicted
-    one. Its row then forgets it and takes a plain step, ``z_next = f(z)``; two at the next failure, then four, until
-    the residual has fallen to a tenth. A row also takes a plain step where its own would go backwards,
-    ``(z_next - z) . g < 0``: it was drawn to a point that f repels from, such as a saddle of the likelihood in
-    expectation-maximisation.
+    one. Its row then forgets it and takes a plain step, ``z_next = f(z)``. So does a row whose own step would go
+    backwards, ``(z_next - z) . g < 0``: it was drawn to a point that f repels from, such as a saddle of the likelihood
+    in expectation-maximisation.
 
     Args:
-        memory: Number of changes held. Two states per row are held for each, and five more. None holds as many as are
+        memory: Number of changes held. Two states per row are held for each, and four more. None holds as many as are
             needed: where less than a hundredth of the newest, by length, lies along a change, that one makes room for
             the next. There is room for 20 changes of rows of up to 4 KiB, for fewer of longer ones, and for 5 from
             16 KiB on. 5 is enough for symmetric and for strongly contracting maps; 50 or 100 save more on
@@ -269,8 +248,7 @@ class Anderson(Solver):
             # fewer evaluations than always dropping the older one.
             needed = xp.put(needed, rows, free, float("inf"))
             needed = xp.put(needed, rows, xp.own(state.newest), float("inf"))
-            inverse, needed = xp.room(inverse, needed, places)
-            place = xp.argmin(needed)
+            inverse, place = xp.least_needed(inverse, needed, rows, places)
             inverse = xp.put(inverse, rows, place, 0.0)
         z_next = states.tensor(z_next)
         return z_next.to(dtype), AndersonState(changes, images, inverse, rows, place, free, now, image, None, guard)
@@ -279,11 +257,6 @@ class Anderson(Solver):
         xp = arithmetic(kept=state.inverse)
         forgotten = xp.take(rows)
         guard = state.guard
-        if guard is not None:  # two plain steps, for the next one finds a difference of two maps
-            infinite = float("inf")
-            guard = guard._replace(
-                bound=xp.where(forgotten, infinite, guard.bound),
-                level=xp.where(forgotten, infinite, guard.level),
-                left=xp.where(forgotten, 2.0, guard.left),
-            )
+        if guard is not None:  # nothing is as small as this: the next step is plain, for it finds a change of the map
+            guard = guard._replace(bound=xp.where(forgotten, -1.0, guard.bound))
         return state._replace(inverse=xp.where(forgotten[:, None], 0.0, state.inverse), guard=guard)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fixpoint.engine.private import transforming
+from fixpoint.engine.tolerance import vecdot
 
 Small = Any  # a NumPy array or a tensor, (rows, ...)
 
@@ -41,17 +42,13 @@ class NumPyArithmetic:
         """``x + times y``."""
         return x + times * y
 
-    def plus_quotient(self, x: Small, y: Small, z: Small) -> Small:
-        """``x + y / z``."""
-        return x + y / z
-
     def minus_product(self, x: Small, y: Small, z: Small) -> Small:
         """``x - y z``."""
         return x - y * z
 
     def less(self, x: Small, y: Small, z: Small) -> Small:
-        """``x - y z``, products of matrices ``(rows, ...)``."""
-        return x - y @ z
+        """``x - y z^T``, products of matrices ``(rows, k, n)``."""
+        return x - vecdot(y[:, :, None], z[:, None])  # a product of such flat matrices is slower
 
     def take(self, x: Small) -> Small:
         """The numbers in a small tensor, if it is none yet; they share its memory."""
@@ -95,20 +92,23 @@ class NumPyArithmetic:
         """``x`` for ``put`` to write to; tensors are not written to."""
         return x.copy()
 
-    def room(self, x: Small, needed: Small, most: int) -> tuple[Small, Small]:
-        """Both ``(rows, n)`` with a zero more in each row, if ``needed`` has a row without a zero and ``n < most``."""
-        if x.shape[1] == most or self.holds(np.minimum.reduce(needed, 1) == 0):
-            return x, needed
-        zero = np.zeros((len(x), 1), x.dtype)
-        return np.concatenate((x, zero), 1), np.concatenate((needed, zero), 1)
+    def least_needed(self, x: Small, needed: Small, rows: Small, most: int) -> tuple[Small, Small]:
+        """``x`` ``(rows, n)``, and where each row of ``needed`` ``(rows, n)`` is least; where it is NaN, if it is.
+
+        Where all are above zero, that is a new place as long as ``n < most``: then ``x`` has a zero more in each row.
+        """
+        place = needed.argmin(1)
+        if x.shape[1] == most:
+            return x, place
+        full = needed[rows, place] > 0
+        if not np.count_nonzero(full):
+            return x, place
+        place = np.where(full, x.shape[1], place)
+        return np.concatenate((x, np.zeros((len(x), 1), x.dtype)), 1), place
 
     def whole(self, x: Small, most: int) -> Small:
-        """``x`` ``(rows, n)`` with all the room that ``room`` ever makes, where shapes must stay what they are."""
+        """``x`` ``(rows, n)`` with all the places that there ever are, where shapes must stay what they are."""
         return x
-
-    def argmin(self, x: Small) -> Small:
-        """Where each row of ``x`` ``(rows, n)`` is least; the place of a NaN if there is one."""
-        return x.argmin(1)
 
     def writable(self, x: Small, value: Small) -> Small:
         """``x`` to write ``value`` to: autograd may have saved a tensor, so that is copied."""
@@ -157,14 +157,11 @@ class TorchArithmetic(NumPyArithmetic):
     def plus(self, x: Small, y: Small, times: float) -> Small:
         return torch.add(x, y, alpha=times)
 
-    def plus_quotient(self, x: Small, y: Small, z: Small) -> Small:
-        return torch.addcdiv(x, y, z)
-
     def minus_product(self, x: Small, y: Small, z: Small) -> Small:
         return torch.addcmul(x, y, z, value=-1)
 
     def less(self, x: Small, y: Small, z: Small) -> Small:
-        return x.baddbmm(y, z, alpha=-1)
+        return x.baddbmm(y, z.transpose(1, 2), alpha=-1)
 
     def take(self, x: Small) -> Small:
         return x
@@ -181,8 +178,8 @@ class TorchArithmetic(NumPyArithmetic):
     def put(self, x: Small, rows: Small, places: Small, value: Small) -> Small:
         return x.scatter(1, places[:, None], value[:, None] if isinstance(value, Tensor) else value)
 
-    def room(self, x: Small, needed: Small, most: int) -> tuple[Small, Small]:
-        return x, needed  # all there is, since ``whole``
+    def least_needed(self, x: Small, needed: Small, rows: Small, most: int) -> tuple[Small, Small]:
+        return x, needed.argmin(1)  # all places are there, since ``whole``
 
     def whole(self, x: Small, most: int) -> Small:
         return x if x.shape[1] == most else torch.nn.functional.pad(x, (0, most - x.shape[1]))

@@ -31,6 +31,17 @@ def tanh(dtype: torch.dtype) -> Case:
     return [case for case in BY_NAME["deq-tanh"].cases([0]) if case.z0.dtype == dtype][-1]
 
 
+@pytest.mark.parametrize("memory", [None, 5])
+def test_anderson_solves_a_map_that_plain_iteration_leads_away_from_by_any_rounding(memory: int | None) -> None:
+    """Plain steps from near the fixed point end in a cycle of two. Runs that took more than one stayed there."""
+    case = next(case for case in BY_NAME["self-consistent-field"].cases([0]) if case.z0.dtype == torch.float64)
+    for seed in range(40):
+        change = torch.randn(case.z0.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        solver = fixpoint.Anderson(memory=memory)
+        solution = fixpoint.solve(case.f, case.z0 * (1 + 1e-6 * change), solver=solver, rtol=case.rtol, max_evals=100)
+        assert solution.converged.all()
+
+
 @pytest.mark.parametrize("problem", UNSOLVABLE, ids=lambda problem: problem.name)
 @pytest.mark.parametrize("runner", OURS, ids=lambda runner: runner.name)
 def test_ours_claim_no_success_where_nothing_can_be_solved(problem: SuiteProblem, runner: Runner) -> None:

@@ -72,7 +72,7 @@ def follow(f, solver, steps):
     return torch.stack(plain)
 
 
-def test_a_row_whose_residual_is_far_from_the_predicted_one_takes_plain_steps_and_more_each_time():
+def test_a_row_whose_residual_is_far_from_the_predicted_one_takes_a_plain_step_each_time():
     class Erratic:
         """f(z) - z is small for a few steps, then large for one, whatever z is: no model can hold."""
 
@@ -87,9 +87,10 @@ def test_a_row_whose_residual_is_far_from_the_predicted_one_takes_plain_steps_an
             return z + g
 
     plain = follow(Erratic(), Anderson(), 40)
-    lengths = [len(run) for run in "".join("p" if p else "-" for p in plain[:, 0].tolist()).split("-") if run]
-    assert [n for i, n in enumerate(lengths) if n > max(lengths[:i], default=0)][:4] == [1, 2, 4, 8], "the rests double"
-    assert not plain[1:4, 1].any(), "the other row does not rest"
+    surprises = torch.arange(4, 40, 5)
+    assert (plain[surprises, 0] | plain[surprises - 1, 0]).all(), "after a plain step nothing was predicted"
+    assert plain[surprises, 0].sum() > 3
+    assert not plain[1:4, 1].any(), "the other row goes on"
 
 
 def test_judge_trusts_what_follows_the_prediction_alone():
@@ -105,18 +106,9 @@ def test_judge_trusts_what_follows_the_prediction_alone():
     assert not trusts(101.0, 0.5), "ten times the predicted residual"
     assert trusts(100.0, 1.0), "the bounds may be met"
     assert not trusts(np.inf, np.nan)
-    # Rests of 1, 2, 4 plain steps until the residual has fallen to a tenth; then back to 1.
-    guard = guard_with()
-    for rest, fallen in ((1, 1.9), (2, None), (4, 0.02), (1, 0.018)):
-        if fallen is not None:
-            trusted, guard = judge(guard, fallen, 0.01)
-            assert trusted
-        trusted, guard = judge(guard, 9000.0, 0.3)
-        length = 0
-        while not trusted:
-            length += 1
-            trusted, guard = judge(guard, 250.0, 0.3)
-        assert length == rest
+    trusted, guard = judge(guard_with(), 9000.0, 0.3)
+    assert not trusted
+    assert judge(guard, 250.0, 0.3)[0], "after a plain step there is a new model"
 
 
 @pytest.mark.parametrize("arrays", [True, False])
@@ -125,19 +117,19 @@ def test_a_row_that_has_ended_is_judged_afresh_should_it_go_on(arrays):
     solved, one = numbers([0.0, 0.0]), numbers([1.0, 1.0])
     with xp.quiet():
         guard = _Guard.start(xp, numbers([0.0, 1.0]), numbers([0.0, 0.5]))  # the first was solved from the start
-        guard = guard._replace(left=numbers([0.0, 3.0]), penalty=numbers([1.0, 4.0]))  # the second had steps to take
         for _ in range(9):
-            _, guard = guard.judge(xp, solved, solved)
+            good, guard = guard.judge(xp, solved, solved)
+            guard = guard.where(good)
         # The residual was 0: this is a surprise, which costs one plain step as any other.
         surprised, guard = guard.judge(xp, one, one / 2)
-        good, _ = guard.judge(xp, one, one / 2)
+        good, _ = guard.where(surprised).judge(xp, one, one / 2)
     assert (surprised.tolist(), good.tolist()) == ([False, False], [True, True])
 
 
 def judge(guard, square, predicted):
     with NUMPY.quiet():
         follows, guard = guard.judge(NUMPY, np.array([square]), np.array([predicted]))
-    return follows[0], guard
+        return follows[0], guard.where(follows)
 
 
 def test_a_prediction_of_zero_is_not_taken_at_its_word():

@@ -88,11 +88,11 @@ def test_a_chain_takes_no_more_than_is_estimated_for_a_window_over_all_of_it(win
 
 
 @pytest.mark.parametrize("memory", [1, 2, 5, 10, 20])
-def test_anderson_holds_at_most_twice_its_memory_and_five_states(memory):
+def test_anderson_holds_at_most_twice_its_memory_and_four_states(memory):
     z0 = torch.empty(4, 2**16, device="meta")
     loop = fixpoint.estimate_memory(z0, solver=fixpoint.Picard()).states  # Picard holds nothing
     anderson = fixpoint.estimate_memory(z0, solver=fixpoint.Anderson(memory=memory)).states
-    assert anderson - loop <= 2 * memory + 5.01  # the small numbers of a step are no hundredth of these states
+    assert anderson - loop <= 2 * memory + 4.01  # the small numbers of a step are no hundredth of these states
 
 
 def test_memory_is_bounded_for_our_solvers_and_not_for_one_that_keeps_everything():
