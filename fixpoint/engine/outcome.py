@@ -16,10 +16,11 @@ from fixpoint.engine.tolerance import ROUNDINGS, Array, Figures, Status, Toleran
 ACTIVE = -1  # status of a row that has not ended
 
 # A row has stagnated when its best residual is this near to rounding, and neither so many evaluations nor so many
-# checks brought a smaller one.
+# checks brought one that is smaller by this share of a rounding: less is luck.
 _ROUNDING_FLOOR = 50.0
 _PATIENCE = 10
 _PATIENT_CHECKS = 4
+_NOTABLE = 1 / 64
 _LARGEST_FLOOR = 0.05  # a row that is farther off has not been stopped by rounding, not even that of bfloat16
 
 
@@ -81,6 +82,7 @@ class BestSoFar:
         self.merit = np.full(rows, np.inf)
         self.status = np.full(rows, ACTIVE)
         self.evals = np.zeros(rows, dtype=np.int64)
+        self.mark = np.full(rows, np.inf)  # a residual below is a notable improvement
         self.improved_at: Array | int = 0  # number of evaluations; one number stands for all rows
         self.unimproved_checks: Array | int = 0
         self.active = np.ones(rows, dtype=bool)
@@ -90,6 +92,7 @@ class BestSoFar:
         self.nfev = 0
         self.trace: list[Array] = []
         self._rounding = max(torch.finfo(z.dtype).eps, rounding)
+        self._notable = _NOTABLE * self._rounding
         self._floor = min(_ROUNDING_FLOOR * self._rounding, _LARGEST_FLOOR)
         low, self._high = plain_norms(z.dtype)
         self._low = low / (
@@ -130,13 +133,16 @@ class BestSoFar:
         (residual, scale, merit), rows = figures, len(self.active)
         if self.remaining < rows or self.together:
             return False
-        # Merit is smaller than that of an earlier state only where the residual is finite.
-        if not (np.count_nonzero(merit < self.merit) == np.count_nonzero(np.isfinite(scale)) == rows):
+        # What is below the mark is finite. It is below the best residual, and of the best merit where that is the same.
+        if not (np.count_nonzero(residual < self.mark) == np.count_nonzero(np.isfinite(scale)) == rows):
             return False
         if np.count_nonzero(tolerance.met(figures)):
             return False
+        if merit is not residual and np.count_nonzero(merit < self.merit) < rows:
+            return False
         self.z, self._own = z, False
         self.residual, self.scale, self.merit = residual, scale, merit
+        self.mark = residual - self._notable * scale
         self.improved_at, self.unimproved_checks = self.nfev, 0
         return True
 
@@ -161,9 +167,13 @@ class BestSoFar:
         best = done | (active & self._better(figures.merit))
         self._take(z, best)
         self.residual, self.scale, self.merit = np.where(best, figures, (self.residual, self.scale, self.merit))
-        self.improved_at = np.where(best, nfev, self.improved_at)
         self.unconfirmed[best] = not all_rows
-        self.unimproved_checks = np.where(best, 0, self.unimproved_checks + 1)
+        # Where each leaf has a tolerance of its own, residuals are now of this leaf and now of that.
+        improved = best & (figures.residual < self.mark) if figures.merit is figures.residual else best
+        with np.errstate(invalid="ignore"):
+            self.mark = np.where(improved, self.residual - self._notable * self.scale, self.mark)
+        self.improved_at = np.where(improved, nfev, self.improved_at)
+        self.unimproved_checks = np.where(improved, 0, self.unimproved_checks + 1)
         waited = (nfev - self.improved_at >= _PATIENCE) & (self.unimproved_checks >= _PATIENT_CHECKS)
         stuck = active & waited & (self.residual <= self._floor * self.scale)
         if self.together and np.count_nonzero(stuck) < self.remaining:
@@ -199,7 +209,9 @@ class BestSoFar:
         self.status[rows] = ACTIVE
         self.active = self.active | rows
         self.remaining = int(np.count_nonzero(self.active))
-        self.residual, self.scale, self.merit = np.where(rows, np.inf, (self.residual, self.scale, self.merit))
+        self.residual, self.scale, self.merit, self.mark = np.where(
+            rows, np.inf, (self.residual, self.scale, self.merit, self.mark)
+        )
         self.improved_at = np.where(rows, self.nfev, self.improved_at)
         self.unimproved_checks = np.where(rows, 0, self.unimproved_checks)
         self.unconfirmed[rows] = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 
@@ -53,6 +54,18 @@ def test_a_tolerance_below_rounding_stagnates_long_before_the_limit(solver, cont
     assert ended.all()
     assert sol.nfev < 500
     assert (sol.relative_residual < 50 * torch.finfo(torch.float32).eps).all()
+
+
+@pytest.mark.parametrize(("gain", "status"), [(1e-3, Status.STAGNATED), (0.02, Status.MAX_EVALS)])
+def test_a_residual_at_rounding_that_falls_by_next_to_nothing_has_stagnated(gain, status):
+    """A hundredth of a rounding in ten evaluations is luck, a fifth is not."""
+    eps, count = torch.finfo(torch.float32).eps, itertools.count()
+
+    def f(z):
+        return torch.stack((z[:, 0], z[:, 1] + eps * (20 - gain * next(count))), dim=1)
+
+    sol = fixpoint.solve(f, torch.tensor([[1.0, 0.0]]), solver=Picard(), rtol=1e-8, max_evals=60, on_failure="ignore")
+    assert sol.status.tolist() == [status]
 
 
 def test_a_slow_row_above_rounding_is_not_called_stagnated():
