@@ -167,7 +167,7 @@ class Layout:
 
     def flatten(self, state: Any) -> Tensor:
         """``(rows, dim)`` real tensor that holds ``state``; differentiable."""
-        if self._is_rows:
+        if self._is_rows and state.shape == self.example.shape:
             return state
         if self._plain:
             return state.reshape(self.rows, self._size)

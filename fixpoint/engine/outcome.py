@@ -273,5 +273,5 @@ def tensor_like(z: Tensor, array: Array) -> Tensor:
 
 
 def figures_like(z: Tensor, figures: Array) -> Tensor:
-    """The same, in at least float32: float64 only where ``z`` has it."""
-    return torch.from_numpy(figures).to(torch.promote_types(z.dtype, torch.float32)).to(z.device, non_blocking=True)
+    """A copy, in at least float32: float64 only where ``z`` has it. Who is shown figures may write to them."""
+    return torch.tensor(figures, dtype=torch.promote_types(z.dtype, torch.float32)).to(z.device, non_blocking=True)

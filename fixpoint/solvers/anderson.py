@@ -97,7 +97,7 @@ class AndersonState(NamedTuple):
         rows: Numbers of the rows.
         free: The place of each row that is free ``(rows,)``.
         newest: The place of its newest change ``(rows,)``.
-        z: The last state; the loop holds it as well.
+        z: The last state, in at least float32; of that precision the loop holds it as well.
         fz: Its image; None before the first step.
         first: ``|g|^2`` of the first residual ``(rows,)``, until there is a guard.
         guard: Whether the model of a row is trusted; None before the second step.
@@ -134,11 +134,11 @@ class Anderson(Solver):
     in expectation-maximisation.
 
     Args:
-        memory: Number of changes held. Two states per row are held for each, and four more. None holds as many as are
-            needed: where less than a hundredth of the newest, by length, lies along a change, that one makes room for
-            the next. There is room for 20 changes of rows of up to 4 KiB, for fewer of longer ones, and for 5 from
-            16 KiB on. 5 is enough for symmetric and for strongly contracting maps; 50 or 100 save more on
-            non-symmetric, slowly converging ones.
+        memory: Number of changes held. Two states per row are held for each, and four more, or six of float16 and
+            bfloat16. None holds as many as are needed: where less than a hundredth of the newest, by length, lies along
+            a change, that one makes room for the next. There is room for 20 changes of rows of up to 4 KiB, for fewer
+            of longer ones, and for 5 from 16 KiB on. 5 is enough for symmetric and for strongly contracting maps; 50
+            or 100 save more on non-symmetric, slowly converging ones.
         damping: Mixing in (0, 1]; 1 trusts the accelerated step wholly.
         ridge: Tikhonov weight on the coefficients of the orthonormal basis: each is divided by ``1 + ridge``.
         history_dtype: Precision of the histories, such as ``torch.bfloat16`` to halve their memory; None takes the

@@ -14,8 +14,9 @@ from fixpoint_diffusion.processes.flow import is_flow
 
 # Two batches of other sizes may be rounded in other ways; then a second look decides, at one size.
 _CLOSE = 1e-3
-# So many roundings a latent is moved, in so many calls, to see what rounding alone does to the output.
-_ROUNDINGS, _TRIALS = 4, 4
+# So many roundings a latent is moved, in so many calls, to see what rounding alone does to the output. Rounding is to
+# blame where that moves the output by so many times as much, and by so much of what the rows beside it do.
+_ROUNDINGS, _TRIALS, _GROWTH, _SHARE = 4, 4, 10.0, 0.5
 
 
 def check_process(about: Description, *, along_flow: bool) -> None:
@@ -102,8 +103,9 @@ def check_fixed_function(
     The last row of a call that was made is asked for again, in second place, beside its double and the first row with
     its sign turned and at another timestep. That moves what rows share: a mean, a maximum, attention, or the timestep
     of the first row taken for all. Where it gives something else, two calls more of the same size tell whether it was
-    more than rounding. If so, the last row is moved by a few roundings, alone: an output that moves as far has rounding
-    to blame, which differs from batch to batch. Fixed-point layers that do not converge are like that.
+    more than rounding. If so, the last row is moved by a few roundings, alone, in four calls more: an output that moves
+    about as far has rounding to blame, which differs from batch to batch. Fixed-point layers that do not converge are
+    like that.
 
     Args:
         denoiser: called as ``denoiser(x, t, **conditioning)``.
@@ -145,7 +147,9 @@ def check_fixed_function(
     without = ask(alone)[0]
     if not _close(without, first):
         moved = (moved_by_rounding().float() - without.float()).flatten(1).norm(dim=1).amax()
-        if moved >= (first.float() - without.float()).norm() / 2:
+        beside_moves = _SHARE * (first.float() - without.float()).norm()
+        ordinary = _GROWTH * _ROUNDINGS * torch.finfo(x.dtype).eps * without.float().norm()
+        if moved >= torch.maximum(beside_moves, ordinary):
             return
         cause = _in_training(denoiser, _BatchNorm) or (
             "steps are solved as one batch, so rows must not see each other, nor the timestep of another"

@@ -90,6 +90,8 @@ def test_a_row_whose_residual_is_far_from_the_predicted_one_takes_a_plain_step_e
     surprises = torch.arange(4, 40, 5)
     assert (plain[surprises, 0] | plain[surprises - 1, 0]).all(), "after a plain step nothing was predicted"
     assert plain[surprises, 0].sum() > 3
+    runs = "".join("p" if each else "-" for each in plain[:, 0].tolist())
+    assert "ppp" not in runs, "one each time, and one more where the next step would go backwards"
     assert not plain[1:4, 1].any(), "the other row goes on"
 
 

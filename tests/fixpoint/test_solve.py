@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import pickle
 import warnings
@@ -266,6 +267,30 @@ def test_callback_sees_every_evaluation_with_its_figures():
     assert [p.active for p in seen] == [6] * (sol.nfev - 1) + [0]
     torch.testing.assert_close(torch.stack([p.residual for p in seen]), sol.trace)
     torch.testing.assert_close(seen[1].value["a"], torch.ones(2, 3, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_callback_may_write_to_the_figures_that_it_is_shown(dtype):
+    options = {"solver": Picard(), "rtol": 1e-6, "record": True}
+    alone = fixpoint.solve(halve, torch.zeros(2, 1, dtype=dtype), **options)
+    watched = fixpoint.solve(
+        halve, torch.zeros(2, 1, dtype=dtype), callback=lambda p: p.residual.zero_().any(), **options
+    )
+    for name in ("value", "residual", "status", "trace"):
+        torch.testing.assert_close(getattr(watched, name), getattr(alone, name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("check_every", [1, 3, 8])
+@pytest.mark.parametrize("other", [lambda y: y[0], lambda y: y[:1], lambda y: y[:, :2]])
+def test_a_later_image_of_another_shape_is_refused(check_every, other):
+    evaluations = itertools.count(1)
+
+    def f(z):
+        image = 0.5 * z + 1
+        return other(image) if next(evaluations) == 5 else image
+
+    with pytest.raises(RuntimeError, match=r"shape '\[3, 3\]' is invalid"):
+        fixpoint.solve(f, torch.zeros(3, 3), solver=Picard(), rtol=1e-9, check_every=check_every)
 
 
 def test_callback_stops_the_solve_by_returning_true():

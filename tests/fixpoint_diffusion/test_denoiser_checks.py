@@ -15,6 +15,7 @@ import fixpoint
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, SamplingChain, initial_noise, sample
 from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.denoisers import DiffusersDenoiser, FPDMDenoiser, Guided
+from fixpoint_diffusion.denoisers.checks import check_fixed_function
 from fixpoint_diffusion.models import FPDM, FPDMConfig
 from tests.fixpoint_diffusion.tiny import tiny_unet
 
@@ -265,3 +266,15 @@ def test_a_row_that_rounding_moves_as_far_as_the_rows_beside_it_is_no_fault() ->
     chain = DDIMChain(denoiser, initial_noise(0, range(1), (1, 8, 8)), LINEAR, steps=5)
     chain.sequential()
     assert len(calls) > 5 + 3, "a closer look was taken"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_timestep_that_is_taken_for_all_is_found_in_any_precision(dtype: torch.dtype) -> None:
+    """In bfloat16 a few roundings move a smooth output by as much; but not by more than the input."""
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        return x * (1 + t[0] / 1000)
+
+    x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype), torch.tensor([10, 20])
+    with pytest.raises(ValueError, match="depends on the rows beside it"):
+        check_fixed_function(denoiser, x, t, {}, denoiser(x, t), rows=3, timesteps=torch.arange(1, 1000, 50))
