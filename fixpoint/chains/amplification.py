@@ -167,7 +167,7 @@ def go_back(run: ChainRun, rows: Array, first: Array) -> None:
     run.done[rows] = np.where(run.in_order[rows], np.minimum(first, inexact), first)
     whole = run.width == run.steps
     run.end[rows] = np.where(run.in_order[rows] | (not whole), run.done[rows], run.steps)
-    if not whole:
+    if not whole and run.width > 1:  # a window of one has no past
         forgotten = rows[:, None] * run.width + np.arange(run.width)
         run.past.known[tensor_like(run.start, forgotten.ravel())] = False
     run.moved[tensor_like(run.start, rows)] = 0

@@ -79,6 +79,27 @@ def test_a_certified_row_never_misses_the_tolerance(seed, steps, window, max_row
     assert done.all()  # no chain is left going round in circles
 
 
+@pytest.mark.parametrize("window", [None, 5, 1])
+def test_what_f_rounds_otherwise_in_another_batch_is_no_error_that_is_inherited(window):
+    """By a slope that is far too large it would be, and the chain would go back for ever; on some processors it did."""
+    generator = torch.Generator().manual_seed(0)
+    matrix, push = (
+        torch.randn(3, 3, generator=generator, dtype=D) / 2,
+        torch.randn(4, 13, 3, generator=generator, dtype=D),
+    )
+
+    def f(x, u):
+        return (torch.sin(x @ matrix) + u) * (1 + torch.finfo(D).eps * len(x))
+
+    chain = Recurrence(
+        f, torch.randn(4, 3, generator=generator, dtype=D), inputs=(push,), slopes=torch.full((13,), 30.0)
+    )
+    solver = CausalQuasiNewton(window=window, max_rows=7, certify=True)
+    solution = solve(chain, solver, rtol=1e-3, max_evals=1000)
+    assert solution.converged.all()
+    assert float(residual(chain, solution.value).max()) < 1e-12
+
+
 def bound(chain, **options):
     layout = Layout.of(chain.z0, 1)
     return CausalQuasiNewton(**options).bind(chain, layout)[1]

@@ -220,7 +220,8 @@ def test_nested_and_complex_states():
     def g(x):
         return {"w": x["w"] ** 2 + 4, "v": x["v"] - x["w"][:, None]}
 
-    start = {"v": torch.zeros(2, 3, dtype=torch.complex128), "w": torch.tensor([1 + 1j, 2 + 1j])}
+    # From farther off the course depends on every rounding, and so on the processor.
+    start = {"v": torch.zeros(2, 3, dtype=torch.complex128), "w": torch.tensor([0.5 + 1.5j, -0.5 + 2.5j])}
     start["w"] = start["w"].to(torch.complex128)
     sol = fixpoint.root(g, start, rtol=1e-12)
     w, v = sol.value["w"], sol.value["v"]
