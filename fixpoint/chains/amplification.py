@@ -17,6 +17,9 @@ AMPLIFIES = 30.0  # up to here, predicted errors were found to be trustworthy as
 STRICTER = 10.0  # by how much the tolerance is tightened for a chain that has to go back
 _LARGEST_AMPLIFY = 300.0  # the same where the largest gains that were ever seen are multiplied
 _COUNTS = 0.1  # a change of an input tells what the step amplifies, if it is so much of the tolerance
+# A modelled gain counts where the error of the input is so many times what is called rounding: sums of many terms err by
+# more than one such.
+_MODELLED = 4.0
 _RETRIES = 2  # so often a chain goes back, before it goes on step by step
 _LARGEST_LOG = 700.0  # of what float64 can hold
 
@@ -141,7 +144,7 @@ def note_gains(run: ChainRun, row: Array, step: Array, norms: Norms, inside: Arr
     counts = np.maximum(_COUNTS * allowed, rounding)
     with np.errstate(all="ignore"):
         measured = np.where(input_change > counts, image_change / input_change, np.nan)
-        run.gains.note(row, step, measured, np.where(met > rounding, grown / met, np.nan))
+        run.gains.note(row, step, measured, np.where(met > _MODELLED * rounding, grown / met, np.nan))
 
 
 def doubtful(run: ChainRun, rows: Array) -> Array:
