@@ -17,9 +17,7 @@ AMPLIFIES = 30.0  # up to here, predicted errors were found to be trustworthy as
 STRICTER = 10.0  # by how much the tolerance is tightened for a chain that has to go back
 _LARGEST_AMPLIFY = 300.0  # the same where the largest gains that were ever seen are multiplied
 _COUNTS = 0.1  # a change of an input tells what the step amplifies, if it is so much of the tolerance
-# A modelled gain counts where the error of the input is so many times what is called rounding: sums of many terms err by
-# more than one such.
-_MODELLED = 4.0
+_MODELLED = 4.0  # a modelled gain counts if the input's error is so many times what is called rounding
 _RETRIES = 2  # so often a chain goes back, before it goes on step by step
 _LARGEST_LOG = 700.0  # of what float64 can hold
 
