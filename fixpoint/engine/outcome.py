@@ -133,7 +133,7 @@ class BestSoFar:
         (residual, scale, merit), rows = figures, len(self.active)
         if self.remaining < rows or self.together:
             return False
-        # What is below the mark is finite. It is below the best residual, and of the best merit where that is the same.
+        # A residual below the mark is finite, and below the best one. Where merit is something else, see the last test.
         if not (np.count_nonzero(residual < self.mark) == np.count_nonzero(np.isfinite(scale)) == rows):
             return False
         if np.count_nonzero(tolerance.met(figures)):

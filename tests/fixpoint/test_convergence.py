@@ -13,6 +13,7 @@ import torch
 import fixpoint
 from fixpoint import Picard, Status
 from fixpoint.engine import tolerance as convergence
+from fixpoint.engine.outcome import BestSoFar
 from fixpoint.engine.tolerance import Figures, Tolerance, row_norm, same_images
 
 
@@ -66,6 +67,23 @@ def test_a_residual_at_rounding_that_falls_by_next_to_nothing_has_stagnated(gain
 
     sol = fixpoint.solve(f, torch.tensor([[1.0, 0.0]]), solver=Picard(), rtol=1e-8, max_evals=60, on_failure="ignore")
     assert sol.status.tolist() == [status]
+
+
+def test_where_each_leaf_has_a_tolerance_its_share_of_it_tells_what_is_better():
+    """The residual is now of the leaf around 1000, now of the one around 0.001."""
+    tolerance = Tolerance(rtol=1e-3, atol=0.0, leaves=(1, 1))
+    best, states = BestSoFar(torch.zeros(1, 2), 0.0), [torch.full((1, 2), float(k)) for k in range(3)]
+    large, worse, better = (
+        Figures(*(np.array([x]) for x in each)) for each in ((1.0, 1e3, 100.0), (0.1, 1e-3, 1e5), (2.0, 1e2, 20.0))
+    )
+    assert best.advances(states[0], large, tolerance)
+    assert not best.advances(states[1], worse, tolerance)
+    best.nfev = 2
+    best.update(states[1], worse, tolerance)
+    assert (best.z is states[0], best.improved_at) == (True, 0)
+    best.nfev = 3
+    best.update(states[2], better, tolerance)
+    assert (best.z is states[2], best.improved_at) == (True, 3)
 
 
 def test_a_slow_row_above_rounding_is_not_called_stagnated():
