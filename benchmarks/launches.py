@@ -97,6 +97,9 @@ class Counts:
     launches: float = 0
     waits: float = 0
 
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.calls + other.calls, self.launches + other.launches, self.waits + other.waits)
+
     def __sub__(self, other: Counts) -> Counts:
         return Counts(self.calls - other.calls, self.launches - other.launches, self.waits - other.waits)
 
@@ -120,12 +123,13 @@ class Launches(TorchDispatchMode):
 
     Attributes:
         counts: So far.
+        at_wait: What they were when the host last waited.
         waited: Name of each operation that the host waited for.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = Counts()
+        self.counts = self.at_wait = Counts()
         self.waited: list[str] = []
         self._constructors = Constructors()
 
@@ -171,7 +175,9 @@ class Launches(TorchDispatchMode):
         asynchronous = copied and to_device and (kwargs.get("non_blocking") or not inputs[-1].ndim)
         waits = name in WAITS or masked or (copied and not asynchronous) or (mixed and not copied)
         self.waited += [name] * waits
-        self.counts = self.counts - Counts(-1, -launched, -waits)
+        self.counts += Counts(1, launched, waits)
+        if waits:
+            self.at_wait = self.counts
 
 
 def _numbers(x: Any) -> Any:
@@ -234,7 +240,7 @@ def step(solver: fixpoint.Solver) -> Counts:
             fz = f(z)
             before = mode.counts
             z, state = solver.step(z, fz, state)
-            total -= before - mode.counts if index >= START else Counts()
+            total += mode.counts - before if index >= START else Counts()
     return total.each(MORE)
 
 
@@ -246,6 +252,21 @@ def loop(check_every: int) -> Counts:
         fixpoint.solve(f, z0, solver=fixpoint.Picard(), rtol=0, backward=None, **options)
 
     return _evaluations(solve, LOOP_START, LOOP_MORE)
+
+
+def between_wait_and_f(solver: fixpoint.Solver) -> Counts:
+    """What the device is given after the host has read the figures of an evaluation, and before f."""
+    gaps: list[Counts] = []
+    with Launches() as mode:
+        f, z0 = affine()
+
+        def noted(z: Tensor) -> Tensor:
+            gaps.append(mode.counts - mode.at_wait)
+            return f(z)
+
+        options: dict[str, Any] = {"max_evals": START + MORE, "on_failure": "ignore", "backward": None}
+        fixpoint.solve(noted, z0, solver=solver, rtol=0, **options)
+    return sum(gaps[START:], Counts()).each(MORE)
 
 
 def peer(name: str, **options: int) -> Counts:
@@ -287,7 +308,7 @@ class Uncounted(fixpoint.Recurrence):
     def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         before = self._mode.counts
         after = super().transition(x, sample, step)
-        self.spent -= before - self._mode.counts
+        self.spent += self._mode.counts - before
         return after
 
 
@@ -301,7 +322,7 @@ class SparseUncounted(Uncounted):
         every = self.transition(x, sample, step)
         before = self._mode.counts
         missed = x.new_zeros(len(x))
-        self.spent -= before - self._mode.counts
+        self.spent += self._mode.counts - before
         return every, missed
 
 
@@ -336,6 +357,8 @@ def measure() -> dict[str, Counts]:
             "CausalQuasiNewton, a sweep of 32 steps": sweep_once(),
             "the loop, an evaluation": loop(1),
             "the loop, an evaluation, check_every=8": loop(8),
+            "Anderson, between a wait and f": between_wait_and_f(fixpoint.Anderson()),
+            "Broyden, between a wait and f": between_wait_and_f(fixpoint.Broyden()),
             "CausalQuasiNewton, a round of windows": window_round(Uncounted, **CHAIN),
             "CausalQuasiNewton, a round in part": window_round(SparseUncounted, **IN_PART),
             "torchdeq Anderson m=5, an evaluation": peer("anderson", m=5),
@@ -348,6 +371,7 @@ def targets(counts: dict[str, Counts]) -> list[Target]:
     every_check, seldom = counts["the loop, an evaluation"], counts["the loop, an evaluation, check_every=8"]
     rounds = {name: each.waits for name, each in counts.items() if "a round" in name}
     steps = {name: counts[name].launches for name in ("Anderson, a step", "Broyden, a step")}
+    gaps = {name: each.launches for name, each in counts.items() if "between" in name}
     return [
         *(
             Target(f"{name}: at most {STEP_LAUNCHES} launches", launches <= STEP_LAUNCHES, f"{launches:.0f}")
@@ -357,6 +381,7 @@ def targets(counts: dict[str, Counts]) -> list[Target]:
         Target(
             "the loop: waits at no evaluation in between", 8 * seldom.waits <= 1, f"{8 * seldom.waits:.2f} times in 8"
         ),
+        *(Target(f"{name}: no launch", launches == 0, f"{launches:.0f}") for name, launches in gaps.items()),
         *(Target(f"{name}: waits once", waits <= 1, f"{waits:.2f}") for name, waits in rounds.items()),
     ]
 

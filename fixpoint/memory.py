@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fixpoint.engine.layout import Layout, map_leaves
+from fixpoint.engine.layout import Layout, leaves, map_leaves
 from fixpoint.engine.loop import iterate
-from fixpoint.engine.tolerance import Array, Figures, Tolerance, row_norm
+from fixpoint.engine.tolerance import Array, Figures, Meanwhile, Tolerance, row_norm
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver, require_count
 
@@ -61,7 +61,8 @@ def estimate_memory(
     says what a window over the whole chain takes; a narrower one takes less.
 
     Args:
-        z0, solver, batch_dims, max_evals: As in ``fixpoint.solve``. z0 may itself be on the meta device.
+        z0, solver, batch_dims, max_evals: As in ``fixpoint.solve``. z0 may itself be on the meta device; it is then
+            what a GPU will hold, where the next step is made while the host reads the figures of the last one.
 
     Returns:
         MemoryEstimate: the bytes, and how many states they are.
@@ -79,13 +80,14 @@ def estimate_memory(
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {solver!r}")
     require_count("max_evals", max_evals)
+    on_host = all(torch.as_tensor(leaf).is_cpu for _, leaf in leaves(z0))
     shapes = map_leaves(lambda leaf: torch.as_tensor(leaf).detach().to("meta"), z0)
     layout = Layout.of(shapes, batch_dims)
     flat = layout.flatten(shapes)
     _, solver = solver.bind(None, layout)
     with torch.no_grad(), LiveBytes() as live:
         f = _Witness(live)
-        tolerance = _Unmeasured(rtol=0.0, atol=0.0)
+        tolerance = _Unmeasured(rtol=0.0, atol=0.0, on_host=on_host)
         iterate(f, torch.empty_like(flat), solver, tolerance, max_evals=max_evals, watch=f.is_full)
     size = flat.numel() * flat.element_size()
     numbers = _NUMBERS * flat.shape[0]
@@ -124,13 +126,16 @@ class _Unmeasured(Tolerance):
     So the best states are others than the last ones, and rows that have ended are kept as well.
     """
 
+    on_host: bool = False  # there, no step is made before the figures are read
     checks: Iterator[int] = field(default_factory=count)
 
     def started(self, z: Tensor, fz: Tensor, figures: Figures) -> Tolerance:
         return self
 
-    def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True) -> Figures:
+    def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True, meanwhile: Meanwhile = None) -> Figures:
         row_norm(fz - z)
+        if meanwhile is not None and not self.on_host:
+            meanwhile()
         check, rows = next(self.checks), len(z)
         residual, merit = np.ones(rows), np.full(rows, float(check))
         if check < 2:

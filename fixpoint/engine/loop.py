@@ -14,6 +14,7 @@ from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.outcome import BestSoFar, LoopResult, figures_like, handing_over, tensor_like
 from fixpoint.engine.tolerance import Array, Figures, Status, Tolerance
+from fixpoint.engine.transforms import recording
 
 if TYPE_CHECKING:
     from fixpoint.solvers.base import Solver
@@ -85,10 +86,8 @@ def iterate(
 
 
 class _Evaluation(NamedTuple):
-    """One pass of the loop, up to what was measured."""
+    """What is known of an evaluation."""
 
-    z: Tensor
-    fz: Tensor
     check: bool  # whether rows may end now
     confirming: bool  # whether z are the best states, evaluated to confirm what was seen of a part of the rows
     all_rows: bool  # whether f saw all rows
@@ -111,6 +110,7 @@ class _Run:
     compaction: Compaction | None
     retreat: _Retreat
     state: Any  # the solver's
+    ahead: tuple[Tensor, Any] | None = None  # the solver's next step, where it was asked for before the figures came
     ended: tuple[Tensor, Tensor] | None = None  # numbers of the rows that have ended, and their states; None: no row
     next_check: int = 1  # number of evaluations
     stop: object = False  # what the watcher said
@@ -118,32 +118,35 @@ class _Run:
     def to_the_end(self, z: Tensor) -> LoopResult:
         best = self.best
         while True:
-            seen = self._evaluate(z)
-            z, fz = seen.z, seen.fz
+            z, fz, seen = self._evaluate(z)
             if seen.check:
                 assert seen.figures is not None
                 assert seen.residual is not None
                 self.next_check = (best.nfev // self.check_every + 1) * self.check_every
                 changed, lost = False, None
                 if not best.advances(z, seen.figures, self.tolerance):
-                    reopened = self._reopen_what_moved(seen, seen.figures)
+                    reopened = self._reopen_what_moved(z, seen.figures, seen)
                     lost = self.retreat.rows(z, seen.figures, best.active)
                     changed = best.update(z, seen.figures, self.tolerance, lost, all_rows=seen.all_rows) or reopened
+                    if reopened or lost is not None:
+                        self.ahead = None
                 if self.watch and not self.stop:
                     self.stop = self.watch(best.nfev, figures_like(z, seen.residual), best.remaining, z.detach())
                 if self.stop or best.nfev >= self.max_evals or best.remaining == 0:
                     if best.any_unconfirmed:
                         continue  # the next evaluation confirms
                     return replace(best.result(Status.STOPPED if self.stop else Status.MAX_EVALS), state=self.state)
-                z, fz = self.retreat.back(z, fz, lost, best.nfev)
                 if changed:
                     self.ended = best.ended()
                     z = self._with_ended(z)
+                    if self.ahead is not None:  # it may hold the memory of fz, which f may hold
+                        self.ahead = self._with_ended(self.ahead[0]), self.ahead[1]
+                z, fz = self.retreat.back(z, fz, lost, best.nfev)
             z = self._step(z, fz)
 
-    def _evaluate(self, z: Tensor) -> _Evaluation:
-        """Evaluate f, count that, and measure where there is a check or everything is recorded."""
-        best, left = self.best, self.max_evals - self.best.nfev
+    def _evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, _Evaluation]:
+        """The state evaluated and its image; measured where there is a check or everything is recorded."""
+        best, left, self.ahead = self.best, self.max_evals - self.best.nfev, None
         confirming = bool(self.stop or left < 2 or best.remaining == 0) and best.any_unconfirmed
         if confirming:
             z = best.z
@@ -156,7 +159,7 @@ class _Run:
         best.nfev += spent
         check = confirming or best.nfev >= self.next_check or best.nfev == self.max_evals
         if not (check or self.record):
-            return _Evaluation(z, fz, check, confirming, all_rows, None, None)
+            return z, fz, _Evaluation(check, confirming, all_rows, None, None)
         figures = self._measure(z, fz, all_rows)
         if check and not all_rows and not np.isfinite(figures.residual[best.active]).all():
             assert self.compaction is not None
@@ -168,14 +171,19 @@ class _Run:
             self.tolerance = self.tolerance.started(z, fz, figures)
         residual = best.current(figures.residual)
         best.trace += [residual] * spent if self.record else []
-        return _Evaluation(z, fz, check, confirming, all_rows, figures, residual)
+        return z, fz, _Evaluation(check, confirming, all_rows, figures, residual)
 
     def _measure(self, z: Tensor, fz: Tensor, all_rows: bool) -> Figures:
-        if self.ended is None:
-            return self.tolerance.measure(z, fz)
-        return self.tolerance.measure(z, fz, self.best.to_be_repaired if all_rows else self.best.active)
+        """The figures of all rows. A device does the next step while they come: nearly always it is the right one."""
+        best = self.best
+        among = True if self.ended is None else best.to_be_repaired if all_rows else best.active
+        wasted = self.stop or best.nfev >= self.max_evals or best.remaining == 0 or not all_rows
+        return self.tolerance.measure(z, fz, among, None if z.is_cpu or wasted else lambda: self._step_ahead(z, fz))
 
-    def _reopen_what_moved(self, seen: _Evaluation, figures: Figures) -> bool:
+    def _step_ahead(self, z: Tensor, fz: Tensor) -> None:
+        self.ahead = self.solver.step(z, self._with_ended(fz), self.state)
+
+    def _reopen_what_moved(self, z: Tensor, figures: Figures, seen: _Evaluation) -> bool:
         """Let rows that have ended go on, if f says something else of them than when they ended; whether it did."""
         if self.ended is None or not seen.all_rows:
             return False
@@ -187,19 +195,25 @@ class _Run:
             assert self.compaction is not None
             self.compaction.refuse("all rows together have other images")
             best.reopen(moved | best.unconfirmed)
-            self.state = self.solver.init(seen.z)  # what it remembers came from wrong images
+            self.state = self.solver.init(z)  # what it remembers came from wrong images
         else:
             best.couple()
         return True
 
     def _step(self, z: Tensor, fz: Tensor) -> Tensor:
         """The next states. Rows that have ended stay, and the solver sees them as solved."""
-        fz = self._with_ended(fz)
-        z, self.state = self.solver.step(z, fz, self.state)
-        return self._with_ended(self.retreat.step(z, fz, self.solver))
+        if self.ahead is None:
+            fz = self._with_ended(fz)
+            self.ahead = self.solver.step(z, fz, self.state)
+        z, self.state = self.ahead
+        z = self.retreat.step(z, fz, self.solver)
+        # In place: what the solver made is the loop's, and of what it may share with its state only these rows change.
+        if self.ended is None or not z.is_contiguous() or recording(z):
+            return self._with_ended(z)
+        return z.index_copy_(0, *self.ended)
 
     def _with_ended(self, x: Tensor) -> Tensor:
-        """``x`` with the rows that have ended as they were left."""
+        """A copy of ``x`` with the rows that have ended as they were left; ``x`` itself if no row has."""
         return x if self.ended is None else x.index_copy(0, *self.ended)
 
 

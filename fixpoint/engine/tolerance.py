@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -88,6 +88,8 @@ class ConvergenceError(RuntimeError):
         super().__init__(message)
         self.solution = solution
 
+
+Meanwhile = Callable[[], object] | None  # what to ask of a device before the host waits for numbers
 
 # The same row, evaluated in the same batch or in another one, may have images that differ by so many roundings.
 ROUNDINGS = 64.0
@@ -229,32 +231,33 @@ class Tolerance:
             size, scale = to_host(row_norm(z) if self.norm is None else self.norm(z)), figures.scale
         else:
             pairs = zip(z.split(self.leaves, dim=1), fz.split(self.leaves, dim=1), strict=True)
-            size, scale = np.stack([to_host(torch.stack([row_norm(x) for x in pair])) for pair in pairs], axis=1)
+            norms = torch.stack([torch.stack([row_norm(x) for x in pair]) for pair in pairs], dim=1)
+            size, scale = to_host(norms)
         start = np.minimum(size, scale)
         rtol = _for_rows(self.rtol, len(z))
         floor = NOTHING * np.where(np.isfinite(rtol), rtol, 0) * np.where(np.isfinite(start), start, 0)
         return replace(self, atol=np.maximum(_for_rows(self.atol, len(z)), floor))
 
-    def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True) -> Figures:
+    def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True, meanwhile: Meanwhile = None) -> Figures:
         """Figures of the states ``z`` with the images ``fz``, both ``(rows, dim)``; they come to the host at once.
 
         Rows whose squares leave the range of their dtype are summed again in float64; of the rows outside the mask
-        ``among`` nobody wants to know.
+        ``among`` nobody wants to know. For ``meanwhile`` see ``to_host``.
         """
         if torch.is_grad_enabled():
             z, fz = z.detach(), fz.detach()
         if self.leaves is not None:
-            return self._worst_leaf(z, fz)
+            return self._worst_leaf(z, fz, meanwhile)
         if self.norm is not None:
-            residual, scale = to_host(torch.stack((self.norm(fz - z), self.norm(fz))))
+            residual, scale = to_host(torch.stack((self.norm(fz - z), self.norm(fz))), meanwhile)
         else:
-            residual, scale = _euclidean(z, fz, among)
+            residual, scale = _euclidean([(z, fz)], among, meanwhile)[0]
         return Figures(residual, scale, residual)
 
-    def _worst_leaf(self, z: Tensor, fz: Tensor) -> Figures:
+    def _worst_leaf(self, z: Tensor, fz: Tensor, meanwhile: Meanwhile) -> Figures:
         assert self.leaves is not None
-        parts = zip(z.split(self.leaves, dim=1), fz.split(self.leaves, dim=1), strict=True)
-        residual, scale = np.stack([_euclidean(ours, theirs, True) for ours, theirs in parts], axis=1)
+        parts = list(zip(z.split(self.leaves, dim=1), fz.split(self.leaves, dim=1), strict=True))
+        residual, scale = np.stack(_euclidean(parts, True, meanwhile), axis=1)
         with np.errstate(all="ignore"):
             # A limit of 0 is met by 0 alone, and tells the better of two states all the same.
             merit = np.where(residual == 0, 0, residual / np.maximum(self.limit(scale), _LEAST))
@@ -270,18 +273,40 @@ def _for_rows(value: float | Array, rows: int) -> Any:
     return value
 
 
-def to_host(x: Tensor) -> Array:
-    """``x`` as float64 on the host, which waits for the device."""
-    return x.detach().cpu().double().numpy()
+def to_host(x: Tensor, meanwhile: Meanwhile = None) -> Array:
+    """``x`` as float64 on the host, which waits for the device.
+
+    ``meanwhile`` is called before the host waits: what it asks of the device keeps that busy until the host, which then
+    has the numbers, asks for more.
+    """
+    x = x.detach() if x.requires_grad else x
+    if meanwhile is None:
+        return x.cpu().double().numpy()
+    if not x.is_cuda:  # the host waits for what is asked meanwhile, too
+        meanwhile()
+        return x.cpu().double().numpy()
+    numbers = x.to("cpu", non_blocking=True)  # into pinned memory
+    arrived = torch.cuda.current_stream(x.device).record_event()
+    meanwhile()
+    arrived.synchronize()
+    return numbers.double().numpy()
 
 
-def _euclidean(z: Tensor, fz: Tensor, among: Array | bool) -> Array:
-    """Euclidean norms of ``fz - z`` and of ``fz``, ``(2, rows)``."""
-    if z.numel() <= _FEW and z.is_cpu and z.dtype == fz.dtype and z.dtype in _WIDE:
+def _euclidean(pairs: Sequence[tuple[Tensor, Tensor]], among: Array | bool, meanwhile: Meanwhile) -> list[Array]:
+    """Euclidean norms of ``fz - z`` and of ``fz``, ``(2, rows)`` of each pair ``(z, fz)``, in one transfer."""
+    if pairs[0][0].is_cpu:
+        return [_euclidean_on_host(z, fz, among) for z, fz in pairs]
+    norms = torch.stack([x for z, fz in pairs for x in (_difference_norm(z, fz), row_norm(fz))])
+    figures = np.split(to_host(norms, meanwhile), len(pairs))
+    return [_repaired(each, *pair, _LOW[norms.dtype], among) for each, pair in zip(figures, pairs, strict=True)]
+
+
+def _euclidean_on_host(z: Tensor, fz: Tensor, among: Array | bool) -> Array:
+    if z.numel() <= _FEW and z.dtype == fz.dtype and z.dtype in _WIDE:
         figures = _small_norms(z.numpy(force=True), fz.numpy(force=True))
         return figures if z.dtype == torch.float32 else _repaired(figures, z, fz, _LOW[z.dtype], among)
-    both = torch.stack((_difference_norm(z, fz), row_norm(fz)))
-    return _repaired(both.cpu().numpy().astype(np.float64), z, fz, _LOW[both.dtype], among)
+    norms = torch.stack((_difference_norm(z, fz), row_norm(fz)))
+    return _repaired(to_host(norms), z, fz, _LOW[norms.dtype], among)
 
 
 def _einsum_vecdot(x: Array, y: Array) -> Array:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fixpoint.engine.private import in_forward_mode, unwrap_if_dead, unwrapped
+from fixpoint.engine.private import in_forward_mode, transforming, unwrap_if_dead, unwrapped
 
 Functional = Callable[..., Tensor]  # f(z, *inputs), a map on rows that depends on nothing else
 
@@ -33,6 +33,13 @@ def transformed(*tensors: Tensor) -> bool:
         return False
     forward = in_forward_mode()
     return any(unwrapped(x) is not x or (forward and forward_ad.unpack_dual(x).tangent is not None) for x in tensors)
+
+
+def recording(*tensors: Tensor) -> bool:
+    """Whether autograd records or torch.func follows what is done with these, so that nothing is written in place."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    return not torch.compiler.is_compiling() and transforming()
 
 
 def is_capturing(x: Tensor) -> bool:

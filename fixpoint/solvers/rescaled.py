@@ -18,7 +18,7 @@ from torch import Tensor
 from fixpoint.engine.layout import Layout, leaves
 from fixpoint.engine.loop import LoopOptions, Map
 from fixpoint.engine.outcome import LoopResult, tensor_like
-from fixpoint.engine.tolerance import NOTHING, Array, Figures, Status, Tolerance, to_host
+from fixpoint.engine.tolerance import NOTHING, Array, Figures, Meanwhile, Status, Tolerance, to_host
 from fixpoint.solvers.base import Solver, gram_dtype
 
 # Where g(x0) is this small already, it need not fall: so many roundings of what g would be if x were 100% off.
@@ -60,10 +60,10 @@ class NaturalTolerance(Tolerance):
         length = to_host(self._length(z))
         return dataclasses.replace(self, nothing=NOTHING * length, first=figures.residual)
 
-    def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True) -> Figures:
+    def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True, meanwhile: Meanwhile = None) -> Figures:
         z, fz = z.detach(), fz.detach()
         scale, size = z[:, -2 * self.width].abs(), fz[:, -self.width]
-        host = to_host(torch.stack([x.to(gram_dtype(z)) for x in (size, self._length(fz), scale)]))
+        host = to_host(torch.stack([x.to(gram_dtype(z)) for x in (size, self._length(fz), scale)]), meanwhile)
         residual, length, scale = host
         with np.errstate(all="ignore"):
             natural = np.maximum(length, self.nothing) / scale

@@ -15,21 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.engine.private import transforming
 from fixpoint.engine.tolerance import vecdot
+from fixpoint.engine.transforms import recording
 from fixpoint.solvers.small import NUMPY, NumPyArithmetic, Small
 
 State = Any  # a NumPy array or a tensor
 
 _SMALL = 1 << 16  # entries of a state; of a larger one, what a call does outweighs what calling costs
 _DTYPES = (torch.float32, torch.float64)
-
-
-def recording(*tensors: Tensor) -> bool:
-    """Whether autograd records or torch.func follows what is done with these, so that nothing is written in place."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return True
-    return not torch.compiler.is_compiling() and transforming()
 
 
 class Columns:

@@ -1,0 +1,243 @@
+"""On a device the next step is asked for before the host waits for figures; and what rows that have ended cost."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fixpoint
+from benchmarks.launches import DEVICE, Launches
+from fixpoint import Anderson, Broyden, Picard, Status
+from fixpoint.engine import loop
+from fixpoint.engine.loop import iterate
+from fixpoint.engine.tolerance import Tolerance, to_host
+
+SOLVERS = [Picard(), Picard(damping=0.5), Anderson(), Anderson(memory=2, damping=0.7), Broyden(memory=3)]
+
+
+def slopes(rows: int, dim: int = 3) -> torch.Tensor:
+    return torch.linspace(0.1, 0.95, rows * dim, dtype=torch.float64).reshape(dim, rows).T.contiguous()
+
+
+def on_device(solve, *tensors):
+    """Results of ``solve`` on tensors that claim to lie on a device, on the host."""
+    with Launches(), torch.no_grad():
+        solution = solve(*(x.to(DEVICE) for x in tensors))
+        fields = solution.value, solution.residual, solution.status, solution.evals
+        return *(x.cpu() for x in fields), solution.nfev
+
+
+@pytest.mark.parametrize("check_every", [1, 3])
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_nothing_is_launched_between_the_wait_for_figures_and_f(solver, check_every):
+    gaps = []
+    with Launches() as mode, torch.no_grad():
+        slope = slopes(4, 40).to(DEVICE)
+
+        def f(z):
+            gaps.append((mode.counts - mode.at_wait).launches)
+            return torch.addcmul(torch.ones_like(z), slope, z)
+
+        options = {"max_evals": 12, "on_failure": "ignore", "backward": None, "check_every": check_every}
+        fixpoint.solve(f, torch.zeros_like(slope), solver=solver, rtol=0, **options)
+    after_a_check = gaps[2:] if check_every == 1 else gaps[3::3]
+    assert set(after_a_check) == {0}
+
+
+def swinging(slope, broken, coupled):
+    """Rows that end at different evaluations; some are not finite where z is large, some are moved by others."""
+
+    def f(z):
+        image = torch.addcmul(torch.ones_like(z), slope, torch.sin(z) + 0.2 * z)
+        image = torch.where((broken[:, None] > 0) & (z.abs() > 1.2), torch.nan, image)
+        return image + 1e-2 * coupled * z.sum(dim=0)
+
+    return f
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.integers(1, 5),
+    solver=st.sampled_from(SOLVERS),
+    seed=st.integers(0, 10**6),
+    check_every=st.integers(1, 3),
+    max_evals=st.integers(1, 40),
+    rtol=st.sampled_from([1e-1, 1e-3, 1e-12, 0.0]),
+    breaks=st.booleans(),
+    couples=st.booleans(),
+    record=st.booleans(),
+    stop=st.integers(1, 50),
+)
+def test_a_step_made_before_the_figures_are_known_changes_no_result(
+    rows, solver, seed, check_every, max_evals, rtol, breaks, couples, record, stop
+):
+    generator = torch.Generator().manual_seed(seed)
+    slope = 2.2 * torch.rand(rows, 3, generator=generator, dtype=torch.float64) - 1.2
+    z0 = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
+    broken = torch.rand(rows, generator=generator) * breaks - 0.5
+    options = {"solver": solver, "rtol": rtol, "max_evals": max_evals, "check_every": check_every, "record": record}
+
+    def solve(slope, z0, broken):
+        f = swinging(slope, broken, float(couples))
+        callback = lambda progress: progress.nfev >= stop  # noqa: E731
+        return fixpoint.solve(f, z0, backward=None, on_failure="ignore", callback=callback, **options)
+
+    ahead = on_device(solve, slope, z0, broken)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Run, "_step_ahead", lambda *_: None)
+        after = on_device(solve, slope, z0, broken)
+    for one, other in zip(ahead[:-1], after[:-1], strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+    assert ahead[-1] == after[-1]
+
+
+class Noting(Picard):
+    """Picard, whose state is the list of all that led to it: pairs ``(z, fz)``."""
+
+    def init(self, z):
+        return ()
+
+    def step(self, z, fz, state):
+        return super().step(z, fz, None)[0], (*state, (z.cpu(), fz.cpu()))
+
+
+def test_rows_that_have_ended_are_shown_as_solved_in_a_step_made_ahead():
+    with Launches(), torch.no_grad():
+        slope = torch.tensor([[0.0], [0.9]]).to(DEVICE)
+        tolerance = Tolerance(rtol=1e-1, atol=0.0)
+        f = lambda z: slope * z + 1 + 1e-3 * (z == 1)  # noqa: E731 - f(1) is 1.001 in the first row, which converges
+        found = iterate(f, torch.zeros_like(slope), Noting(), tolerance, max_evals=9)
+    for z, fz in found.state[2:]:
+        assert z[0] == fz[0] == 1
+
+
+def test_a_row_that_goes_back_has_not_shown_the_solver_its_broken_image():
+    with Launches(), torch.no_grad():
+        z0 = torch.ones(1, 1).to(DEVICE)
+        doubled = iter([3.0, float("nan"), 1.5, 1.25, 1.125])
+        tolerance = Tolerance(rtol=0.0, atol=0.0)
+
+        class Overshooting(Noting):
+            def step(self, z, fz, state):
+                return 2 * fz, super().step(z, fz, state)[1]
+
+        found = iterate(lambda z: torch.full_like(z, next(doubled)), z0, Overshooting(), tolerance, max_evals=5)
+    assert [(float(z), float(fz)) for z, fz in found.state[:2]] == [(1.0, 3.0), (1.0, 3.0)]
+
+
+def test_rows_that_are_seen_to_depend_on_others_go_on_from_what_f_says_of_them_now():
+    with Launches(), torch.no_grad():
+        z0 = torch.zeros(2, 1).to(DEVICE)
+
+        def f(z):  # the first row seems solved until the second one moves
+            return torch.stack((0.5 * z[0] + 10 * z[1], 0.9 * z[1] + 1))
+
+        tolerance = Tolerance(rtol=1e-3, atol=0.0)
+        found = iterate(f, z0, Noting(), tolerance, max_evals=6)
+    assert found.coupled
+    # Shown as solved once. At the evaluation that says otherwise the step is made anew, with what f says.
+    assert [z[0] == fz[0] for z, fz in found.state] == [True, False, False, False, False]
+    for (_, fz), (z_next, _) in itertools.pairwise(found.state):
+        assert torch.equal(z_next, fz)
+
+
+def test_no_step_is_made_where_no_other_evaluation_can_follow():
+    steps = []
+
+    class Counting(Picard):
+        def step(self, z, fz, state):
+            steps.append(len(steps))
+            return super().step(z, fz, state)
+
+    def solve(z0):
+        return fixpoint.solve(lambda z: z / 2 + 1, z0, solver=Counting(), rtol=0, max_evals=4, on_failure="ignore")
+
+    on_device(solve, torch.zeros(2, 3))
+    assert len(steps) == 3
+
+
+def test_the_solvers_state_that_comes_back_is_the_one_of_the_last_step_that_was_taken():
+    with Launches(), torch.no_grad():
+        slope = slopes(2).to(DEVICE)
+        tolerance = Tolerance(rtol=1e-8, atol=0.0)
+        found = iterate(lambda z: slope * z + 1, torch.zeros_like(slope), Anderson(), tolerance, max_evals=60)
+        last = found.state.z.cpu()
+        assert (found.status == int(Status.CONVERGED)).all()
+        z = found.z.cpu()
+    # The state holds z of the step that led to the last evaluation, so not the one that was evaluated last.
+    assert not torch.equal(last, z)
+
+
+def test_figures_that_several_leaves_must_meet_come_in_one_transfer():
+    def waits(evals):
+        with Launches() as mode, torch.no_grad():
+            z0 = {name: torch.zeros(2, 3).to(DEVICE) for name in "abc"}
+            options = {"backward": None, "max_evals": evals, "on_failure": "ignore", "norm": "leafwise"}
+            fixpoint.solve(lambda z: {k: x / 2 + 1 for k, x in z.items()}, z0, solver=Picard(), rtol=0, **options)
+        return mode.counts.waits
+
+    assert waits(9) - waits(5) == 4
+
+
+class Operations(TorchDispatchMode):
+    """How often each operation was dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[function._schema.name.partition("::")[2]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=repr)
+def test_rows_that_have_ended_cost_one_copy_of_the_state_an_evaluation(solver):
+    """The solver is shown these rows as solved, and that is a copy; what it gives back is put right in place."""
+    slope = torch.tensor([[0.0], [0.99]]) * torch.linspace(0.9, 1, 5000)
+
+    def copies(evals):
+        options = {"max_evals": evals, "on_failure": "ignore", "backward": None, "compact": False}
+        with Operations() as mode:
+            sol = fixpoint.solve(lambda z: slope * z + 1, torch.zeros(2, 5000), solver=solver, rtol=1e-7, **options)
+        assert sol.evals.tolist() == [2, evals]
+        return mode.names
+
+    few, more = copies(6), copies(9)
+    assert more["index_copy"] - few["index_copy"] == 3
+    assert more["index_copy_"] - few["index_copy_"] == 3
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_f_keeps_is_not_written_to_when_a_row_ends(grad):
+    kept = torch.ones(2, 3, dtype=torch.float64)
+    start = torch.tensor([[1 + 1e-9], [0.0]], dtype=torch.float64) * kept
+
+    def run(f_of, z0):
+        tolerance = Tolerance(rtol=1e-6, atol=0.0)
+        return iterate(f_of, z0, Picard(), tolerance, max_evals=5)
+
+    with torch.set_grad_enabled(grad):
+        found = run(lambda z: kept, start.clone())
+        with Launches():
+            there = kept.to(DEVICE)
+            run(lambda z: there, start.to(DEVICE))
+            assert torch.equal(there.cpu(), torch.ones_like(kept))
+    assert torch.equal(kept, torch.ones_like(kept))
+    assert torch.equal(found.z[0], start[0])
+
+
+def test_meanwhile_is_called_once_and_before_the_wait():
+    seen = []
+    with Launches() as mode, torch.no_grad():
+        x = torch.ones(3).to(DEVICE)
+        numbers = to_host(x, lambda: seen.append(list(mode.waited)))
+        assert len(mode.waited) == len(seen[0]) + 1
+    assert len(seen) == 1
+    assert numbers.tolist() == [1.0, 1.0, 1.0]
