@@ -12,6 +12,10 @@ from fixpoint.solvers.base import Solver, gram_dtype, require_count, require_his
 from fixpoint.solvers.small import TORCH, NumPyArithmetic, Small, arithmetic
 from fixpoint.solvers.states import TORCH_STATES, State, TorchStates, states_for
 
+# The angle between a step s and H dg, of the change of the residual after it, counts as no nearer to a right one than
+# by this cosine: there the next factor would be singular. That factor is then not exactly the secant's.
+_LEAST_COSINE = 0.03
+
 
 class BroydenState(NamedTuple):
     """The ``memory`` steps taken last, the first ``held`` of them in use.
@@ -38,7 +42,8 @@ class Broyden(Solver):
     ``I + s_{j+1} s_j^T / |s_j|^2`` of the steps alone, so one state per row is held for each, and applying it takes one
     small triangular system. When ``memory`` steps are held, it starts over from the last one: overwriting the oldest
     leaves factors that were built on one no longer there. A row whose next factor would be singular, or is not finite,
-    starts over too, by itself.
+    starts over too, by itself. Where the host can read it (on the CPU, unless autograd records), a factor is kept from
+    being singular when the residual changes at right angles to the step, as it does where f turns about its solution.
 
     Args:
         memory: Number of steps between restarts; one state per row is held for each.
@@ -49,7 +54,8 @@ class Broyden(Solver):
         TypeError, ValueError: If an option is out of range.
 
     Source: C. G. Broyden, Math. Comp. 19 (1965); the form in steps alone from Kelley, Iterative Methods for Linear and
-    Nonlinear Equations (1995), 7.3.
+    Nonlinear Equations (1995), 7.3; that factors must be kept from being singular, J. J. Moré, J. A. Trangenstein,
+    Math. Comp. 30 (1976).
 
     Example:
         >>> import torch, fixpoint
@@ -90,14 +96,20 @@ class Broyden(Solver):
                 use = system[:, :held, :held]
                 factors = xp.solve_triangular(use, products * use.diagonal(0, 1, 2), upper=False, unit=True)
                 pivot = factors[:, -1:] + 1
+                # Elsewhere it would take eight launches at every step.
+                if xp.readable and not xp.absent(abs(pivot) < _LEAST_COSINE):
+                    step = self._applied(states, steps, g, factors, held)
+                    square = xp.take(states.dots(step[:, None], step[:, None]))[:, 0]
+                    # Of s and H dg: their product by |s|^2 is the pivot, so this is |H dg| / |s|.
+                    turned = xp.sqrt(xp.maximum(2 * pivot - 1 - square * use[:, -1:, -1], 0.0))
+                    least = _LEAST_COSINE * xp.minimum(turned, 1.0)
+                    pivot = xp.where(abs(pivot) < least, least, pivot)
                 # Not where a factor is infinite or NaN: those after it are, too.
                 lost = xp.outside(abs(pivot), limits.eps**0.5, limits.max)
                 if not xp.absent(lost):
                     system = xp.put_where(lost[..., None], 0.0, system)
                     factors, pivot = xp.put_where(lost, 0.0, factors), xp.put_where(lost, 1.0, pivot)
-                if held > 1:
-                    weights = states.like(factors[:, None, :-1], g)
-                    step = states.less(g[:, None], weights, states.among(steps, 1, held), keep=True)[:, 0]
+                step = self._applied(states, steps, g, factors, held)
                 steps, step = states.put_quotient(steps, held, step, states.like(pivot, g))
             else:
                 steps = states.put(steps, 0, g, first=True)
@@ -110,6 +122,14 @@ class Broyden(Solver):
             system = xp.put_row(system, held, xp.concatenate((newest[:, 1:] * inverse, inverse), 1))
             z_next = states.tensor(now + step)
         return z_next.to(dtype), BroydenState(steps, system, held + 1, g)
+
+    @staticmethod
+    def _applied(states: TorchStates, steps: State, g: State, factors: Small, held: int) -> State:
+        """All factors but the last, applied to ``g`` ``(rows, dim)``."""
+        if held == 1:
+            return g
+        weights = states.like(factors[:, None, :-1], g)
+        return states.less(g[:, None], weights, states.among(steps, 1, held), keep=True)[:, 0]
 
     def forget(self, state: BroydenState, rows: Tensor) -> BroydenState:
         xp = arithmetic(kept=state.system)

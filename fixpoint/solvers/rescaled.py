@@ -30,6 +30,8 @@ _LONG = 0.1
 _NEAR = 1e-8
 # A row starts over when all of these slopes are so many times the one that the solver works with, or as much smaller.
 _UNFIT = 5.0
+# The least share of ``|dx| / |dg|`` that the shorter step of Barzilai and Borwein may be; by _UNFIT it must be a fifth.
+_LEAST_COSINE = 0.25
 # Evaluations that confirm a solution, where it has to be.
 _CONFIRMING = 2
 # Slopes that differ by more are no fair judges of all components of g.
@@ -235,12 +237,15 @@ def _is_long(x: Tensor, before: Tensor, start: Tensor) -> Tensor:
 
 
 def inverse_slopes(dx: Tensor, dg: Tensor) -> tuple[Tensor, Tensor]:
-    """Signed inverse slopes ``(rows,)`` along a step: ``|dx| / |dg|``, and the shorter one of Barzilai and Borwein."""
+    """Signed inverse slopes ``(rows,)`` along a step: ``|dx| / |dg|``, and the shorter one of Barzilai and Borwein.
+
+    That is no less than a share of the first, for it vanishes where g turns a step by a right angle.
+    """
     length, change = row_norms(dx, 1), row_norms(dg, 1)
     cosine = ((dx / length[:, None]) * (dg / change[:, None])).sum(dim=1)
     ratio = length / change
     ratio = torch.where(ratio > 0, ratio, torch.nan)
-    return torch.copysign(ratio, cosine), cosine * ratio
+    return torch.copysign(ratio, cosine), torch.copysign(cosine.abs().clamp(min=_LEAST_COSINE) * ratio, cosine)
 
 
 def _largest_scale(x: Tensor, g: Tensor) -> Tensor:

@@ -110,6 +110,47 @@ def test_a_singular_factor_starts_its_row_over_with_a_plain_step(rounding):
     assert not torch.allclose(z2[1], z1[1] + g[1])
 
 
+def about_a_turn(speed, dim=4):
+    """``f`` turns the residual by right angles: ``I - J`` is skew, and no step changes g along itself."""
+    turn = speed * torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)] * (dim // 2))
+    return lambda z: z - (z - 1) @ turn.T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("speed", [0.3, 1.0, 4.0])
+def test_a_map_that_turns_about_its_solution_is_solved(speed, dtype):
+    f, z0 = about_a_turn(speed), torch.tensor([[2.0, 0.0, 1.0, -1.0]], dtype=dtype)
+    sol = fixpoint.solve(lambda z: f(z.double()).to(dtype), z0, solver=Broyden(), rtol=1e-5, backward=None)
+    torch.testing.assert_close(sol.value, torch.ones_like(z0), rtol=1e-3, atol=1e-3)
+    assert int(sol.nfev) < 30
+
+
+def test_a_row_at_a_right_angle_changes_no_other(contraction):
+    rows, turning = contraction(rows=2, dim=4, rho=0.9, squash=torch.tanh), about_a_turn(1.0)
+
+    def together(z):
+        return torch.cat((turning(z[:1]), rows(z[1:3]), z[3:] + 1))  # the last has no fixed point and no curvature
+
+    z, alone = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
+    solver = Broyden()
+    state, state_alone = solver.init(z), solver.init(alone)
+    for step in range(8):
+        z, state = solver.step(z, together(z), state)
+        alone, state_alone = solver.step(alone, rows(alone), state_alone)
+        torch.testing.assert_close(z[1:3], alone, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(z[3], torch.full((4,), step + 1.0, dtype=torch.float64))
+
+
+def test_a_pivot_that_is_not_small_is_left_alone_beside_one_that_is():
+    # Both residuals change by nearly a right angle, the first so much that its pivot is 0.05 all the same.
+    z, solver = torch.zeros(2, 2, dtype=torch.float64), Broyden()
+    z1, state = solver.step(z, torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64), solver.init(z))
+    g = torch.tensor([[0.95, 10.0], [1.0, 1.0]], dtype=torch.float64)
+    z2, _ = solver.step(z1, z1 + g, state)
+    torch.testing.assert_close(z2[0] - z1[0], g[0] / 0.05)
+    torch.testing.assert_close(z2[1] - z1[1], g[1] / 0.03)
+
+
 @pytest.mark.parametrize("rounding", [0.0, 1e-12])
 def test_a_secant_without_curvature_is_not_taken_into_the_new_start(rounding):
     # Steps s along x; in row 0 g changes along y alone at the restart, so s . dg = 0.

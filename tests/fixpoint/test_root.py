@@ -144,6 +144,47 @@ def test_a_jacobian_that_turns_everything_by_a_right_angle_gives_no_step_of_zero
     assert sol.value.isfinite().all()
 
 
+def turning(dim, seed):
+    """A matrix whose products are at right angles to what it is multiplied with, and singular values of 0.4 to 1.4."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0]
+    blocks = [
+        s * torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64) for s in torch.linspace(0.4, 1.4, dim // 2)
+    ]
+    return basis @ torch.block_diag(*blocks) @ basis.T
+
+
+@pytest.mark.parametrize("dim", [2, 4, 8])
+@pytest.mark.parametrize("units", [1.0, 1e5])
+@pytest.mark.parametrize("seed", range(3))
+def test_linear_systems_that_turn_by_right_angles_are_solved(dim, units, seed):
+    a, b = turning(dim, seed), torch.linspace(1, 2, dim, dtype=torch.float64)
+    sol = fixpoint.root(lambda x: units * (x @ a.T - b), torch.ones(1, dim, dtype=torch.float64), rtol=1e-10)
+    torch.testing.assert_close(sol.value[0], torch.linalg.solve(a, b), rtol=1e-8, atol=1e-8)
+
+
+def test_the_equilibrium_of_a_bilinear_game_is_found(normal):
+    # min over x, max over y of x' A y - b' x + c' y: the gradients of both, one with the other sign.
+    a, b, c = torch.eye(3, dtype=torch.float64) + 0.3 * normal(3, 3), normal(3), normal(3)
+
+    def g(z):
+        x, y = z.split(3, dim=1)
+        return torch.cat((y @ a.T - b, -(x @ a + c)), dim=1)
+
+    sol = fixpoint.root(g, torch.zeros(1, 6, dtype=torch.float64), rtol=1e-9)
+    x, y = sol.value[0].split(3)
+    torch.testing.assert_close(y, torch.linalg.solve(a, b), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(x, torch.linalg.solve(a.T, -c), rtol=1e-7, atol=1e-7)
+
+
+def test_complex_slopes_of_every_direction():
+    slopes = 3 * torch.exp(1j * torch.linspace(0, 6.2, 32, dtype=torch.float64))[:, None]
+    start = torch.full((32, 1), 0.3 - 0.4j, dtype=torch.complex128)
+    sol = fixpoint.root(lambda w, a: a * w - (1 + 2j), start, (slopes,), rtol=1e-10, backward=None)
+    torch.testing.assert_close(sol.value, (1 + 2j) / slopes, rtol=1e-8, atol=1e-8)
+    assert sol.evals.max() < 20
+
+
 def test_figures_are_those_of_g():
     def g(x):
         return 1e4 * (x**2 - torch.tensor([[2.0], [5.0], [700.0]], dtype=torch.float64))
@@ -221,7 +262,7 @@ def test_nested_and_complex_states():
         return {"w": x["w"] ** 2 + 4, "v": x["v"] - x["w"][:, None]}
 
     # From farther off the course depends on every rounding, and so on the processor.
-    start = {"v": torch.zeros(2, 3, dtype=torch.complex128), "w": torch.tensor([0.5 + 1.5j, -0.5 + 2.5j])}
+    start = {"v": torch.zeros(2, 3, dtype=torch.complex128), "w": torch.tensor([0.3 + 1.8j, -0.3 + 2.2j])}
     start["w"] = start["w"].to(torch.complex128)
     sol = fixpoint.root(g, start, rtol=1e-12)
     w, v = sol.value["w"], sol.value["v"]
