@@ -58,8 +58,9 @@ def iterate(
 
     The loop *checks* after the first evaluation, every ``check_every`` ones and the last: only then does it measure, do
     rows end, and does the host wait for the device, once. Rows that ended stay where they are and are shown to the
-    solver as solved, so it meets NaN or infinity from ``f`` between two checks at most. A row that has converged and is
-    seen to have another image at the same state depends on other rows: then all of them go on, and end together.
+    solver as solved, so it meets NaN or infinity from ``f`` between two checks at most, and off the CPU in the step
+    after a check, which is made before its figures are read. A row that has converged and is seen to have another image
+    at the same state depends on other rows: then all of them go on, and end together.
 
     With a ``compaction``, rows that ended are left out of what ``f`` sees. Before the loop ends, an evaluation of all
     rows at their best states confirms what came of that, or the loop goes on with all rows. It is part of
