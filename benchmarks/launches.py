@@ -37,7 +37,8 @@ from benchmarks.solvers.standings import Target
 from fixpoint.bench import provenance
 from fixpoint.chains.sweep import Secants, sweep
 
-# Other names of devices make torch ask for a driver. The code under test asks only whether a tensor lies on the host.
+# Other names of devices make torch ask for a driver. The code under test asks only whether a tensor lies on the host;
+# but ``to_host``, on a GPU, copies to pinned memory and waits for that alone.
 DEVICE = torch.device("meta")
 
 ALLOCATIONS = {

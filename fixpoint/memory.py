@@ -58,11 +58,11 @@ def estimate_memory(
 
     The loop itself runs on tensors of the meta device, which have shapes and no data, and whatever is alive is added
     up. So it works for every solver that keeps to its contract, your own included. Of ``CausalQuasiNewton`` it
-    says what a window over the whole chain takes; a narrower one takes less.
+    says what a window over the whole chain takes; a narrower one takes less. It is about solves with ``check_every=1``.
 
     Args:
-        z0, solver, batch_dims, max_evals: As in ``fixpoint.solve``. z0 may itself be on the meta device; it is then
-            what a GPU will hold, where the next step is made while the host reads the figures of the last one.
+        z0, solver, batch_dims, max_evals: As in ``fixpoint.solve``. z0 may itself be on the meta device. For a z0 that
+            is not on the CPU, the step that the loop makes before it reads the figures is counted.
 
     Returns:
         MemoryEstimate: the bytes, and how many states they are.

@@ -84,8 +84,9 @@ def root(
         TypeError, ValueError: As ``fixpoint.solve``.
         ConvergenceError: With ``on_failure="raise"``, when rows did not converge; holds the solution.
 
-    Source: ``s`` is the shorter step of J. Barzilai and J. M. Borwein, IMA J. Numer. Anal. 8 (1988); the first step is
-    at most half as long as x0, or half of 1, as in SciPy's quasi-Newton solvers (``alpha`` of ``broyden1``).
+    Source: ``s`` is the shorter step of J. Barzilai and J. M. Borwein, IMA J. Numer. Anal. 8 (1988), or a quarter of
+    ``|dx| / |dg|`` where that is longer; the first step is at most half as long as x0, or half of 1, as in SciPy's
+    quasi-Newton solvers (``alpha`` of ``broyden1``).
 
     Example:
         >>> import torch, fixpoint

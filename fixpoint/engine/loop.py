@@ -58,9 +58,8 @@ def iterate(
 
     The loop *checks* after the first evaluation, every ``check_every`` ones and the last: only then does it measure, do
     rows end, and does the host wait for the device, once. Rows that ended stay where they are and are shown to the
-    solver as solved, so it meets NaN or infinity from ``f`` between two checks at most, and off the CPU in the step
-    after a check, which is made before its figures are read. A row that has converged and is seen to have another image
-    at the same state depends on other rows: then all of them go on, and end together.
+    solver as solved, so it meets NaN or infinity from ``f`` between two checks at most. A row that has converged and is
+    seen to have another image at the same state depends on other rows: then all of them go on, and end together.
 
     With a ``compaction``, rows that ended are left out of what ``f`` sees. Before the loop ends, an evaluation of all
     rows at their best states confirms what came of that, or the loop goes on with all rows. It is part of
@@ -111,7 +110,7 @@ class _Run:
     compaction: Compaction | None
     retreat: _Retreat
     state: Any  # the solver's
-    ahead: tuple[Tensor, Any] | None = None  # the solver's next step, where it was asked for before the figures came
+    ahead: tuple[Tensor, Any] | None = None  # the solver's next step, where it was made before the figures were read
     ended: tuple[Tensor, Tensor] | None = None  # numbers of the rows that have ended, and their states; None: no row
     next_check: int = 1  # number of evaluations
     stop: object = False  # what the watcher said
@@ -126,11 +125,11 @@ class _Run:
                 self.next_check = (best.nfev // self.check_every + 1) * self.check_every
                 changed, lost = False, None
                 if not best.advances(z, seen.figures, self.tolerance):
-                    reopened = self._reopen_what_moved(z, seen.figures, seen)
+                    reopened = self._reopen_what_moved(z, seen)
                     lost = self.retreat.rows(z, seen.figures, best.active)
                     changed = best.update(z, seen.figures, self.tolerance, lost, all_rows=seen.all_rows) or reopened
-                    if reopened or lost is not None:
-                        self.ahead = None
+                    if changed or lost is not None:
+                        self.ahead = None  # made for other rows, or from another state
                 if self.watch and not self.stop:
                     self.stop = self.watch(best.nfev, figures_like(z, seen.residual), best.remaining, z.detach())
                 if self.stop or best.nfev >= self.max_evals or best.remaining == 0:
@@ -140,8 +139,6 @@ class _Run:
                 if changed:
                     self.ended = best.ended()
                     z = self._with_ended(z)
-                    if self.ahead is not None:  # it may hold the memory of fz, which f may hold
-                        self.ahead = self._with_ended(self.ahead[0]), self.ahead[1]
                 z, fz = self.retreat.back(z, fz, lost, best.nfev)
             z = self._step(z, fz)
 
@@ -161,35 +158,46 @@ class _Run:
         check = confirming or best.nfev >= self.next_check or best.nfev == self.max_evals
         if not (check or self.record):
             return z, fz, _Evaluation(check, confirming, all_rows, None, None)
-        figures = self._measure(z, fz, all_rows)
+        figures = self._measure(z, fz, all_rows, check)
         if check and not all_rows and not np.isfinite(figures.residual[best.active]).all():
             assert self.compaction is not None
             self.compaction.refuse("a row has no finite image")  # which may be due to what f was shown
             fz, spent, all_rows = self.f(z), spent + 1, True
             best.nfev += 1
-            figures = self._measure(z, fz, all_rows)
+            figures = self._measure(z, fz, all_rows, check)
         if first:
             self.tolerance = self.tolerance.started(z, fz, figures)
         residual = best.current(figures.residual)
         best.trace += [residual] * spent if self.record else []
         return z, fz, _Evaluation(check, confirming, all_rows, figures, residual)
 
-    def _measure(self, z: Tensor, fz: Tensor, all_rows: bool) -> Figures:
-        """The figures of all rows. A device does the next step while they come: nearly always it is the right one."""
+    def _measure(self, z: Tensor, fz: Tensor, all_rows: bool, check: bool) -> Figures:
+        """The figures of all rows. While those of a check come, a device makes the next step; nearly all count."""
         best = self.best
         among = True if self.ended is None else best.to_be_repaired if all_rows else best.active
-        wasted = self.stop or best.nfev >= self.max_evals or best.remaining == 0 or not all_rows
-        return self.tolerance.measure(z, fz, among, None if z.is_cpu or wasted else lambda: self._step_ahead(z, fz))
+        if z.is_cpu or not check or self._is_last() or recording(z, fz):
+            return self.tolerance.measure(z, fz, among)
+        return self.tolerance.measure(z, fz, among, lambda: self._step_ahead(z, fz))
+
+    def _is_last(self) -> bool:
+        """Whether the evaluation is known to be the last one before its figures are."""
+        return bool(self.stop) or self.best.nfev >= self.max_evals or self.best.remaining == 0
 
     def _step_ahead(self, z: Tensor, fz: Tensor) -> None:
-        self.ahead = self.solver.step(z, self._with_ended(fz), self.state)
+        """Make the next step. A row that is not finite will end or go back, and then this step is thrown away."""
+        z, fz = (torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in (z, self._with_ended(fz)))
+        try:
+            self.ahead = self.solver.step(z, fz, self.state)
+        except Exception:  # of a step that counts it is raised once more
+            self.ahead = None
 
-    def _reopen_what_moved(self, z: Tensor, figures: Figures, seen: _Evaluation) -> bool:
+    def _reopen_what_moved(self, z: Tensor, seen: _Evaluation) -> bool:
         """Let rows that have ended go on, if f says something else of them than when they ended; whether it did."""
         if self.ended is None or not seen.all_rows:
             return False
+        assert seen.figures is not None
         best = self.best
-        moved = best.moved(figures, at_best=seen.confirming)
+        moved = best.moved(seen.figures, at_best=seen.confirming)
         if not np.count_nonzero(moved):
             return False
         if best.any_unconfirmed:
@@ -208,8 +216,8 @@ class _Run:
             self.ahead = self.solver.step(z, fz, self.state)
         z, self.state = self.ahead
         z = self.retreat.step(z, fz, self.solver)
-        # In place: what the solver made is the loop's, and of what it may share with its state only these rows change.
-        if self.ended is None or not z.is_contiguous() or recording(z):
+        # In place, for what a step returns is the loop's; no step of these rows counts any more.
+        if self.ended is None or not z.is_contiguous() or z.is_inference() or recording(z, self.ended[1]):
             return self._with_ended(z)
         return z.index_copy_(0, *self.ended)
 

@@ -75,7 +75,7 @@ class BestSoFar:
 
     def __init__(self, z: Tensor, rounding: float) -> None:
         rows = len(z)
-        self.z = z  # a reference is enough: the loop never writes to its tensors
+        self.z = z  # a reference is enough: the loop writes to no state that has been evaluated
         self._own = False  # whether self.z was made here and may be written to
         self.residual = np.full(rows, np.inf)
         self.scale = np.full(rows, np.inf)

@@ -276,20 +276,20 @@ def _for_rows(value: float | Array, rows: int) -> Any:
 def to_host(x: Tensor, meanwhile: Meanwhile = None) -> Array:
     """``x`` as float64 on the host, which waits for the device.
 
-    ``meanwhile`` is called before the host waits: what it asks of the device keeps that busy until the host, which then
-    has the numbers, asks for more.
+    ``meanwhile`` is called after the copy has been queued and before the host waits for it. What it queues keeps the
+    device busy while the host reads the numbers.
     """
     x = x.detach() if x.requires_grad else x
     if meanwhile is None:
         return x.cpu().double().numpy()
-    if not x.is_cuda:  # the host waits for what is asked meanwhile, too
+    if not x.is_cuda:  # there is no event: the host also waits for what ``meanwhile`` has queued
         meanwhile()
         return x.cpu().double().numpy()
     numbers = x.to("cpu", non_blocking=True)  # into pinned memory
-    arrived = torch.cuda.current_stream(x.device).record_event()
+    arrived = torch.cuda.current_stream(x.device).record_event()  # before what ``meanwhile`` queues
     meanwhile()
     arrived.synchronize()
-    return numbers.double().numpy()
+    return numbers.to(torch.float64, copy=True).numpy()  # who keeps it does not keep pinned memory
 
 
 def _euclidean(pairs: Sequence[tuple[Tensor, Tensor]], among: Array | bool, meanwhile: Meanwhile) -> list[Array]:
@@ -306,7 +306,7 @@ def _euclidean_on_host(z: Tensor, fz: Tensor, among: Array | bool) -> Array:
         figures = _small_norms(z.numpy(force=True), fz.numpy(force=True))
         return figures if z.dtype == torch.float32 else _repaired(figures, z, fz, _LOW[z.dtype], among)
     norms = torch.stack((_difference_norm(z, fz), row_norm(fz)))
-    return _repaired(to_host(norms), z, fz, _LOW[norms.dtype], among)
+    return _repaired(norms.numpy().astype(np.float64), z, fz, _LOW[norms.dtype], among)
 
 
 def _einsum_vecdot(x: Array, y: Array) -> Array:

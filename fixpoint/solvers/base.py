@@ -48,8 +48,8 @@ class Solver(abc.ABC):
     def step(self, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
         """``(z_next, state)`` from the rows ``z`` and their images ``fz = f(z)``, both ``(rows, dim)``.
 
-        ``z_next`` belongs to the loop, which may write the rows that have ended into it. Where a step was made in vain,
-        the loop makes another one from the same state.
+        ``z_next`` belongs to the loop, which may write the rows that have ended into it. The loop may throw a step away
+        and make another one from the same state.
         """
 
     def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:

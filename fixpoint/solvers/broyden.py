@@ -12,9 +12,10 @@ from fixpoint.solvers.base import Solver, gram_dtype, require_count, require_his
 from fixpoint.solvers.small import TORCH, NumPyArithmetic, Small, arithmetic
 from fixpoint.solvers.states import TORCH_STATES, State, TorchStates, states_for
 
-# The angle between a step s and H dg, of the change of the residual after it, counts as no nearer to a right one than
-# by this cosine: there the next factor would be singular. That factor is then not exactly the secant's.
-_LEAST_COSINE = 0.03
+# Where H dg, of the change of the residual after a step s, is nearly at a right angle to s, the next factor would be
+# singular. So a pivot, which is s . H dg / |s|^2, is at least this share of |H dg| / |s|, or of 1 where that is less.
+# The factor is then off from the secant's by a few percent.
+_LEAST_PIVOT = 0.03
 
 
 class BroydenState(NamedTuple):
@@ -42,8 +43,9 @@ class Broyden(Solver):
     ``I + s_{j+1} s_j^T / |s_j|^2`` of the steps alone, so one state per row is held for each, and applying it takes one
     small triangular system. When ``memory`` steps are held, it starts over from the last one: overwriting the oldest
     leaves factors that were built on one no longer there. A row whose next factor would be singular, or is not finite,
-    starts over too, by itself. Where the host can read it (on the CPU, unless autograd records), a factor is kept from
-    being singular when the residual changes at right angles to the step, as it does where f turns about its solution.
+    starts over too, by itself. Where the host can read it (on the CPU, unless autograd, torch.func or a compiler
+    follows), a factor is kept from being singular when the residual changes at right angles to the step, as it does
+    where f turns about its solution.
 
     Args:
         memory: Number of steps between restarts; one state per row is held for each.
@@ -55,7 +57,7 @@ class Broyden(Solver):
 
     Source: C. G. Broyden, Math. Comp. 19 (1965); the form in steps alone from Kelley, Iterative Methods for Linear and
     Nonlinear Equations (1995), 7.3; that factors must be kept from being singular, J. J. Moré, J. A. Trangenstein,
-    Math. Comp. 30 (1976).
+    Math. Comp. 30 (1976), who do it by another update.
 
     Example:
         >>> import torch, fixpoint
@@ -96,14 +98,13 @@ class Broyden(Solver):
                 use = system[:, :held, :held]
                 factors = xp.solve_triangular(use, products * use.diagonal(0, 1, 2), upper=False, unit=True)
                 pivot = factors[:, -1:] + 1
-                # Elsewhere it would take eight launches at every step.
-                if xp.readable and not xp.absent(abs(pivot) < _LEAST_COSINE):
-                    step = self._applied(states, steps, g, factors, held)
-                    square = xp.take(states.dots(step[:, None], step[:, None]))[:, 0]
-                    # Of s and H dg: their product by |s|^2 is the pivot, so this is |H dg| / |s|.
-                    turned = xp.sqrt(xp.maximum(2 * pivot - 1 - square * use[:, -1:, -1], 0.0))
-                    least = _LEAST_COSINE * xp.minimum(turned, 1.0)
-                    pivot = xp.where(abs(pivot) < least, least, pivot)
+                # Where the host cannot read pivots, this would be eight launches in every step.
+                if xp.readable and not xp.absent(abs(pivot) < _LEAST_PIVOT):
+                    applied = self._applied(states, steps, g, factors, held)
+                    square = xp.take(states.dots(applied[:, None], applied[:, None]))[:, 0]
+                    turned = xp.sqrt(xp.maximum(2 * pivot - 1 - square * use[:, -1:, -1], 0.0))  # |H dg| / |s|
+                    least = _LEAST_PIVOT * xp.minimum(turned, 1.0)
+                    pivot = xp.where(abs(pivot) < least, xp.where(pivot < 0, -least, least), pivot)
                 # Not where a factor is infinite or NaN: those after it are, too.
                 lost = xp.outside(abs(pivot), limits.eps**0.5, limits.max)
                 if not xp.absent(lost):

@@ -30,7 +30,8 @@ _LONG = 0.1
 _NEAR = 1e-8
 # A row starts over when all of these slopes are so many times the one that the solver works with, or as much smaller.
 _UNFIT = 5.0
-# The least share of ``|dx| / |dg|`` that the shorter step of Barzilai and Borwein may be; by _UNFIT it must be a fifth.
+# The least share of ``|dx| / |dg|`` that the shorter step of Barzilai and Borwein may be. It must be more than
+# ``1 / _UNFIT``, or the row starts over at once.
 _LEAST_COSINE = 0.25
 # Evaluations that confirm a solution, where it has to be.
 _CONFIRMING = 2
@@ -239,7 +240,7 @@ def _is_long(x: Tensor, before: Tensor, start: Tensor) -> Tensor:
 def inverse_slopes(dx: Tensor, dg: Tensor) -> tuple[Tensor, Tensor]:
     """Signed inverse slopes ``(rows,)`` along a step: ``|dx| / |dg|``, and the shorter one of Barzilai and Borwein.
 
-    That is no less than a share of the first, for it vanishes where g turns a step by a right angle.
+    The second is at least ``_LEAST_COSINE`` times the first: it would vanish where g turns a step by a right angle.
     """
     length, change = row_norms(dx, 1), row_norms(dg, 1)
     cosine = ((dx / length[:, None]) * (dg / change[:, None])).sum(dim=1)

@@ -145,6 +145,18 @@ class SolverContract(OptionsContract):
             z, state = self.solver.step(z, fz, state)
         assert all(torch.equal(now, before) for now, before in shown), "z, f(z) or an earlier proposal was overwritten"
 
+    def test_what_it_returns_may_be_written_to(self) -> None:
+        f = self._maps(bent=True)
+        expected = list(self._iterates(f, 8))
+        for _ in range(2):
+            z, state = f.z0, self.solver.init(f.z0)
+            for proposal in expected:
+                z, state = self.solver.step(z, f(z), state)
+                assert_close(z[1:], proposal[1:], rtol=1e-9, atol=1e-10)
+                z[0] = f.z0[0]
+        kept = all(torch.equal(a, b) for a, b in zip(expected, self._iterates(f, 8), strict=True))
+        assert kept, "what was written into an earlier proposal comes back: return a tensor that is used nowhere else"
+
     def test_what_it_remembers_travels_in_the_state(self) -> None:
         one, two = self._maps(), self._maps(seed=2)
         alone = list(self._iterates(one, 8)), list(self._iterates(two, 8))
