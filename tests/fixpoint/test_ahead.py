@@ -155,6 +155,21 @@ def test_rows_that_are_seen_to_depend_on_others_go_on_from_what_f_says_of_them_n
         assert torch.equal(z_next, fz)
 
 
+@pytest.mark.parametrize("solver", [Broyden(), Anderson()], ids=repr)
+def test_roots_are_those_that_are_found_without_a_step_ahead(solver):
+    def solve(a, x0):
+        return fixpoint.root(lambda x: x**3 + a * x - 1, x0, solver=solver, rtol=1e-8, backward=None)
+
+    a, x0 = 3 * slopes(5), slopes(5) - 2
+    ahead = on_device(solve, a, x0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Run, "_step_ahead", lambda *_: None)
+        after = on_device(solve, a, x0)
+    assert (ahead[2] == int(Status.CONVERGED)).all()
+    for one, other in zip(ahead[:-1], after[:-1], strict=True):
+        assert torch.equal(one, other)
+
+
 def test_no_step_is_made_where_no_other_evaluation_can_follow():
     steps = []
 
