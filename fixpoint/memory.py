@@ -75,7 +75,7 @@ def estimate_memory(
         >>> import torch, fixpoint
         >>> z0 = torch.empty(64, 2**20, device="meta")
         >>> print(fixpoint.estimate_memory(z0, solver=fixpoint.Picard()))
-        2.0 GiB at most; 6.0 states of 256.0 MiB while f runs
+        2.5 GiB at most; 6.0 states of 256.0 MiB while f runs
     """
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {solver!r}")
