@@ -306,7 +306,7 @@ def _euclidean_on_host(z: Tensor, fz: Tensor, among: Array | bool) -> Array:
         figures = _small_norms(z.numpy(force=True), fz.numpy(force=True))
         return figures if z.dtype == torch.float32 else _repaired(figures, z, fz, _LOW[z.dtype], among)
     norms = torch.stack((_difference_norm(z, fz), row_norm(fz)))
-    return _repaired(norms.numpy().astype(np.float64), z, fz, _LOW[norms.dtype], among)
+    return _repaired(norms.cpu().numpy().astype(np.float64), z, fz, _LOW[norms.dtype], among)
 
 
 def _einsum_vecdot(x: Array, y: Array) -> Array:
