@@ -60,7 +60,8 @@ def root(
         g: Maps a state to a state of the same structure, shapes, dtype and device; must not change its input in place.
         x0: Where to start: what ``fixpoint.solve`` takes as z0, NumPy arrays included. A vector is one system.
         args: A tuple or list of further arguments of g.
-        solver: The update rule. Systems whose Jacobian turns vectors by right angles are solved by ``Broyden`` on the CPU.
+        solver: The update rule. On a device, ``Broyden`` does not solve systems whose Jacobian turns vectors by right
+            angles.
         backward: How gradients are attached to the root that was found: IFT, Phantom or Neumann, say; no rule that goes
             through the forward solve (Unroll, SHINE). Those of IFT do not depend on s.
         rtol, atol: A row is done when ``||g(x)|| <= atol + rtol * slope * ||x||``, where the slope is the smallest that
