@@ -16,6 +16,7 @@ import fixpoint
 from benchmarks.device.common import Part
 from benchmarks.device.graphs import GraphedSteps, backend, capture, on_waiting, profiled, solvers_as_there
 from benchmarks.overhead import CONTESTANTS, PEERS, SIZES, SOLVERS, Map, Size, affine, f_alone, fastest, ours, timed
+from fixpoint.engine.tolerance import to_host
 
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 
@@ -35,6 +36,8 @@ def main(part: Part) -> None:
         warnings.simplefilter("ignore")
         runs = contestants(part.has("torchdeq"))
         f, z0 = affine(CHECKED, part.device, torch.float64)
+        with part.attempt("figures_are_those_before_what_is_queued"):
+            part.add("checks", **figures_are_those_before_what_is_queued(part))
         for name in PEERS:
             solver = SOLVERS[name]
             for check in (steps_never_wait, solve_waits_at_checks):
@@ -98,6 +101,18 @@ def steps_never_wait(part: Part, name: str, solver: fixpoint.Solver, f: Map, z0:
     except RuntimeError as error:
         found = str(error).partition("\n")[0]
     return {"check": f"{name}: {CHECKED.evals} steps never wait", "met": not found, "found": found or "no wait"}
+
+
+def figures_are_those_before_what_is_queued(part: Part) -> dict[str, Any]:
+    """What is read while the device works is what it had before, by way of pinned memory, which is not kept."""
+    x = torch.arange(1000.0, dtype=torch.float64, device=part.device)
+    expected, pinned = x.tolist(), x.to("cpu", non_blocking=True).is_pinned()
+    copy = x.clone()
+    figures = to_host(copy, lambda: copy.add_(1)) if copy.is_cuda else to_host(copy)
+    right, kept = figures.tolist() == expected, torch.from_numpy(figures).is_pinned()
+    met = right and not kept and (pinned or part.device == "cpu")
+    found = f"figures {'right' if right else 'wrong'}, pinned on the way: {pinned}, kept pinned: {kept}"
+    return {"check": "figures are those before what is queued", "met": met, "found": found}
 
 
 def solve_waits_at_checks(part: Part, name: str, solver: fixpoint.Solver, f: Map, z0: Tensor) -> dict[str, Any]:

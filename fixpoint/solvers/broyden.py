@@ -98,7 +98,7 @@ class Broyden(Solver):
                 use = system[:, :held, :held]
                 factors = xp.solve_triangular(use, products * use.diagonal(0, 1, 2), upper=False, unit=True)
                 pivot = factors[:, -1:] + 1
-                # Where the host cannot read pivots, this would be eight launches in every step.
+                # Where the host cannot read pivots, this would have to be done in every step.
                 if xp.readable and not xp.absent(abs(pivot) < _LEAST_PIVOT):
                     applied = self._applied(states, steps, g, factors, held)
                     square = xp.take(states.dots(applied[:, None], applied[:, None]))[:, 0]

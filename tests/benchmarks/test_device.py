@@ -78,7 +78,7 @@ def test_the_device_is_compared_in_every_dtype_and_tests_run_there(documents: di
 
 def test_overhead_has_checks_times_and_counts(documents: dict[str, Any]) -> None:
     document = documents["overhead"]
-    assert len(document["checks"]) == 3 * len(PEERS) + len(overhead.SHORT)
+    assert len(document["checks"]) == 1 + 3 * len(PEERS) + len(overhead.SHORT)
     assert all(check["met"] for check in document["checks"])
     finite(document["times"], "rows", "dim", "milliseconds")
     steps = {f"{name} step, {how}" for name in overhead.SHORT for how in ("plain", "graphed", "float64, compiled")}
