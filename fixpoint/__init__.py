@@ -22,6 +22,7 @@ from fixpoint.progress import ProgressBar
 from fixpoint.root import root
 from fixpoint.solution import Progress, Solution
 from fixpoint.solve import solve
+from fixpoint.solvers.acx import ACX
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.blockwise import Blockwise
@@ -33,6 +34,7 @@ from fixpoint.training import correction_loss, jacobian_penalty, spectral_radius
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACX",
     "GMRES",
     "IFT",
     "JFB",

@@ -15,6 +15,7 @@ SOLVERS: Mapping[str, str] = {
     "picard": "fixpoint.solvers.picard:Picard",
     "anderson": "fixpoint.solvers.anderson:Anderson",
     "broyden": "fixpoint.solvers.broyden:Broyden",
+    "acx": "fixpoint.solvers.acx:ACX",
     "causal": "fixpoint.chains.causal:CausalQuasiNewton",
 }
 # The options of what this distribution registers, for a typo to be refused at once. A test holds them to signatures.
@@ -31,6 +32,7 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "picard": ("damping", "blocks"),
         "anderson": ("memory", "damping", "ridge", "history_dtype", "blocks"),
         "broyden": ("memory", "history_dtype", "blocks"),
+        "acx": ("blocks",),
         "causal": ("memory", "window", "max_rows", "certify", "noise_rtol", "blocks"),
     },
 }

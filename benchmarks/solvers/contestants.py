@@ -56,6 +56,7 @@ OURS = (
     Runner("Anderson m=100", "fixpoint", _fixpoint(fixpoint.Anderson(memory=100))),
     Runner("Broyden", "fixpoint", _fixpoint(fixpoint.Broyden())),
     Runner("Broyden m=100", "fixpoint", _fixpoint(fixpoint.Broyden(memory=100))),
+    Runner("ACX", "fixpoint", _fixpoint(fixpoint.ACX())),
 )
 
 TORCHDEQ = (

@@ -136,6 +136,13 @@ class TorchStates:
         """
         return torch.addcmul(x, weight, y, value=-1, out=None if recording(x, weight, y) else y)
 
+    def plus(self, x: State, weight: State, y: State, *, into: State) -> State:
+        """``x + weight y`` ``(rows, dim)``, with a number or ``(rows, 1)`` as weight; ``into`` may be overwritten."""
+        out = None if recording(x, y, into) else into
+        if isinstance(weight, Tensor):
+            return torch.addcmul(x, weight, y, out=out)
+        return torch.add(x, y, alpha=weight, out=out)
+
     def sum(self, x: State, y: State) -> State:
         """``x + y``, in the memory of ``x`` unless autograd records."""
         return x + y if recording(x, y) else x.add_(y)
@@ -216,6 +223,9 @@ class NumPyStates(TorchStates):
 
     def minus(self, x: State, weight: State, y: State) -> State:
         return x - weight * y
+
+    def plus(self, x: State, weight: State, y: State, *, into: State) -> State:
+        return x + weight * y
 
     def sum(self, x: State, y: State) -> State:
         return np.add(x, y, out=x)

@@ -129,6 +129,7 @@ def cell_class() -> type[TanhCell]:
 SOLVERS = (
     fixpoint.Picard(),
     fixpoint.Picard(damping=0.75),
+    fixpoint.ACX(),
     fixpoint.Anderson(),
     fixpoint.Anderson(memory=2, damping=0.75),
     fixpoint.Anderson(memory=20, ridge=0.0),

@@ -21,6 +21,7 @@ from fixpoint.engine.tolerance import Tolerance, to_host
 SOLVERS = [
     Picard(),
     Picard(damping=0.5),
+    fixpoint.ACX(),
     Anderson(),
     Anderson(memory=2, damping=0.7),
     Broyden(memory=3),

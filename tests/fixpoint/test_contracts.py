@@ -44,6 +44,11 @@ class TestDampedPicard(SolverContract):
     compiles = True
 
 
+class TestACX(SolverContract):
+    solver = fixpoint.ACX()
+    compiles = True
+
+
 class TestAnderson(SolverContract):
     solver = fixpoint.Anderson()
     compiles = True

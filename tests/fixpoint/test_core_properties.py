@@ -10,10 +10,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import fixpoint
-from fixpoint import Anderson, Blockwise, Broyden, Picard, Status
+from fixpoint import ACX, Anderson, Blockwise, Broyden, Picard, Status
 
 SOLVERS = st.one_of(
     st.builds(Picard, damping=st.sampled_from([1.0, 0.9, 0.5])),
+    st.just(ACX()),
     st.builds(Anderson, memory=st.integers(1, 8), damping=st.sampled_from([1.0, 0.8])),
     st.builds(Broyden, memory=st.integers(1, 10)),
     st.builds(Blockwise, solver=st.sampled_from([Picard(), Anderson(memory=2)]), blocks=st.just(2)),

@@ -14,6 +14,7 @@ import fixpoint
 
 SOLVERS = (
     fixpoint.Picard(),
+    fixpoint.ACX(),
     fixpoint.Anderson(),
     fixpoint.Anderson(memory=3, damping=0.5),
     fixpoint.Anderson(memory=12),
