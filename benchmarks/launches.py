@@ -8,14 +8,20 @@ operation and counts it. So everything runs as it would on a GPU, branches inclu
 *Array calls* are operations that torch dispatches. *Launches* are those that must start work on the device: views and
 allocations start none; a library call counts as one, however many kernels it has. *Waits* are operations for which the
 host waits until the device is done: a copy to the host, a number that is read, a shape that depends on values, an
-error that is looked for, a copy from the host that is not asynchronous. Says which targets are met, and writes
-``launches.json`` and ``launches.txt``.
+error that is looked for, a copy from the host that is not asynchronous.
+
+Of ``fixpoint.Compiled`` the kernels and library calls of a step are counted in the code that the compiler writes. It
+writes that for the CPU here, which needs a C++ compiler; for a GPU it may divide the work otherwise.
+
+Says which targets are met, and writes ``launches.json`` and ``launches.txt``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -245,6 +252,30 @@ def step(solver: fixpoint.Solver) -> Counts:
     return total.each(MORE)
 
 
+# A call, in the code that the compiler writes, that starts work.
+_STARTS = re.compile(
+    r"^\s+(?:\w+ = )?(?:extern_kernels\.\w+|\w*fused\w*(?:\.run)?|(?:torch\.ops|aten)\.[\w.]+)\(", re.MULTILINE
+)
+
+
+def starts_of(code: str) -> int:
+    """How many kernels and library calls a compiled graph starts."""
+    return len(_STARTS.findall(code[code.index("def call(") :]))
+
+
+def compiled_step(solver: fixpoint.Solver) -> Counts:
+    """What a compiled step starts, in that of its versions that starts most."""
+    generator = torch.Generator().manual_seed(0)
+    w = 0.98 * torch.rand(ROWS, DIM, generator=generator)
+    c = torch.randn(ROWS, DIM, generator=generator)
+    steps, z, most = fixpoint.Compiled(solver), torch.zeros_like(c), 0
+    state = steps.init(z)
+    for _ in range(START + MORE):
+        (z, state), codes = run_and_get_code(steps.step, z, torch.addcmul(c, w, z), state)
+        most = max(most, *map(starts_of, codes), 0)  # there is code where there was no such version before
+    return Counts(most, most, 0)
+
+
 def loop(check_every: int) -> Counts:
     """One evaluation of the loop beyond f and the step; Picard's step is f(z) itself."""
 
@@ -367,11 +398,20 @@ def measure() -> dict[str, Counts]:
         }
 
 
+@torch.no_grad()
+def measure_compiled() -> dict[str, Counts]:
+    """The same of compiled steps; empty where there is no C++ compiler."""
+    if shutil.which("c++") is None:
+        return {}
+    solvers = {"Anderson": fixpoint.Anderson(), "Broyden": fixpoint.Broyden()}
+    return {f"{name}, a compiled step": compiled_step(solver) for name, solver in solvers.items()}
+
+
 def targets(counts: dict[str, Counts]) -> list[Target]:
     """What a device should be asked for at most."""
     every_check, seldom = counts["the loop, an evaluation"], counts["the loop, an evaluation, check_every=8"]
     rounds = {name: each.waits for name, each in counts.items() if "a round" in name}
-    steps = {name: counts[name].launches for name in ("Anderson, a step", "Broyden, a step")}
+    steps = {name: each.launches for name, each in counts.items() if re.match("(Anderson|Broyden), a .*step", name)}
     gaps = {name: each.launches for name, each in counts.items() if "between" in name}
     return [
         *(
@@ -397,7 +437,8 @@ def table(counts: dict[str, Counts]) -> str:
 
 _LEGEND = (
     "Beyond f, once histories are full. An evaluation of ours is a step and the loop's share; torchdeq's holds both.\n"
-    "waits: times that the host waits for the device."
+    "waits: times that the host waits for the device. A compiled step: kernels and library calls in the code that is\n"
+    "written for a CPU, where there is a compiler; for a GPU the work may be divided otherwise."
 )
 
 
@@ -406,7 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     options = parser.parse_args(arguments)
-    counts = measure()
+    counts = measure() | measure_compiled()
     aims = targets(counts)
     text = f"{table(counts)}\n\n{_LEGEND}\n\n{targets_text(aims)}"
     print(text)

@@ -27,6 +27,7 @@ from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.blockwise import Blockwise
 from fixpoint.solvers.broyden import Broyden
+from fixpoint.solvers.compiled import Compiled
 from fixpoint.solvers.gmres import GMRES
 from fixpoint.solvers.picard import Picard
 from fixpoint.training import correction_loss, jacobian_penalty, spectral_radius
@@ -45,6 +46,7 @@ __all__ = [
     "Broyden",
     "CausalQuasiNewton",
     "Chain",
+    "Compiled",
     "ConvergenceError",
     "ConvergenceWarning",
     "FixedPointLayer",

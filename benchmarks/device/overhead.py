@@ -142,16 +142,16 @@ def solve_waits_at_checks(part: Part, name: str, solver: fixpoint.Solver, f: Map
 
 
 def compiled(part: Part, name: str, solver: fixpoint.Solver, f: Map, z0: Tensor) -> None:
-    """Steps compiled as one graph beside plain ones: what they give, and their time in float64."""
-    torch.compiler.reset()  # versions compiled before would count against the limit
-    step = torch.compile(solver.step, fullgraph=True, backend=backend(part))
-    plain = walk(solver.step, f, z0, solver.init(z0), CHECKED.evals)
-    found = walk(step, f, z0, solver.init(z0), CHECKED.evals)
-    part.add("checks", **_agreement(f"{name}: a compiled step", found, plain))
+    """Compiled steps beside plain ones: what they give, and their time in float64, alone and in whole solves."""
+    steps = fixpoint.Compiled(solver)
     tasks = {"f": timed(f_alone, f, z0, CHECKED.evals)}
-    for how, each in (("plain", solver.step), ("compiled", step)):
-        tasks[f"{name} step, float64, {how}"] = partial(_stepping, each, solver, f, z0, CHECKED.evals)
-    _add_times(part, replace(CHECKED, rounds=sizes_of(part)[0].rounds), tasks, of_f=False)
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend=backend(part))):
+        plain, found = (walk(each.step, f, z0, each.init(z0), CHECKED.evals) for each in (solver, steps))
+        part.add("checks", **_agreement(f"{name}: a compiled step", found, plain))
+        for how, each in (("plain", solver), ("compiled", steps)):
+            tasks[f"{name} step, float64, {how}"] = partial(_stepping, each.step, each, f, z0, CHECKED.evals)
+            tasks[f"{name}, float64, {how}"] = timed(ours(each), f, z0, CHECKED.evals)
+        _add_times(part, replace(CHECKED, rounds=sizes_of(part)[0].rounds), tasks, of_f=False)
 
 
 def graphed_agrees(part: Part, name: str, solver: fixpoint.Solver, f: Map, z0: Tensor) -> dict[str, Any]:

@@ -141,6 +141,15 @@ def outside_dynamo(function: Function) -> Function:
     return cast(Function, disabled)
 
 
+def in_dispatch_mode() -> bool:
+    """Whether something sees each operation that is dispatched, such as a counter of FLOPs.
+
+    What is compiled then is left as it is, and stays so. Without the name the answer is no.
+    """
+    modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    return modes is not None and modes() > 0
+
+
 def is_compiled_itself(x: object) -> bool:
     """Whether x itself came from ``torch.compile``. Without these attributes the answer is no."""
     if isinstance(x, torch.nn.Module):

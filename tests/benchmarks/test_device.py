@@ -82,6 +82,7 @@ def test_overhead_has_checks_times_and_counts(documents: dict[str, Any]) -> None
     assert all(check["met"] for check in document["checks"])
     finite(document["times"], "rows", "dim", "milliseconds")
     steps = {f"{name} step, {how}" for name in overhead.SHORT for how in ("plain", "graphed", "float64, compiled")}
+    steps |= {f"{name}, float64, {how}" for name in overhead.SHORT for how in ("plain", "compiled")}
     assert {row["name"] for row in document["times"]} >= {*SOLVERS, *PEERS.values(), *steps}
     assert {row["name"] for row in document["launches"]} >= {*SOLVERS, *PEERS.values()}
     assert all(row["operations"] > 0 for row in document["launches"])

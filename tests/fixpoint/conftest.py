@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fixpoint
+from fixpoint.solvers import compiled
 
 
 @dataclass(frozen=True)
@@ -220,3 +222,13 @@ def bias() -> Tensor:
 def x() -> Tensor:
     """What a cell of four is fed; a leaf."""
     return make_normal(6, 4).requires_grad_()
+
+
+@pytest.fixture(scope="class")
+def steps_are_traced() -> Iterator[None]:
+    """``Compiled`` traces steps as for a GPU, but runs what was traced as it is: to compile it takes too long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled.torch, "compile", functools.partial(torch.compile, backend="eager"))
+        compiled._compiled_step.cache_clear()
+        yield
+    compiled._compiled_step.cache_clear()

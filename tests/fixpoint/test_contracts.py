@@ -84,6 +84,12 @@ class TestShortGMRES(SolverContract):
     affine_only = True
 
 
+@pytest.mark.usefixtures("steps_are_traced")
+class TestCompiledAnderson(SolverContract):
+    solver = fixpoint.Compiled(fixpoint.Anderson(memory=3))
+    compiles = True
+
+
 class TestBlockwisePicard(SolverContract):
     solver = fixpoint.Blockwise(fixpoint.Picard(), blocks=3)
     compiles = True
