@@ -55,8 +55,8 @@ def bench_command(
     solver: Annotated[
         list[str] | None,
         typer.Option(
-            help="picard, anderson, broyden or causal (for chains), or package.module:Class, or file.py:Class, with "
-            "options as in anderson:memory=10,blocks=50 (blocks: parts of a row with coefficients of their own). "
+            help="picard, anderson, broyden, acx or causal (for chains), or package.module:Class, or file.py:Class, "
+            "with options as in anderson:memory=10,blocks=50 (blocks: parts of a row with coefficients of their own). "
             "Repeat to compare several; without it, a problem that has a study of its own runs that.",
             show_default=False,
         ),

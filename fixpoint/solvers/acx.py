@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fixpoint.solvers.base import Solver, gram_dtype
@@ -36,14 +37,13 @@ class ACX(Solver):
     The jump that ends a cycle uses the differences of its states ``z0, z1 = f(z0), z2 = f(z1) ...``: ``d1 = z1 - z0``,
     ``d2 = z2 - 2 z1 + z0``, and so on. Of three evaluations it goes to ``z0 + 3 s d1 + 3 s^2 d2 + s^3 d3`` with
     ``s = |d3 . d2| / |d3|^2``, of two to ``z0 + 2 s d1 + s^2 d2`` with ``s = |d2 . d1| / |d2|^2``. Each row has an s of
-    its own. Where that is zero or not finite, the row takes a plain step.
+    its own. Where that is zero or out of range, the row takes a plain step.
 
-    It holds two states per row, or four of float16 and bfloat16, and its steps are a few sums. So it is for states so
-    large that no history fits, and for maps that cost less than a step of ``Anderson``. That one takes fewer
-    evaluations, and solves more.
+    It holds two states per row, or four of float16 and bfloat16, and a step is a few sums. It saves memory always, and
+    time where states are large and f is cheap. ``Anderson`` takes fewer evaluations and solves more problems.
 
     Source: N. Lepage-Saucier, "Alternating cyclic extrapolation methods for optimization algorithms",
-    arXiv:2104.04974, with orders 3, 3, 2. The plain steps are this project's own.
+    arXiv:2104.04974, with orders 3, 3, 2. That a row without an s takes a plain step is this project's own.
 
     Example:
         >>> import torch, fixpoint
@@ -69,8 +69,9 @@ class ACX(Solver):
             if len(differences) < length:
                 return fz, ACXState(cycle, differences)
             square, product = (xp.take(states.dots(highest[:, None], x[:, None]))[:, 0] for x in (highest, before[-1]))
-            s = abs(product / xp.where(square > 0, square, 1.0))
-            s = xp.where((s > 0) & (s < math.inf), s, 1.0)  # with 1, the jump below is the plain step
+            measured = (square > torch.finfo(wide).tiny) & (square < math.inf)
+            s = abs(product / xp.where(measured, square, 1.0))  # a gradient needs a quotient that is finite everywhere
+            s = xp.where(measured & (s > 0), s, 1.0)  # with 1, the jump below is the plain step
             jump = here
             for order in range(length, 0, -1):
                 # The differences are those of the cycle's first state, and lead from there to the last one, too.

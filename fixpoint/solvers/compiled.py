@@ -1,12 +1,13 @@
-"""A solver whose steps are compiled: on a GPU, few launches in place of many."""
+"""A solver whose steps are compiled, for a device where starting its many short kernels takes longer than they run."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,31 +17,34 @@ from fixpoint.engine.layout import Layout, map_leaves
 from fixpoint.engine.private import in_dispatch_mode
 from fixpoint.engine.transforms import recording
 from fixpoint.solvers.base import Solver
+from fixpoint.solvers.gmres import GMRES
 
+# That a function may have, where torch lets its callers say so. Equal sizes make few of them, nothing makes so many.
+_VERSIONS = 64
 _Step = Callable[[Solver, Tensor, Tensor, Any], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
 class Compiled(Solver):
-    """Let ``torch.compile`` fuse the steps of ``solver``, so that a GPU starts fewer kernels for each.
+    """The steps of ``solver`` through ``torch.compile``, which joins many short kernels to few.
 
-    This is for a GPU, and for states so small that starting the kernels of a step takes longer than their work. On the
-    CPU, steps on small states are NumPy's already, and nothing is gained. Results are those of ``solver`` but for
-    rounding.
+    It is meant for small states on a GPU; it has not been run on one yet. On the CPU, steps on small states are NumPy's
+    otherwise. Results are those of ``solver`` but for rounding. Where autograd or torch.func follows a step, as under
+    ``Unroll``, the plain step is taken, and so it is where a dispatch mode looks on.
 
-    The first solve takes longer, by up to a minute: ``Anderson`` has a version for its first step, one for the second
-    and one for all others; ``Broyden`` has six. They serve all later solves by an equal solver, with any number of rows
-    but one, which has versions of its own, and of any length; another dtype or device needs others. Where autograd or
-    torch.func follows a step, as under ``Unroll``, the plain step is taken.
+    The first solve also compiles, which takes long: ``Anderson`` has a version for the first step, one for the second
+    and one for all others; ``Broyden`` has five or six and ``ACX`` eight. They serve the later solves by an equal
+    solver, with states of other sizes too. Other versions are made for another dtype or device, in inference mode, for
+    a single row or entry, and where sizes happen to be equal, such as the number of rows and the length of one.
 
     Args:
-        solver: ``Anderson()``, ``Broyden()``, ``ACX()`` or a solver of yours whose steps are of few kinds. Those of
-            ``GMRES`` differ with the size of its basis: torch soon gives up on them, says so, and runs them as they
-            are.
+        solver: ``Anderson()``, ``Broyden()``, ``ACX()``, or a solver of yours whose steps are of few kinds.
 
     Raises:
-        TypeError: If ``solver`` is no solver or cannot be hashed; in the solve, if it has a loop of its own, as
-            ``CausalQuasiNewton`` has.
+        TypeError: If ``solver`` is no solver, cannot be hashed, or is ``GMRES``, whose steps are of as many kinds as
+            its basis has sizes; in the solve, if it has a loop of its own, as ``CausalQuasiNewton`` has.
+        RuntimeError: In the solve, from torch, without what it compiles with: on a CPU a compiler for C++, on a GPU
+            Triton.
 
     Example:
         >>> import torch, fixpoint
@@ -53,7 +57,12 @@ class Compiled(Solver):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {self.solver!r}")
-        hash(self.solver)  # its compiled steps are found by it
+        if isinstance(self.solver, GMRES):
+            raise TypeError(f"Compiled needs a solver whose steps are of few kinds, found {self.solver!r}")
+        try:
+            hash(self.solver)  # its compiled steps are found by it
+        except TypeError as error:
+            raise TypeError(f"solver must be hashable, as a frozen dataclass is, found {self.solver!r}") from error
 
     def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
         """f itself, and the bound solver, compiled."""
@@ -70,9 +79,9 @@ class Compiled(Solver):
         # Within a graph of the caller's a step is part of that; without data there is nothing to run.
         if torch.compiler.is_compiling() or z.is_meta or in_dispatch_mode() or recording(z, fz):
             return self.solver.step(z, fz, state)
-        # Of one layout, and no views (``data``), for the compiler makes versions for other kinds of tensors, too.
-        z, fz = (x.data.contiguous() for x in (z, fz))
-        kind = len(z) == 1, torch.is_inference_mode_enabled(), z.dtype, z.device
+        # With the usual strides, also of one row, and no views (``data``): for others there would be versions.
+        z, fz = (x.contiguous().view(-1).view(x.shape).data for x in (z, fz))
+        kind = z.shape[0] == 1, z.shape[1] == 1, torch.is_inference_mode_enabled(), z.dtype, z.device
         with torch.no_grad():
             return _compiled_step(self.solver, kind)(self.solver, z, fz, state)
 
@@ -90,12 +99,15 @@ class Compiled(Solver):
 
 @functools.cache
 def _compiled_step(solver: Solver, kind: object) -> _Step:
-    """A step for states of a kind, of any size. A single row is a kind, for torch.compile takes it for one.
+    """A step for states of one kind. A size of 1 is a kind of its own, for torch.compile takes it for one.
 
-    It counts versions by code object and gives up after a few, so each of these functions gets a copy of the code.
+    It counts versions by code object, and gives up after a few. So each of these functions gets a copy of the code, and
+    may have more versions, where torch can be told so.
     """
     step = FunctionType(_step.__code__.replace(), globals())
-    return torch.compile(step, dynamic=True)
+    may_have_more = "recompile_limit" in inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"recompile_limit": _VERSIONS} if may_have_more else {}
+    return cast(_Step, torch.compile(step, dynamic=True, **options))
 
 
 def _step(solver: Solver, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -227,7 +227,10 @@ def x() -> Tensor:
 @pytest.fixture(scope="class")
 def steps_are_traced() -> Iterator[None]:
     """``Compiled`` traces steps as for a GPU, but runs what was traced as it is: to compile it takes too long."""
-    with pytest.MonkeyPatch.context() as patch:
+    from torch._dynamo import config  # takes seconds
+
+    # A step that torch gives up on would be taken uncompiled, and nothing would show it.
+    with pytest.MonkeyPatch.context() as patch, config.patch(fail_on_recompile_limit_hit=True):
         patch.setattr(compiled.torch, "compile", functools.partial(torch.compile, backend="eager"))
         compiled._compiled_step.cache_clear()
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -71,16 +72,54 @@ def turning(z):
         (lambda z: z + 1, [[0.0, 0.0]]),  # the highest difference is zero
         (turning, [[0.0, 0.0]]),  # it is at right angles to the lower one
         (lambda z: 0.9 * z, [[1e160, 1e160]]),  # its square is not finite
+        (lambda z: 0.9 * z, [[1e-155, 1e-155]]),  # its square has lost its digits
     ],
-    ids=["a translation", "right angles", "out of range"],
+    ids=["a translation", "right angles", "too large", "too small"],
 )
 def test_without_an_s_a_cycle_ends_with_a_plain_step(f, z0):
     z = torch.tensor(z0, dtype=D)
     state = ACX().init(z)
-    for _ in range(3):
-        fz = f(z)
-        z, state = ACX().step(z, fz, state)
-        torch.testing.assert_close(z, fz)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            fz = f(z)
+            z, state = ACX().step(z, fz, state)
+            torch.testing.assert_close(z, fz, rtol=1e-12, atol=0)
+
+
+def test_gradients_are_finite_where_there_is_no_s():
+    x = torch.tensor([[1e-18, 1.0], [1.0, 1.0], [1e22, 1e22], [0.0, 0.0]]).requires_grad_()
+    rate = torch.tensor([[0.5, 0.3], [1.0, 1.0], [0.5, 0.3], [0.5, 0.3]])
+    solution = fixpoint.solve(
+        lambda z, x: rate * z + x, torch.zeros(4, 2), (x,), solver=ACX(), depth=8, backward=fixpoint.Unroll()
+    )
+    solution.value.sum().backward()
+    assert torch.isfinite(x.grad).all()
+    torch.testing.assert_close(x.grad[1], torch.full((2,), 8.0))  # a translation, eight times
+
+
+def test_autograd_may_begin_in_the_middle_of_a_cycle():
+    _, f = bent(5)
+    z = torch.randn(2, 4, dtype=D, generator=torch.Generator().manual_seed(0))
+    state = ACX().init(z)
+    _, first = ACX().step(z, f(z), state)
+    z = f(z).requires_grad_()
+    _, second = ACX().step(z, f(z), first)
+    recorded, _ = ACX().step(f(z), f(f(z)), second)
+    plain = z.detach()
+    _, second = ACX().step(plain, f(plain), first)
+    expected, _ = ACX().step(f(plain), f(f(plain)), second)
+    torch.testing.assert_close(recorded.detach(), expected)
+    (grad,) = torch.autograd.grad(recorded.sum(), z)
+    assert torch.isfinite(grad).all()
+
+
+def test_its_memory_is_that_of_picard_and_two_states():
+    z0 = torch.zeros(8, 70_000)
+    one = z0.numel() * z0.element_size()
+    acx, plain = (fixpoint.estimate_memory(z0, solver=solver) for solver in (ACX(), fixpoint.Picard()))
+    assert acx.states == pytest.approx(plain.states + 2, abs=0.1)
+    assert acx.bytes < plain.bytes + 2.1 * one
 
 
 @pytest.mark.parametrize("dim", [50, 70_000])  # NumPy's and torch's
