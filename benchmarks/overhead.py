@@ -199,7 +199,7 @@ def histories(solver: fixpoint.Solver, size: Size) -> list[tuple[float, int]]:
         f, z = affine(size)  # what it holds depends on the problem
         state, counts = solver.init(z), []
         for step in range(steps):
-            held = torch.as_tensor(state.inverse > 0).sum().item() / size.rows
+            held = torch.isfinite(torch.as_tensor(state.lengths)).sum().item() / size.rows
             counts.append((2 * held, 2 * (step > 0)))
             z, state = solver.step(z, f(z), state)
         return counts

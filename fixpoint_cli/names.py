@@ -59,7 +59,7 @@ def check_names(problems: Sequence[str], solvers: Sequence[str]) -> None:
     Example:
         >>> check_names(["linear:rho=0.5"], ["andersen:memory=3"])
         Traceback (most recent call last):
-        LookupError: unknown solver 'andersen'. Did you mean 'anderson'? Legal: anderson, broyden, causal, picard.
+        LookupError: unknown solver 'andersen'. Did you mean 'anderson'? Legal: acx, anderson, broyden, causal, picard.
     """
     known: dict[str, Mapping[str, object]] = {"problem": problem_entries(), "solver": SOLVERS}
     for kind, specs in (("problem", problems), ("solver", solvers)):

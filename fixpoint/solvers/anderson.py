@@ -20,6 +20,8 @@ _SURPRISE = 10.0
 # Where no memory is given, the changes of f may take so many bytes a row, and those of the residual as many, but there
 # is room for so many changes at least and at most.
 _ROW_BYTES, _LEAST, _MOST = 80 * 1024, 5, 20
+# The squared length at a place that holds no change: nothing lies along it.
+_NONE = float("inf")
 # This share of the present |g|^2 is added to the predicted one, which rounding may bring to zero.
 _NEGLIGIBLE = 1e-3
 
@@ -60,30 +62,30 @@ class _Split(NamedTuple):
     outside: Small  # squared length of g outside (rows,)
     cross: Small  # product of the two parts outside (rows,)
     fresh: Small  # squared length of dg outside (rows,)
-    inverse: Small  # one over the squared length of each change that is still held, else zero (rows, count)
+    lengths: Small  # squared length of each change that is still held, else infinity (rows, count)
     needed: Small  # how much of |dg|^2 lies along each change held; zero where it is not needed (rows, count)
 
     @classmethod
-    def of(cls, xp: NumPyArithmetic, coordinates: Small, squares: Small, inverse: Small, *, sparing: bool) -> _Split:
+    def of(cls, xp: NumPyArithmetic, coordinates: Small, squares: Small, lengths: Small, *, sparing: bool) -> _Split:
         """From what is held and what was measured. If too little of dg is outside, the change it repeats most goes.
 
         Args:
             sparing: Whether a change counts as needed only if dg has more than next to nothing of it.
             coordinates: Products of g and of dg with the changes held ``(rows, 2, count)``.
             squares: Products of g and dg with each other ``(rows, 2, 2)``.
-            inverse: One over the squared length of each change held; zero where none is.
+            lengths: Squared length of each change held; infinity where none is.
         """
         nothing = _NEW_SHARE**2 * squares[:, 1, 1]
-        along = coordinates * inverse[:, None]
+        along = coordinates / lengths[:, None]  # the derivative of a reciprocal would leave the range of small states
         rest = xp.less(squares, along, coordinates)
         shares = along[:, 1] * coordinates[:, 1]
         independent = rest[:, 1, 1] >= nothing
         if not xp.holds(independent):
             kept = independent[:, None] | (shares < xp.amax(shares, 1)[:, None])
-            inverse, along, shares = inverse * kept, along * kept[:, None], shares * kept
+            lengths, along, shares = xp.where(kept, lengths, _NONE), along * kept[:, None], shares * kept
             rest = xp.less(squares, along, coordinates)
         needed = shares * (shares > nothing[:, None]) if sparing else shares
-        return cls(along, rest[:, 0, 0], rest[:, 0, 1], rest[:, 1, 1], inverse, needed)
+        return cls(along, rest[:, 0, 0], rest[:, 0, 1], rest[:, 1, 1], lengths, needed)
 
 
 class AndersonState(NamedTuple):
@@ -94,7 +96,7 @@ class AndersonState(NamedTuple):
             ``memory``, at a place that each row has free: a step writes where its state does not read, so a state can
             be stepped from again.
         images: The changes of f that belong to them ``(rows, count, dim)``.
-        inverse: One over the squared length of each change of the residual; zero where none is held ``(rows, count)``.
+        lengths: Squared length of each change of the residual; infinity where none is held ``(rows, count)``.
         rows: Numbers of the rows.
         free: The place of each row that is free ``(rows,)``.
         newest: The place of its newest change ``(rows,)``.
@@ -106,7 +108,7 @@ class AndersonState(NamedTuple):
 
     changes: State
     images: State
-    inverse: Small
+    lengths: Small
     rows: Small
     free: Small
     newest: Small
@@ -180,21 +182,21 @@ class Anderson(Solver):
         changes, images = (torch.zeros(rows, count, dim, dtype=kept, device=z.device) for _ in range(2))
         xp = arithmetic(changes)
         # Where the host can read them, there are as many numbers a row as changes so far: a step reads no empty place.
-        inverse = torch.zeros(rows, 1 if xp.readable else count, dtype=gram_dtype(z), device=z.device)
+        lengths = torch.full((rows, 1 if xp.readable else count), _NONE, dtype=gram_dtype(z), device=z.device)
         numbers = torch.arange(rows, device=z.device)
         nothing = xp.take(torch.zeros_like(numbers))
-        return AndersonState(changes, images, xp.take(inverse), xp.take(numbers), nothing, nothing)
+        return AndersonState(changes, images, xp.take(lengths), xp.take(numbers), nothing, nothing)
 
     def step(self, z: Tensor, fz: Tensor, state: AndersonState) -> tuple[Tensor, AndersonState]:
         dtype, wide = fz.dtype, gram_dtype(fz)
         if dtype != wide:
             z, fz = z.to(wide), fz.to(wide)
-        xp = arithmetic(z, fz, kept=state.inverse)
+        xp = arithmetic(z, fz, kept=state.lengths)
         states = states_for(xp, fz, self.history_dtype or dtype)
         now, image, tiny = states.take(z), states.take(fz), torch.finfo(wide).tiny
         changes, images = states.take(state.changes), states.take(state.images)
         places = changes.shape[1]
-        inverse, rows, free = xp.whole(xp.own(state.inverse), places), xp.own(state.rows), xp.own(state.free)
+        lengths, rows, free = xp.whole(xp.own(state.lengths), places), xp.own(state.rows), xp.own(state.free)
         with xp.quiet():
             if state.fz is None:
                 g = image - now
@@ -206,15 +208,15 @@ class Anderson(Solver):
             before = states.take(state.fz)
             both = states.differences(now, image, states.take(state.z), before)
             g, change = both[:, :1], both[:, 1:]
-            held, held_images = (states.among(x, 0, inverse.shape[1]) for x in (changes, images))
+            held, held_images = (states.among(x, 0, lengths.shape[1]) for x in (changes, images))
             coordinates, squares = xp.take(states.dots(both, held)), xp.take(states.dots(both, both))
-            along, outside, cross, fresh, inverse, needed = _Split.of(
-                xp, coordinates, squares, inverse, sparing=self.memory is None
+            along, outside, cross, fresh, lengths, needed = _Split.of(
+                xp, coordinates, squares, lengths, sparing=self.memory is None
             )
             square = xp.detach(squares[:, 0, 0])
             # Where nothing has changed, its gradient is finite all the same.
-            unit = xp.reciprocal(fresh + (fresh <= tiny))
-            newest = cross * unit
+            length = fresh + (fresh <= tiny)
+            newest = cross / length
             guard = state.guard or _Guard.start(xp, xp.own(state.first), square)
             if not xp.readable:
                 guard = _Guard(*map(xp.own, guard))  # the step before may have kept arrays
@@ -239,9 +241,9 @@ class Anderson(Solver):
                 step = step - rest
             good = good & (xp.detach(xp.take(states.dots(step, g)))[:, 0, 0] >= 0)
             z_next = states.sum(step[:, 0], now)
-            inverse = xp.put(xp.copy(inverse), rows, free, unit)
+            lengths = xp.put(xp.copy(lengths), rows, free, length)
             if not xp.holds(good):
-                inverse = inverse * good[:, None]
+                lengths = xp.where(good[:, None], lengths, _NONE)
                 z_next = states.where(good, z_next, image)
                 guard = guard.where(good)
             # A place for the next change: an empty one, or that of one that is not needed; where all are, of the least
@@ -249,15 +251,15 @@ class Anderson(Solver):
             # fewer evaluations than always dropping the older one.
             needed = xp.put(needed, rows, free, float("inf"))
             needed = xp.put(needed, rows, xp.own(state.newest), float("inf"))
-            inverse, place = xp.least_needed(inverse, needed, rows, places)
-            inverse = xp.put(inverse, rows, place, 0.0)
+            lengths, place = xp.least_needed(lengths, needed, rows, places)
+            lengths = xp.put(lengths, rows, place, _NONE)
         z_next = states.tensor(z_next)
-        return z_next.to(dtype), AndersonState(changes, images, inverse, rows, place, free, now, image, None, guard)
+        return z_next.to(dtype), AndersonState(changes, images, lengths, rows, place, free, now, image, None, guard)
 
     def forget(self, state: AndersonState, rows: Tensor) -> AndersonState:
-        xp = arithmetic(kept=state.inverse)
+        xp = arithmetic(kept=state.lengths)
         forgotten = xp.take(rows)
         guard = state.guard
         if guard is not None:  # nothing is as small as this: the next step is plain, for it finds a change of the map
             guard = guard._replace(bound=xp.where(forgotten, -1.0, guard.bound))
-        return state._replace(inverse=xp.where(forgotten[:, None], 0.0, state.inverse), guard=guard)
+        return state._replace(lengths=xp.where(forgotten[:, None], _NONE, state.lengths), guard=guard)

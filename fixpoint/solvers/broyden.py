@@ -155,7 +155,8 @@ class Broyden(Solver):
         # Place 1 first: where autograd records it, nothing is written any more to the last step, which it has saved.
         steps = states.put(steps, 1, (step + change) * states.like(-scale[:, None], g))
         steps = states.put(steps, 0, step)
-        inverse = xp.put_where(lost, 0.0, -1 / xp.put_where(lost, 1.0, square))
+        # In the precision of the system: the derivative of a reciprocal leaves the range of float32 before that does.
+        inverse = xp.put_where(lost, 0.0, -1 / xp.put_where(lost, 1.0, xp.like(square, system)))
         system = xp.put_row(xp.writable(xp.zeros_like(system), inverse), 0, inverse[:, None])
         return BroydenState(steps, system, 2, state.g)
 

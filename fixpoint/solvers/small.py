@@ -95,7 +95,8 @@ class NumPyArithmetic:
     def least_needed(self, x: Small, needed: Small, rows: Small, most: int) -> tuple[Small, Small]:
         """``x`` ``(rows, n)``, and where each row of ``needed`` ``(rows, n)`` is least; where it is NaN, if it is.
 
-        Where all are above zero, that is a new place as long as ``n < most``: then ``x`` has a zero more in each row.
+        Where all are above zero, that is a new place as long as ``n < most``: then each row of ``x`` has an infinity
+        more.
         """
         place = needed.argmin(1)
         if x.shape[1] == most:
@@ -104,10 +105,10 @@ class NumPyArithmetic:
         if not np.count_nonzero(full):
             return x, place
         place = np.where(full, x.shape[1], place)
-        return np.concatenate((x, np.zeros((len(x), 1), x.dtype)), 1), place
+        return np.concatenate((x, np.full((len(x), 1), np.inf, x.dtype)), 1), place
 
     def whole(self, x: Small, most: int) -> Small:
-        """``x`` ``(rows, n)`` with all the places that there ever are, where shapes must stay what they are."""
+        """``x`` ``(rows, n)`` with all the places that there ever are, where shapes must not change; new: infinity."""
         return x
 
     def writable(self, x: Small, value: Small) -> Small:
@@ -182,7 +183,7 @@ class TorchArithmetic(NumPyArithmetic):
         return x, needed.argmin(1)  # all places are there, since ``whole``
 
     def whole(self, x: Small, most: int) -> Small:
-        return x if x.shape[1] == most else torch.nn.functional.pad(x, (0, most - x.shape[1]))
+        return x if x.shape[1] == most else torch.nn.functional.pad(x, (0, most - x.shape[1]), value=float("inf"))
 
     def put_row(self, x: Small, place: int, value: Small) -> Small:
         x.select(1, place)[:, : value.shape[1]].copy_(value)  # an index in brackets is compiled again for each place

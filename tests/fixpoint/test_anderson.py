@@ -204,7 +204,8 @@ def test_a_row_that_leaves_a_repelling_point_forgets_and_the_others_do_not():
         for _ in range(8):
             fz = torch.tanh(rate[rows] * z)
             z, state = solver.step(z, fz, state)
-            found.append((z, (z - fz).abs().amax(dim=1) == 0, torch.as_tensor(state.inverse > 0).sum(dim=1)))
+            held = torch.isfinite(torch.as_tensor(state.lengths)).sum(dim=1)
+            found.append((z, (z - fz).abs().amax(dim=1) == 0, held))
         return [torch.stack(each) for each in zip(*found, strict=True)]
 
     z, plain, held = iterates([0, 1], start)
@@ -347,13 +348,13 @@ def test_a_place_is_taken_again_once_it_is_not_needed_or_the_memory_is_full(monk
     state, held = solver.init(z), []
     for step in range(14):
         fz = torch.einsum("rij,rj->ri", A, z) + b
-        before, inverse = state, torch.as_tensor(state.inverse).clone()
-        changes = torch.as_tensor(state.changes).clone()[:, : inverse.shape[1]]
+        before, lengths = state, torch.as_tensor(state.lengths).clone()
+        changes = torch.as_tensor(state.changes).clone()[:, : lengths.shape[1]]
         z_next, state = solver.step(z, fz, state)
         if step > 1:
             change = fz - z - (torch.as_tensor(before.fz) - torch.as_tensor(before.z))
             share = (
-                torch.einsum("rnd,rd->rn", changes, change).square() * inverse / change.square().sum(1, keepdim=True)
+                torch.einsum("rnd,rd->rn", changes, change).square() / lengths / change.square().sum(1, keepdim=True)
             )
             for row in (0, 1):
                 needed = {int(place) for place in torch.nonzero(share[row] > 1e-4 * sparing)}
@@ -365,7 +366,7 @@ def test_a_place_is_taken_again_once_it_is_not_needed_or_the_memory_is_full(monk
                     rest[[int(before.free[row]), int(before.newest[row])]] = torch.inf
                     assert place == int(rest.argmin()), "the least needed"
                 assert place == min({*range(5)} - needed)
-        held.append((torch.as_tensor(state.inverse) > 0).sum(dim=1).tolist())
+        held.append(torch.isfinite(torch.as_tensor(state.lengths)).sum(dim=1).tolist())
         z = z_next
     most_rotating, most_symmetric = (max(each) for each in zip(*held, strict=True))
     assert (most_rotating, most_symmetric < 4) == (4, sparing)
@@ -376,13 +377,13 @@ def test_a_change_that_the_others_nearly_hold_replaces_the_one_that_it_repeats_m
     changes = np.array([[[1.0, 2.0, 3.0, 4.0], [0.3, 0.9, 1e-3, 0.0]]])  # g and dg
     coordinates, squares = changes @ held.swapaxes(1, 2), changes @ changes.swapaxes(1, 2)
     split = _Split.of(NUMPY, coordinates, squares, np.ones((1, 2)), sparing=True)
-    assert (split.inverse.tolist(), split.needed.tolist()) == ([[1, 0]], [[pytest.approx(0.09), 0]])
+    assert (split.lengths.tolist(), split.needed.tolist()) == ([[1, np.inf]], [[pytest.approx(0.09), 0]])
     np.testing.assert_allclose(split.along, [[[1, 0], [0.3, 0]]])
     g, dg = (changes * [0, 1, 1, 1])[0]
     np.testing.assert_allclose([split.outside[0], split.cross[0], split.fresh[0]], [g @ g, g @ dg, dg @ dg])
     changes[0, 1, 3] = 0.1
     squares = changes @ changes.swapaxes(1, 2)
-    assert _Split.of(NUMPY, coordinates, squares, np.ones((1, 2)), sparing=True).inverse.tolist() == [[1, 1]], (
+    assert _Split.of(NUMPY, coordinates, squares, np.ones((1, 2)), sparing=True).lengths.tolist() == [[1, 1]], (
         "enough is new"
     )
 

@@ -270,4 +270,4 @@ def test_compiled_for_this_machine_it_solves_the_same():
 def test_numbers_are_tensors_from_the_start():
     # The compiler takes an array for a tensor of another kind.
     state = Compiled(Anderson()).init(torch.zeros(2, 3))
-    assert isinstance(state.inverse, torch.Tensor)
+    assert isinstance(state.lengths, torch.Tensor)

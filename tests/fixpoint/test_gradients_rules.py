@@ -16,6 +16,7 @@ from fixpoint import (
     IFT,
     JFB,
     SHINE,
+    Anderson,
     Broyden,
     MultiStepJFB,
     Neumann,
@@ -201,6 +202,25 @@ def test_rows_with_a_bad_inverse_keep_the_gradient_of_jfb(linear_problem):
     (sound,) = torch.autograd.grad(fixpoint.solve(f, z0, **{**options, "solver": Broyden(memory=40)}).value, b, v)
     torch.testing.assert_close(found[0], sound[0])
     assert not torch.allclose(found[0], v[0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-6, 1e-8, 1e-10])
+@pytest.mark.parametrize(
+    "solver", [Anderson(), Anderson(memory=2, damping=0.7), Broyden(), Broyden(memory=3), fixpoint.ACX()], ids=repr
+)
+def test_unrolled_gradients_are_right_at_small_states_and_beyond_their_rounding(solver, scale):
+    # Changes of a state of 1e-6 have squares of 1e-25, whose inverse is in the range of float32; its square is not.
+    rate = torch.tensor([0.5, 0.3, 0.1])
+    for depth in (5, 12, 40):
+        x = torch.full((2, 3), scale).requires_grad_()
+        z0 = torch.tensor([[0.0], [1.0]]).expand(2, 3)
+        value = fixpoint.solve(
+            lambda z, x: rate * torch.sin(z) + x, z0, (x,), solver=solver, depth=depth, backward=Unroll()
+        ).value
+        value.sum().backward()
+        assert torch.isfinite(x.grad).all()
+        if depth == 40:
+            torch.testing.assert_close(x.grad, 1 / (1 - rate * torch.cos(value.detach())), rtol=1e-4, atol=1e-4)
 
 
 def test_shine_wants_broyden(linear_problem):
