@@ -79,10 +79,11 @@ class _Split(NamedTuple):
         along = coordinates / lengths[:, None]  # the derivative of a reciprocal would leave the range of small states
         rest = xp.less(squares, along, coordinates)
         shares = along[:, 1] * coordinates[:, 1]
-        independent = rest[:, 1, 1] >= nothing
-        if not xp.holds(independent):
-            kept = independent[:, None] | (shares < xp.amax(shares, 1)[:, None])
-            lengths, along, shares = xp.where(kept, lengths, _NONE), along * kept[:, None], shares * kept
+        dependent = rest[:, 1, 1] < nothing
+        if not xp.absent(dependent):
+            lost = dependent[:, None] & (shares >= xp.amax(shares, 1)[:, None])
+            lengths, shares = xp.put_where(lost, _NONE, lengths), xp.put_where(lost, 0.0, shares)
+            along = xp.put_where(lost[:, None], 0.0, along)
             rest = xp.less(squares, along, coordinates)
         needed = shares * (shares > nothing[:, None]) if sparing else shares
         return cls(along, rest[:, 0, 0], rest[:, 0, 1], rest[:, 1, 1], lengths, needed)
