@@ -19,7 +19,8 @@ from fixpoint.engine.transforms import recording
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.gmres import GMRES
 
-# That a function may have, where torch lets its callers say so. Equal sizes make few of them, nothing makes so many.
+# The most versions that torch may make of a step, where it can be told: its own limit is 8, and sizes that happen to be
+# equal may double the usual number.
 _VERSIONS = 64
 _Step = Callable[[Solver, Tensor, Tensor, Any], tuple[Tensor, Any]]
 
@@ -28,9 +29,9 @@ _Step = Callable[[Solver, Tensor, Tensor, Any], tuple[Tensor, Any]]
 class Compiled(Solver):
     """The steps of ``solver`` through ``torch.compile``, which joins many short kernels to few.
 
-    It is meant for small states on a GPU; it has not been run on one yet. On the CPU, steps on small states are NumPy's
-    otherwise. Results are those of ``solver`` but for rounding. Where autograd or torch.func follows a step, as under
-    ``Unroll``, the plain step is taken, and so it is where a dispatch mode looks on.
+    It is meant for small states on a GPU; it has not been run on one yet. On the CPU, plain steps on small states are
+    NumPy's, and compiled ones are not. Results are those of ``solver`` but for rounding. Where autograd or torch.func
+    follows a step, as under ``Unroll``, the plain step is taken, and so it is where a dispatch mode looks on.
 
     The first solve also compiles, which takes long: ``Anderson`` has a version for the first step, one for the second
     and one for all others; ``Broyden`` has five or six and ``ACX`` eight. They serve the later solves by an equal
