@@ -19,7 +19,6 @@ Says which targets are met, and writes ``launches.json`` and ``launches.txt``.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import sys
@@ -27,7 +26,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +40,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fixpoint
 from benchmarks.solvers.report import targets_text
 from benchmarks.solvers.standings import Target
-from fixpoint.bench import provenance
+from benchmarks.written import write
 from fixpoint.chains.sweep import Secants, sweep
 
 # Other names of devices make torch ask for a driver. The code under test asks only whether a tensor lies on the host;
@@ -445,16 +443,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     aims = targets(counts)
     text = f"{table(counts)}\n\n{_LEGEND}\n\n{targets_text(aims)}"
     print(text)
-    document = {
-        "machine": provenance.machine(),
-        "versions": {**provenance.versions(), "torchdeq": metadata.version("torchdeq")},
-        "commit": provenance.commit(),
-        "counts": {name: asdict(each) for name, each in counts.items()},
-        "targets": [asdict(aim) for aim in aims],
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "launches.txt").write_text(text + "\n")
-    (options.out / "launches.json").write_text(json.dumps(document, indent=1) + "\n")
+    found = {name: asdict(each) for name, each in counts.items()}
+    write(options.out, "launches", text, counts=found, targets=[asdict(aim) for aim in aims])
     return 0
 
 

@@ -11,14 +11,12 @@ the time in which this machine copies as many bytes as an evaluation must move, 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fixpoint
 from benchmarks.solvers.report import targets_text
 from benchmarks.solvers.standings import Target, geometric_mean
-from fixpoint.bench import provenance
+from benchmarks.written import write
 
 Map = Callable[[Tensor], Tensor]
 Run = Callable[[Map, Tensor, int], object]
@@ -344,17 +342,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     head = f"float32, {torch.get_num_threads()} threads; least time over the rounds"
     text = "\n\n".join((head, table(results), _LEGEND, targets_text(aims)))
     print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "overhead.txt").write_text(text + "\n")
-    document = {
-        "machine": provenance.machine(),
-        "versions": {**provenance.versions(), "torchdeq": metadata.version("torchdeq")},
-        "commit": provenance.commit(),
-        "quick": options.quick,
-        "targets": [asdict(aim) for aim in aims],
-        "sizes": [{**asdict(each), "ratios": {name: each.ratio(name) for name in PEERS}} for each in results],
-    }
-    (options.out / "overhead.json").write_text(json.dumps(document, indent=1) + "\n")
+    write(
+        options.out,
+        "overhead",
+        text,
+        quick=options.quick,
+        targets=[asdict(aim) for aim in aims],
+        sizes=[{**asdict(each), "ratios": {name: each.ratio(name) for name in PEERS}} for each in results],
+    )
     return 0
 
 

@@ -12,13 +12,11 @@ those of another solver. It is not in the library; this says what it would be wo
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from benchmarks.overhead import Size, affine
 from benchmarks.solvers.cases import Case
 from benchmarks.solvers.problems import cases
 from benchmarks.solvers.standings import geometric_mean
-from fixpoint.bench import provenance
+from benchmarks.written import write
 
 Solved = tuple[bool, int]  # whether every row has converged, and evaluations
 Solve = Callable[[Case], Solved]
@@ -194,16 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = summary(found)
     text = table(rows, len(chosen), by_size)
     print(text)
-    document = {
-        "machine": provenance.machine(),
-        "versions": {**provenance.versions(), "torchdeq": metadata.version("torchdeq")},
-        "commit": provenance.commit(),
-        "suite": rows,
-        "sizes": by_size,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "times.txt").write_text(text + "\n")
-    (options.out / "times.json").write_text(json.dumps(document, indent=1) + "\n")
+    write(options.out, "times", text, suite=rows, sizes=by_size)
     return 0
 
 

@@ -149,11 +149,20 @@ def test_it_solves_with_fewer_evaluations_than_plain_iteration_and_where_that_di
     torch.testing.assert_close(solution.value, 1 / (1 - expanding))
 
 
-def test_a_row_that_leaves_the_domain_goes_back():
-    def f(z):  # at negative z, NaN
-        return torch.sqrt(z) * 0.999 + 0.001
+@pytest.mark.parametrize(
+    ("f", "z0"),
+    [(lambda z: torch.sqrt(z) * 0.999 + 0.001, 0.4), (lambda z: torch.log(z) + 2, 0.5)],
+    ids=["square root", "logarithm"],
+)
+def test_a_row_whose_jump_leaves_the_domain_goes_back(f, z0):
+    left = []
 
-    solution = fixpoint.solve(f, torch.tensor([[1e-6]], dtype=D), solver=ACX(), rtol=1e-10, max_evals=400)
+    def noted(z):
+        left.append(not torch.isfinite(f(z)).all())
+        return f(z)
+
+    solution = fixpoint.solve(noted, torch.tensor([[z0]], dtype=D), solver=ACX(), rtol=1e-10, backward=None)
+    assert any(left)
     assert solution.status.tolist() == [Status.CONVERGED]
 
 
