@@ -227,11 +227,12 @@ def x() -> Tensor:
 @pytest.fixture(scope="class")
 def steps_are_traced() -> Iterator[None]:
     """``Compiled`` traces steps as for a GPU, but runs what was traced as it is: to compile it takes too long."""
-    from torch._dynamo import config  # takes seconds
-
-    # A step that torch gives up on would be taken uncompiled, and nothing would show it.
-    with pytest.MonkeyPatch.context() as patch, config.patch(fail_on_recompile_limit_hit=True):
-        patch.setattr(compiled.torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with pytest.MonkeyPatch.context() as patch:
+        # Whole: a step that torch gives up on would be taken uncompiled, and nothing would show it.
+        whole = functools.partial(torch.compile, backend="eager", fullgraph=True)
+        patch.setattr(compiled.torch, "compile", whole)
         compiled._compiled_step.cache_clear()
+        # Torch remembers by file and line which sizes changed, and makes fewer versions of a step it has seen before.
+        torch.compiler.reset()
         yield
     compiled._compiled_step.cache_clear()
