@@ -204,7 +204,7 @@ class Tolerance:
 
     def limit(self, scale: Array) -> Array | float:
         """The largest residual that is done, where ``norm(f(z)) = scale``, ``(..., rows)``."""
-        atol, rtol = (_for_rows(x, scale.shape[-1]) for x in (self.atol, self.rtol))
+        atol, rtol = _for_rows(self.atol, scale.shape[-1]), _for_rows(self.rtol, scale.shape[-1])
         if not isinstance(rtol, np.ndarray) or rtol.ndim == 0:
             return atol + rtol * scale if rtol else atol  # 0 times infinity would be NaN
         with np.errstate(invalid="ignore"):
@@ -244,6 +244,9 @@ class Tolerance:
         Rows whose squares leave the range of their dtype are summed again in float64; of the rows outside the mask
         ``among`` nobody wants to know. For ``meanwhile`` see ``to_host``.
         """
+        if z.is_cpu and self.leaves is None and self.norm is None:  # the usual case: no list, and no tensor more
+            residual, scale = _euclidean_on_host(z, fz, among)
+            return Figures(residual, scale, residual)
         if torch.is_grad_enabled():
             z, fz = z.detach(), fz.detach()
         if self.leaves is not None:
@@ -305,6 +308,7 @@ def _euclidean_on_host(z: Tensor, fz: Tensor, among: Array | bool) -> Array:
     if z.numel() <= _FEW and z.dtype == fz.dtype and z.dtype in _WIDE:
         figures = _small_norms(z.numpy(force=True), fz.numpy(force=True))
         return figures if z.dtype == torch.float32 else _repaired(figures, z, fz, _LOW[z.dtype], among)
+    z, fz = z.detach(), fz.detach()
     norms = torch.stack((_difference_norm(z, fz), row_norm(fz)))
     return _repaired(norms.cpu().numpy().astype(np.float64), z, fz, _LOW[norms.dtype], among)
 
@@ -334,6 +338,6 @@ def _repaired(figures: Array, z: Tensor, fz: Tensor, low: float, among: Array | 
     rows = np.flatnonzero(doubtful.any(axis=0) & among)
     if rows.size:
         index = torch.from_numpy(rows).to(z.device)
-        ours, theirs = (x.index_select(0, index).cpu().double() for x in (fz, z))
+        ours, theirs = (x.detach().index_select(0, index).cpu().double() for x in (fz, z))
         figures[:, rows] = torch.stack((_scaled_norm(ours - theirs), _scaled_norm(ours))).numpy()
     return figures

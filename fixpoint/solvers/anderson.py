@@ -47,12 +47,12 @@ class _Guard(NamedTuple):
         if f bends. NaN fails.
         """
         trusted = xp.maximum(predicted, square / self.growth) <= self.bound
-        return trusted, self._replace(bound=xp.plus(predicted, square, _NEGLIGIBLE))
+        return trusted, _Guard(xp.plus(predicted, square, _NEGLIGIBLE), self.growth)
 
     def where(self, good: Small) -> _Guard:
         """The same where a model is good; elsewhere what it said is forgotten."""
         # Over false: infinity, or NaN for a row at rest, which costs it one plain step more. A device needs one launch.
-        return self._replace(bound=self.bound / good)
+        return _Guard(self.bound / good, self.growth)
 
 
 class _Split(NamedTuple):
@@ -209,7 +209,7 @@ class Anderson(Solver):
             before = states.take(state.fz)
             both = states.differences(now, image, states.take(state.z), before)
             g, change = both[:, :1], both[:, 1:]
-            held, held_images = (states.among(x, 0, lengths.shape[1]) for x in (changes, images))
+            held, held_images = states.among(changes, 0, lengths.shape[1]), states.among(images, 0, lengths.shape[1])
             coordinates, squares = xp.take(states.dots(both, held)), xp.take(states.dots(both, both))
             along, outside, cross, fresh, lengths, needed = _Split.of(
                 xp, coordinates, squares, lengths, sparing=self.memory is None
