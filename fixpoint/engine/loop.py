@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Required, TypedDict
 
 import numpy as np
@@ -135,7 +135,7 @@ class _Run:
                 if self.stop or best.nfev >= self.max_evals or best.remaining == 0:
                     if best.any_unconfirmed:
                         continue  # the next evaluation confirms
-                    return replace(best.result(Status.STOPPED if self.stop else Status.MAX_EVALS), state=self.state)
+                    return best.result(Status.STOPPED if self.stop else Status.MAX_EVALS, self.state)
                 if changed:
                     self.ended = best.ended()
                     z = self._with_ended(z)

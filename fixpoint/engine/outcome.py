@@ -240,13 +240,13 @@ class BestSoFar:
             else:
                 self.z, self._own = self.z.index_copy(0, index, z.index_select(0, index)), True
 
-    def result(self, otherwise: Status = Status.MAX_EVALS) -> LoopResult:
-        """What is known by now; ``otherwise`` is said of rows that have not ended."""
+    def result(self, otherwise: Status = Status.MAX_EVALS, state: Any = None) -> LoopResult:
+        """What is known by now; ``otherwise`` is said of rows that have not ended, ``state`` is the solver's."""
         residual, scale = figures_like(self.z, np.stack((self.residual, self.scale)))
         status = tensor_like(self.z, np.where(self.active | self.unconfirmed, otherwise, self.status))
         evals = tensor_like(self.z, np.where(self.active, self.nfev, self.evals))
         trace = figures_like(self.z, np.stack(self.trace)) if self.trace else None
-        return LoopResult(self.z, residual, scale, status, evals, self.nfev, trace, coupled=self.together)
+        return LoopResult(self.z, residual, scale, status, evals, self.nfev, trace, coupled=self.together, state=state)
 
 
 @contextlib.contextmanager

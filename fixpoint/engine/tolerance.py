@@ -234,6 +234,8 @@ class Tolerance:
             norms = torch.stack([torch.stack([row_norm(x) for x in pair]) for pair in pairs], dim=1)
             size, scale = to_host(norms)
         start = np.minimum(size, scale)
+        if not np.count_nonzero(start):  # as from zeros: the floor would be 0
+            return self
         rtol = _for_rows(self.rtol, len(z))
         floor = NOTHING * np.where(np.isfinite(rtol), rtol, 0) * np.where(np.isfinite(start), start, 0)
         return replace(self, atol=np.maximum(_for_rows(self.atol, len(z)), floor))
