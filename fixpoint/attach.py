@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from fixpoint.backward.base import Backward
 from fixpoint.backward.ift import IFT
-from fixpoint.engine.layout import map_leaves
+from fixpoint.engine.layout import as_tensor, map_leaves
 from fixpoint.solve import solve
 from fixpoint.solvers.picard import Picard
 
@@ -56,5 +54,5 @@ def attach(
     if backward.runs_forward:
         raise TypeError(f"{backward!r} needs a forward solve of its own: pass a rule such as IFT(), Phantom() or JFB()")
     # Other programs give arrays; f is a function of tensors all the same.
-    state = map_leaves(torch.as_tensor, z_star)
+    state = map_leaves(as_tensor, z_star)
     return solve(f, state, args, solver=Picard(), backward=backward, batch_dims=batch_dims, depth=0).value

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fixpoint.engine.layout import Layout, leaves, map_leaves
+from fixpoint.engine.layout import Layout, as_tensor, leaves, map_leaves
 from fixpoint.engine.loop import iterate
 from fixpoint.engine.tolerance import Array, Figures, Meanwhile, Tolerance, row_norm
 from fixpoint.solvers.anderson import Anderson
@@ -80,8 +80,8 @@ def estimate_memory(
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {solver!r}")
     require_count("max_evals", max_evals)
-    on_host = all(torch.as_tensor(leaf).is_cpu for _, leaf in leaves(z0))
-    shapes = map_leaves(lambda leaf: torch.as_tensor(leaf).detach().to("meta"), z0)
+    on_host = all(as_tensor(leaf).is_cpu for _, leaf in leaves(z0))
+    shapes = map_leaves(lambda leaf: as_tensor(leaf).detach().to("meta"), z0)
     layout = Layout.of(shapes, batch_dims)
     flat = layout.flatten(shapes)
     _, solver = solver.bind(None, layout)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fixpoint.backward.base import Backward
-from fixpoint.engine.layout import Layout
+from fixpoint.engine.layout import Layout, as_tensor
 from fixpoint.engine.tolerance import Array, OnFailure, Tolerance
 from fixpoint.engine.transforms import plain
 from fixpoint.solvers.base import Solver, require_count
@@ -102,7 +102,7 @@ def _per_row(name: str, value: Any, layout: Layout) -> float | Array:
                 f"{name} must be a number or have the batch shape {tuple(layout.batch_shape)}, found shape "
                 f"{tuple(value.shape)}"
             )
-        found = plain(torch.as_tensor(value).detach().double().cpu())
+        found = plain(as_tensor(value).detach().double().cpu())
         if tuple(found.shape) != tuple(value.shape):
             raise ValueError(f"{name} must be the same for all members of a torch.vmap, found a mapped tensor")
         return np.array(found.tolist(), dtype=np.float64).reshape(-1)  # numpy() fails under torch.func

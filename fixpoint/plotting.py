@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fixpoint.engine.layout import as_tensor
 from fixpoint.solution import Solution
 
 if TYPE_CHECKING:
@@ -77,10 +78,10 @@ def plot_residuals(
             raise ValueError(f"the solution {label!r} has no trace: solve with record=True")
         if trace.ndim == 0 or 0 in trace.shape:
             raise ValueError(f"the trace {label!r} must have shape (nfev, *batch), found {tuple(trace.shape)}")
-        rows = torch.as_tensor(trace).detach().to("cpu", torch.float64).reshape(trace.shape[0], -1)
+        rows = as_tensor(trace).detach().to("cpu", torch.float64).reshape(trace.shape[0], -1)
         shown = torch.where(rows.isfinite() & (rows > 0), rows, torch.nan)
         evaluations = range(1, len(rows) + 1)
-        levels = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+        levels = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64, device="cpu")
         low, lower, median, upper, high = shown.nanquantile(levels, dim=1).tolist()
         (line,) = ax.plot(evaluations, median, label=label or None)
         if band and rows.shape[1] > 1:

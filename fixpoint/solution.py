@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fixpoint.engine.layout import Layout
+from fixpoint.engine.layout import Layout, as_tensor
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import ADJOINT_ADVICE, OnFailure, Status
 from fixpoint.engine.transforms import plain
@@ -152,7 +152,7 @@ class Solution:
 
     def failure_message(self, what: str = "row") -> str:
         """One line: how many rows did not converge, why, and what to change; empty if all did."""
-        status = plain(torch.as_tensor(self.status))
+        status = plain(as_tensor(self.status))
         failed = status[status != Status.CONVERGED]
         if failed.numel() == 0:
             return ""
@@ -168,15 +168,15 @@ class Solution:
         )
 
     def __repr__(self) -> str:
-        converged = plain(torch.as_tensor(self.converged))
+        converged = plain(as_tensor(self.converged))
         done, total = int(converged.sum()), converged.numel()
         return f"Solution({done} of {total} rows converged, nfev={self.nfev}, {self._worst()})"
 
     def _worst(self) -> str:
         """The worst row's relative residual; its predicted error where no residual was measured of some row."""
-        relative = plain(torch.as_tensor(self.relative_residual))
+        relative = plain(as_tensor(self.relative_residual))
         name, figures = "relative residual", relative
         if self.predicted_error is not None and bool(relative.isnan().any()):
-            name, figures = "predicted error", plain(torch.as_tensor(self.predicted_error))
+            name, figures = "predicted error", plain(as_tensor(self.predicted_error))
         worst = float(figures.nan_to_num(nan=torch.inf).max()) if figures.numel() else 0.0
         return f"worst {name} {worst:.1e}"

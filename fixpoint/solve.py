@@ -17,7 +17,7 @@ from fixpoint.engine.ambient import autocast_dtype
 from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.compiling import outside_graphs
 from fixpoint.engine.evaluation import RowMap
-from fixpoint.engine.layout import Layout, map_leaves
+from fixpoint.engine.layout import Layout, as_tensor, map_leaves
 from fixpoint.engine.outcome import LoopResult, result_of
 from fixpoint.engine.tolerance import ConvergenceError, ConvergenceWarning, OnFailure, Status
 from fixpoint.engine.transforms import plain, transformed
@@ -85,7 +85,8 @@ def solve(
             rows. Set it to False for an f that must always see the same batch size.
         keep_states: Numbers of evaluations whose states go into ``Solution.states``, for ``fixpoint.correction_loss``.
             Needs ``check_every=1`` and turns ``compact`` off; runs of fixed depth keep none.
-        has_aux: f returns ``(state, aux)``. The aux of one more evaluation, at the solution, is in ``Solution.aux``.
+        has_aux: f returns ``(state, aux)``. The aux of one more evaluation, at the solution, is in ``Solution.aux``, as
+            f gives it: failed rows are in it, and in its gradients, too.
 
     Returns:
         Solution: the state and how good it is, per row.
@@ -159,7 +160,7 @@ def solve(
         if backward is not None and (rows.differentiates(run.z0) or own_steps):
             attached, result = backward.attach(run)
             value = hand_over(result, attached)
-            states = watch.states(rows) if watch else {}
+            states = watch.states(lambda z: run.recorded(lambda f, z: f(z), z)) if watch else {}
         else:
             result = run.solve()
             value = result.z
@@ -247,7 +248,7 @@ def report(solution: Solution, on_failure: OnFailure, what: str = "row") -> None
     if message and on_failure == "raise":
         raise ConvergenceError(message, solution)
     if message:
-        causes = frozenset(plain(torch.as_tensor(solution.status)).flatten().tolist()) - {Status.CONVERGED}
+        causes = frozenset(plain(as_tensor(solution.status)).flatten().tolist()) - {Status.CONVERGED}
         warn(message, ConvergenceWarning, (what, causes))
 
 

@@ -111,7 +111,8 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         z, *inputs = map(alive, ctx.saved_tensors)
-        return None, None, None, None, None, *vector_jacobian_product(ctx.f, ctx.linear, z, inputs, alive(v))
+        products = for_each_gradient(lambda v: vector_jacobian_product(ctx.f, ctx.linear, z, inputs, v), alive(v))
+        return None, None, None, None, None, *products
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -244,7 +245,9 @@ def attach_adjoint(
     def answer_differentiably(v: Tensor) -> tuple[Tensor | None, ...]:
         if [version(x) for x in run.inputs] != versions:
             raise RuntimeError("an argument or a parameter of f was changed in place between forward and backward")
-        gradients = for_each_gradient(double_backward, v) if double_backward else None
+        # A second derivative evaluates f again; the first one has the graph that was recorded.
+        again = double_backward if double_backward is not None and _is_same_map(run, z, fz) else None
+        gradients = for_each_gradient(again, v) if again else None
         if gradients is not None:
             return None, *gradients
         with torch.no_grad():
@@ -253,6 +256,17 @@ def attach_adjoint(
 
     attached = _Attached.apply(fz, answer, answer_differentiably, *run.inputs)
     return attached, run.measured(result, fz)
+
+
+def _is_same_map(run: ForwardSolve, z: Tensor, fz: Tensor) -> bool:
+    """Whether f is still the map that was solved, as far as its image of the solution tells.
+
+    What it reads beside its arguments, such as a buffer or an attribute, may have been set for another solve.
+    """
+    with torch.no_grad():
+        now, then = run.f(z.detach()), fz.detach()
+    limit = max(torch.finfo(then.dtype).eps, run.tolerance.rounding) ** 0.5
+    return not bool(((now - then).abs() > limit * then.abs().sum(dim=1, keepdim=True)).any())
 
 
 def for_each_gradient(pull: Callable[[Tensor], Gradients], v: Tensor) -> Gradients:
@@ -345,6 +359,6 @@ class _FirstOrder(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
             "this backward rule gives first derivatives only, found a second one asked for. IFT() has second "
-            "derivatives when all that requires grad in f is in args or a parameter of a module f; Phantom() and "
-            "Unroll() have them always."
+            "derivatives when all that requires grad in f is in args or a parameter of a module f, which is no "
+            "TorchScript and still the map that was solved; Phantom() and Unroll() have them always."
         )

@@ -60,7 +60,8 @@ class Draws:
         return number
 
     def _draw(self, least: int, most: int) -> int:
-        return int(torch.randint(least, most + 1, (), generator=self._generator))
+        device = "cpu" if self._generator is None else self._generator.device  # whatever the default device is
+        return int(torch.randint(least, most + 1, (), generator=self._generator, device=device))
 
 
 def _checkpoints() -> tuple[Any, Any, list[Any]]:

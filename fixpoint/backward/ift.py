@@ -84,7 +84,9 @@ class IFT(Backward):
             result = replace(run.solve(), state=None)
 
             def double_backward(v: Tensor) -> tuple[Tensor | None, ...] | None:
-                if not depends_on_nothing_else(run.f, result.z, run.inputs):
+                # torch.func loses the outer graph of a scripted module, without an error.
+                scripted = any(isinstance(m, torch.jit.ScriptModule) for m in run.f.ambient.modules)
+                if scripted or not depends_on_nothing_else(run.f, result.z, run.inputs):
                     return None
                 # The same state once more, attached by a solve that is done already.
                 known = solve_functionally(run.f, lambda f, z: result, linear, result.z, run.inputs)

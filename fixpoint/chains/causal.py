@@ -14,7 +14,7 @@ from torch import Tensor
 from fixpoint.chains.recurrence import Chain, OneStep
 from fixpoint.chains.sweep import Past, SecantModel, WindowPast, held_back, parts, sweep
 from fixpoint.chains.windows import iterate_windows
-from fixpoint.engine.layout import Layout
+from fixpoint.engine.layout import Layout, as_tensor
 from fixpoint.engine.loop import LoopOptions, Map
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import Array, Tolerance, to_host
@@ -132,7 +132,7 @@ class CausalQuasiNewton(Solver):
         if not self.noise_rtol:
             return None
         given = getattr(f, "noise_scale", None)
-        scale = np.zeros(0) if given is None else to_host(torch.as_tensor(given).detach())
+        scale = np.zeros(0) if given is None else to_host(as_tensor(given).detach())
         if given is not None and scale.shape != (steps,):
             raise ValueError(f"noise_scale must have shape (T,) = ({steps},), found {scale.shape}")
         wrong = scale[~(np.isfinite(scale) & (scale >= 0))]

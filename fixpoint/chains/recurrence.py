@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fixpoint.solvers.base import require_count
+
 
 @runtime_checkable
 class Chain(Protocol):
@@ -119,11 +121,12 @@ class Recurrence:
     ) -> None:
         if not isinstance(start, Tensor) or not start.is_floating_point() or start.ndim < 1:
             raise TypeError("start must be a floating point tensor of shape (B, *shape)")
-        if steps is None and not inputs:
+        if not isinstance(inputs, tuple | list) or not all(isinstance(given, Tensor) for given in inputs):
+            raise TypeError("inputs must be a tuple or list of tensors of shape (B, T, ...): write inputs=(x,)")
+        if steps is None and not any(given.ndim > 1 for given in inputs):
             raise ValueError("steps is missing: pass it, or inputs of shape (B, T, ...)")
-        self.steps = inputs[0].shape[1] if steps is None else steps
-        if self.steps < 0:
-            raise ValueError(f"steps must be at least 0, found {self.steps}")
+        told = next((given.shape[1] for given in inputs if given.ndim > 1), 0)
+        self.steps = told if steps is None else require_count("steps", steps, 0)
         for number, given in enumerate(inputs):
             if tuple(given.shape[:2]) != (len(start), self.steps):
                 raise ValueError(
@@ -183,27 +186,19 @@ class OneStep:
         ``z`` is ``(B, T, *shape)``; step k starts from state k - 1 of it, the first from the chain's start.
         """
         x = self._inputs(z, sample, step)
-        return self._checked(x, self.chain.transition(x, sample, step))
+        return _checked(x, self.chain.transition(x, sample, step), "shape", "dtype", "device")
 
     def sparse_part(self, z: Tensor, sample: Tensor, step: Tensor, evaluated: Tensor) -> tuple[Tensor, Tensor]:
         """As ``part``, see :class:`SparseChain`."""
         assert isinstance(self.chain, SparseChain)
         x = self._inputs(z, sample, step)
         states, missed = self.chain.sparse_transition(x, sample, step, evaluated)
-        return self._checked(x, states), missed
+        return _checked(x, states, "shape", "dtype", "device"), missed
 
     def _inputs(self, z: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         first = (step == 0).reshape(-1, *[1] * (z.ndim - 2))
         before = z[sample, (step - 1).clamp(min=0)]
         return torch.where(first, self.chain.start.to(z.dtype)[sample], before)
-
-    @staticmethod
-    def _checked(x: Tensor, out: Tensor) -> Tensor:
-        for name in ("shape", "dtype", "device"):
-            found, expected = getattr(out, name, type(out)), getattr(x, name)
-            if found != expected:
-                raise ValueError(f"a chain's transition must return the {name} of its input, {expected}; found {found}")
-        return out
 
 
 def one_step(chain: Chain, z: Tensor) -> Tensor:
@@ -214,7 +209,18 @@ def one_step(chain: Chain, z: Tensor) -> Tensor:
         raise ValueError(f"a chain's state has shape (B, T, *shape) = {expected}, found {tuple(z.shape)}")
     x = torch.cat((start.unsqueeze(1).to(z.dtype), z), dim=1)[:, : chain.steps]
     sample, step = all_pairs(len(z), chain.steps, z.device)
-    return chain.transition(x.flatten(0, 1), sample, step).reshape(z.shape)
+    x = x.flatten(0, 1)
+    # Of an f as a whole the dtype and the device are checked where it is evaluated: autocast may lower the first.
+    return _checked(x, chain.transition(x, sample, step), "shape").reshape(z.shape)
+
+
+def _checked(x: Tensor, out: Tensor, *names: str) -> Tensor:
+    """``out``, which must be what the transition got, ``x``, in the attributes of these names."""
+    for name in names:
+        found, expected = getattr(out, name, type(out)), getattr(x, name)
+        if found != expected:
+            raise ValueError(f"a chain's transition must return the {name} of its input, {expected}; found {found}")
+    return out
 
 
 def all_pairs(samples: int, steps: int, device: Any) -> tuple[Tensor, Tensor]:

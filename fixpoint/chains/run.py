@@ -12,6 +12,7 @@ from torch import Tensor
 from fixpoint.chains.amplification import Gains, ahead
 from fixpoint.chains.sparse import Sparse
 from fixpoint.chains.sweep import Past, WindowPast, parts
+from fixpoint.engine.layout import as_tensor
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, tensor_like
 from fixpoint.engine.tolerance import Array, Status, Tolerance
@@ -177,7 +178,7 @@ class ChainRun:
 
 def per_row(limit: Any, rows: int) -> Array:
     """A number, or one for each row, as ``(rows,)`` on the host."""
-    return torch.as_tensor(limit, dtype=torch.float64).cpu().reshape(-1).expand(rows).numpy()
+    return as_tensor(limit).to("cpu", torch.float64).reshape(-1).expand(rows).numpy()
 
 
 def evaluate(run: ChainRun, f: Map, places: Array, states: Tensor | None = None) -> Tensor:

@@ -54,7 +54,7 @@ class Twin:
         self._size = tensor_like(like, size).to(like.dtype)
         whole = tensor_like(like, scale).to(like.dtype)[..., None]
         generator = torch.Generator().manual_seed(0)
-        unit = torch.randn(steps + 1, like.shape[1], generator=generator, dtype=torch.float64)
+        unit = torch.randn(steps + 1, like.shape[1], generator=generator, dtype=torch.float64, device="cpu")
         unit = (unit / torch.linalg.vector_norm(unit, dim=1, keepdim=True)).to(like)
         start = unit[-1] * whole
         self._fresh = _FRESH * unit[:-1] * whole

@@ -14,6 +14,11 @@ from torch import Tensor
 from fixpoint.engine.transforms import plain
 
 
+def as_tensor(x: Any) -> Tensor:
+    """``x`` itself if it is a tensor; else its numbers on the host, whatever the default device is."""
+    return x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
+
+
 def leaves(state: Any, path: str = "z") -> Iterator[tuple[str, Any]]:
     """Yield ``(path, leaf)`` for every leaf of nested tuples, lists and dicts, dicts in insertion order."""
     for leaf_path, leaf, _ in paired_leaves(state, state, path):

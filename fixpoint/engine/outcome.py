@@ -274,4 +274,5 @@ def tensor_like(z: Tensor, array: Array) -> Tensor:
 
 def figures_like(z: Tensor, figures: Array) -> Tensor:
     """A copy, in at least float32: float64 only where ``z`` has it. Who is shown figures may write to them."""
-    return torch.tensor(figures, dtype=torch.promote_types(z.dtype, torch.float32)).to(z.device, non_blocking=True)
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    return torch.tensor(figures, dtype=dtype, device="cpu").to(z.device, non_blocking=True)

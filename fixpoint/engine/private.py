@@ -80,7 +80,8 @@ def unbatched(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
         return None
     level = increment() - 1
     decrement()
-    if level < 1:
+    legacy = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
+    if level < 1 or (legacy is not None and not legacy(x)):
         return None
     return remove(x, level, 1, 0), lambda y: add(y, 0, level)
 

@@ -152,6 +152,7 @@ def plain_norms(dtype: torch.dtype) -> tuple[float, float]:
 
 # A limit of a leaf: residuals up to 1e108 are told apart by how often they hold it.
 _LEAST = 1e-200
+_ABOVE = float(np.nextafter(1.0, 2.0))  # the merit of a leaf that just misses its limit
 # Of a row that has become this small beside its start, times rtol, nothing is left.
 NOTHING = 1e-16
 
@@ -265,7 +266,9 @@ class Tolerance:
         residual, scale = np.stack(_euclidean(parts, True, meanwhile), axis=1)
         with np.errstate(all="ignore"):
             # A limit of 0 is met by 0 alone, and tells the better of two states all the same.
-            merit = np.where(residual == 0, 0, residual / np.maximum(self.limit(scale), _LEAST))
+            limit = self.limit(scale)
+            merit = np.where(residual == 0, 0, residual / np.maximum(limit, _LEAST))
+            merit = np.where(residual > limit, np.maximum(merit, _ABOVE), merit)  # below _LEAST as well
         merit = np.where(np.isnan(merit) | ~np.isfinite(residual), np.inf, merit)
         worst = merit.argmax(axis=0), np.arange(len(fz))
         return Figures(residual[worst], scale[worst], merit[worst])

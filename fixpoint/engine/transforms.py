@@ -64,7 +64,7 @@ def depends_on_nothing_else(f: Functional, z: Tensor, inputs: Sequence[Tensor]) 
     fixed = [x.detach() for x in (z, *inputs)]
     with torch.enable_grad():
         seen = _witness(f(*fixed))
-    known = _witness(sum((x.sum() * 0 for x in fixed), start=torch.zeros(())))
+    known = _witness(sum((x.sum() * 0 for x in fixed), start=z.new_zeros(())))
     return seen == known
 
 

@@ -47,7 +47,7 @@ def accepts_arrays(solve: Solve) -> Solve:
         if callback is not None:
             options["callback"] = lambda progress: callback(_with_arrays(progress))
         try:
-            on_tensors = _ArrayMap(f, start)
+            on_tensors = _ArrayMap(f, start, has_aux=options.get("has_aux", False))
             shared = tuple(map_leaves(_shared, args))
             solution = solve(on_tensors, on_tensors.z0, shared, **{**options, "backward": None})
         except BaseException as error:
@@ -63,8 +63,9 @@ def accepts_arrays(solve: Solve) -> Solve:
 class _ArrayMap:
     """A NumPy function as a problem on tensors that share memory with its arrays."""
 
-    def __init__(self, f: Any, z0: Any) -> None:
+    def __init__(self, f: Any, z0: Any, *, has_aux: bool) -> None:
         self._f = f
+        self._has_aux = has_aux
         self._example = z0
         self.z0 = map_leaves(_start, z0)
         # Only an object with a z0 of its own is a problem, and only a problem brings these.
@@ -80,6 +81,9 @@ class _ArrayMap:
             if "read-only" in str(error):
                 raise ValueError("f changed its input in place (z += 1, out=z): return a new array instead") from error
             raise
+        if self._has_aux and isinstance(output, tuple) and len(output) == 2:
+            state, aux = output
+            return _copied(state, self._example), aux
         return _copied(output, self._example)
 
 

@@ -130,7 +130,8 @@ class TorchDEQSolver:
 def _statistics(solution: Solution, scales: list[Tensor], max_iter: int) -> dict[str, Tensor]:
     """The entries of torchdeq's SolverStat; traces ``(B, max_iter)``, their last value repeated after an early end."""
     rows = solution.evals.numel()
-    trace = torch.empty(0, rows) if solution.trace is None else solution.trace.reshape(-1 if rows else max_iter, rows)
+    nothing = solution.residual.new_empty(0, rows)
+    trace = nothing if solution.trace is None else solution.trace.reshape(-1 if rows else max_iter, rows)
     relative = trace / torch.stack(scales) if scales else trace
     missing = max_iter - len(trace)
     return {

@@ -82,7 +82,7 @@ class GMRES(Solver):
         here, image = z.to(wide), fz.to(wide)
         residual = image - here
         # Divided by the largest entry, whatever the row's scale is: squares stay in the range of the dtype.
-        unit = torch.linalg.vector_norm(residual, ord=torch.inf, dim=1, keepdim=True)
+        unit = residual.abs().amax(dim=1, keepdim=True) if residual.shape[1] else residual.sum(dim=1, keepdim=True)
         unit = torch.where((unit > 0) & (unit < torch.inf), unit, 1)
         residual = residual / unit
         xp = arithmetic(residual) if state is None else arithmetic(residual, state.base, kept=state.knowledge.use)

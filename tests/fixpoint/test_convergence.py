@@ -253,3 +253,15 @@ def test_an_infinite_tolerance_is_met_at_once(norm):
     found = fixpoint.solve(lambda z: 0.5 * z + 1, torch.zeros(3, 2), rtol=rtol, norm=norm)
     assert found.converged.all()
     assert found.evals[0] == 1
+
+
+def test_leaves_of_next_to_nothing_meet_no_tolerance_that_they_miss():
+    def f(z):
+        return 0.9 * torch.tanh(z) + 2e-201
+
+    z0 = torch.full((1, 2), 1e-200, dtype=torch.float64)
+    found = fixpoint.solve(
+        f, z0, norm="leafwise", rtol=0.0, solver=Picard(), max_evals=5, on_failure="ignore", backward=None
+    )
+    assert found.status == Status.MAX_EVALS
+    assert found.residual > 1e-202

@@ -121,3 +121,19 @@ def test_accelerated_solvers_converge_wherever_plain_iteration_does(normal):
         for solver in (fixpoint.Anderson(), Broyden()):
             found = fixpoint.solve(f, z0, (b,), solver=solver, **options)
             assert found.converged[plain.converged].all(), (seed, solver)
+
+
+def test_states_on_the_way_keep_a_failed_row_out_of_the_gradients_of_others():
+    a = torch.tensor([[0.5], [0.9], [0.3]], dtype=D, requires_grad=True)
+    w = torch.tensor(1.0, dtype=D, requires_grad=True)
+
+    def f(z, a):
+        return w * torch.where(a > 0.8, torch.log(-z - 5), a * torch.cos(z))
+
+    def loss(a, **options):
+        found = fixpoint.solve(f, torch.zeros_like(a), (a,), keep_states=(1, 2), **options)
+        return fixpoint.correction_loss(found, lambda z: z[: len(a) if len(a) < 3 else None][[0, -1]].sum())
+
+    (with_it,) = torch.autograd.grad(loss(a, on_failure="ignore"), w)
+    (without,) = torch.autograd.grad(loss(a[[0, 2]]), w)
+    torch.testing.assert_close(with_it, without)

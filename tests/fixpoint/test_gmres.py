@@ -211,3 +211,7 @@ def test_an_f_that_is_coarser_than_its_dtype_is_solved_to_its_rounding(rho):
 
         sol = fixpoint.solve(f, b.float(), solver=GMRES(), rtol=1e-6, max_evals=100, on_failure="ignore")
         assert float(sol.relative_residual) <= 0.5 * torch.finfo(torch.bfloat16).eps
+
+
+def test_rows_without_entries():
+    assert fixpoint.solve(lambda z: z / 2, torch.zeros(3, 0), solver=GMRES(), depth=2).value.shape == (3, 0)

@@ -138,3 +138,73 @@ def test_nothing_outlives_a_second_derivative_with_the_garbage_collector_off(A, 
         assert [ref() for ref in references()] == [None, None]
     finally:
         gc.enable()
+
+
+class Remembering(torch.nn.Module):
+    """Is told its input before a solve, as an attribute: ``tanh(W z / 2 + input)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(3, 3, dtype=D)
+
+    def forward(self, z):
+        return torch.tanh(0.5 * self.inner(z) + self.input)
+
+
+def test_a_map_that_was_set_for_another_solve_keeps_its_first_gradient_and_refuses_a_second(normal):
+    cell = Remembering()
+    weight = cell.inner.weight
+
+    def solve(x):
+        cell.input = x
+        return fixpoint.solve(cell, torch.zeros_like(x), backward=EXACT, **TIGHT).value.square().sum()
+
+    first, second = solve(normal(4, 3, seed=1)), solve(normal(4, 3, seed=2))
+    for loss in (first, second):
+        (plain,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        (graphed,) = torch.autograd.grad(loss, weight, create_graph=True, retain_graph=True)
+        torch.testing.assert_close(graphed, plain)
+    (of_first,) = torch.autograd.grad(first, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="still the map that was solved"):
+        torch.autograd.grad(of_first.sum(), weight)
+    (of_second,) = torch.autograd.grad(second, weight, create_graph=True)
+    assert torch.autograd.grad(of_second.sum(), weight)[0].abs().sum() > 0
+
+
+def test_second_derivatives_through_a_scripted_module_are_refused(normal):
+    class Cell(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(3, 3, dtype=torch.float64)
+
+        def forward(self, z, x):
+            return torch.tanh(0.5 * self.inner(z) + x)
+
+    x = normal(2, 3).requires_grad_()
+    cell = Cell()
+    (plain,) = torch.autograd.grad(fixpoint.solve(cell, 0 * x, (x,), backward=EXACT, **TIGHT).value.sum(), x)
+    scripted = torch.jit.script(cell)
+    for _ in range(3):  # torch.jit optimises after some calls
+        value = fixpoint.solve(scripted, 0 * x, (x,), backward=EXACT, **TIGHT).value
+        (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        torch.testing.assert_close(gradient, plain)
+        with pytest.raises(RuntimeError, match="no TorchScript"):
+            torch.autograd.grad(gradient.sum(), x)
+
+
+def test_batched_gradients_of_second_order_and_of_a_solve_within_f():
+    def value(a):
+        return fixpoint.solve(lambda z, a: a * torch.cos(z), torch.zeros_like(a), (a,), backward=EXACT, **TIGHT).value
+
+    def nested(a):
+        def f(z, a):
+            inner = fixpoint.solve(lambda y, a, z: 0.3 * torch.sin(y) + a * z, torch.zeros_like(z), (a, z), **TIGHT)
+            return 0.4 * torch.cos(inner.value) + a
+
+        return fixpoint.solve(f, torch.zeros_like(a), (a,), backward=EXACT, **TIGHT).value
+
+    a = torch.tensor([0.5, 0.9], dtype=D)
+    functional = torch.autograd.functional
+    one_by_one = functional.hessian(lambda a: value(a).square().sum(), a)
+    torch.testing.assert_close(functional.hessian(lambda a: value(a).square().sum(), a, vectorize=True), one_by_one)
+    torch.testing.assert_close(functional.jacobian(nested, a, vectorize=True), functional.jacobian(nested, a))

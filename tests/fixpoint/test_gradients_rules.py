@@ -252,3 +252,15 @@ def test_shine_wants_broyden(linear_problem):
 def test_illegal_options_raise_when_a_rule_is_made(make, error, found):
     with pytest.raises(error, match=f"found.*{found}"):
         make()
+
+
+@pytest.mark.parametrize("rows", [2, 0])
+def test_unrolled_where_nothing_was_left_to_do_the_gradient_is_zero(rows):
+    a = torch.tensor(0.5, dtype=D, requires_grad=True)
+    found = fixpoint.solve(
+        lambda z, a: a * z + 1, torch.full((rows, 1), 2.0, dtype=D), (a,), backward=fixpoint.Unroll(), rtol=1e-6
+    )
+    assert found.nfev <= 1
+    assert found.value.requires_grad
+    found.value.sum().backward()
+    assert a.grad == 0

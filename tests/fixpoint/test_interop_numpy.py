@@ -242,3 +242,23 @@ def test_states_on_the_way_are_arrays():
     np.testing.assert_array_equal(sol.states[1], np.zeros(2))
     np.testing.assert_array_equal(sol.states[3], np.cos(np.cos(np.zeros(2))))
     assert all(isinstance(state, np.ndarray) for state in sol.states.values())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_a_numpy_function_returns_beside_its_state(nested):
+    def f(z):
+        z = 0.5 * (z["z"] if nested else z) + 1
+        return {"z": z} if nested else z, {"sum": z.sum(), "array": z[0]}
+
+    z0 = np.zeros((2, 2))
+    found = fixpoint.solve(f, {"z": z0} if nested else z0, has_aux=True, rtol=1e-10)
+    assert found.aux["sum"] == pytest.approx(8)
+    np.testing.assert_allclose(found.aux["array"], [2, 2], rtol=1e-9)
+    assert isinstance(found.aux["array"], np.ndarray)
+    root = fixpoint.root(lambda x: (x**2 - 2, x.shape), np.ones((2, 2)), has_aux=True)
+    assert root.aux == (2, 2)
+
+
+def test_a_numpy_function_without_its_second_part_is_refused():
+    with pytest.raises(TypeError, match=r"with has_aux=True f must return \(state, aux\)"):
+        fixpoint.solve(lambda z: 0.5 * z, np.zeros((2, 2)), has_aux=True)

@@ -49,3 +49,26 @@ def test_a_step_that_returns_something_else(step, message):
     chain = Recurrence(step, torch.zeros(2, 3), steps=20)
     with pytest.raises(ValueError, match=f"must return the {message}"):
         fixpoint.solve(chain, solver=fixpoint.CausalQuasiNewton(window=5), backward=None)
+
+
+@pytest.mark.parametrize("solver", [fixpoint.CausalQuasiNewton(), fixpoint.Anderson()], ids=repr)
+@pytest.mark.parametrize("step", [lambda x: x[:, :2], lambda x: x.flatten(), lambda x: (x,)])
+def test_a_step_of_another_shape_is_refused_by_every_solver(solver, step):
+    with pytest.raises(ValueError, match="must return the shape of its input"):
+        fixpoint.solve(Recurrence(step, torch.ones(2, 3), steps=3), solver=solver)
+
+
+def test_inputs_and_steps_of_another_type_are_refused():
+    with pytest.raises(TypeError, match=r"write inputs=\(x,\)"):
+        Recurrence(lambda x, u: x + u, torch.ones(2, 3), inputs=torch.ones(2, 4, 3))
+    with pytest.raises(TypeError, match=r"steps must be an integer, found 3\.0"):
+        Recurrence(lambda x: x, torch.ones(2, 3), steps=3.0)
+    with pytest.raises(ValueError, match="steps is missing"):
+        Recurrence(lambda x, u: x + u, torch.ones(2, 3), inputs=(torch.ones(2),))
+
+
+def test_a_chain_in_autocast_may_return_its_dtype():
+    layer = torch.nn.Linear(3, 3)
+    chain = Recurrence(lambda x: 0.1 * layer(x), torch.ones(2, 3), steps=4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert fixpoint.solve(chain, solver=fixpoint.Picard(), rtol=1e-2).converged.all()

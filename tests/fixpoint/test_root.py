@@ -402,3 +402,26 @@ def test_slopes_of_far_places_make_no_root(length):
         wrong, converged = wrong + int((off & found.converged).sum()), converged + int(found.converged.sum())
     assert converged > 400
     assert wrong <= converged / 200
+
+
+def beale(x):
+    """Beale's valley, whose root is (3, 0.5); far out along the first coordinate slopes have no bound."""
+    return torch.stack((1.5 - x[:, 0] * (1 - x[:, 1]), 2.25 - x[:, 0] * (1 - x[:, 1] ** 2)), 1)
+
+
+@pytest.mark.parametrize("solver", [fixpoint.Anderson(), fixpoint.Broyden()], ids=repr)
+@pytest.mark.parametrize("norm", [None, lambda x: x.abs().amax(dim=1)])
+def test_far_out_where_slopes_are_steep_g_must_have_fallen_all_the_same(solver, norm):
+    starts = 5 * torch.randn(300, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = fixpoint.root(beale, starts, solver=solver, rtol=1e-6, norm=norm, on_failure="ignore")
+    root = torch.tensor([3, 0.5], dtype=torch.float64).expand_as(found.value)
+    assert found.converged.sum() > 20
+    torch.testing.assert_close(found.value[found.converged], root[found.converged], rtol=1e-3, atol=1e-3)
+    assert (found.status == Status.STAGNATED).any()
+
+
+def test_near_the_root_g_need_not_fall_so_far():
+    shifts = torch.randn(300, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for share in (1e-2, 1e-5):
+        starts = torch.tensor([3, 0.5], dtype=torch.float64) * (1 + share * shifts)
+        assert fixpoint.root(beale, starts, rtol=1e-6).converged.all()
