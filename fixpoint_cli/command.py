@@ -72,7 +72,7 @@ def bench_command(
 ) -> None:
     """Run problems and write results.json, pictures and one self-contained report.html.
 
-    The exit code is 1 if a study failed; the others are written all the same.
+    The exit code is 1 if a study failed; the others are written all the same. If all failed, nothing is written.
     """
     if importlib.util.find_spec("matplotlib") is None:
         stop(f"drawing needs matplotlib: {EXTRA}")
@@ -90,10 +90,12 @@ def bench_command(
     results = bench.run(
         problems or (), solver or (), rtols=rtol or (1e-5,), max_evals=max_evals, quick=quick, progress=_bar
     )
-    path = bench.write(results, out)
-    typer.echo(report.main_tables(results) + "\n")
     for failure in results["failures"]:
         typer.echo(f"failed: {failure['name']}: {failure['error']}", err=True)
+    if not results["studies"]:
+        raise typer.Exit(1)  # what stood in the folder stays
+    path = bench.write(results, out)
+    typer.echo(report.main_tables(results) + "\n")
     typer.echo(f"results: {path}")
     typer.echo(f"report:  {report.render(results, out)}")
     raise typer.Exit(1 if results["failures"] else 0)

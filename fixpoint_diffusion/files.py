@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 
 _LITTER = ("Thumbs.db", "desktop.ini", "__MACOSX")
 
@@ -50,6 +51,9 @@ def map_array(path: Path) -> np.ndarray:
     Raises:
         ValueError: If the file is damaged or holds something else.
     """
+    with path.open("rb") as file:
+        if file.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:  # NumPy would take it for a pickle, and say how to allow these
+            raise ValueError(f"{path} is no .npy file")
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:

@@ -51,7 +51,7 @@ class MultistepChain(SamplingChain):
             return None
         if isinstance(basis, Tensor):
             return torch.block_diag(*[basis] * parts)
-        return torch.eye(parts, dtype=torch.float64), *basis
+        return torch.eye(parts, dtype=torch.float64, device="cpu"), *basis
 
     @property
     def guess(self) -> Tensor:

@@ -128,9 +128,8 @@ def _sampling(config: Mapping[str, Any] | None) -> dict[str, str]:
     if config is None:
         return {"schedule": "not given"}
     if is_flow(config):
-        return {
-            "schedule": f"a flow, {config.get('num_train_timesteps', 1000)} timesteps, shift {config.get('shift', 1.0)}"
-        }
+        count, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
+        return {"schedule": f"a flow, {count} timesteps, shift {shift}", "steps": "Euler's"}
     try:
         sampler = SamplerConfig.from_diffusers(config)
     except ValueError as error:
@@ -139,9 +138,11 @@ def _sampling(config: Mapping[str, Any] | None) -> dict[str, str]:
     betas = f"{config.get('beta_schedule')} {config.get('beta_start')}..{config.get('beta_end')}"
     terminal = ", zero terminal SNR" if config.get("rescale_betas_zero_snr") else ""
     hook = schedule.x0_hook
+    others = "" if sampler.own_steps else f", not those of {sampler.class_name}"
     clipping = f"of predicted images, to {hook.limit}" if isinstance(hook, Clip) else f"of predicted images, {hook}"
     return {
         "schedule": f"{betas}, {len(schedule)} timesteps{terminal}",
+        "steps": f"DDIM's, or with --eta 1 DDPM's{others}",
         "timesteps": f"{schedule.timestep_spacing} spacing, offset {schedule.steps_offset}",
         "clipping": "none" if hook is None else clipping,
     }

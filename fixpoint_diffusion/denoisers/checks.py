@@ -80,11 +80,26 @@ def call_checked(
     if not isinstance(out, Tensor):
         raise ValueError(f"the denoiser must return a tensor, got {type(out).__name__}")
     expected = torch.Size([len(x), channels, *x.shape[2:]]) if x.ndim > 1 else x.shape
-    for name, wanted in (("shape", expected), ("dtype", x.dtype), ("device", x.device)):
+    if out.shape != expected:
+        raise ValueError(_other_shape(x, expected, out.shape))
+    for name, wanted in (("dtype", x.dtype), ("device", x.device)):
         found = getattr(out, name)
         if found != wanted:
             raise ValueError(f"the denoiser must return the {name} of its input, {wanted}; it returned {found}")
     return out
+
+
+def _other_shape(x: Tensor, wanted: torch.Size, found: torch.Size) -> str:
+    if wanted != x.shape:
+        return (
+            f"the denoiser must return a prediction and what it says of the variance, {wanted}; it returned {found}. "
+            "load_denoiser and DiffusersDenoiser leave that out unless told learned_variance=True; or choose a fixed "
+            "variance_type"
+        )
+    hint = ""
+    if x.ndim > 1 and found == (len(x), 2 * x.shape[1], *x.shape[2:]):
+        hint = "; if the second half is about a variance, give the denoiser an attribute learned_variance = True"
+    return f"the denoiser must return the shape of its input, {wanted}; it returned {found}{hint}"
 
 
 @torch.no_grad()
@@ -132,7 +147,7 @@ def check_fixed_function(
     def moved_by_rounding() -> Tensor:
         """Outputs of the last row ``(trials, ...)``, each from latents that are moved a little."""
         generator = torch.Generator().manual_seed(0)
-        factors = torch.randn(_TRIALS, rows, *x.shape[1:], generator=generator).to(x)
+        factors = torch.randn(_TRIALS, rows, *x.shape[1:], generator=generator, device="cpu").to(x)
         factors = 1 + _ROUNDINGS * torch.finfo(x.dtype).eps * factors
         trials = [[(x[-1] * factor, t[-1], len(x) - 1) for factor in batch] for batch in factors]
         return torch.cat([ask(trial) for trial in trials])

@@ -30,6 +30,7 @@ def load_denoiser(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    learned_variance: bool = False,
     allow_pickle: bool = False,
 ) -> NetworkDenoiser:
     """Load a denoiser from a local folder; the network is never used.
@@ -49,6 +50,8 @@ def load_denoiser(
         device: where to put them; None: the CPU.
         device_map: where to put which part, as for ``from_pretrained`` of diffusers, by accelerate; instead of
             ``device``.
+        learned_variance: whether the output keeps what the model says of the variance, which the steps of DDPM with
+            a learned ``variance_type`` need.
         allow_pickle: also read ``diffusion_pytorch_model.bin``, through ``torch.load(weights_only=True)``. Pickles are
             refused otherwise.
 
@@ -83,7 +86,9 @@ def load_denoiser(
     about = _about(folder, model_folder)
     model = (family.load if family else load_module)(model_folder, config, options)
     model.eval().requires_grad_(False)
-    denoiser: NetworkDenoiser = (family.denoiser if family else DiffusersDenoiser)(model, **about)
+    denoiser: NetworkDenoiser = (family.denoiser if family else DiffusersDenoiser)(
+        model, **about, learned_variance=learned_variance
+    )
     prior: GaussianPrior | None = about["prior"]
     shape, sizes = denoiser.sample_shape, {len(prior.mean), len(prior.variances)} - {1} if prior else set()
     if shape is not None and sizes and sizes != {math.prod(shape)}:

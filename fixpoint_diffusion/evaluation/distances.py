@@ -146,17 +146,21 @@ def sliced_wasserstein_of_blocks(
     """
     samples, reference = _pair(torch.cat(list(blocks)), reference, least=1)
     d = samples.shape[1]
-    directions = torch.randn(projections, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    directions = torch.randn(
+        projections, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu"
+    )
     directions = directions / directions.norm(dim=1, keepdim=True)
     ordered, order = (directions @ samples.T).sort(dim=1)
     others = (directions @ reference.T).sort(dim=1).values
-    owners = torch.cat([torch.full((len(block),), number) for number, block in enumerate(blocks)])[order]
+    owners = torch.cat([torch.full((len(block),), number, device="cpu") for number, block in enumerate(blocks)])[order]
 
     def distance(chosen: Sequence[int]) -> float:
-        mine = ordered[torch.isin(owners, torch.tensor(list(chosen)))].reshape(projections, -1)
+        mine = ordered[torch.isin(owners, torch.tensor(list(chosen), device="cpu"))].reshape(projections, -1)
         # The quantile functions are steps: constant between neighbours among all multiples of 1/N and 1/M.
         n, m = mine.shape[1], others.shape[1]
-        steps = torch.unique(torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]))  # in units of 1 / (N M)
+        steps = torch.unique(
+            torch.cat([torch.arange(n + 1, device="cpu") * m, torch.arange(m + 1, device="cpu") * n])
+        )  # in units of 1 / (N M)
         widths = steps.diff().double() / (n * m)
         rows, other_rows = steps[:-1] // m, steps[:-1] // n
         total = 0.0

@@ -89,7 +89,7 @@ def collect_features(
     def give_to_blocks() -> None:
         rows = torch.cat(waiting)
         waiting.clear()
-        order = torch.randperm(len(rows), generator=generator)
+        order = torch.randperm(len(rows), generator=generator, device="cpu")
         for block, part in zip(blocks, order.tensor_split(BLOCKS), strict=True):
             chosen = rows[part]
             block.update(chosen[chosen.isfinite().all(dim=1)])
@@ -108,12 +108,12 @@ def collect_features(
         with torch.no_grad(), ProgressBar.tqdm(desc=images.name, unit="image", disable=not progress) as bar:
             for number, (size, read) in enumerate(images.parts(batch_size)):
                 # Random numbers are drawn for every image, so that they are the same for any number of ranks.
-                keys = torch.rand(size, generator=generator, dtype=torch.float64)
+                keys = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
                 if number % ranks.size == ranks.rank:
                     waiting.append(features_of(read()))
                     kept.add(waiting[-1], keys)
                 else:
-                    waiting.append(torch.full((size, extractor.num_features), torch.nan))
+                    waiting.append(torch.full((size, extractor.num_features), torch.nan, device="cpu"))
                 if sum(map(len, waiting)) >= _ROWS_AT_ONCE:
                     give_to_blocks()
                 count += size

@@ -122,8 +122,8 @@ class RunningMoments:
     """
 
     count: int = 0
-    mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    scatter: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu"))
+    scatter: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64, device="cpu"))
 
     def update(self, features: Tensor) -> None:
         """Add a batch ``(n, d)``."""
@@ -161,8 +161,8 @@ class RunningMoments:
         """The moments of all ranks together, of features of ``dim`` numbers, the same on each."""
         if ranks.size == 1:
             return self
-        mean = self.mean if self.count else torch.zeros(dim, dtype=torch.float64)
-        scatter = self.scatter if self.count else torch.zeros(dim, dim, dtype=torch.float64)
+        mean = self.mean if self.count else torch.zeros(dim, dtype=torch.float64, device="cpu")
+        scatter = self.scatter if self.count else torch.zeros(dim, dim, dtype=torch.float64, device="cpu")
         count = int(ranks.sum(torch.tensor(self.count)))
         whole = ranks.sum(self.count * mean) / max(count, 1)
         shift = mean - whole

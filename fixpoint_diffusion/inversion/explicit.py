@@ -80,7 +80,7 @@ def ddim_encoding(chain: SamplingChain, x_0: Tensor, *, progress: bool = False) 
     if transitions.prediction_type == "sample":
         levels = torch.where(levels < 1, levels, transitions.alphas)
     reading = replace(transitions, alphas=levels, x0_hook=None)
-    shown = torch.ones(chain.steps, dtype=torch.float64)
+    shown = torch.ones(chain.steps, dtype=torch.float64, device="cpu")
     if transitions.prediction_type == "flow_prediction" and transitions.scales is not None:
         # The network is shown a latent as large as it is at its own level, not at that of the step.
         shown = transitions.scales[1:] / transitions.scales[:-1]

@@ -59,20 +59,20 @@ def step_grids(timesteps: Tensor, device: torch.device) -> list[StepGrid]:
     place = timesteps.double().cpu().numpy()[::-1]  # splines want rising places
 
     def spline(steps: Tensor) -> Tensor:
-        unit = torch.eye(len(steps), dtype=torch.float64).numpy()
+        unit = torch.eye(len(steps), dtype=torch.float64, device="cpu").numpy()
         nodes = (count - 1 - steps).flip(0)
         weights = torch.from_numpy(CubicSpline(place[nodes.numpy()], unit)(place))
         return weights.flip(0, 1)
 
     def crowded(size: int) -> Tensor:
-        share = torch.linspace(0, 1, size, dtype=torch.float64)
+        share = torch.linspace(0, 1, size, dtype=torch.float64, device="cpu")
         return ((1 - (1 - share) ** _CROWDING) * (count - 1)).round().long().unique()
 
     size = 2 * _COARSEST - 1
     while 2 * size <= count:
         steps = crowded(size)
         half = crowded((size + 1) // 2)
-        coarser = torch.zeros(count, len(steps), dtype=torch.float64)
+        coarser = torch.zeros(count, len(steps), dtype=torch.float64, device="cpu")
         coarser[:, torch.isin(steps, half)] = spline(half)
         grids.append(StepGrid(steps.to(device), spline(steps).to(device), coarser.to(device)))
         size = 2 * size - 1

@@ -66,7 +66,7 @@ class BlockSecants:
         self._late = StepModels(mean, samples, self._count + 2, _LATE, fitted=True)
         self._drift = slopes.new_zeros(samples, len(slopes), size)
         # Rounds of each sample so far, and the state that the generator has before each of them.
-        self._rounds = torch.zeros(samples, dtype=torch.int64)
+        self._rounds = torch.zeros(samples, dtype=torch.int64, device="cpu")
         self._generator_states = [torch.Generator().manual_seed(0).get_state()]
         # Latents and images of the latest round; not finite where there is none, or none to compare with.
         self._last = slopes.new_full((2, samples, len(slopes), size), torch.nan)
@@ -90,7 +90,7 @@ class BlockSecants:
         """The random ones ``(P, D)`` of a round of this number, whatever rounds other samples have had."""
         size, generator = self._problem.x_0.shape[1], torch.Generator()
         generator.set_state(self._generator_states[number])
-        signs = torch.randint(0, 2, (size, self._count), generator=generator) * 2.0 - 1
+        signs = torch.randint(0, 2, (size, self._count), generator=generator, device="cpu") * 2.0 - 1
         if number + 1 == len(self._generator_states):
             self._generator_states.append(generator.get_state())
         pixels = torch.linalg.qr(signs.double())[0].mT * (_NUDGE * size**0.5)

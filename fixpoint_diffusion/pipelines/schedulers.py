@@ -103,7 +103,7 @@ def scheduler_noise(
     if config is not None and config.is_ddpm:
         drawn = timesteps > 0
     elif noisy:
-        drawn = torch.ones(len(timesteps), dtype=torch.bool)
+        drawn = torch.ones(len(timesteps), dtype=torch.bool, device="cpu")
     else:
         return None
     noise = torch.zeros(shape[0], len(drawn), *shape[1:], dtype=dtype, device=device)

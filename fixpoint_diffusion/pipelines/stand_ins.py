@@ -19,7 +19,8 @@ class OneStep:
 
     def __init__(self, scheduler: Any, take_step: Callable[[Mapping[str, Any]], Tensor]) -> None:
         self._scheduler = scheduler
-        self.taken = False
+        self.taken = False  # the step
+        self.ended = False  # the loop
         # Which of the scheduler's timesteps were walked last: those of the loop, once its step is taken.
         self.walked = slice(None)
         signature = inspect.signature(scheduler.step)
@@ -29,13 +30,18 @@ class OneStep:
                 raise ValueError("this pipeline's loop takes more steps than it has timesteps")
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            latents = take_step(bound.arguments)
+            latents = Stepped.of(self, take_step(bound.arguments))
             self.taken = True
             return SimpleNamespace(prev_sample=latents) if bound.arguments["return_dict"] else (latents,)
 
         # Pipelines look there for what the scheduler accepts.
         step.__signature__ = signature  # type: ignore[attr-defined]
         self.step = step
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The scheduler's, which diffusers names in its errors."""
+        return type(vars(self)["_scheduler"])
 
     @property
     def timesteps(self) -> Tensor:
@@ -77,7 +83,37 @@ class Timesteps(Tensor):
         for timestep in self.as_subclass(Tensor).unbind():
             yield timestep
             if self.owner.taken:
+                self.owner.ended = True
                 return
+
+
+class Stepped(Tensor):
+    """The latents that a loop's one step returned. A loop that computes with them before its next step is refused."""
+
+    owner: OneStep
+
+    @classmethod
+    def of(cls, owner: OneStep, values: Tensor) -> Stepped:
+        found = values.as_subclass(cls)
+        found.owner = owner
+        return found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            made = func(*args, **(kwargs or {}))
+        plain = made.as_subclass(Tensor) if isinstance(made, cls) else made
+        given = (*args, *(kwargs or {}).values())
+        parts = (each for x in given for each in (x if isinstance(x, tuple | list) else (x,)))
+        owner = next((each.owner for each in parts if isinstance(each, cls)), None)
+        if owner is None or owner.ended or not (isinstance(made, Tensor) or func is Tensor.__setitem__):
+            return plain
+        if func in (Tensor.to, Tensor.clone, Tensor.detach):
+            return cls.of(owner, plain)
+        raise ValueError(
+            "the loop of this pipeline changes the latents after the scheduler's step, so it cannot be solved in "
+            "parallel"
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -125,7 +161,7 @@ class Listener(nn.Module):
         if sample.ndim > 3:  # otherwise tokens, with their channels last
             shape[1] = self.config.out_channels or shape[1]
         draw = torch.Generator().manual_seed(len(self.calls))
-        answer = torch.randn(shape, generator=draw).to(sample)
+        answer = torch.randn(shape, generator=draw, device="cpu").to(sample)
         self.calls.append(
             Asked(sample=sample, timestep=timestep, timestep_name=timestep_name, inputs=more, answer=answer)
         )

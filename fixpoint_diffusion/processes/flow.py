@@ -42,5 +42,5 @@ def flow_levels(schedule_config: Mapping[str, Any]) -> Tensor:
         raise ValueError(
             f"num_train_timesteps of a flow must be a whole number from 1 to {_MOST_TIMESTEPS}, got {steps!r}"
         )
-    sigma = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    sigma = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
     return (1 - sigma).square() / ((1 - sigma).square() + sigma.square())

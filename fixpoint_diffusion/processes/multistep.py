@@ -26,7 +26,7 @@ def heun_weights(sigmas: Tensor) -> Tensor:
 
     Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (2022), Algorithm 1.
     """
-    weights = torch.zeros(len(sigmas) - 1, 1, dtype=torch.float64)
+    weights = torch.zeros(len(sigmas) - 1, 1, dtype=torch.float64, device="cpu")
     weights[1::2, 0] = (1 - sigmas[:-2:2] / sigmas[1:-1:2]) / 2
     return weights
 
@@ -45,7 +45,7 @@ def dpm_solver_weights(config: Mapping[str, Any], signal: Tensor, noise: Tensor,
         return None
     short = steps < 15 and config["lower_order_final"]
     first_at_end = config["euler_at_final"] or short or config["final_sigmas_type"] == "zero"
-    weights, lambdas = torch.zeros(steps, order - 1, dtype=torch.float64), signal.log() - noise.log()
+    weights, lambdas = torch.zeros(steps, order - 1, dtype=torch.float64, device="cpu"), signal.log() - noise.log()
     noisy = config["algorithm_type"].startswith("sde")
     for k in range(first + 1, steps):
         left = steps - k  # steps that are left, this one counted
@@ -79,7 +79,7 @@ def unipc_weights(config: Mapping[str, Any], signal: Tensor, noise: Tensor, firs
     Source: Zhao et al., "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models" (2023).
     """
     steps, order = len(signal) - 1, config["solver_order"]
-    weights, lambdas = torch.zeros(steps, order, dtype=torch.float64), signal.log() - noise.log()
+    weights, lambdas = torch.zeros(steps, order, dtype=torch.float64, device="cpu"), signal.log() - noise.log()
     final = config["lower_order_final"]
     orders = {k: min(order, k - first + 1, steps - k if final else order) for k in range(first, steps)}
     for k in range(first, steps):

@@ -58,7 +58,7 @@ class GaussianPrior:
         if bool((self.variances < 0).any()):
             raise ValueError(f"a prior's variances must be at least 0, got {float(self.variances.min()):g}")
         for factor in self._factors:
-            one = torch.eye(len(factor), dtype=torch.float64)
+            one = torch.eye(len(factor), dtype=torch.float64, device="cpu")
             square = factor.ndim == 2 and factor.shape[0] == factor.shape[1]
             if not square or not torch.allclose(factor.double().mT @ factor.double(), one.to(factor.device), atol=1e-4):
                 raise ValueError(f"a prior's basis must be orthogonal; that of shape {tuple(factor.shape)} is not")
@@ -75,7 +75,10 @@ class GaussianPrior:
     @classmethod
     def isotropic(cls, variance: float = 0.3) -> GaussianPrior:
         """Mean 0 and one variance for all entries: right for images in [-1, 1] and for latents to within a factor."""
-        return cls(torch.zeros(1, dtype=torch.float64), torch.tensor([variance], dtype=torch.float64))
+        return cls(
+            torch.zeros(1, dtype=torch.float64, device="cpu"),
+            torch.tensor([variance], dtype=torch.float64, device="cpu"),
+        )
 
     @classmethod
     def of(cls, images: Tensor | Iterable[Tensor], *, shrinkage: float = 0.5) -> GaussianPrior:
@@ -270,7 +273,10 @@ def _times_each(flat: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
 def _cosines(n: int) -> Tensor:
     """``(n, n)`` float64: the columns are the orthonormal waves of the discrete cosine transform (DCT-II)."""
-    place, wave = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
+    place, wave = (
+        torch.arange(n, dtype=torch.float64, device="cpu")[:, None],
+        torch.arange(n, dtype=torch.float64, device="cpu"),
+    )
     waves = (math.pi / n * (place + 0.5) * wave).cos() * (2 / n) ** 0.5
     waves[:, 0] /= 2**0.5
     return waves
@@ -294,10 +300,10 @@ class _Moments:
         self.shift = first.flatten(1).to("cpu", torch.float64).mean(dim=0)  # numbers near 0 lose no digits
         self.sum = torch.zeros_like(self.shift)
         if self.alone:
-            self.products = torch.zeros(1, channels, dtype=torch.float64)
+            self.products = torch.zeros(1, channels, dtype=torch.float64, device="cpu")
         else:
-            self.waves = [torch.eye(channels, dtype=torch.float64), *map(_cosines, self.shape[1:])]
-            self.products = torch.zeros(rest, channels, channels, dtype=torch.float64)
+            self.waves = [torch.eye(channels, dtype=torch.float64, device="cpu"), *map(_cosines, self.shape[1:])]
+            self.products = torch.zeros(rest, channels, channels, dtype=torch.float64, device="cpu")
 
     def add(self, batch: Tensor) -> None:
         if batch.shape[1:] != self.given:

@@ -141,7 +141,10 @@ class SamplerConfig:
             >>> config.transitions(3).timesteps
             tensor([999, 500,   0])
         """
-        levels, final = self.schedule.alphas_cumprod, torch.tensor([self.schedule.final_alpha], dtype=torch.float64)
+        levels, final = (
+            self.schedule.alphas_cumprod,
+            torch.tensor([self.schedule.final_alpha], dtype=torch.float64, device="cpu"),
+        )
         timesteps = check_timesteps(self.schedule.timesteps(steps) if timesteps is None else timesteps, len(levels))
         eta = float(self.is_ddpm) if eta is None else eta
         ancestral = self.is_ddpm and eta == 1
@@ -263,7 +266,7 @@ def _schedule(name: str, values: Mapping[str, Any]) -> NoiseSchedule:
         raise ValueError(f"beta_start and beta_end of {name} must not be negative, got {ends[0]:g} and {ends[1]:g}")
     if values["trained_betas"] is not None:
         try:
-            betas = torch.as_tensor(values["trained_betas"], dtype=torch.float64)
+            betas = torch.as_tensor(values["trained_betas"], dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"trained_betas of {name} must be a list of numbers: {error}") from error
         if betas.shape != (steps,):

@@ -54,7 +54,7 @@ class NoiseSchedule:
     x0_hook: X0Hook | None = None
 
     def __post_init__(self) -> None:
-        alphas = torch.as_tensor(self.alphas_cumprod).detach().to("cpu", torch.float64).clone()
+        alphas = torch.as_tensor(self.alphas_cumprod, device="cpu").detach().to(torch.float64).clone()
         if alphas.ndim != 1 or len(alphas) == 0:
             raise ValueError(f"alphas_cumprod must have shape (N,) with N >= 1, got {tuple(alphas.shape)}")
         in_range = bool((alphas < 1).all() and (alphas[:-1] > 0).all() and alphas[-1] >= 0)
@@ -85,7 +85,7 @@ class NoiseSchedule:
             >>> NoiseSchedule.from_betas(torch.tensor([0.25, 0.5])).alphas_cumprod
             tensor([0.7500, 0.3750], dtype=torch.float64)
         """
-        return cls((1 - torch.as_tensor(betas).to("cpu", torch.float64)).cumprod(0))
+        return cls((1 - torch.as_tensor(betas, dtype=torch.float64, device="cpu")).cumprod(0))
 
     @classmethod
     def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
@@ -95,7 +95,9 @@ class NoiseSchedule:
             >>> float(NoiseSchedule.linear().alphas_cumprod[0])
             0.9999
         """
-        return cls.from_betas(torch.linspace(beta_start, beta_end, positive("steps", steps), dtype=torch.float64))
+        return cls.from_betas(
+            torch.linspace(beta_start, beta_end, positive("steps", steps), dtype=torch.float64, device="cpu")
+        )
 
     @classmethod
     def scaled_linear(cls, steps: int = 1000, beta_start: float = 8.5e-4, beta_end: float = 0.012) -> NoiseSchedule:
@@ -105,7 +107,9 @@ class NoiseSchedule:
             >>> len(NoiseSchedule.scaled_linear())
             1000
         """
-        roots = torch.linspace(beta_start**0.5, beta_end**0.5, positive("steps", steps), dtype=torch.float64)
+        roots = torch.linspace(
+            beta_start**0.5, beta_end**0.5, positive("steps", steps), dtype=torch.float64, device="cpu"
+        )
         return cls.from_betas(roots.square())
 
     @classmethod
@@ -116,7 +120,7 @@ class NoiseSchedule:
             >>> bool(NoiseSchedule.cosine().alphas_cumprod[-1] < 1e-8)
             True
         """
-        ticks = torch.arange(positive("steps", steps) + 1, dtype=torch.float64) / steps
+        ticks = torch.arange(positive("steps", steps) + 1, dtype=torch.float64, device="cpu") / steps
         signal = torch.cos((ticks + 0.008) / 1.008 * math.pi / 2).square()
         return cls.from_betas((1 - signal[1:] / signal[:-1]).clamp(max=max_beta))
 
@@ -177,7 +181,7 @@ class NoiseSchedule:
         def shifted(alphas: torch.Tensor) -> torch.Tensor:
             return alphas / (scale + (1 - scale) * alphas)
 
-        final = float(shifted(torch.tensor(self.final_alpha, dtype=torch.float64)))
+        final = float(shifted(torch.tensor(self.final_alpha, dtype=torch.float64, device="cpu")))
         return replace(self, alphas_cumprod=shifted(self.alphas_cumprod), final_alpha=final)
 
     def timesteps(self, steps: int, spacing: str | None = None) -> torch.Tensor:

@@ -78,9 +78,10 @@ def with_timesteps(scheduler: Any, steps: int) -> Any:
     """
     check_served(scheduler)
     positive("steps", steps)
-    fresh = type(scheduler).from_config(scheduler.config)
     try:
-        fresh.set_timesteps(steps)
+        with torch.device("cpu"):  # its tables, whatever the default device is
+            fresh = type(scheduler).from_config(scheduler.config)
+            fresh.set_timesteps(steps)
     except ValueError as error:
         advice = "call the scheduler's set_timesteps yourself, and pass steps=None"
         raise ValueError(f"{type(scheduler).__name__}: {str(error).rstrip('.')}; {advice}") from error

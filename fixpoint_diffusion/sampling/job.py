@@ -324,7 +324,7 @@ def classes_of(
 
 def labels_of(classes: Sequence[int] | None, samples: range) -> Tensor | None:
     """The classes of these images, ``(N,)``: they repeat in the given order. None where there are none."""
-    return None if classes is None else torch.tensor([classes[i % len(classes)] for i in samples])
+    return None if classes is None else torch.tensor([classes[i % len(classes)] for i in samples], device="cpu")
 
 
 def with_labels(

@@ -68,8 +68,8 @@ def draw(share: Share, step: int, piece: int, shape: tuple[int, ...], timesteps:
     """What is drawn for one piece of one step: images of ``shape``, a schedule of ``timesteps``."""
     rows = share.rows(piece)
     generator = torch.Generator().manual_seed(seed_of(share.config.seed, step))
-    t = torch.randint(timesteps, (share.config.batch_size,), generator=generator)
-    dropped = torch.rand(share.config.batch_size, generator=generator) < share.config.class_dropout
+    t = torch.randint(timesteps, (share.config.batch_size,), generator=generator, device="cpu")
+    dropped = torch.rand(share.config.batch_size, generator=generator, device="cpu") < share.config.class_dropout
     part = slice(rows.start, rows.stop)
     noise = step_noise(share.config.seed, rows, [step], shape, device=device)[:, 0]
     return Drawn(t=t[part].to(device), noise=noise, dropped=dropped[part].to(device))

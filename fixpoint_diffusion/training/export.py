@@ -78,5 +78,5 @@ def prior_of(data: ImageDataset) -> GaussianPrior | None:
     count = len(data)
     if count < 2:
         return None
-    chosen = torch.linspace(0, count - 1, min(count, _PRIOR_IMAGES)).long().tolist()
+    chosen = torch.linspace(0, count - 1, min(count, _PRIOR_IMAGES), device="cpu").long().tolist()
     return GaussianPrior.of(torch.stack([data[index]["images"] for index in chosen]))

@@ -68,6 +68,15 @@ def test_a_failed_study_gives_exit_code_1_and_the_others_are_written(tmp_path):
     assert 'id="linear-dim-5"' in page
 
 
+def test_where_every_study_failed_earlier_results_stay(tmp_path):
+    invoke("bench", "linear:dim=5", "--out", tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    result = invoke("bench", "linear:rho=2", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "failed: linear:rho=2" in words(result)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "suggestion"),
     [

@@ -52,6 +52,15 @@ def test_what_is_written_leads_back_to_the_images(tmp_path: Path) -> None:
     assert invoke("digits", *options, "--overwrite").exit_code == 0
 
 
+@pytest.mark.parametrize("name", ["grid.png", "x_T.npy", "errors.png"])
+def test_files_of_another_command_are_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("of a sample run")
+    result = invoke("digits", "--steps", 2, "--num-images", 1, "--out", tmp_path)
+    assert f"holds {name} of another run; pass --overwrite to replace it" in str(result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "of a sample run"
+
+
 @pytest.fixture
 def clipping_model(tmp_path: Path) -> Path:
     """As ``fixpoint-diffusion train`` leaves its models of images: to be sampled with clipping."""

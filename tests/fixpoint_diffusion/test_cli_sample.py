@@ -21,6 +21,7 @@ from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.cli import app
 from fixpoint_diffusion.denoisers import embedded, load_denoiser
 from fixpoint_diffusion.denoisers.registry import family
@@ -669,3 +670,24 @@ def test_no_command_line_ends_in_a_traceback(
     assert code in (0, 2)
     if code == 2:
         assert error.count("\n") == 0
+
+
+def test_a_loaded_model_keeps_its_learned_variance_on_request(tmp_path: Path) -> None:
+    folder = saved_fpdm(tmp_path / "fpdm", learn_sigma=True)
+    scheduler = {"_class_name": "DDPMScheduler", "variance_type": "learned_range", "clip_sample": False}
+    x_T = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    chain = chain_from_scheduler(load_denoiser(folder), x_T, scheduler, steps=3, seed=0)
+    with pytest.raises(ValueError, match=r"\[2, 2, 8, 8\]\); .* unless told learned_variance=True"):
+        chain.sequential()
+    kept = load_denoiser(folder, learned_variance=True)
+    assert chain_from_scheduler(kept, x_T, scheduler, steps=3, seed=0).sequential().isfinite().all()
+    plain = torch.nn.Conv2d(1, 2, 1).requires_grad_(False)
+    chain = chain_from_scheduler(lambda x, t: plain(x), x_T, {**scheduler, "variance_type": "fixed_small"}, steps=3)
+    with pytest.raises(ValueError, match=r"the denoiser must return the shape .* attribute learned_variance = True"):
+        chain.sequential()
+
+
+def test_noise_in_a_file_of_another_kind_is_no_array(tmp_path: Path) -> None:
+    (tmp_path / "x_T.npy").write_text("{}")
+    result = invoke("--x-T", tmp_path / "x_T.npy", "--out", tmp_path / "out")
+    assert str(result.exception).endswith("x_T.npy is no .npy file")

@@ -162,7 +162,7 @@ def sample_fpdm(
     iterations, config = torch.stack(counts), model.config
     return FPDMSamples(
         images=images,
-        timesteps=torch.tensor(timesteps),
+        timesteps=torch.tensor(timesteps, device="cpu"),
         iterations=iterations,
         block_passes=steps * config.block_passes(0)
         + config.implicit_blocks * float(iterations.double().mean(dim=1).sum()),

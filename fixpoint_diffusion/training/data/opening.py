@@ -114,7 +114,7 @@ def _from_pictures(folder: Path, channels: str | None, cut: Crop, labels: bool) 
         PictureRows(folder, found.files, chosen),
         sample_shape=(CHANNELS[chosen], *(cut.size or (first.height, first.width))),
         crop=cut,
-        labels=None if found.labels is None else torch.tensor(found.labels),
+        labels=None if found.labels is None else torch.tensor(found.labels, device="cpu"),
         num_classes=None if found.class_names is None else len(found.class_names),
         class_names=found.class_names,
     )
