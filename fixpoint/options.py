@@ -41,6 +41,8 @@ def check_options(
     check_every: Any = 1,
     depth: Any = None,
     keep_states: Collection[Any] = (),
+    batch_dims: Any = None,
+    callback: object = None,
 ) -> Counts:
     """Raise for an option of ``solve`` that cannot work, whatever the problem; others are checked where they act."""
     if not isinstance(args, tuple | list):
@@ -53,6 +55,10 @@ def check_options(
         raise TypeError(f"backward must be a fixpoint.Backward such as IFT(), or None, found {backward!r}")
     if norm is not None and norm != "leafwise" and not callable(norm):
         raise ValueError(f'norm must be a function of a state, "leafwise" or None, found {norm!r}')
+    if batch_dims is not None:
+        require_count("batch_dims", batch_dims, 0)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of a fixpoint.Progress, or None, found {callback!r}")
     options = Counts(
         max_evals=require_count("max_evals", max_evals),
         check_every=require_count("check_every", check_every),

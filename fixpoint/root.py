@@ -99,7 +99,14 @@ def root(
         >>> a.grad.flatten()  # 1 / (2 sqrt(a))
         tensor([0.3536, 0.1667])
     """
-    check_options(args=args, solver=solver, backward=backward, on_failure=on_failure)
+    check_options(
+        args=args,
+        solver=solver,
+        backward=backward,
+        on_failure=on_failure,
+        batch_dims=batch_dims,
+        callback=callback,
+    )
     if norm is not None and not callable(norm):
         raise ValueError(f"norm must be a function of a state or None, found {norm!r}")
     layout = Layout.of(x0, batch_dims)

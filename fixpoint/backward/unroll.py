@@ -50,7 +50,8 @@ class Unroll(Backward):
         def unroll(f: RowMap, z: Tensor) -> Tensor:
             return replace(run, f=f, z0=z, watch=None).unroll().z
 
-        if not result.z.requires_grad:  # every row ended where it started: a gradient of zero, and no error
+        if not result.z.requires_grad and torch.equal(result.z, run.z0):
+            # Every row ended where it started: a gradient of zero, and no error.
             return run.recorded(lambda f, z: 0 * f(z), result.z), result
         failed = result.status == int(Status.NON_FINITE)
         return run.recorded(unroll, run.z0, result.z, failed), result

@@ -144,6 +144,8 @@ class Layout:
                 raise TypeError(f"z0 must hold tensors: {path} is a {type(leaf).__name__}")
             if not (leaf.is_floating_point() or leaf.is_complex()):
                 raise TypeError(f"z0 must be floating point or complex: {path} is {leaf.dtype}")
+            if leaf.layout != torch.strided:
+                raise TypeError(f"z0 must be dense: {path} is {leaf.layout}, of which to_dense() makes one")
         first_path, first = tensors[0]
         if batch_dims is None:
             dims = [leaf.ndim for _, leaf in tensors]

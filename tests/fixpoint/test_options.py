@@ -35,11 +35,26 @@ def halve(z):
         ({"rtol": float("nan")}, ValueError, "rtol must be at least 0, found nan"),
         ({"max_evals": True}, TypeError, "max_evals must be an integer, found True"),
         ({"max_evals": 2.0}, TypeError, "max_evals must be an integer, found 2.0"),
+        ({"batch_dims": 1.0}, TypeError, "batch_dims must be an integer, found 1.0"),
+        ({"callback": 5}, TypeError, "callback must be a function of a fixpoint.Progress, or None, found 5"),
     ],
 )
 def test_options_that_cannot_work_are_named(options, error, message):
+    for solve in (fixpoint.solve, fixpoint.root):
+        with pytest.raises(error, match=message):
+            solve(halve, torch.zeros(2, 3), **options)
+
+
+@pytest.mark.parametrize(
+    ("z0", "error", "message"),
+    [
+        (torch.zeros(2, 3, device="meta"), ValueError, "z0 is on the meta device, where there are no numbers"),
+        (torch.zeros(2, 3).to_sparse(), TypeError, "z0 must be dense: z is torch.sparse_coo"),
+    ],
+)
+def test_states_that_nothing_can_be_computed_with_are_named(z0, error, message):
     with pytest.raises(error, match=message):
-        fixpoint.solve(halve, torch.zeros(2, 3), **options)
+        fixpoint.solve(halve, z0)
 
 
 def test_an_f_that_wants_more_arguments_is_told_where_they_come_from():
