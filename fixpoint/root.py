@@ -69,7 +69,8 @@ def root(
             far x is from the root, by these slopes.
             A row is not done, other than by atol, where g is larger than at x0. Where slopes differed tenfold, two more
             evaluations look at each component of g: one that x would have to move far for makes the row STAGNATED. So
-            does, far from x0, a g that has not fallen to a hundredth, or to 100 rtol where that is less. Numbers, or tensors with one for each row. What is small beside a root at zero is told from x0; where x0 is
+            does, far from x0, a g that has not fallen to a hundredth, or to 100 rtol where that is less.
+            Numbers, or tensors with one for each row. What is small beside a root at zero is told from x0; where x0 is
             zero as well, give an atol.
         norm: Takes a state to one value for each row, in place of the Euclidean norm; of x and of g(x).
         max_evals: Evaluations of g granted; the second one is next to x0, to see the slope, and the last two are for a
