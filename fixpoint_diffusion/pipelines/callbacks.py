@@ -18,6 +18,8 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
+from fixpoint_diffusion.pipelines.stand_ins import as_shown
+
 CANNOT_CHANGE = "a callback can look at a parallel solve and stop it, but not change it: all steps are solved at once"
 # What a callback may set: the request to stop, and how the bar looks. The last is set with every component.
 _MAY_BE_SET = ("_interrupt", "_progress_bar_config", "_internal_dict")
@@ -92,6 +94,7 @@ class Callbacks:
 
     def _look(self, callback: Callable[..., Any], index: int, timestep: Tensor, latents: Tensor) -> None:
         """Call the deprecated ``callback``, which comes once, at the end, and returns nothing."""
+        latents = as_shown(latents)
         given = latents.clone()
         with read_only(self._run, self._shared):
             callback(index, timestep, given)

@@ -116,6 +116,12 @@ class Stepped(Tensor):
         )
 
 
+def as_shown(latents: Tensor) -> Tensor:
+    """The latents of a loop for a callback, which may compute what it likes."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return latents.as_subclass(Tensor)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Asked:
     """What a loop asks a network in one step, in one call or in several, whose rows are then one after another.
