@@ -130,8 +130,6 @@ def solve(
         raise TypeError("z0 is missing: pass a starting state, or a problem that has one as its attribute z0")
     start = _above_autocast(start)
     layout = Layout.of(start, batch_dims)
-    if layout.device.type == "meta":
-        raise ValueError("z0 is on the meta device, where there are no numbers; fixpoint.estimate_memory takes it")
     problem = f
     f, solver = solver.bind(f, layout)
     gradients = backward is not None and torch.is_grad_enabled()

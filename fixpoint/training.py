@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fixpoint.engine.evaluation import RowMap
-from fixpoint.engine.layout import Layout
+from fixpoint.engine.layout import Layout, map_leaves
 from fixpoint.engine.tolerance import row_norm
 from fixpoint.solution import Solution
 from fixpoint.solvers.base import require_count
@@ -60,7 +60,7 @@ def jacobian_penalty(
         probe = torch.randn(at.shape, dtype=at.dtype, device=at.device, generator=generator)
         product = _pull(fz, at, probe, create_graph=torch.is_grad_enabled())
         total = total + product.to(total.dtype).square().sum(dim=1)
-    return (total / (probes * at.shape[1])).reshape(layout.batch_shape)
+    return (total / (probes * max(at.shape[1], 1))).reshape(layout.batch_shape)
 
 
 def spectral_radius(
@@ -152,10 +152,12 @@ def _recorded(
 ) -> tuple[Layout, Tensor, Tensor]:
     """The layout, the rows of z, and f of these with a graph."""
     layout = Layout.of(z, batch_dims)
-    at = layout.flatten(z).clone()
-    if not at.requires_grad:
-        at = at.detach().requires_grad_()
-    with torch.enable_grad():
+    # In inference mode nothing would be recorded, and a Jacobian pass for zero; its tensors cannot be saved either.
+    with torch.inference_mode(False), torch.enable_grad():
+        at = layout.flatten(z).clone()
+        if not at.requires_grad:
+            at = at.detach().requires_grad_()
+        args = map_leaves(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, tuple(args))
         return layout, at, RowMap(f, args, layout, gradients=False)(at)
 
 

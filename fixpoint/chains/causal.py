@@ -104,6 +104,8 @@ class CausalQuasiNewton(Solver):
             raise ValueError(
                 f"slopes must have shape (T,) = ({steps},) or (T, D) = ({steps}, {dim}), found {tuple(slopes.shape)}"
             )
+        if slopes is not None and not bool(torch.isfinite(slopes.detach()).all()):
+            raise ValueError("slopes must be finite: found NaN or infinity")
         if basis is not None:
             basis = (basis,) if isinstance(basis, Tensor) else tuple(basis)
             sizes = (dim,) if len(basis) == 1 else tuple(shape[1:])

@@ -14,7 +14,7 @@ from fixpoint.chains.run import ChainRun, evaluate
 from fixpoint.chains.twin import Twin
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import figures_like, tensor_like
-from fixpoint.engine.tolerance import Array, to_host
+from fixpoint.engine.tolerance import Array, safe_norm, to_host
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
@@ -87,11 +87,11 @@ class Certificate:
         images = self.images.reshape(rows, steps, -1)
         defects = images - states[tensor_like(states, self.places)].reshape(images.shape)
         step = torch.arange(steps, device=states.device).expand(rows, -1)
-        length = torch.linalg.vector_norm(defects, dim=2)
+        length = safe_norm(defects)
         noise = figures_like(length, sweeper.noise)  # (T,)
         sharp = torch.where(length > noise, 1 - noise / length, 0)[..., None] * defects
         errors = defects + sweeper.inherited(sharp, step)
-        norms = [length, *(torch.linalg.vector_norm(x, dim=2) for x in (images, errors))]
+        norms = [length, *(safe_norm(x) for x in (images, errors))]
         defect, scale, error = to_host(torch.stack(norms))
         bound = allowed[0][self.rows] + allowed[1][self.rows, None] * scale
         fits = defect <= bound

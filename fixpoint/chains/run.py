@@ -119,7 +119,8 @@ class ChainRun:
 
     def predicted_error(self) -> Array:
         """Norm of the predicted errors of each row: infinity while a state has not been seen, or cannot be trusted."""
-        return np.where(self.status == Status.NON_FINITE, np.inf, np.sqrt(np.square(self.error).sum(axis=1)))
+        with np.errstate(over="ignore"):
+            return np.where(self.status == Status.NON_FINITE, np.inf, np.sqrt(np.square(self.error).sum(axis=1)))
 
     def outcome(self) -> LoopResult:
         """What is known by now."""

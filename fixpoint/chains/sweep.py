@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fixpoint.engine.tolerance import safe_norm
 from fixpoint.solvers.base import small_dtype
 
 # Products of slopes are formed inside a chunk only: they must stay within the range of float64, and the triangular
@@ -242,7 +243,7 @@ def held_back(images: Tensor, corrections: Tensor, finite: Tensor) -> tuple[Tens
         The states ``(B, W, D)``, and ``(B, W)`` which of them are not replaced.
     """
     states = images + corrections
-    size = torch.linalg.vector_norm(states.detach(), dim=2)
+    size = safe_norm(states.detach())
     largest = size.cummax(dim=1).values
     sane = torch.isfinite(size) & finite
     modelled = corrections.detach().any(dim=2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fixpoint.chains.run import ChainRun, evaluate
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import tensor_like
-from fixpoint.engine.tolerance import Array, Tolerance, to_host
+from fixpoint.engine.tolerance import Array, Tolerance, safe_norm, to_host
 
 if TYPE_CHECKING:
     from fixpoint.chains.certificate import Certificate
@@ -76,7 +76,7 @@ class Twin:
         """Displacements ``(N, D)`` after the steps ``step`` ``(N,)`` of the samples ``sample`` ``(N,)`` of z."""
         chain, before = self._chain, (step - 1).clamp(min=0)
         v = z.reshape(len(z), chain.steps, -1)[sample, before].to(chain.states.dtype)
-        length, size = torch.linalg.vector_norm(v, dim=1), self._size[sample, before]
+        length, size = safe_norm(v), self._size[sample, before]
         unit = torch.where(length > 0, 1 / length, 0)[:, None] * v
         states = chain.states[:-1].clone()
         row = self._rows[sample]
@@ -85,7 +85,7 @@ class Twin:
         images = evaluate(chain, self._f, to_host(row * chain.steps + step).astype(int), rows)
         counts = (step > 0) & (size > 0)  # what starts a chain is not displaced
         change = torch.where(counts, 1 / size, 0)[:, None] * (images - self._images[sample, step])
-        self._gains[sample, step] = torch.where(counts, torch.linalg.vector_norm(change, dim=1), torch.nan)
+        self._gains[sample, step] = torch.where(counts, safe_norm(change), torch.nan)
         return length[:, None] * change + self._fresh[sample, step]
 
     def note_gains(self) -> None:

@@ -17,7 +17,7 @@ from fixpoint.chains.sweep import WindowPast, parts, taken
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.loop import Map, Watcher
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, handing_over, tensor_like
-from fixpoint.engine.tolerance import Status, Tolerance, to_host
+from fixpoint.engine.tolerance import Status, Tolerance, safe_norm, to_host
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
@@ -87,9 +87,10 @@ def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
     step = run.done[rows]
     places = rows * run.steps + step
     images = evaluate(run, f, places)
-    run.states[tensor_like(run.start, places)] = images
-    scale = to_host(torch.linalg.vector_norm(images, dim=1))
+    scale = to_host(safe_norm(images))
     finite = np.isfinite(scale)
+    known = torch.isfinite(images).all(dim=1)
+    run.states[tensor_like(run.start, places)[known]] = images[known]  # what is broken stays out of the states
     run.error[rows, step] = np.where(finite, 0.0, np.inf)
     run.scale[rows, step] = scale
     run.done[rows] += finite
@@ -161,7 +162,7 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     number = torch.arange(len(rows), device=change.device)
     change_before = torch.where((last > 0)[:, None], change[number, (last - 1).clamp(min=0)], 0)
     run.moved[rows] += torch.stack((change[number, last], change_before), dim=1)
-    norms = [torch.linalg.vector_norm(x, dim=2) for x in (change, swept.states, swept.corrections)]
+    norms = [safe_norm(x) for x in (change, swept.states, swept.corrections)]
     norms.append(torch.nn.functional.pad(norms[0][:, :-1], (1, 0)))  # of the change of the state before
     figures = to_host(torch.stack([*norms, *changes, swept.sound, known, *extra]))  # one transfer a round
     error, scale, grown, met, image_change, input_change, sound, finite, *seen = figures
@@ -175,7 +176,7 @@ def measured_changes(images: Tensor, inputs: Tensor, known: Tensor, past: Window
     for part in parts(images):
         inputs_before, images_before = past.newest(part)
         changes = images[:, part] - images_before, inputs[:, part] - inputs_before
-        norms.append([torch.linalg.vector_norm(x, dim=2) for x in changes])
+        norms.append([safe_norm(x) for x in changes])
     known = known & past.known[..., 0]
     image_change, input_change = (torch.where(known, torch.cat(x, dim=1), 0) for x in zip(*norms, strict=True))
     return image_change, input_change

@@ -131,11 +131,27 @@ def _difference_norm(z: Tensor, fz: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else row_norm(torch.stack(parts, dim=1))
 
 
-def _scaled_norm(x: Tensor) -> Tensor:
-    """``row_norm`` in float64, of rows divided by their largest entry: no square leaves the range of float64."""
-    largest = x.abs().amax(dim=1, keepdim=True)
-    unit = torch.where(largest > 0, largest, 1)
-    return (unit * torch.linalg.vector_norm(x / unit, dim=1, keepdim=True)).squeeze(1)
+def safe_norm(x: Tensor) -> Tensor:
+    """Euclidean norms along the last dimension, in the dtype of ``x``; no square leaves the range of the dtype."""
+    if not x.shape[-1]:
+        return torch.linalg.vector_norm(x, dim=-1)
+    if x.is_cpu and not x.requires_grad:  # the host may look which ones are in doubt
+        norm = torch.linalg.vector_norm(x, dim=-1)
+        low, high = plain_norms(x.dtype)
+        doubtful = ~((norm > low) & (norm < high))
+        if bool(doubtful.any()):
+            norm[doubtful] = _norm_of_scaled(x[doubtful])
+        return norm
+    # Float64 holds all squares of narrower numbers.
+    wider = x.dtype != torch.float64 and x.device.type != "mps"
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).to(x.dtype) if wider else _norm_of_scaled(x)
+
+
+def _norm_of_scaled(x: Tensor) -> Tensor:
+    """The same, of vectors divided by their largest entry."""
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    unit = torch.where((largest > 0) & (largest < torch.inf), largest, 1)
+    return (unit * torch.linalg.vector_norm(x / unit, dim=-1, keepdim=True)).squeeze(-1)
 
 
 _BLOCK = 1 << 18  # entries
@@ -344,5 +360,5 @@ def _repaired(figures: Array, z: Tensor, fz: Tensor, low: float, among: Array | 
     if rows.size:
         index = torch.from_numpy(rows).to(z.device)
         ours, theirs = (x.detach().index_select(0, index).cpu().double() for x in (fz, z))
-        figures[:, rows] = torch.stack((_scaled_norm(ours - theirs), _scaled_norm(ours))).numpy()
+        figures[:, rows] = torch.stack((_norm_of_scaled(ours - theirs), _norm_of_scaled(ours))).numpy()
     return figures

@@ -100,7 +100,7 @@ class GMRES(Solver):
                 before, basis = state.knowledge.owned(xp), state.basis
                 inside, rest = _split(xp, basis, residual, before.use)
                 outside = xp.take(torch.linalg.vector_norm(rest, dim=1).to(exact))
-                total = xp.sqrt((inside**2).sum(-1) + outside**2)
+                total = xp.length((inside**2).sum(-1) + outside**2)
                 moved = size < 0
                 if z is not state.proposal:
                     moved = xp.take((z != state.proposal).any(dim=1))

@@ -114,7 +114,7 @@ class Knowledge(NamedTuple):
         turned = _times(self.rotation, column[:, :-1])
         rest, below = turned[:, :-1], column[:, -1:]
         pivot = xp.hypot(turned[:, -1:], below)
-        stretch, longest = xp.sqrt((column**2).sum(-1)), self._longest(xp)
+        stretch, longest = xp.length((column**2).sum(-1)), self._longest(xp)
         wild = learns & (longest > 0) & (stretch > _MOST_STRETCH * longest)
         noise = self.doubt / abs(xp.where(learns, self.step[:, -1], zero[:, 0] + 1))
         singular = xp.maximum(_NOISE * noise, eps**0.8 * xp.maximum(stretch, zero[:, 0] + 1))
@@ -200,11 +200,13 @@ class Knowledge(NamedTuple):
         onward = best - self.anchor + _joined(xp, along[:, :-1], end)
         once = rounding * self.size
         roundings = self._roundings(xp, onward)
+        unknown = remains < _UNKNOWN * (once * roundings)[:, None]
+        # Where images are spoilt while the residual is still far above one evaluation's rounding, nothing contracts.
+        still = self.contracts & ~(unknown[:, 0] & (remains[:, 0] > _UNKNOWN * _MOST_ROUNDINGS * once))
         careful = self.careful | (roundings > max(_MOST_ROUNDINGS, _MOST_DOUBT / rounding))
-        careful, contracts = (careful & ~self.contracts)[:, None], self.contracts[:, None]
+        careful, contracts = (careful & ~still)[:, None], still[:, None]
 
         near = remains**2 < _PROGRESS**2 * (self.anchored**2).sum(-1)[:, None]
-        unknown = remains < _UNKNOWN * (once * roundings)[:, None]
         pending = ((self.use[:, -1] > 0) & ~self.over)[:, None]
         verify = ~pending | xp.where(careful, near, unknown & ~contracts)
         if last:
@@ -217,20 +219,24 @@ class Knowledge(NamedTuple):
         careful = self.careful | (careful & pending)[:, 0]
         doubt = once * xp.where(careful, xp.zeros_like(once) + 2**0.5, roundings)
         over = self.over | (contracts & unknown)[:, 0]
-        return self._replace(step=step, expected=expected, doubt=doubt, careful=careful, over=over), self.anchor + step
+        known = self._replace(step=step, expected=expected, doubt=doubt, careful=careful, over=over)
+        return known._replace(contracts=still), self.anchor + step
 
     def _longest(self, xp: NumPyArithmetic) -> Small:
         """Length of the longest image known ``(rows,)``; zero where there is none."""
         if self.vectors == 1:
             return xp.zeros_like(self.size)
-        return xp.sqrt(xp.amax(self.use[:, :-1] * (self.triangle**2).sum(1), -1))
+        return xp.length(xp.amax(self.use[:, :-1] * (self.triangle**2).sum(1), -1))
 
     def _best_share(self, xp: NumPyArithmetic, triangle: Small, rotation: Small) -> Small:
         """How far along the last residual the next one would have been least, now that its image is known."""
         residual = self.rotation[:, -1] * self.target[:, -1:]
         image, turned = (triangle @ residual[..., None])[:, :-1, 0], _times(rotation[:, :-1, :-1], residual)
         square = (image**2).sum(-1)
-        share = xp.maximum((turned * image).sum(-1) / square, _LEAST_SHARE * abs(self.target[:, -1]) / xp.sqrt(square))
+        some = square > 0  # divided by nothing, there is no share, and no gradient
+        safe = xp.where(some, square, xp.zeros_like(square) + 1)
+        share = xp.maximum((turned * image).sum(-1) / safe, _LEAST_SHARE * abs(self.target[:, -1]) / xp.length(safe))
+        share = xp.where(some, share, xp.zeros_like(share))
         return xp.where(share > 0, xp.minimum(share, xp.zeros_like(share) + 1), self.share)
 
     def _roundings(self, xp: NumPyArithmetic, step: Small) -> Small:
@@ -241,7 +247,7 @@ class Knowledge(NamedTuple):
         if self.vectors == 1:
             return xp.zeros_like(self.size) + 2**0.5
         weights = xp.solve_triangular(self.steps[:, :-1], step[:, :-1], upper=True)
-        return xp.sqrt(2 * (1 + (weights**2).sum(-1)))
+        return xp.length(2 * (1 + (weights**2).sum(-1)))
 
 
 def _usable(length: Small) -> Small:

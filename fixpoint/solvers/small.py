@@ -32,6 +32,7 @@ class NumPyArithmetic:
     minimum: Any = staticmethod(np.minimum)
     amax: Any = staticmethod(np.amax)
     sqrt: Any = staticmethod(np.sqrt)
+    length: Any = staticmethod(np.sqrt)  # from a sum of squares
     hypot: Any = staticmethod(np.hypot)
     concatenate: Any = staticmethod(np.concatenate)
     zeros_like: Any = staticmethod(np.zeros_like)
@@ -149,11 +150,18 @@ class TorchArithmetic(NumPyArithmetic):
     minimum = staticmethod(torch.minimum)
     amax = staticmethod(torch.amax)
     sqrt = staticmethod(torch.sqrt)
-    hypot = staticmethod(torch.hypot)
     concatenate = staticmethod(torch.concatenate)
     zeros_like = staticmethod(torch.zeros_like)
     reciprocal = staticmethod(torch.reciprocal)
     readable = False
+
+    def length(self, x: Small) -> Small:
+        # Of zero with a gradient of zero: rows that are solved have zeros, and infinity times zero would be NaN.
+        return torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), x.detach().sqrt())
+
+    def hypot(self, x: Small, y: Small) -> Small:
+        zero = (x == 0) & (y == 0)
+        return torch.where(zero, 0, torch.hypot(torch.where(zero, 1, x), y))
 
     def plus(self, x: Small, y: Small, times: float) -> Small:
         return torch.add(x, y, alpha=times)

@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fixpoint import ProgressBar
 from fixpoint_diffusion.files import map_array, sha256_of_all, write_json, written_whole
 from fixpoint_diffusion.models.autoencoder import LatentEncoder, autoencoder_folder, load_autoencoder
 from fixpoint_diffusion.processes.noise import initial_noise
-from fixpoint_diffusion.training.data.dataset import ImageDataset
+from fixpoint_diffusion.training.data.dataset import ImageDataset, readable
 from fixpoint_diffusion.training.data.latents import INFO_FILE, LABELS_FILE, LatentsInfo
 
 
@@ -172,7 +171,7 @@ def _encode_rows(
     loader = DataLoader(
         dataset, batch_size=min(options.batch_size, len(rows)), sampler=rows, num_workers=options.workers
     )
-    for batch in _readable(loader):
+    for batch in readable(loader):
         images = batch["images"].to(options.device)
         samples = range(done, done + len(images))
         noise = None
@@ -186,14 +185,6 @@ def _encode_rows(
         done += len(images)
         count(len(images))
     return np.concatenate(parts)
-
-
-def _readable(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    """The loader's batches; of an error in a worker, whose message holds a traceback, the last line."""
-    try:
-        yield from loader
-    except ValueError as error:
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def _is_whole(file: Path, count: int, info: LatentsInfo) -> bool:

@@ -26,7 +26,7 @@ from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.ranks import is_first
 from fixpoint_diffusion.training.checkpoints import load_record
 from fixpoint_diffusion.training.data import ImageDataset, open_dataset, split_held_out
-from fixpoint_diffusion.training.export import export, prior_of
+from fixpoint_diffusion.training.export import export, prior_of, read_class_names
 from fixpoint_diffusion.training.logs import TrainingLog
 from fixpoint_diffusion.training.networks import (
     TrainableDenoiser,
@@ -157,11 +157,12 @@ class TrainingRun:
             network, its_family, schedule_config = load_network(init)
             network = trained_otherwise(network, settings or {})
             along = "flow_prediction" if is_flow(schedule_config) else schedule_config["prediction_type"]
-            if (given.setdefault("prediction_type", along) == "flow_prediction") != is_flow(schedule_config):
+            if given.setdefault("prediction_type", along) != along:
                 raise ValueError(f"the model in {init} was trained to give {along}, not {given['prediction_type']}")
             config = TrainingConfig(**{**its_family.training, **given})
             opened = (data or DataOptions()).open(seed=config.seed)
             _check_batch(opened, config)
+            _check_names(opened, init)
         else:
             its_family = family(kind)
             config = TrainingConfig(**{**its_family.training, **given})
@@ -256,6 +257,11 @@ class TrainingRun:
         shape = model.denoiser.sample_shape
         if shape is not None and tuple(shape) != tuple(data.sample_shape):
             raise ValueError(f"the model is for samples of shape {shape}, the data has {tuple(data.sample_shape)}")
+        others = [name for name in model.denoiser.conditioning if name != CLASS_LABELS]
+        if others:
+            raise ValueError(
+                f"a {type(network).__name__} with these settings takes {', '.join(others)}, which no data set here has"
+            )
         labels = model.denoiser.conditioning.get(CLASS_LABELS)
         # A family that always takes a class has one in a model without.
         if labels is None or labels.num_classes is None or labels.num_classes < 2:
@@ -342,6 +348,17 @@ def _levels(schedule_config: Mapping[str, Any]) -> Tensor:
     if is_flow(schedule_config):
         return flow_levels(schedule_config)
     return NoiseSchedule.from_diffusers(schedule_config).alphas_cumprod
+
+
+def _check_names(data: ImageDataset, init: str | Path) -> None:
+    """Refuse classes that the model to start from knows by other numbers."""
+    known, names = read_class_names(Path(init)), data.class_names or ()
+    for number, name in enumerate(names):
+        if name in known and known.index(name) != number:
+            raise ValueError(
+                f"class {name!r} is number {number} in the data and number {known.index(name)} in the model in {init}: "
+                f"give the data folders for all of the model's classes, {', '.join(known)}"
+            )
 
 
 def _check_batch(data: ImageDataset, config: TrainingConfig) -> None:

@@ -323,3 +323,38 @@ def test_members_of_a_vmap_have_the_figures_that_each_has_alone():
     for member, z0 in enumerate(starts):
         for found, expected in zip(together, figures(z0), strict=True):
             assert_close(found[member], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"certify": True}, {"window": 1}, {"window": 8}], ids=str)
+@pytest.mark.parametrize("power", [-0.7, 0.55])
+def test_states_whose_squares_leave_the_range_are_solved_as_others_are(dtype, options, power):
+    unit = float(torch.finfo(dtype).max) ** power
+    chain = fixpoint.Recurrence(lambda x: 0.9 * x + unit, torch.full((1, 2), unit, dtype=dtype), steps=50)
+    found = fixpoint.solve(chain, solver=CausalQuasiNewton(**options), backward=None)
+    assert found.converged.all()
+    torch.testing.assert_close(found.value / unit, chain.sequential() / unit, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("window", [None, 5, 1])
+def test_a_sample_that_breaks_leaves_the_gradients_of_others_alone(window):
+    w = torch.ones((), dtype=torch.float64, requires_grad=True)
+    k = torch.arange(50.0)[None, :, None].expand(3, 50, 1)
+    row = torch.arange(3.0)[:, None, None].expand(3, 50, 1)
+
+    def gradient(rows):
+        def step(x, k, row):
+            return torch.where((k == 20) & (row == 1), torch.nan, 0.9 * w * x + 0.1)
+
+        start = torch.ones(len(rows), 2, dtype=torch.float64)
+        chain = fixpoint.Recurrence(step, start, inputs=(k[rows], row[rows]))
+        found = fixpoint.solve(chain, solver=CausalQuasiNewton(window=window), rtol=1e-8, on_failure="ignore")
+        return torch.autograd.grad(found.value[[0, -1]].sum(), w)[0]
+
+    torch.testing.assert_close(gradient([0, 1, 2]), gradient([0, 2]), rtol=1e-5, atol=0)
+
+
+def test_slopes_that_are_not_finite_are_refused():
+    chain = fixpoint.Recurrence(lambda x: 0.5 * x + 1, torch.ones(1, 2), steps=30, slopes=torch.full((30,), torch.nan))
+    with pytest.raises(ValueError, match="slopes must be finite"):
+        fixpoint.solve(chain, solver=CausalQuasiNewton())

@@ -166,8 +166,8 @@ def test_rows_that_have_ended_are_not_measured_again(monkeypatch):
 @pytest.mark.parametrize("offset", [1.0, torch.tensor([[0.0], [1.0]])], ids=["all", "zero"])
 def test_the_loop_measures_closely_only_rows_that_have_not_ended(monkeypatch, offset):
     monkeypatch.setattr(convergence, "_FEW", 0)  # of few entries in float32 no square is lost
-    measured, scaled_norm = [], convergence._scaled_norm
-    monkeypatch.setattr(convergence, "_scaled_norm", lambda x: (measured.append(len(x)), scaled_norm(x))[1])
+    measured, scaled_norm = [], convergence._norm_of_scaled
+    monkeypatch.setattr(convergence, "_norm_of_scaled", lambda x: (measured.append(len(x)), scaled_norm(x))[1])
     slope = torch.tensor([[0.0], [0.9]])
     fixpoint.solve(lambda z: slope * z + offset, torch.zeros(2, 6), solver=Picard())
     assert measured == [1, 1]  # residual and scale of the row whose residual is zero, when it ends

@@ -215,3 +215,29 @@ def test_an_f_that_is_coarser_than_its_dtype_is_solved_to_its_rounding(rho):
 
 def test_rows_without_entries():
     assert fixpoint.solve(lambda z: z / 2, torch.zeros(3, 0), solver=GMRES(), depth=2).value.shape == (3, 0)
+
+
+def test_maps_near_the_identity_are_solved_though_the_first_step_seems_to_contract():
+    generator = torch.Generator().manual_seed(5)
+    M = torch.randn(100, 20, 20, generator=generator, dtype=D) / 20**0.5 * 0.2  # I - J
+    b = torch.randn(100, 20, generator=generator, dtype=D, requires_grad=True)
+    J = torch.eye(20, dtype=D) - M
+    z = torch.linalg.solve(M, b.detach())
+    found = fixpoint.solve(lambda z, b, J: (J @ z[..., None])[..., 0] + b, z, (b, J), depth=0, solver=fixpoint.Picard())
+    (gradient,) = torch.autograd.grad(found.value.sum(), b)
+    exact = torch.linalg.solve(M.mT, torch.ones(100, 20, dtype=D))
+    assert found.adjoint.converged.all()
+    assert ((gradient - exact).norm(dim=1) <= 1e-3 * exact.norm(dim=1)).all()
+
+
+def test_unrolled_rows_that_end_at_other_evaluations_have_their_gradients():
+    b = torch.ones(2, 3, dtype=D, requires_grad=True)
+    A = torch.tensor([[2.0, 5, 0], [0, -3, 1], [1, 0, 0.5]], dtype=D)
+
+    def f(z, b):
+        return torch.stack((0.5 * z[0], z[1] @ A.T)) + b
+
+    found = fixpoint.solve(f, torch.zeros_like(b), (b,), solver=GMRES(), backward=fixpoint.Unroll(), rtol=1e-10)
+    (gradient,) = torch.autograd.grad(found.value.sum(), b)
+    exact = torch.stack((torch.full((3,), 2.0, dtype=D), torch.linalg.solve((torch.eye(3) - A).T, torch.ones(3).to(D))))
+    torch.testing.assert_close(gradient, exact, rtol=1e-6, atol=1e-6)

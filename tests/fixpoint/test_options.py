@@ -45,16 +45,9 @@ def test_options_that_cannot_work_are_named(options, error, message):
             solve(halve, torch.zeros(2, 3), **options)
 
 
-@pytest.mark.parametrize(
-    ("z0", "error", "message"),
-    [
-        (torch.zeros(2, 3, device="meta"), ValueError, "z0 is on the meta device, where there are no numbers"),
-        (torch.zeros(2, 3).to_sparse(), TypeError, "z0 must be dense: z is torch.sparse_coo"),
-    ],
-)
-def test_states_that_nothing_can_be_computed_with_are_named(z0, error, message):
-    with pytest.raises(error, match=message):
-        fixpoint.solve(halve, z0)
+def test_a_sparse_state_is_named():
+    with pytest.raises(TypeError, match=r"z0 must be dense: z is torch\.sparse_coo"):
+        fixpoint.solve(halve, torch.zeros(2, 3).to_sparse())
 
 
 def test_an_f_that_wants_more_arguments_is_told_where_they_come_from():

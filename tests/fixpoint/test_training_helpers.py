@@ -180,3 +180,18 @@ def test_what_cannot_work_says_so():
         fixpoint.spectral_radius(halve, z0, steps=1)
     with pytest.raises(ValueError, match="shape"):
         fixpoint.spectral_radius(lambda z: z[:1], z0)
+
+
+def test_in_inference_mode_a_jacobian_is_no_zero():
+    A = torch.diag(torch.tensor([0.9, 0.1, -0.5]))
+    with torch.inference_mode():
+        inside = torch.diag(torch.tensor([0.9, 0.1, -0.5]))
+        for matrix in (A, inside):
+            radius = fixpoint.spectral_radius(lambda z, A: z @ A, torch.zeros(1, 3), (matrix,))
+            torch.testing.assert_close(radius, torch.tensor([0.9]), rtol=1e-3, atol=0)
+        penalty = fixpoint.jacobian_penalty(lambda z: z @ A, torch.zeros(1, 3), probes=500)
+    torch.testing.assert_close(penalty, torch.tensor([1.07 / 3]), rtol=0.3, atol=0)
+
+
+def test_the_penalty_of_rows_without_entries_is_zero():
+    assert fixpoint.jacobian_penalty(lambda z: z, torch.zeros(2, 0)).tolist() == [0, 0]

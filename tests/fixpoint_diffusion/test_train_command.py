@@ -25,6 +25,7 @@ from fixpoint_diffusion.denoisers import family, load_denoiser
 from fixpoint_diffusion.denoisers.checksums import verify_checksums
 from fixpoint_diffusion.files import locked
 from fixpoint_diffusion.processes.prior import PRIOR_FILE
+from fixpoint_diffusion.training import TrainingRun
 from fixpoint_diffusion.training.checkpoints import load_record, load_state
 from fixpoint_diffusion.training.networks import TrainableDenoiser
 
@@ -241,6 +242,62 @@ def test_init_refuses_what_does_not_fit(tmp_path: Path, monkeypatch, capsys) -> 
     assert "drop unet" in refused(monkeypatch, capsys, "train", "unet", *command[1:])
     assert "keeps its architecture and its classes; drop classes" in refused(monkeypatch, capsys, *command, "--classes")
     assert not (tmp_path / "out").exists()
+
+
+def folder_of(root: Path, *classes: str) -> Path:
+    """Four grey pictures for each class."""
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for k in range(4):
+            Image.new("L", (8, 8), 60 * number + k).save(root / name / f"{k}.png")
+    return root
+
+
+def test_init_refuses_classes_that_the_model_knows_by_other_numbers(tmp_path: Path, monkeypatch, capsys) -> None:
+    animals = folder_of(tmp_path / "animals", "cats", "dogs", "horses")
+    done(train(tmp_path / "first", "--steps", 1, "--data", animals, "--classes", kind="dit"))
+    command = ("train", "--init", tmp_path / "first", "--out", tmp_path / "out", "--steps", 1, "--batch-size", 4)
+    error = refused(monkeypatch, capsys, *command, "--data", folder_of(tmp_path / "two", "dogs", "horses"))
+    assert "class 'dogs' is number 0 in the data and number 1 in the model" in error
+    assert "cats, dogs, horses" in error
+    assert not (tmp_path / "out").exists()
+    for data in (animals, folder_of(tmp_path / "others", "birds", "fish")):
+        done(train(tmp_path / data.name / "out", "--steps", 1, "--init", tmp_path / "first", "--data", data, kind=None))
+
+
+def test_init_refuses_another_prediction_in_python_too(tmp_path: Path) -> None:
+    done(train(tmp_path / "first", "--steps", 1, "--objective", "v_prediction"))
+    for other in ("epsilon", "sample", "flow_prediction"):
+        with pytest.raises(ValueError, match=f"was trained to give v_prediction, not {other}"):
+            TrainingRun.start(tmp_path / "out", init=tmp_path / "first", training={"prediction_type": other})
+
+
+@pytest.mark.parametrize("kind", ["unet", "diffusers-dit"])
+def test_a_network_with_twice_the_channels_learns_the_variance(tmp_path: Path, kind: str) -> None:
+    done(train(tmp_path / "out", "--steps", 1, kind=kind, out_channels=2))
+    assert load_denoiser(tmp_path / "out", learned_variance=True).learned_variance
+
+
+def test_networks_that_need_what_no_data_has_are_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    np.save(tmp_path / "videos.npy", np.zeros((4, 2, 4, 8, 8), dtype=np.float32))
+    command = ("train", "unet-3d", "--data", tmp_path / "videos.npy", "--latents", "--steps", 1, "--batch-size", 2)
+    error = refused(monkeypatch, capsys, *command, "--out", tmp_path / "out")
+    assert "takes encoder_hidden_states, which no data set here has" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_is_cut_short_is_named_in_one_line(tmp_path: Path, monkeypatch, capsys, workers: int) -> None:
+    data = tmp_path / "pictures"
+    data.mkdir()
+    for k in range(4):
+        pixels = np.random.default_rng(k).integers(0, 255, (64, 64), dtype=np.uint8)
+        Image.fromarray(pixels).save(data / f"{k}.png")
+    whole = (data / "3.png").read_bytes()
+    (data / "3.png").write_bytes(whole[: len(whole) // 2])
+    command = ("train", "unet", "--data", data, "--size", 8, "--steps", 1, "--batch-size", 4, "--workers", workers)
+    error = refused(monkeypatch, capsys, *command, "--out", tmp_path / "out")
+    assert error.splitlines()[-1].endswith("3.png cannot be decoded: image file is truncated")
 
 
 @pytest.mark.parametrize(

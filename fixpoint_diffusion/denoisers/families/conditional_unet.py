@@ -30,8 +30,8 @@ def build(sample_shape: tuple[int, ...], num_classes: int | None, settings: Mapp
     """A new network; ``settings`` are the constructor's. Name blocks with cross-attention for one with a prompt."""
     channels, height, width = spatial_sizes("UNet2DConditionModel", sample_shape, 2)
     size = height if height == width else (height, width)
-    sizes = {"sample_size": size, "in_channels": channels, "out_channels": channels}
-    return build_module("UNet2DConditionModel", {**DEFAULTS, **settings, **sizes}, num_classes=num_classes)
+    chosen = {**DEFAULTS, "out_channels": channels, **settings, "sample_size": size, "in_channels": channels}
+    return build_module("UNet2DConditionModel", chosen, num_classes=num_classes)
 
 
 def conditioning(config: Mapping[str, Any]) -> dict[str, ConditioningInput]:

@@ -33,7 +33,7 @@ def build(sample_shape: tuple[int, ...], num_classes: int | None, settings: Mapp
     size = height if height == width else (height, width)
     return build_module(
         "UNet2DModel",
-        {**chosen, "sample_size": size, "in_channels": channels, "out_channels": channels},
+        {"out_channels": channels, **chosen, "sample_size": size, "in_channels": channels},
         num_classes=num_classes,
     )
 

@@ -24,8 +24,8 @@ def build(sample_shape: tuple[int, ...], num_classes: int | None, settings: Mapp
     """A new network; ``settings`` are the constructor's."""
     refuse_classes("unet-1d", num_classes)
     channels, length = spatial_sizes("UNet1DModel", sample_shape, 1)
-    sizes = {"sample_size": length, "in_channels": channels, "out_channels": channels}
-    chosen = {**DEFAULTS, **settings}
+    sizes = {"sample_size": length, "in_channels": channels}
+    chosen = {**DEFAULTS, "out_channels": channels, **settings}
     # The first block is given the embedding of the timestep as further channels.
     chosen.setdefault("extra_in_channels", chosen["block_out_channels"][0])
     return build_module("UNet1DModel", {**chosen, **sizes})

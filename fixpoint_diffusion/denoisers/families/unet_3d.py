@@ -28,8 +28,8 @@ def build(sample_shape: tuple[int, ...], num_classes: int | None, settings: Mapp
     refuse_classes("unet-3d", num_classes)
     channels, _, height, width = spatial_sizes("UNet3DConditionModel", sample_shape, 3)
     size = height if height == width else (height, width)
-    sizes = {"sample_size": size, "in_channels": channels, "out_channels": channels}
-    return build_module("UNet3DConditionModel", {**DEFAULTS, **settings, **sizes})
+    sizes = {"sample_size": size, "in_channels": channels}
+    return build_module("UNet3DConditionModel", {**DEFAULTS, "out_channels": channels, **settings, **sizes})
 
 
 def sample_shape(config: Mapping[str, Any]) -> tuple[int, ...] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fixpoint_diffusion.training.data.crops import Crop
 from fixpoint_diffusion.training.data.rows import Rows
@@ -87,6 +87,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
             is_latent=self.is_latent,
             indices=indices if self.indices is None else self.indices[indices],
         )
+
+
+def readable(loader: DataLoader[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
+    """The loader's batches; of an error in a worker, whose message holds a traceback, the last line."""
+    try:
+        yield from loader
+    except ValueError as error:
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

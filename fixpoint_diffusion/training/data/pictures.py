@@ -43,11 +43,7 @@ def read_header(file: Path) -> PictureHeader:
         # A phone's .mpo photograph keeps previews behind the picture; frames elsewhere are pictures of equal standing.
         if getattr(image, "is_animated", False) and image.format != "MPO":
             raise ValueError(f"{file} holds {getattr(image, 'n_frames', 'several')} frames; save each as one picture")
-        channels = _natural_channels(image, file)
-        width, height = image.size
-        if _orientation(image) >= 5:  # 5 to 8 lie on their side
-            width, height = height, width
-        return PictureHeader(channels, height, width)
+        return PictureHeader(_natural_channels(image, file), *_shown_size(image))
 
 
 def read_picture(file: Path, channels: str) -> np.ndarray:
@@ -67,11 +63,13 @@ def read_picture(file: Path, channels: str) -> np.ndarray:
         ValueError: if the file is damaged, or holds floats beyond [0, 1].
     """
     with _open(file) as image:
-        natural = _natural_channels(image, file)
+        natural, size = _natural_channels(image, file), _shown_size(image)
         try:
             planes = _decode(image, natural)
         except (OSError, SyntaxError, ValueError, MemoryError) as error:
             raise ValueError(f"{file} cannot be decoded: {error}") from error
+    if planes.shape[1:] != size:  # Pillow 13 mixes up the lines of a .tif that lies on its side and is not compressed
+        raise ValueError(f"{file} cannot be decoded: this Pillow reads it wrongly; save it upright, or compressed")
     return convert_channels(planes, natural, channels) * 2 - 1
 
 
@@ -122,6 +120,15 @@ def _orientation(image: Image.Image) -> int:
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     return int(image.getexif().get(0x0112, 1))
+
+
+def _shown_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width as the picture is to be shown."""
+    width, height = image.size
+    if image.format == "TIFF":  # of which some versions of Pillow turn the size by themselves
+        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        width, height = int(tags[256]), int(tags[257])
+    return (width, height) if _orientation(image) >= 5 else (height, width)  # 5 to 8 lie on their side
 
 
 def _decode(image: Image.Image, natural: str) -> np.ndarray:
