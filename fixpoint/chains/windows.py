@@ -89,8 +89,9 @@ def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
     images = evaluate(run, f, places)
     scale = to_host(safe_norm(images))
     finite = np.isfinite(scale)
-    known = torch.isfinite(images).all(dim=1)
-    run.states[tensor_like(run.start, places)[known]] = images[known]  # what is broken stays out of the states
+    # What is broken stays out of the states, where it would spoil the gradients of other samples.
+    known, index = torch.isfinite(images).all(dim=1, keepdim=True), tensor_like(run.start, places)
+    run.states[index] = torch.where(known, images, run.states[index])
     run.error[rows, step] = np.where(finite, 0.0, np.inf)
     run.scale[rows, step] = scale
     run.done[rows] += finite
