@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fixpoint.engine.layout import Layout, as_tensor, leaves, map_leaves
 from fixpoint.engine.loop import iterate
-from fixpoint.engine.tolerance import Array, Figures, Meanwhile, Tolerance, row_norm
+from fixpoint.engine.norms import Array, Meanwhile, row_norm
+from fixpoint.engine.tolerance import Figures, Tolerance
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver, require_count
 

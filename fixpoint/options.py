@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fixpoint.backward.base import Backward
 from fixpoint.engine.layout import Layout, as_tensor
-from fixpoint.engine.tolerance import Array, OnFailure, Tolerance
+from fixpoint.engine.norms import Array
+from fixpoint.engine.tolerance import OnFailure, Tolerance
 from fixpoint.engine.transforms import plain
 from fixpoint.solvers.base import Solver, require_count
 

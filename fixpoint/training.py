@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.layout import Layout, map_leaves
-from fixpoint.engine.tolerance import row_norm
+from fixpoint.engine.norms import row_norm
 from fixpoint.solution import Solution
 from fixpoint.solvers.base import require_count
 

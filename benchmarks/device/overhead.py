@@ -16,7 +16,7 @@ import fixpoint
 from benchmarks.device.common import Part
 from benchmarks.device.graphs import GraphedSteps, backend, capture, on_waiting, profiled, solvers_as_there
 from benchmarks.overhead import CONTESTANTS, PEERS, SIZES, SOLVERS, Map, Size, affine, f_alone, fastest, ours, timed
-from fixpoint.engine.tolerance import to_host
+from fixpoint.engine.norms import to_host
 
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 

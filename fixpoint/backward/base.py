@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fixpoint.backward.attachment import Solve, solve_functionally, without_gradient
+from fixpoint.backward.attachment import without_gradient
+from fixpoint.backward.functional import Solve, solve_functionally
 from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.layout import Layout

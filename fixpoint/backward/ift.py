@@ -8,8 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fixpoint.backward.attachment import attach_adjoint, solve_functionally, vector_jacobian_product
+from fixpoint.backward.attachment import attach_adjoint
 from fixpoint.backward.base import Backward, ForwardSolve
+from fixpoint.backward.functional import solve_functionally, vector_jacobian_product
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import OnFailure, Status, Tolerance

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fixpoint.backward.attachment import for_each_gradient, refuse_second_order
+from fixpoint.backward.attachment import refuse_second_order
 from fixpoint.backward.base import Backward, ForwardSolve
+from fixpoint.backward.functional import for_each_gradient
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.transforms import Functional

@@ -21,7 +21,7 @@ from fixpoint.bench.problems import CLASSICAL
 from fixpoint.bench.registry import Problem, check_keywords, find_problem, load_object
 from fixpoint.bench.results import Bars, Cell, Lines, Study, Table
 from fixpoint.engine.layout import Layout
-from fixpoint.engine.tolerance import row_norm
+from fixpoint.engine.norms import row_norm
 from fixpoint.solution import Solution
 from fixpoint.solve import solve
 from fixpoint.solvers.base import Solver

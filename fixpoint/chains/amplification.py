@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fixpoint.chains.error_control import Norms
+from fixpoint.engine.norms import Array
 from fixpoint.engine.outcome import tensor_like
-from fixpoint.engine.tolerance import Array
 
 if TYPE_CHECKING:
     from fixpoint.chains.run import ChainRun

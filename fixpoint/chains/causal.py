@@ -16,8 +16,9 @@ from fixpoint.chains.sweep import Past, SecantModel, WindowPast, held_back, part
 from fixpoint.chains.windows import iterate_windows
 from fixpoint.engine.layout import Layout, as_tensor
 from fixpoint.engine.loop import LoopOptions, Map
+from fixpoint.engine.norms import Array, to_host
 from fixpoint.engine.outcome import LoopResult
-from fixpoint.engine.tolerance import Array, Tolerance, to_host
+from fixpoint.engine.tolerance import Tolerance
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
 
 

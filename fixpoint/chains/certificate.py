@@ -13,8 +13,8 @@ from fixpoint.chains.amplification import STRICTER, doubtful, go_back
 from fixpoint.chains.run import ChainRun, evaluate
 from fixpoint.chains.twin import Twin
 from fixpoint.engine.loop import Map
+from fixpoint.engine.norms import Array, safe_norm, to_host
 from fixpoint.engine.outcome import figures_like, tensor_like
-from fixpoint.engine.tolerance import Array, safe_norm, to_host
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fixpoint.engine.tolerance import Array
+from fixpoint.engine.norms import Array
 
 # States before the last are done at this share of the tolerance: later ones inherit and may enlarge what is left.
 _PRUDENCE = 4.0

@@ -14,8 +14,9 @@ from fixpoint.chains.sparse import Sparse
 from fixpoint.chains.sweep import Past, WindowPast, parts
 from fixpoint.engine.layout import as_tensor
 from fixpoint.engine.loop import Map
+from fixpoint.engine.norms import Array
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, tensor_like
-from fixpoint.engine.tolerance import Array, Status, Tolerance
+from fixpoint.engine.tolerance import Status, Tolerance
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep

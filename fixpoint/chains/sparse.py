@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fixpoint.chains.error_control import Norms
-from fixpoint.engine.tolerance import Array
+from fixpoint.engine.norms import Array
 
 if TYPE_CHECKING:
     from fixpoint.chains.run import ChainRun, Windows

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fixpoint.engine.tolerance import safe_norm
+from fixpoint.engine.norms import safe_norm
 from fixpoint.solvers.base import small_dtype
 
 # Products of slopes are formed inside a chunk only: they must stay within the range of float64, and the triangular

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fixpoint.chains.run import ChainRun, evaluate
 from fixpoint.engine.loop import Map
+from fixpoint.engine.norms import Array, safe_norm, to_host
 from fixpoint.engine.outcome import tensor_like
-from fixpoint.engine.tolerance import Array, Tolerance, safe_norm, to_host
+from fixpoint.engine.tolerance import Tolerance
 
 if TYPE_CHECKING:
     from fixpoint.chains.certificate import Certificate

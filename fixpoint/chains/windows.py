@@ -16,13 +16,14 @@ from fixpoint.chains.run import ChainRun, Windows, evaluate, evaluate_some
 from fixpoint.chains.sweep import WindowPast, parts, taken
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.loop import Map, Watcher
+from fixpoint.engine.norms import safe_norm, to_host
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, handing_over, tensor_like
-from fixpoint.engine.tolerance import Status, Tolerance, safe_norm, to_host
+from fixpoint.engine.tolerance import Status, Tolerance
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
     from fixpoint.chains.twin import Twin
-    from fixpoint.engine.tolerance import Array
+    from fixpoint.engine.norms import Array
 
 
 @without_autocast

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fixpoint.engine.evaluation import RowMap
-from fixpoint.engine.tolerance import Array, same_images
+from fixpoint.engine.norms import Array
+from fixpoint.engine.tolerance import same_images
 
 logger = logging.getLogger("fixpoint")
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fixpoint.engine.ambient import without_autocast
 from fixpoint.engine.compaction import Compaction
+from fixpoint.engine.norms import Array
 from fixpoint.engine.outcome import BestSoFar, LoopResult, figures_like, handing_over, tensor_like
-from fixpoint.engine.tolerance import Array, Figures, Status, Tolerance
+from fixpoint.engine.tolerance import Figures, Status, Tolerance
 from fixpoint.engine.transforms import recording
 
 if TYPE_CHECKING:

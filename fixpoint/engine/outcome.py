@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.engine.tolerance import ROUNDINGS, Array, Figures, Status, Tolerance, plain_norms
+from fixpoint.engine.norms import Array, plain_norms
+from fixpoint.engine.tolerance import ROUNDINGS, Figures, Status, Tolerance
 
 ACTIVE = -1  # status of a row that has not ended
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fixpoint.engine.layout import Layout
-from fixpoint.engine.tolerance import row_norm
+from fixpoint.engine.norms import row_norm
 from fixpoint.solution import Progress, Solution
 from fixpoint.solve import solve
 from fixpoint.solvers.anderson import Anderson

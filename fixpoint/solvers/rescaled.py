@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fixpoint.engine.layout import Layout, leaves
 from fixpoint.engine.loop import LoopOptions, Map
+from fixpoint.engine.norms import Array, Meanwhile, to_host
 from fixpoint.engine.outcome import LoopResult, tensor_like
-from fixpoint.engine.tolerance import NOTHING, Array, Figures, Meanwhile, Status, Tolerance, to_host
+from fixpoint.engine.tolerance import NOTHING, Figures, Status, Tolerance
 from fixpoint.solvers.base import Solver, gram_dtype
 
 # Where g(x0) is this small already, it need not fall: so many roundings of what g would be if x were 100% off.

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fixpoint.engine.norms import vecdot
 from fixpoint.engine.private import transforming
-from fixpoint.engine.tolerance import vecdot
 
 Small = Any  # a NumPy array or a tensor, (rows, ...)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint.engine.tolerance import vecdot
+from fixpoint.engine.norms import vecdot
 from fixpoint.engine.transforms import recording
 from fixpoint.solvers.small import NUMPY, NumPyArithmetic, Small
 

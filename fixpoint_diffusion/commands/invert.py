@@ -52,7 +52,7 @@ def invert(
     Writes x_T.npy, the images above their reconstructions (grid.png), the error against rounds (errors.png), and the
     error and status of each image (invert.json).
     """
-    there = [name for name in (RECORD, "x_T.npy", "grid.png", "errors.png") if (out / name).exists()]
+    there = [name for name in (RECORD, NOISE, GRID, PLOT) if (out / name).exists()]
     if there and not overwrite:
         raise ValueError(f"{out} holds {there[0]} of another run; pass --overwrite to replace it")
     check_source(images)

@@ -158,9 +158,8 @@ def sliced_wasserstein_of_blocks(
         mine = ordered[torch.isin(owners, torch.tensor(list(chosen), device="cpu"))].reshape(projections, -1)
         # The quantile functions are steps: constant between neighbours among all multiples of 1/N and 1/M.
         n, m = mine.shape[1], others.shape[1]
-        steps = torch.unique(
-            torch.cat([torch.arange(n + 1, device="cpu") * m, torch.arange(m + 1, device="cpu") * n])
-        )  # in units of 1 / (N M)
+        places = torch.arange(n + 1, device="cpu") * m, torch.arange(m + 1, device="cpu") * n
+        steps = torch.unique(torch.cat(places))  # in units of 1 / (N M)
         widths = steps.diff().double() / (n * m)
         rows, other_rows = steps[:-1] // m, steps[:-1] // n
         total = 0.0

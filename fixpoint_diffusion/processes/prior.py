@@ -75,10 +75,8 @@ class GaussianPrior:
     @classmethod
     def isotropic(cls, variance: float = 0.3) -> GaussianPrior:
         """Mean 0 and one variance for all entries: right for images in [-1, 1] and for latents to within a factor."""
-        return cls(
-            torch.zeros(1, dtype=torch.float64, device="cpu"),
-            torch.tensor([variance], dtype=torch.float64, device="cpu"),
-        )
+        nothing = torch.zeros(1, dtype=torch.float64, device="cpu")
+        return cls(nothing, nothing + variance)
 
     @classmethod
     def of(cls, images: Tensor | Iterable[Tensor], *, shrinkage: float = 0.5) -> GaussianPrior:
@@ -273,10 +271,8 @@ def _times_each(flat: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
 def _cosines(n: int) -> Tensor:
     """``(n, n)`` float64: the columns are the orthonormal waves of the discrete cosine transform (DCT-II)."""
-    place, wave = (
-        torch.arange(n, dtype=torch.float64, device="cpu")[:, None],
-        torch.arange(n, dtype=torch.float64, device="cpu"),
-    )
+    wave = torch.arange(n, dtype=torch.float64, device="cpu")
+    place = wave[:, None]
     waves = (math.pi / n * (place + 0.5) * wave).cos() * (2 / n) ** 0.5
     waves[:, 0] /= 2**0.5
     return waves

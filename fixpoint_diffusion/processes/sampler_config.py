@@ -141,10 +141,8 @@ class SamplerConfig:
             >>> config.transitions(3).timesteps
             tensor([999, 500,   0])
         """
-        levels, final = (
-            self.schedule.alphas_cumprod,
-            torch.tensor([self.schedule.final_alpha], dtype=torch.float64, device="cpu"),
-        )
+        levels = self.schedule.alphas_cumprod
+        final = levels.new_tensor([self.schedule.final_alpha])
         timesteps = check_timesteps(self.schedule.timesteps(steps) if timesteps is None else timesteps, len(levels))
         eta = float(self.is_ddpm) if eta is None else eta
         ancestral = self.is_ddpm and eta == 1

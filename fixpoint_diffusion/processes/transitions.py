@@ -137,7 +137,7 @@ class Transitions:
         return cls.between(
             timesteps,
             alphas,
-            torch.cat([alphas[1:], torch.tensor([schedule.final_alpha], dtype=torch.float64, device="cpu")]),
+            torch.cat([alphas[1:], alphas.new_tensor([schedule.final_alpha])]),
             eta=eta,
             prediction_type=prediction_type,
             x0_hook=schedule.x0_hook if x0_hook is None else x0_hook,

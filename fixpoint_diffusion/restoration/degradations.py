@@ -228,9 +228,9 @@ def check_degradation(degradation: Degradation, like: Tensor) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        x, other = torch.randn(2, 2, *like.shape[1:], generator=generator, dtype=torch.float64, device="cpu").to(
-            like.device
-        )
+        shape = (2, 2, *like.shape[1:])
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        x, other = drawn.to(like.device)
         seen, other_seen = project(degradation, x), project(degradation, other)
         if seen.shape != x.shape:
             raise ValueError(f"pinv(apply(x)) must have the shape of x, {tuple(x.shape)}, got {tuple(seen.shape)}")

@@ -14,7 +14,7 @@ from fixpoint import ProgressBar
 from fixpoint_diffusion.files import map_array, sha256_of_all, write_json, written_whole
 from fixpoint_diffusion.models.autoencoder import LatentEncoder, autoencoder_folder, load_autoencoder
 from fixpoint_diffusion.processes.noise import initial_noise
-from fixpoint_diffusion.training.data.dataset import ImageDataset, readable
+from fixpoint_diffusion.training.data.dataset import ImageDataset, batches_of
 from fixpoint_diffusion.training.data.latents import INFO_FILE, LABELS_FILE, LatentsInfo
 
 
@@ -171,7 +171,7 @@ def _encode_rows(
     loader = DataLoader(
         dataset, batch_size=min(options.batch_size, len(rows)), sampler=rows, num_workers=options.workers
     )
-    for batch in readable(loader):
+    for batch in batches_of(loader):
         images = batch["images"].to(options.device)
         samples = range(done, done + len(images))
         noise = None

@@ -32,7 +32,7 @@ from fixpoint_diffusion.training.checkpoints import (
     save_state,
 )
 from fixpoint_diffusion.training.data import ImageDataset
-from fixpoint_diffusion.training.data.dataset import readable
+from fixpoint_diffusion.training.data.dataset import batches_of
 from fixpoint_diffusion.training.layer_states import objective_of
 from fixpoint_diffusion.training.logs import LOG_FILE, LayerResidual, TrainingLog, tensorboard_writer
 from fixpoint_diffusion.training.network_options import LayerPenalty, trained_as
@@ -110,7 +110,7 @@ def train(
             if state is not None:
                 run.restore(state)
             with others_there("training can be resumed from its last checkpoint, if it had come to one"):
-                _loop(run, readable(loader), start, log, Path(checkpoint), origin, progress)
+                _loop(run, batches_of(loader), start, log, Path(checkpoint), origin, progress)
         finally:
             run.close()
     average = run.average.module

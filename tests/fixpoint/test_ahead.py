@@ -16,7 +16,8 @@ from benchmarks.launches import DEVICE, Launches
 from fixpoint import Anderson, Blockwise, Broyden, Picard, Status
 from fixpoint.engine import loop
 from fixpoint.engine.loop import iterate
-from fixpoint.engine.tolerance import Tolerance, to_host
+from fixpoint.engine.norms import to_host
+from fixpoint.engine.tolerance import Tolerance
 
 SOLVERS = [
     Picard(),

@@ -12,9 +12,10 @@ import torch
 
 import fixpoint
 from fixpoint import Picard, Status
-from fixpoint.engine import tolerance as convergence
+from fixpoint.engine import norms
+from fixpoint.engine.norms import row_norm
 from fixpoint.engine.outcome import BestSoFar
-from fixpoint.engine.tolerance import Figures, Tolerance, row_norm, same_images
+from fixpoint.engine.tolerance import Figures, Tolerance, same_images
 
 
 @pytest.mark.parametrize("status", list(Status))
@@ -113,7 +114,7 @@ def test_tolerance_is_met_with_equality_and_never_by_nan_or_infinity():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_older_versions_of_numpy_have_the_same_products(dtype):
     x, y = (np.random.default_rng(seed).standard_normal((2, 3, 5)).astype(dtype) for seed in (0, 1))
-    found = convergence._einsum_vecdot(x[:, :, None], y[:, None])
+    found = norms._einsum_vecdot(x[:, :, None], y[:, None])
     assert found.dtype == dtype
     np.testing.assert_allclose(found, x @ y.swapaxes(1, 2), rtol=1e-5)
 
@@ -153,7 +154,7 @@ def test_tiny_rows_do_not_pass_for_converged_nor_huge_ones_for_broken(normal, sc
 
 def test_rows_that_have_ended_are_not_measured_again(monkeypatch):
     tolerance = Tolerance(rtol=0.0, atol=0.0)
-    monkeypatch.setattr(convergence, "_FEW", 0)
+    monkeypatch.setattr(norms, "_FEW", 0)
     z, fz = torch.zeros(2, 3), torch.full((2, 3), 1e-30)
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "index_select", None)
@@ -165,9 +166,9 @@ def test_rows_that_have_ended_are_not_measured_again(monkeypatch):
 
 @pytest.mark.parametrize("offset", [1.0, torch.tensor([[0.0], [1.0]])], ids=["all", "zero"])
 def test_the_loop_measures_closely_only_rows_that_have_not_ended(monkeypatch, offset):
-    monkeypatch.setattr(convergence, "_FEW", 0)  # of few entries in float32 no square is lost
-    measured, scaled_norm = [], convergence._norm_of_scaled
-    monkeypatch.setattr(convergence, "_norm_of_scaled", lambda x: (measured.append(len(x)), scaled_norm(x))[1])
+    monkeypatch.setattr(norms, "_FEW", 0)  # of few entries in float32 no square is lost
+    measured, scaled_norm = [], norms._norm_of_scaled
+    monkeypatch.setattr(norms, "_norm_of_scaled", lambda x: (measured.append(len(x)), scaled_norm(x))[1])
     slope = torch.tensor([[0.0], [0.9]])
     fixpoint.solve(lambda z: slope * z + offset, torch.zeros(2, 6), solver=Picard())
     assert measured == [1, 1]  # residual and scale of the row whose residual is zero, when it ends
@@ -196,7 +197,7 @@ def test_states_of_few_entries_are_measured_like_larger_ones(normal, monkeypatch
     fz[1], z[2] = 0, torch.inf
     tolerance = Tolerance(rtol=0.0, atol=0.0)
     few = np.stack(tolerance.measure(z, fz))
-    monkeypatch.setattr(convergence, "_FEW", 0)
+    monkeypatch.setattr(norms, "_FEW", 0)
     like_larger = np.stack(tolerance.measure(z, fz))
     rtol = 1e-6 if dtype == torch.float32 else 1e-14
     np.testing.assert_allclose(few[:, :2], like_larger[:, :2], rtol=rtol)

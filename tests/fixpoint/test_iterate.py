@@ -146,7 +146,7 @@ def test_checking_seldom_ends_each_row_at_the_first_check_that_finds_it_done(sol
 
 @pytest.mark.parametrize(("check_every", "checks"), [(1, 10), (3, 5), (4, 4), (10, 2), (99, 2)])
 def test_nothing_is_measured_and_nobody_waits_between_two_checks(monkeypatch, check_every, checks):
-    monkeypatch.setattr("fixpoint.engine.tolerance._FEW", 0)  # as on a device
+    monkeypatch.setattr("fixpoint.engine.norms._FEW", 0)  # as on a device
     waits = []
     for name in ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__"):
         method = getattr(torch.Tensor, name)

@@ -89,7 +89,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         )
 
 
-def readable(loader: DataLoader[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
+def batches_of(loader: DataLoader[dict[str, Any]]) -> Iterator[dict[str, Tensor]]:
     """The loader's batches; of an error in a worker, whose message holds a traceback, the last line."""
     try:
         yield from loader
