@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fixpoint.engine.layout import Layout, as_tensor, leaves, map_leaves
-from fixpoint.engine.loop import iterate
+from fixpoint.engine.loop import LoopOptions, iterate
 from fixpoint.engine.norms import Array, Meanwhile, row_norm
 from fixpoint.engine.tolerance import Figures, Tolerance
 from fixpoint.solvers.anderson import Anderson
@@ -54,15 +54,16 @@ def estimate_memory(
     solver: Solver = Anderson(),  # noqa: B008 - immutable
     batch_dims: int | None = None,
     max_evals: int = 100,
+    check_every: int = 1,
 ) -> MemoryEstimate:
     """Bytes that ``fixpoint.solve`` will hold in a forward solve from z0, found without allocating any of them.
 
     The loop itself runs on tensors of the meta device, which have shapes and no data, and whatever is alive is added
     up. So it works for every solver that keeps to its contract, your own included. Of ``CausalQuasiNewton`` it
-    says what a window over the whole chain takes; a narrower one takes less. It is about solves with ``check_every=1``.
+    says what a window over the whole chain takes; a narrower one takes less.
 
     Args:
-        z0, solver, batch_dims, max_evals: As in ``fixpoint.solve``. z0 may itself be on the meta device. For a z0 that
+        z0, solver, batch_dims, max_evals, check_every: As in ``fixpoint.solve``. z0 may itself be on the meta device. For a z0 that
             is not on the CPU, the step that the loop makes before it reads the figures is counted.
 
     Returns:
@@ -81,6 +82,7 @@ def estimate_memory(
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {solver!r}")
     require_count("max_evals", max_evals)
+    require_count("check_every", check_every)
     on_host = all(as_tensor(leaf).is_cpu for _, leaf in leaves(z0))
     shapes = map_leaves(lambda leaf: as_tensor(leaf).detach().to("meta"), z0)
     layout = Layout.of(shapes, batch_dims)
@@ -89,7 +91,8 @@ def estimate_memory(
     with torch.no_grad(), LiveBytes() as live:
         f = _Witness(live)
         tolerance = _Unmeasured(rtol=0.0, atol=0.0, on_host=on_host)
-        iterate(f, torch.empty_like(flat), solver, tolerance, max_evals=max_evals, watch=f.is_full)
+        options: LoopOptions = {"max_evals": max_evals, "check_every": check_every, "watch": f.is_full}
+        iterate(f, torch.empty_like(flat), solver, tolerance, **options)
     size = flat.numel() * flat.element_size()
     numbers = _NUMBERS * flat.shape[0]
     return MemoryEstimate(bytes=live.peak + numbers, states=f.held / size if size else 0.0, state_bytes=size)
@@ -122,7 +125,7 @@ class _Witness:
 
 @dataclass(frozen=True, kw_only=True)
 class _Unmeasured(Tolerance):
-    """Figures without data, of a run that holds the most: rows get worse, and all but the last end at the third check.
+    """Figures without data, of a run that holds the most: the second check is the best one, and all rows but the last end there.
 
     So the best states are others than the last ones, and rows that have ended are kept as well.
     """
@@ -139,10 +142,10 @@ class _Unmeasured(Tolerance):
             meanwhile()
         check, rows = next(self.checks), len(z)
         residual, merit = np.ones(rows), np.full(rows, float(check))
-        if check < 2:
-            merit[:1] = -check  # one row gets better at the second check, for which the best states are copied
-        elif rows > 1:
-            residual[:-1] = 0
+        if check == 1:
+            merit[:1] = -1  # the best state is none that the caller holds
+        if check > 0 and rows > 1:
+            residual[:-1] = 0  # for these rows the best states are copied
         return Figures(residual, np.ones(rows), merit)
 
 

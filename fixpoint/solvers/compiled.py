@@ -22,6 +22,7 @@ from fixpoint.solvers.gmres import GMRES
 # The most versions that torch may make of a step, where it can be told: its own limit is 8, and sizes that happen to be
 # equal may double the usual number.
 _VERSIONS = 64
+_STEPS = 64  # the most compiled steps, each of a solver and a kind of states, that are kept
 _Step = Callable[[Solver, Tensor, Tensor, Any], tuple[Tensor, Any]]
 
 
@@ -98,7 +99,7 @@ class Compiled(Solver):
         return None if solver is None else replace(self, solver=solver)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=_STEPS)
 def _compiled_step(solver: Solver, kind: object) -> _Step:
     """A step for states of one kind. A size of 1 is a kind of its own, for torch.compile takes it for one.
 

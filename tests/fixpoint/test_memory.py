@@ -48,7 +48,7 @@ def peak_of(work, folder):
     return max(event["Total Allocated"] for event in events) - before
 
 
-def measured_peak(solver, rows, dim, folder, *, rtol=1e-5):
+def measured_peak(solver, rows, dim, folder, *, rtol=1e-5, check_every=1):
     """That of a solve of 30 evaluations, some of whose rows end early."""
     rates = torch.linspace(0.05, 0.97, dim) * torch.linspace(1, 0.1, rows)[:, None]
     b, z0 = torch.ones(rows, dim), torch.zeros(rows, dim)
@@ -56,7 +56,7 @@ def measured_peak(solver, rows, dim, folder, *, rtol=1e-5):
     def f(z):
         return torch.addcmul(b, z, rates)
 
-    options = {"backward": None, "rtol": rtol, "max_evals": 30, "on_failure": "ignore"}
+    options = {"backward": None, "rtol": rtol, "max_evals": 30, "on_failure": "ignore", "check_every": check_every}
     return peak_of(lambda: fixpoint.solve(f, z0, solver=solver, **options), folder)
 
 
@@ -66,6 +66,14 @@ def test_is_never_below_the_measured_peak_and_at_most_a_fifth_above(solver, rows
     measured = measured_peak(solver, rows, 2**17, tmp_path)
     estimate = fixpoint.estimate_memory(torch.zeros(rows, 2**17), solver=solver, max_evals=30)
     assert measured <= estimate.bytes <= 1.2 * measured + 64 * rows  # some numbers of each row
+
+
+@pytest.mark.parametrize(("solver", "check_every"), [*((solver, 3) for solver in SOLVERS), (SOLVERS[7], 10)], ids=repr)
+def test_counts_the_states_of_the_last_check(solver, check_every, tmp_path):
+    measured = measured_peak(solver, 2, 2**17, tmp_path, check_every=check_every)
+    options = {"solver": solver, "max_evals": 30, "check_every": check_every}
+    estimate = fixpoint.estimate_memory(torch.zeros(2, 2**17), **options)
+    assert measured <= estimate.bytes <= 1.2 * measured + 128
 
 
 @pytest.mark.parametrize("memory", [20, 28])
@@ -145,6 +153,7 @@ def test_reads_like_a_sentence():
     [
         (torch.zeros(2), {"solver": "anderson"}, TypeError, "solver must be a fixpoint.Solver"),
         (torch.zeros(2), {"max_evals": 0}, ValueError, "max_evals must be at least 1"),
+        (torch.zeros(2), {"check_every": 0}, ValueError, "check_every must be at least 1"),
         (torch.zeros(2), {"batch_dims": 3}, ValueError, "batch_dims=3"),
         (torch.zeros(2, dtype=torch.int64), {}, TypeError, "floating point or complex"),
     ],
