@@ -63,8 +63,9 @@ def estimate_memory(
     says what a window over the whole chain takes; a narrower one takes less.
 
     Args:
-        z0, solver, batch_dims, max_evals, check_every: As in ``fixpoint.solve``. z0 may itself be on the meta device. For a z0 that
-            is not on the CPU, the step that the loop makes before it reads the figures is counted.
+        z0, solver, batch_dims, max_evals, check_every: As in ``fixpoint.solve``. z0 may itself be on the meta
+            device. For a z0 that is not on the CPU, the step that the loop makes before it reads the figures is
+            counted.
 
     Returns:
         MemoryEstimate: the bytes, and how many states they are.
@@ -125,9 +126,10 @@ class _Witness:
 
 @dataclass(frozen=True, kw_only=True)
 class _Unmeasured(Tolerance):
-    """Figures without data, of a run that holds the most: the second check is the best one, and all rows but the last end there.
+    """Figures without data, of a run that holds the most.
 
-    So the best states are others than the last ones, and rows that have ended are kept as well.
+    The second check is the best one, and all rows but the last end there: so the best states are others than the last
+    ones, and rows that have ended are kept as well.
     """
 
     on_host: bool = False  # there, no step is made before the figures are read
