@@ -190,3 +190,34 @@ def test_gradients_of_an_empty_chain_are_zero(rule, samples, steps):
     assert solution.value.shape == (samples, steps, 8)
     solution.value.sum().backward()
     assert (weight.grad == 0).all()
+
+
+def test_changes_and_second_derivatives_are_solved_in_the_direction_of_their_own_chain():
+    generator = torch.Generator().manual_seed(0)
+    sizes = (3, 3), (2, 40, 3), (2, 40, 3)
+    weight, inputs, along = (torch.randn(*size, generator=generator).double() for size in sizes)
+    weight *= 0.4
+
+    def step(z, u):
+        before = torch.cat((torch.zeros_like(z[:, :1]), z[:, :-1]), dim=1)
+        return torch.tanh(before @ weight + u)
+
+    def parallel(u):
+        rule = fixpoint.IFT(rtol=1e-9)
+        z0 = torch.zeros(2, 40, 3, dtype=torch.float64)
+        return fixpoint.solve(step, z0, (u,), solver=CausalQuasiNewton(), rtol=1e-10, backward=rule).value
+
+    def sequential(u):
+        start = torch.zeros(2, 3, dtype=torch.float64)
+        return Recurrence(lambda x, u: torch.tanh(x @ weight + u), start, inputs=(u,)).sequential()
+
+    def change(solved):
+        return torch.func.jvp(solved, (inputs,), (along,))[1]
+
+    def second(solved):
+        u = inputs.clone().requires_grad_()
+        (first,) = torch.autograd.grad(solved(u).square().sum(), u, create_graph=True)
+        return torch.autograd.grad((first * along).sum(), u)[0]
+
+    for derivative in (change, second):
+        assert_close(derivative(parallel), derivative(sequential), rtol=1e-5, atol=1e-7)
