@@ -174,6 +174,7 @@ class CausalSweep(Solver):
         backwards: Whether row k depends on later rows, as in the adjoint of a chain.
         single_steps: Whether the map can be asked for single steps, by its method ``part``.
         sparse: Whether it can interpolate some of them, by its method ``sparse_part``.
+        fades: Whether states may fade to nothing along the row, as in the adjoint of a chain.
     """
 
     options: CausalQuasiNewton
@@ -185,11 +186,23 @@ class CausalSweep(Solver):
     backwards: bool = False
     single_steps: bool = False
     sparse: bool = False
+    fades: bool = False
 
     @property
     def noise(self) -> Array:
         """``(T,)``: by how much the noise of its step lets a state be off."""
         return np.zeros(self.steps) if self.noise_scale is None else self.options.noise_rtol * self.noise_scale
+
+    def sizes(self, norms: Array, rounding: float) -> Array:
+        """What the tolerance of each state is relative to, ``(B, T)``, for states of these norms.
+
+        Of an adjoint it is no less than the rounding of all states up to it: on the way back through a chain that
+        forgets, adjoints fade without end, and to have each to so many digits would take as many rounds as steps. What
+        comes later is not known yet when a state is done, and does not count.
+        """
+        if not self.fades or not norms.size:
+            return norms
+        return np.fmax(norms, rounding * np.fmax.accumulate(norms, axis=1))
 
     def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
         """In windows; in the ordinary loop, all rows whole, where gradients are recorded."""
@@ -290,7 +303,13 @@ class CausalSweep(Solver):
             slopes = torch.cat((slopes[:1], slopes[1:].flip(0)))
         options = replace(self.options, window=None, max_rows=None, noise_rtol=0.0)
         return replace(
-            self, options=options, slopes=slopes, backwards=not self.backwards, single_steps=False, sparse=False
+            self,
+            options=options,
+            slopes=slopes,
+            backwards=not self.backwards,
+            single_steps=False,
+            sparse=False,
+            fades=True,
         )
 
     def split(self, z: Tensor) -> Tensor:

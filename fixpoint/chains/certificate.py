@@ -93,7 +93,8 @@ class Certificate:
         errors = defects + sweeper.inherited(sharp, step)
         norms = [length, *(safe_norm(x) for x in (images, errors))]
         defect, scale, error = to_host(torch.stack(norms))
-        bound = allowed[0][self.rows] + allowed[1][self.rows, None] * scale
+        size = sweeper.sizes(scale, torch.finfo(states.dtype).eps)
+        bound = allowed[0][self.rows] + allowed[1][self.rows, None] * size
         fits = defect <= bound
         good = fits & ((error <= bound) | np.reshape(in_order, (-1, 1)))
         finite = np.isfinite(defect).all(axis=1)

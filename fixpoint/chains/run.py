@@ -141,7 +141,11 @@ class ChainRun:
 
     def ahead(self, rows: Array) -> Array:
         """Logarithm of how many times larger later states show a state's relative error, ``(R, T)``."""
-        return ahead(self.gains.of(rows), self.scale[rows], self.seen[rows], self.done[rows])
+        return ahead(self.gains.of(rows), self.sizes(rows), self.seen[rows], self.done[rows])
+
+    def sizes(self, rows: Array) -> Array:
+        """``(R, T)``: what the tolerance of each state is relative to: its norm, see ``CausalSweep.sizes``."""
+        return self.sweeper.sizes(self.scale[rows], torch.finfo(self.start.dtype).eps)
 
     @property
     def rounding(self) -> float:
@@ -157,7 +161,7 @@ class ChainRun:
     def bound(self, rows: Array) -> Array:
         """``(R, T)``: what the error of each state may be."""
         with np.errstate(invalid="ignore"):  # norms may overflow
-            return self.allowed[0][rows] + self.allowed[1][rows, None] * self.scale[rows]
+            return self.allowed[0][rows] + self.allowed[1][rows, None] * self.sizes(rows)
 
     def write(self, kept: Tensor, places: Tensor, values: Tensor) -> None:
         """Put ``values`` ``(B, W, ...)`` at their places ``(B, W)``, and wipe the scratch place."""

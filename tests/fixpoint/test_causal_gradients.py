@@ -221,3 +221,21 @@ def test_changes_and_second_derivatives_are_solved_in_the_direction_of_their_own
 
     for derivative in (change, second):
         assert_close(derivative(parallel), derivative(sequential), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_adjoint_that_fades_takes_no_more_rounds_in_a_longer_chain(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.4 * torch.randn(3, 3, generator=generator)
+    inputs = torch.randn(2, 400, 3, generator=generator)
+    weight, inputs = weight.to(dtype), inputs.to(dtype).requires_grad_()
+    chain = Recurrence(lambda x, u: torch.tanh(x @ weight + u), torch.zeros(2, 3, dtype=dtype), inputs=(inputs,))
+    solution = fixpoint.solve(chain, solver=CausalQuasiNewton(), rtol=1e-5)
+    (found,) = torch.autograd.grad(solution.value[:, -1].square().sum(), inputs)
+    (expected,) = torch.autograd.grad(chain.sequential()[:, -1].square().sum(), inputs)
+    assert solution.adjoint.converged.all()
+    assert solution.adjoint.nfev < 60
+    # Where they are more than rounding, early adjoints are right to their own size.
+    kept = expected.norm(dim=2) > torch.finfo(dtype).eps * expected.norm()
+    assert kept.sum() > 20
+    assert float(relative_errors(found, expected)[kept].max()) < 1e-3
