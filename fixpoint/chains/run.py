@@ -16,7 +16,7 @@ from fixpoint.engine.layout import as_tensor
 from fixpoint.engine.loop import Map
 from fixpoint.engine.norms import Array
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, tensor_like
-from fixpoint.engine.tolerance import Status, Tolerance
+from fixpoint.engine.tolerance import Status, Tolerance, for_rows
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
@@ -183,8 +183,8 @@ class ChainRun:
 
 
 def per_row(limit: Any, rows: int) -> Array:
-    """A number, or one for each row, as ``(rows,)`` on the host."""
-    return as_tensor(limit).to("cpu", torch.float64).reshape(-1).expand(rows).numpy()
+    """A number, or one for each row, as ``(rows,)`` on the host; under ``torch.vmap`` the rows come several times."""
+    return as_tensor(for_rows(limit, rows)).to("cpu", torch.float64).reshape(-1).expand(rows).numpy()
 
 
 def evaluate(run: ChainRun, f: Map, places: Array, states: Tensor | None = None) -> Tensor:

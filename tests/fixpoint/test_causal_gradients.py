@@ -239,3 +239,22 @@ def test_an_adjoint_that_fades_takes_no_more_rounds_in_a_longer_chain(dtype):
     kept = expected.norm(dim=2) > torch.finfo(dtype).eps * expected.norm()
     assert kept.sum() > 20
     assert float(relative_errors(found, expected)[kept].max()) < 1e-3
+
+
+@pytest.mark.parametrize("solver", [CausalQuasiNewton(), CausalQuasiNewton(window=4)], ids=["all", "window"])
+def test_rows_of_a_mapped_batch_keep_their_own_tolerances(solver):
+    inputs = torch.randn(3, 2, 12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def step(z, u):
+        return torch.tanh(0.5 * torch.cat((torch.zeros_like(z[:, :1]), z[:, :-1]), dim=1) + u)
+
+    def solved(u):
+        rtol = torch.tensor([0.1, 1e-12])
+        return fixpoint.solve(step, torch.zeros(2, 12, 3, dtype=torch.float64), (u,), solver=solver, rtol=rtol).value
+
+    found = torch.func.vmap(solved)(inputs)
+    error = (found.flatten(0, 1) - step(found.flatten(0, 1), inputs.flatten(0, 1))).flatten(1).norm(dim=1)
+    error = error.reshape(3, 2) / found.flatten(2).norm(dim=2)
+    assert (error[:, 1] < 1e-12).all()
+    assert (error[:, 0] < 0.1).all()
+    assert (error[:, 0] > 1e-12).any()
