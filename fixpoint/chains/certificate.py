@@ -150,6 +150,9 @@ def conclude(run: ChainRun, rows: Array, findings: Findings, measured: Array | N
         passed &= ~wrong
         first[wrong] = np.argmax(findings.defect[wrong] > noise, axis=1)
     again = ~passed & ~findings.failed
+    if run.together and (again.any() or len(rows) < run.remaining):
+        run.residual[rows[passed]] = np.nan  # known once all of them pass
+        passed[:] = False
     run.end_rows(rows, findings.failed, passed)
     run.error[rows[again]] = findings.defect[again]
     run.certificate, run.findings, run.twin = None, None, None
