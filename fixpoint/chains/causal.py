@@ -93,6 +93,8 @@ class CausalQuasiNewton(Solver):
 
     def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
         """For a chain, the map with single steps to be had; and the sweep over so many steps, with f's slopes."""
+        if isinstance(f, Chain):
+            _check_layout(f, layout)
         shape = layout.example.shape[len(layout.batch_shape) :] if isinstance(layout.example, Tensor) else ()
         if not shape or layout.example.is_complex():
             raise ValueError(
@@ -116,6 +118,8 @@ class CausalQuasiNewton(Solver):
                     f"basis must have shape (D, D) = ({dim}, {dim}), or be a matrix for each dimension of a state of "
                     f"shape {tuple(shape[1:])}, found {found[0] if len(found) == 1 else found}"
                 )
+        if basis is not None and not all(bool(torch.isfinite(factor.detach()).all()) for factor in basis):
+            raise ValueError("basis must be finite: found NaN or infinity")
         wide = torch.promote_types(layout.dtype, torch.float32)
         if slopes is not None:
             slopes = slopes.detach().to(layout.device, wide)
@@ -153,6 +157,16 @@ class CausalQuasiNewton(Solver):
 
     def step(self, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self.init(z)
+
+
+def _check_layout(chain: Chain, layout: Layout) -> None:
+    """Refuse a state of other samples, steps or entries than the chain's: single steps of it would go unnoticed."""
+    expected, state = (len(chain.start), chain.steps, *chain.start.shape[1:]), layout.example
+    found = tuple(state.shape) if isinstance(state, Tensor) else "a nested state"
+    if found != expected:
+        raise ValueError(f"a chain's state has shape (B, T, *shape) = {expected}, found {found}")
+    if len(layout.batch_shape) != 1:
+        raise ValueError(f"the rows of a chain are its samples: batch_dims must be 1, found {len(layout.batch_shape)}")
 
 
 class Swept(NamedTuple):
