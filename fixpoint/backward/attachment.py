@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fixpoint.backward.functional import Solve, for_each_gradient, solve_functionally
+from fixpoint.backward.functional import LinearSolves, Solve, for_each_gradient, solve_functionally
 from fixpoint.engine.ambient import version
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.private import unbatched
@@ -103,7 +103,7 @@ def attach_adjoint(
             ).z
             return batched(u.reshape(v.shape))
         if transformed(v):
-            return solve_functionally(image, adjoint, adjoint, v, (v,)).z
+            return solve_functionally(image, adjoint, LinearSolves(adjoint, adjoint), v, (v,)).z
         return adjoint(lambda u: image(u, v), v).z
 
     versions = [version(x) for x in run.inputs]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fixpoint.backward.attachment import without_gradient
-from fixpoint.backward.functional import Solve, solve_functionally
+from fixpoint.backward.functional import LinearSolves, solve_functionally
 from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.layout import Layout
@@ -75,7 +75,7 @@ class ForwardSolve:
         # At depth 0 the state is z0, graph and all.
         return replace(result, z=result.z.detach()) if result.z.requires_grad else result
 
-    def solve_functionally(self, linear: Solve | None) -> LoopResult:
+    def solve_functionally(self, linear: LinearSolves | None) -> LoopResult:
         """Solve under the transformations of torch.func; with derivatives, if told how to solve their equations."""
 
         def solve(f: Map, z0: Tensor) -> LoopResult:
@@ -83,7 +83,8 @@ class ForwardSolve:
                 return replace(self, z0=z0, compaction=None).on(f)
 
         if linear is None:
-            return solve_functionally(self.f, solve, solve, self.z0.detach(), [x.detach() for x in self.inputs])
+            inputs = [x.detach() for x in self.inputs]
+            return solve_functionally(self.f, solve, LinearSolves(solve, solve), self.z0.detach(), inputs)
         return solve_functionally(self.f, solve, linear, self.z0, self.inputs)
 
     def run_steps(self, depth: int) -> LoopResult:

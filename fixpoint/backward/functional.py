@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,13 +20,31 @@ Report = Callable[[LoopResult], None]
 Gradients = TypeVar("Gradients", bound="tuple[Tensor | None, ...] | None")
 
 
-def solve_functionally(f: Functional, solve: Solve, linear: Solve, z0: Tensor, inputs: Sequence[Tensor]) -> LoopResult:
+class LinearSolves(NamedTuple):
+    """How the linear equations of derivatives are solved. What suits f may not suit its transpose: a chain has a way.
+
+    Attributes:
+        transposed: Of ``u = v + J^T u``, the adjoint.
+        along: Of ``t = J t + b``, a change in the direction of f.
+    """
+
+    transposed: Solve
+    along: Solve
+
+    def of_transpose(self) -> LinearSolves:
+        """Those of the derivatives of the adjoint, whose own transpose is J again."""
+        return LinearSolves(transposed=self.along, along=self.transposed)
+
+
+def solve_functionally(
+    f: Functional, solve: Solve, linear: LinearSolves, z0: Tensor, inputs: Sequence[Tensor]
+) -> LoopResult:
     """``solve(lambda z: f(z, *inputs), z0)``, which every transformation of torch.func can go through, to any order.
 
     Args:
         f: ``f(z, *inputs)`` on rows ``(rows, dim)``.
         solve: Solves a map from a start, without gradients, on any number of rows.
-        linear: The same for the linear equations of the derivatives.
+        linear: The same for the linear equations of the derivatives, those of f and those of its transpose.
 
     Source: the derivatives are those of the implicit function theorem; see the page on gradients.
     """
@@ -57,7 +75,7 @@ def _without_columns(name: str, x: Tensor) -> Tensor:
 
 
 def vector_jacobian_product(
-    f: Functional, linear: Solve, z: Tensor, inputs: Sequence[Tensor], v: Tensor
+    f: Functional, linear: LinearSolves, z: Tensor, inputs: Sequence[Tensor], v: Tensor
 ) -> tuple[Tensor | None, ...]:
     """``v^T dz/dinputs`` at the solution ``z`` of ``z = f(z, *inputs)``, itself differentiable; None for integers."""
 
@@ -65,7 +83,7 @@ def vector_jacobian_product(
         pullback = torch.func.vjp(lambda z: f(z, *inputs), z)[1]
         return v + pullback(u)[0]
 
-    u = solve_functionally(adjoint, linear, linear, v, (z, v, *inputs)).z
+    u = solve_functionally(adjoint, linear.transposed, linear.of_transpose(), v, (z, v, *inputs)).z
     smooth = [i for i, x in enumerate(inputs) if x.is_floating_point() or x.is_complex()]
     along, values = _in_places(f, inputs, smooth)
     pullback = torch.func.vjp(partial(along, z), *values)[1]
@@ -88,7 +106,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        f: Functional, solve: Solve, linear: Solve, report: Report, z0: Tensor, *inputs: Tensor
+        f: Functional, solve: Solve, linear: LinearSolves, report: Report, z0: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         found = solve(lambda z: f(z, *inputs), z0)
         report(replace(found, state=None))
@@ -124,7 +142,7 @@ class _Solve(torch.autograd.Function):
 
         rest = (z, *inputs, *(tangents[5 + i] for i in moving))
         start = image(torch.zeros_like(z), *rest)
-        return solve_functionally(image, ctx.linear, ctx.linear, start, rest).z, *(None for _ in _FIGURES)
+        return solve_functionally(image, ctx.linear.along, ctx.linear, start, rest).z, *(None for _ in _FIGURES)
 
     @staticmethod
     def vmap(
@@ -132,7 +150,7 @@ class _Solve(torch.autograd.Function):
         in_dims: tuple[Any, ...],
         f: Functional,
         solve: Solve,
-        linear: Solve,
+        linear: LinearSolves,
         report: Report,
         z0: Tensor,
         *inputs: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fixpoint.backward.attachment import attach_adjoint
 from fixpoint.backward.base import Backward, ForwardSolve
-from fixpoint.backward.functional import solve_functionally, vector_jacobian_product
+from fixpoint.backward.functional import LinearSolves, solve_functionally, vector_jacobian_product
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import OnFailure, Status, Tolerance
@@ -77,9 +77,14 @@ class IFT(Backward):
             raise ValueError(f"on_failure must be one of {get_args(FailedRows)}, found {self.on_failure!r}")
 
     def attach(self, run: ForwardSolve) -> tuple[Tensor, LoopResult]:
-        def linear(image: Map, v: Tensor) -> LoopResult:
-            return self._solve(image, v, run)
+        def adjoint(image: Map, v: Tensor) -> LoopResult:
+            return self._solve(image, v, run, run.adjoint_solver(self.solver))
 
+        def along(image: Map, v: Tensor) -> LoopResult:
+            solver = run.adjoint_solver(self.solver)
+            return self._solve(image, v, run, None if solver is None else solver.adjoint() or solver)
+
+        linear = LinearSolves(adjoint, along)
         if not run.transformed:
             # The closure below lives until backward; what the solver remembered need not.
             result = replace(run.solve(), state=None)
@@ -93,17 +98,16 @@ class IFT(Backward):
                 known = solve_functionally(run.f, lambda f, z: result, linear, result.z, run.inputs)
                 return vector_jacobian_product(run.f, linear, known.z, run.inputs, v)
 
-            return attach_adjoint(run, result, linear, double_backward)
+            return attach_adjoint(run, result, adjoint, double_backward)
         if not depends_on_nothing_else(run.f, run.z0, run.inputs):
             raise ClosureError
         result = run.solve_functionally(linear)
         return result.z, result
 
-    def _solve(self, image: Map, v: Tensor, run: ForwardSolve) -> LoopResult:
+    def _solve(self, image: Map, v: Tensor, run: ForwardSolve, solver: Solver | None) -> LoopResult:
         """The fixed point of a linear map, started at ``v``, which rows that fail go back to."""
         rtol = max(self.rtol, torch.finfo(v.dtype).eps)
         tolerance = Tolerance(rtol=rtol, atol=0.0, rounding=run.tolerance.rounding)
-        solver = run.adjoint_solver(self.solver)
         coupled = run.f.ambient.couples_rows or any(result.coupled for result in run.results)
         one_system = solver is None and coupled  # GMRES takes each row for a system of its own
         outcome = (solver or GMRES()).run(

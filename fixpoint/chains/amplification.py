@@ -137,7 +137,7 @@ def note_gains(run: ChainRun, row: Array, step: Array, norms: Norms, inside: Arr
     grown, met, image_change, input_change = (x[inside] for x in norms[2:6])
     before = np.maximum(step - 1, 0)
     scale = run.scale[row, before]
-    allowed = run.allowed[0][row, before] + run.allowed[1][row] * scale
+    allowed = run.bound(np.arange(len(run.scale)))[row, before]
     rounding = run.rounding * scale
     counts = np.maximum(_COUNTS * allowed, rounding)
     with np.errstate(all="ignore"):
@@ -149,7 +149,7 @@ def doubtful(run: ChainRun, rows: Array) -> Array:
     """``(R,)``: which chains, of which all is done and not exact, may amplify so much that they have to be measured."""
     if not run.doubts or not rows.size:
         return np.zeros(len(rows), dtype=bool)
-    largest = ahead(run.gains.largest(rows), run.scale[rows], run.seen[rows], run.done[rows])
+    largest = ahead(run.gains.largest(rows), run.sizes(rows), run.seen[rows], run.done[rows])
     amplify = run.ahead(rows).max(axis=1, initial=0) > np.log(AMPLIFIES)
     amplify |= largest.max(axis=1, initial=0) > np.log(_LARGEST_AMPLIFY)
     return amplify & ~run.in_order[rows] & (run.error[rows] > 0).any(axis=1)

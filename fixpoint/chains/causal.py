@@ -93,6 +93,8 @@ class CausalQuasiNewton(Solver):
 
     def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
         """For a chain, the map with single steps to be had; and the sweep over so many steps, with f's slopes."""
+        if isinstance(f, Chain):
+            _check_layout(f, layout)
         shape = layout.example.shape[len(layout.batch_shape) :] if isinstance(layout.example, Tensor) else ()
         if not shape or layout.example.is_complex():
             raise ValueError(
@@ -116,6 +118,8 @@ class CausalQuasiNewton(Solver):
                     f"basis must have shape (D, D) = ({dim}, {dim}), or be a matrix for each dimension of a state of "
                     f"shape {tuple(shape[1:])}, found {found[0] if len(found) == 1 else found}"
                 )
+        if basis is not None and not all(bool(torch.isfinite(factor.detach()).all()) for factor in basis):
+            raise ValueError("basis must be finite: found NaN or infinity")
         wide = torch.promote_types(layout.dtype, torch.float32)
         if slopes is not None:
             slopes = slopes.detach().to(layout.device, wide)
@@ -155,6 +159,16 @@ class CausalQuasiNewton(Solver):
         return self.init(z)
 
 
+def _check_layout(chain: Chain, layout: Layout) -> None:
+    """Refuse a state of other samples, steps or entries than the chain's: single steps of it would go unnoticed."""
+    expected, state = (len(chain.start), chain.steps, *chain.start.shape[1:]), layout.example
+    found = tuple(state.shape) if isinstance(state, Tensor) else "a nested state"
+    if found != expected:
+        raise ValueError(f"a chain's state has shape (B, T, *shape) = {expected}, found {found}")
+    if len(layout.batch_shape) != 1:
+        raise ValueError(f"the rows of a chain are its samples: batch_dims must be 1, found {len(layout.batch_shape)}")
+
+
 class Swept(NamedTuple):
     """What a sweep makes of the states of some windows."""
 
@@ -174,6 +188,7 @@ class CausalSweep(Solver):
         backwards: Whether row k depends on later rows, as in the adjoint of a chain.
         single_steps: Whether the map can be asked for single steps, by its method ``part``.
         sparse: Whether it can interpolate some of them, by its method ``sparse_part``.
+        fades: Whether states may fade to nothing along the row, as in the adjoint of a chain.
     """
 
     options: CausalQuasiNewton
@@ -185,11 +200,23 @@ class CausalSweep(Solver):
     backwards: bool = False
     single_steps: bool = False
     sparse: bool = False
+    fades: bool = False
 
     @property
     def noise(self) -> Array:
         """``(T,)``: by how much the noise of its step lets a state be off."""
         return np.zeros(self.steps) if self.noise_scale is None else self.options.noise_rtol * self.noise_scale
+
+    def sizes(self, norms: Array, rounding: float) -> Array:
+        """What the tolerance of each state is relative to, ``(B, T)``, for states of these norms.
+
+        Of an adjoint it is no less than the rounding of all states up to it: on the way back through a chain that
+        forgets, adjoints fade without end, and to have each to so many digits would take as many rounds as steps. What
+        comes later is not known yet when a state is done, and does not count.
+        """
+        if not self.fades or not norms.size:
+            return norms
+        return np.fmax(norms, rounding * np.fmax.accumulate(norms, axis=1))
 
     def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
         """In windows; in the ordinary loop, all rows whole, where gradients are recorded."""
@@ -290,7 +317,13 @@ class CausalSweep(Solver):
             slopes = torch.cat((slopes[:1], slopes[1:].flip(0)))
         options = replace(self.options, window=None, max_rows=None, noise_rtol=0.0)
         return replace(
-            self, options=options, slopes=slopes, backwards=not self.backwards, single_steps=False, sparse=False
+            self,
+            options=options,
+            slopes=slopes,
+            backwards=not self.backwards,
+            single_steps=False,
+            sparse=False,
+            fades=True,
         )
 
     def split(self, z: Tensor) -> Tensor:

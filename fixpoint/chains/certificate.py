@@ -93,7 +93,8 @@ class Certificate:
         errors = defects + sweeper.inherited(sharp, step)
         norms = [length, *(safe_norm(x) for x in (images, errors))]
         defect, scale, error = to_host(torch.stack(norms))
-        bound = allowed[0][self.rows] + allowed[1][self.rows, None] * scale
+        size = sweeper.sizes(scale, torch.finfo(states.dtype).eps)
+        bound = allowed[0][self.rows] + allowed[1][self.rows, None] * size
         fits = defect <= bound
         good = fits & ((error <= bound) | np.reshape(in_order, (-1, 1)))
         finite = np.isfinite(defect).all(axis=1)
@@ -149,6 +150,9 @@ def conclude(run: ChainRun, rows: Array, findings: Findings, measured: Array | N
         passed &= ~wrong
         first[wrong] = np.argmax(findings.defect[wrong] > noise, axis=1)
     again = ~passed & ~findings.failed
+    if run.together and (again.any() or len(rows) < run.remaining):
+        run.residual[rows[passed]] = np.nan  # known once all of them pass
+        passed[:] = False
     run.end_rows(rows, findings.failed, passed)
     run.error[rows[again]] = findings.defect[again]
     run.certificate, run.findings, run.twin = None, None, None

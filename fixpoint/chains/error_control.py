@@ -13,6 +13,8 @@ _PRUDENCE = 4.0
 # A predicted error that falls to a third in every round will sum to half of itself over all rounds to come.
 _FALLING = 3.0
 
+_INEXACT = np.finfo(np.float64).tiny  # what marks a state of a predicted error of 0 that may have one
+
 
 class Norms(NamedTuple):
     """Norms ``(B, W)`` that a sweep over windows leaves, and what it says of each state."""
@@ -51,6 +53,8 @@ def judge(norms: Norms, inside: Array, error_before: Array, allowed: Array, ahea
     # The first state is exact now, however far it has moved: what the model makes of that move is the second's error,
     # even where that happens to stay where it was.
     error[:, 1:2] = np.where(inside, np.maximum(error, norms.grown), error)[:, 1:2]
+    # A state whose input has moved is not exact, even where the model says that its step does not see the move.
+    error = np.where(inside & (norms.met > 0), np.maximum(error, _INEXACT), error)
     failed = ~norms.finite[:, 0]
     limit = np.where(norms.sound, allowed / np.exp(ahead), -1)
     done, error = accept(error, error_before, limit, inside, at_end)

@@ -14,9 +14,9 @@ from fixpoint.chains.sparse import Sparse
 from fixpoint.chains.sweep import Past, WindowPast, parts
 from fixpoint.engine.layout import as_tensor
 from fixpoint.engine.loop import Map
-from fixpoint.engine.norms import Array
+from fixpoint.engine.norms import Array, safe_norm, to_host
 from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, tensor_like
-from fixpoint.engine.tolerance import Status, Tolerance
+from fixpoint.engine.tolerance import ROUNDINGS, Status, Tolerance, for_rows
 
 if TYPE_CHECKING:
     from fixpoint.chains.causal import CausalSweep
@@ -100,6 +100,7 @@ class ChainRun:
         self.findings: Findings | None = None  # of the certificate, while a twin measures what the chains amplify
         self.twin: Twin | None = None
         self.twin_evals = 0  # evaluations of twins, part of nfev
+        self.together = False  # rows were seen to depend on one another: they end at the same certificate
         self.doubts = sweeper.single_steps  # whether chains that may amplify much are measured
         self.nfev = 0
         self.trace: list[Array] = []
@@ -113,6 +114,12 @@ class ChainRun:
     def remaining(self) -> int:
         """Rows that have not ended."""
         return int(np.count_nonzero(self.status == ACTIVE))
+
+    @property
+    def compared(self) -> Array:
+        """Rows that have converged, of an f evaluated whole: with a residual to be seen again. None without one."""
+        measured = (self.status == Status.CONVERGED) & ~np.isnan(self.residual)
+        return np.flatnonzero(measured & (not self.sweeper.single_steps))
 
     def rows(self) -> Tensor:
         """The states as rows ``(B, T * D)``; may share their memory, which the next round writes to."""
@@ -134,6 +141,7 @@ class ChainRun:
             evals=tensor_like(z, np.where(active, self.nfev, self.evals)),
             nfev=self.nfev,
             trace=figures_like(z, np.stack(self.trace)) if self.trace else None,
+            coupled=self.together,
             predicted_error=figures_like(z, self.predicted_error()),
             amplification=figures_like(z, np.exp(self.ahead(every).max(axis=1, initial=0.0))),
             lyapunov=figures_like(z, self.gains.exponents(every)),
@@ -141,7 +149,11 @@ class ChainRun:
 
     def ahead(self, rows: Array) -> Array:
         """Logarithm of how many times larger later states show a state's relative error, ``(R, T)``."""
-        return ahead(self.gains.of(rows), self.scale[rows], self.seen[rows], self.done[rows])
+        return ahead(self.gains.of(rows), self.sizes(rows), self.seen[rows], self.done[rows])
+
+    def sizes(self, rows: Array) -> Array:
+        """``(R, T)``: what the tolerance of each state is relative to: its norm, see ``CausalSweep.sizes``."""
+        return self.sweeper.sizes(self.scale[rows], torch.finfo(self.start.dtype).eps)
 
     @property
     def rounding(self) -> float:
@@ -157,7 +169,7 @@ class ChainRun:
     def bound(self, rows: Array) -> Array:
         """``(R, T)``: what the error of each state may be."""
         with np.errstate(invalid="ignore"):  # norms may overflow
-            return self.allowed[0][rows] + self.allowed[1][rows, None] * self.scale[rows]
+            return self.allowed[0][rows] + self.allowed[1][rows, None] * self.sizes(rows)
 
     def write(self, kept: Tensor, places: Tensor, values: Tensor) -> None:
         """Put ``values`` ``(B, W, ...)`` at their places ``(B, W)``, and wipe the scratch place."""
@@ -179,8 +191,8 @@ class ChainRun:
 
 
 def per_row(limit: Any, rows: int) -> Array:
-    """A number, or one for each row, as ``(rows,)`` on the host."""
-    return as_tensor(limit).to("cpu", torch.float64).reshape(-1).expand(rows).numpy()
+    """A number, or one for each row, as ``(rows,)`` on the host; under ``torch.vmap`` the rows come several times."""
+    return as_tensor(for_rows(limit, rows)).to("cpu", torch.float64).reshape(-1).expand(rows).numpy()
 
 
 def evaluate(run: ChainRun, f: Map, places: Array, states: Tensor | None = None) -> Tensor:
@@ -191,10 +203,33 @@ def evaluate(run: ChainRun, f: Map, places: Array, states: Tensor | None = None)
         row, step = np.divmod(places, run.steps)
         images = part(states, tensor_like(run.start, row), tensor_like(run.start, step))
     else:
-        every = f(states.clone())  # f may keep what it got
-        images = run.sweeper.split(every).flatten(0, 1)[tensor_like(run.start, places)]
+        every = run.sweeper.split(f(states.clone()))  # f may keep what it got
+        images = every.flatten(0, 1)[tensor_like(run.start, places)]
+        if run.compared.size:
+            reopen_what_moved(run, every)
     run.nfev += 1
     return images.to(run.states.dtype)
+
+
+def reopen_what_moved(run: ChainRun, images: Tensor) -> None:
+    """Let all rows go on, and end together, if one that has converged has other images ``(B, T, D)`` than it had then.
+
+    An f that is evaluated whole may couple rows. What has converged was measured, with its residual.
+    """
+    rows = run.compared
+    states = run.states[:-1].reshape(images.shape)[tensor_like(run.start, rows)]
+    images = images[tensor_like(run.start, rows)].to(states.dtype)
+    found, scale = to_host(torch.stack([safe_norm(x.flatten(1)) for x in (images - states, images)]))
+    with np.errstate(invalid="ignore"):
+        same = np.abs(found - run.residual[rows]) <= ROUNDINGS * torch.finfo(run.start.dtype).eps * scale
+    if same.all():
+        return
+    run.together = True
+    run.status[rows] = ACTIVE
+    run.residual[rows], run.error[rows], run.done[rows] = np.nan, np.inf, 0
+    run.end[rows] = run.steps if run.width == run.steps else 0
+    run.moved[tensor_like(run.start, rows)] = 0
+    run.past.known[:] = False  # what is remembered came of other images
 
 
 def evaluate_some(run: ChainRun, f: Map, places: Array, evaluated: Array) -> tuple[Tensor, Tensor]:

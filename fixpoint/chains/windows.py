@@ -44,7 +44,7 @@ def iterate_windows(
     run = ChainRun(z, sweeper, tolerance)
     with handing_over(run.outcome):
         while run.remaining and run.nfev < max_evals:
-            advance(run, f)
+            advance(run, f, last=run.nfev + 1 == max_evals)
             predicted = run.predicted_error()
             run.trace += [predicted] if record else []
             figures = figures_like(z, run.residual), figures_like(z, predicted)
@@ -54,8 +54,8 @@ def iterate_windows(
     return run.outcome()
 
 
-def advance(run: ChainRun, f: Map) -> None:
-    """Make one evaluation of ``f``, and whatever follows from it."""
+def advance(run: ChainRun, f: Map, *, last: bool = False) -> None:
+    """Make one evaluation of ``f``, and whatever follows from it; ``last``: there will be no other."""
     if run.twin is not None:
         follow(run, run.twin)
         return
@@ -63,6 +63,8 @@ def advance(run: ChainRun, f: Map) -> None:
     unfinished = active[run.done[active] < run.steps][: run.sweeper.options.max_rows]
     if not unfinished.size:
         certify(run, f, active)
+    elif last and run.compared.size:
+        evaluate(run, f, np.zeros(0, dtype=np.int64))  # are they still what they were, beside the others as they are?
     elif run.width == 1 or run.in_order[unfinished].all():
         take_steps(run, f, unfinished)
     else:

@@ -104,6 +104,7 @@ class RowMap:
         part = getattr(self._f, "part", None)
         if part is None or len(block) == len(state) * blocks or self.ambient.repeats:
             return self(z).reshape(len(z), blocks, -1)[row, block]
+        self._require_no_args()
         return self._in_ambient_state(lambda: part(state, row, block), z).reshape(len(block), -1)
 
     @property
@@ -117,9 +118,16 @@ class RowMap:
         Returns:
             The blocks, and of each ``(N,)`` by how much a guess would have missed it, where f can tell.
         """
+        self._require_no_args()
         state, sparse_part = self.layout.unflatten(z), cast(Any, self._f).sparse_part
         images, missed = self._in_ambient_state(lambda: sparse_part(state, row, block, evaluated), z)
         return images.reshape(len(block), -1), missed
+
+    def _require_no_args(self) -> None:
+        if self._args:
+            raise TypeError(
+                "args are for an f that is called with them: what the steps of a chain need is in the chain"
+            )
 
     def _is_aligned(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.layout.rows

@@ -157,7 +157,7 @@ class Tolerance:
 
     def limit(self, scale: Array) -> Array | float:
         """The largest residual that is done, where ``norm(f(z)) = scale``, ``(..., rows)``."""
-        atol, rtol = _for_rows(self.atol, scale.shape[-1]), _for_rows(self.rtol, scale.shape[-1])
+        atol, rtol = for_rows(self.atol, scale.shape[-1]), for_rows(self.rtol, scale.shape[-1])
         if not isinstance(rtol, np.ndarray) or rtol.ndim == 0:
             return atol + rtol * scale if rtol else atol  # 0 times infinity would be NaN
         with np.errstate(invalid="ignore"):
@@ -189,9 +189,9 @@ class Tolerance:
         start = np.minimum(size, scale)
         if not np.count_nonzero(start):  # as from zeros: the floor would be 0
             return self
-        rtol = _for_rows(self.rtol, len(z))
+        rtol = for_rows(self.rtol, len(z))
         floor = NOTHING * np.where(np.isfinite(rtol), rtol, 0) * np.where(np.isfinite(start), start, 0)
-        return replace(self, atol=np.maximum(_for_rows(self.atol, len(z)), floor))
+        return replace(self, atol=np.maximum(for_rows(self.atol, len(z)), floor))
 
     def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True, meanwhile: Meanwhile = None) -> Figures:
         """Figures of the states ``z`` with the images ``fz``, both ``(rows, dim)``; they come to the host at once.
@@ -226,7 +226,7 @@ class Tolerance:
         return Figures(residual[worst], scale[worst], merit[worst])
 
 
-def _for_rows(value: float | Array, rows: int) -> Any:
+def for_rows(value: float | Array, rows: int) -> Any:
     """A tolerance ``(..., rows)`` for so many rows; under ``torch.vmap`` the rows of a solve come several times."""
     if isinstance(value, np.ndarray) and value.ndim and 0 < value.shape[-1] < rows:
         return np.tile(value, rows // value.shape[-1])

@@ -21,7 +21,9 @@ if dist.is_available():
     import torch.distributed.nn  # imported while there is a process group, it would keep its threads alive
 
 # What every rank tells the others once it has its part, as int64.
-_TOLD = ("calls", "rows", "width of the output", "failed", "latents", "timesteps")
+_TOLD = ("calls", "rows", "width of the output", "dtype of the output", "failed", "latents", "timesteps")
+# An output of another dtype has other bytes: to gather both would end a process without an error.
+_DTYPES = tuple(dict.fromkeys(each for each in vars(torch).values() if isinstance(each, torch.dtype)))
 
 
 def sharded(denoiser: Callable[..., Tensor], mesh: DeviceMesh | dist.ProcessGroup | None = None) -> ShardedDenoiser:
@@ -173,7 +175,8 @@ class ShardedDenoiser:
     def _agree(self, x: Tensor, t: Tensor, out: Tensor | None, failure: Exception | None) -> None:
         """Tell what was asked for and whether it went well; raise on all ranks unless all agree."""
         width = -1 if out is None else out.shape[1:].numel()
-        told = torch.tensor([self._calls, len(x), width, int(failure is not None)], device=x.device)
+        dtype = -1 if out is None else _DTYPES.index(out.dtype)
+        told = torch.tensor([self._calls, len(x), width, dtype, int(failure is not None)], device=x.device)
         told = torch.cat([told, torch.stack([_digest(x), _digest(t)])])
         everyone = [torch.empty_like(told) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(everyone, told, group=self._group)
@@ -338,4 +341,5 @@ def _by_rank(name: str, values: list[int]) -> str:
     if name in ("latents", "timesteps"):  # checksums say nothing
         other = next(rank for rank, value in enumerate(values) if value != values[0])
         return f"of rank {other} are not those of rank 0"
-    return ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+    of_dtype = name == "dtype of the output"
+    return ", ".join(f"{_DTYPES[value] if of_dtype else value} on rank {rank}" for rank, value in enumerate(values))

@@ -262,3 +262,13 @@ def test_the_twin_that_saw_most_is_kept() -> None:
     gains.note_twin(np.array([0, 1]), np.array([[np.nan, 4.0, 5.0], [np.nan, 1.0, 2.0]]))
     gains.note_twin(np.array([0, 1]), np.array([[np.nan, 3.0, 2.0], [np.nan, 0.1, 30.0]]))
     np.testing.assert_allclose(np.exp(gains.of(np.array([0, 1])))[:, 1:], [[4.0, 5.0], [0.1, 30.0]])
+
+
+def test_a_predicted_error_of_nothing_is_not_taken_for_an_exact_state():
+    """Where a wrong guess lies outside [0, 1], this step is seen to be constant, and no error is predicted."""
+    start = torch.tensor([[0.36621970], [0.55573314], [0.42039555], [0.21484107]])
+    chain = fixpoint.Recurrence(lambda x: 3.9 * x.clamp(0, 1) * (1 - x.clamp(0, 1)), start, steps=130)
+    solver = fixpoint.CausalQuasiNewton(memory=1)
+    solution = fixpoint.solve(chain, solver=solver, rtol=1e-3, backward=None, max_evals=6000)
+    assert solution.converged.all()
+    assert float((chain(solution.value) - solution.value).norm()) < 1e-3

@@ -190,3 +190,71 @@ def test_gradients_of_an_empty_chain_are_zero(rule, samples, steps):
     assert solution.value.shape == (samples, steps, 8)
     solution.value.sum().backward()
     assert (weight.grad == 0).all()
+
+
+def test_changes_and_second_derivatives_are_solved_in_the_direction_of_their_own_chain():
+    generator = torch.Generator().manual_seed(0)
+    sizes = (3, 3), (2, 40, 3), (2, 40, 3)
+    weight, inputs, along = (torch.randn(*size, generator=generator).double() for size in sizes)
+    weight *= 0.4
+
+    def step(z, u):
+        before = torch.cat((torch.zeros_like(z[:, :1]), z[:, :-1]), dim=1)
+        return torch.tanh(before @ weight + u)
+
+    def parallel(u):
+        rule = fixpoint.IFT(rtol=1e-9)
+        z0 = torch.zeros(2, 40, 3, dtype=torch.float64)
+        return fixpoint.solve(step, z0, (u,), solver=CausalQuasiNewton(), rtol=1e-10, backward=rule).value
+
+    def sequential(u):
+        start = torch.zeros(2, 3, dtype=torch.float64)
+        return Recurrence(lambda x, u: torch.tanh(x @ weight + u), start, inputs=(u,)).sequential()
+
+    def change(solved):
+        return torch.func.jvp(solved, (inputs,), (along,))[1]
+
+    def second(solved):
+        u = inputs.clone().requires_grad_()
+        (first,) = torch.autograd.grad(solved(u).square().sum(), u, create_graph=True)
+        return torch.autograd.grad((first * along).sum(), u)[0]
+
+    for derivative in (change, second):
+        assert_close(derivative(parallel), derivative(sequential), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_adjoint_that_fades_takes_no_more_rounds_in_a_longer_chain(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.4 * torch.randn(3, 3, generator=generator)
+    inputs = torch.randn(2, 400, 3, generator=generator)
+    weight, inputs = weight.to(dtype), inputs.to(dtype).requires_grad_()
+    chain = Recurrence(lambda x, u: torch.tanh(x @ weight + u), torch.zeros(2, 3, dtype=dtype), inputs=(inputs,))
+    solution = fixpoint.solve(chain, solver=CausalQuasiNewton(), rtol=1e-5)
+    (found,) = torch.autograd.grad(solution.value[:, -1].square().sum(), inputs)
+    (expected,) = torch.autograd.grad(chain.sequential()[:, -1].square().sum(), inputs)
+    assert solution.adjoint.converged.all()
+    assert solution.adjoint.nfev < 60
+    # Where they are more than rounding, early adjoints are right to their own size.
+    kept = expected.norm(dim=2) > torch.finfo(dtype).eps * expected.norm()
+    assert kept.sum() > 20
+    assert float(relative_errors(found, expected)[kept].max()) < 1e-3
+
+
+@pytest.mark.parametrize("solver", [CausalQuasiNewton(), CausalQuasiNewton(window=4)], ids=["all", "window"])
+def test_rows_of_a_mapped_batch_keep_their_own_tolerances(solver):
+    inputs = torch.randn(3, 2, 12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def step(z, u):
+        return torch.tanh(0.5 * torch.cat((torch.zeros_like(z[:, :1]), z[:, :-1]), dim=1) + u)
+
+    def solved(u):
+        rtol = torch.tensor([0.1, 1e-12])
+        return fixpoint.solve(step, torch.zeros(2, 12, 3, dtype=torch.float64), (u,), solver=solver, rtol=rtol).value
+
+    found = torch.func.vmap(solved)(inputs)
+    error = (found.flatten(0, 1) - step(found.flatten(0, 1), inputs.flatten(0, 1))).flatten(1).norm(dim=1)
+    error = error.reshape(3, 2) / found.flatten(2).norm(dim=2)
+    assert (error[:, 1] < 1e-12).all()
+    assert (error[:, 0] < 0.1).all()
+    assert (error[:, 0] > 1e-12).any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -193,3 +195,49 @@ def test_the_adjoint_of_an_f_that_couples_rows_is_solved_too(normal):
     assert solution.adjoint.residual.shape == (6,)
     assert solution.adjoint.trace.shape == (solution.adjoint.nfev, 6)
     assert solution.adjoint.converged.all()
+
+
+def _chain_with_steps(coupling, seed):
+    """Causal rows with jumps, in which the second may depend on the first: an f that is evaluated whole."""
+    generator = torch.Generator().manual_seed(seed)
+    push = torch.randn(2, 60, 4, generator=generator, dtype=torch.float64)
+    push[0] *= 2
+
+    def f(z):
+        before = torch.cat((torch.zeros_like(z[:, :1]), z[:, :-1]), dim=1)
+        image = 0.9 * torch.floor(2 * before) / 2 + push
+        return torch.stack((image[0], 0.5 * image[1] + coupling * before[0]))
+
+    return f, torch.zeros_like(push)
+
+
+@pytest.mark.parametrize("max_evals", [None, 20, 21, 22])
+def test_a_coupled_chain_never_passes_for_converged_where_it_is_not(max_evals):
+    seen = 0
+    for seed in range(12):
+        f, z0 = _chain_with_steps(0.5, seed)
+        solver = fixpoint.CausalQuasiNewton(window=None if seed % 2 else 3)
+        options = {"rtol": 1e-3, "backward": None, "on_failure": "ignore", "max_evals": max_evals or 1000}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            solution = fixpoint.solve(f, z0, solver=solver, **options)
+        seen += any("couples rows" in str(each.message) for each in caught)
+        image = f(solution.value)
+        residual, scale = ((x.flatten(1).norm(dim=1)) for x in (image - solution.value, image))
+        assert (residual <= 1.001e-3 * scale)[solution.converged].all(), seed
+        if max_evals is None:
+            assert solution.converged.all(), seed
+            torch.testing.assert_close(solution.residual, residual)
+    assert seen or max_evals
+
+
+def test_independent_chains_that_end_at_different_certificates_are_not_taken_for_coupled():
+    apart = 0
+    for seed in range(12):
+        f, z0 = _chain_with_steps(0.0, seed)
+        solver = fixpoint.CausalQuasiNewton(window=3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            solution = fixpoint.solve(f, z0, solver=solver, rtol=1e-3, backward=None, max_evals=1000)
+        apart += bool(solution.evals[0] != solution.evals[1])
+    assert apart

@@ -268,3 +268,30 @@ def test_the_predicted_error_of_a_chain_that_ended_is_what_the_last_sweep_leaves
     error, left = (figures[ended, 1] for figures in seen[1])
     assert (left < error).any()
     assert_close(solution.predicted_error[ended], torch.from_numpy(left))
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("shape", [(3, 30, 2), (4, 20, 2), (4, 70, 2), (4, 30, 5), (4, 30)], ids=str)
+def test_a_start_that_is_not_of_the_chains_shape_is_refused(window, shape):
+    chain = Recurrence(lambda x: 0.5 * x, torch.ones(4, 2, dtype=torch.float64), steps=30)
+    with pytest.raises(ValueError, match=r"state has shape \(B, T, \*shape\) = \(4, 30, 2\), found"):
+        fixpoint.solve(chain, torch.zeros(shape, dtype=torch.float64), solver=CausalQuasiNewton(window=window))
+
+
+@pytest.mark.parametrize("batch_dims", [0, 2])
+def test_rows_of_a_chain_that_are_not_its_samples_are_refused(batch_dims):
+    with pytest.raises(ValueError, match=f"batch_dims must be 1, found {batch_dims}"):
+        fixpoint.solve(gru(), solver=CausalQuasiNewton(window=4), batch_dims=batch_dims)
+
+
+def test_a_basis_that_is_not_finite_is_refused():
+    problem = gru()
+    problem.basis = torch.full((6, 6), torch.nan, dtype=torch.float64)
+    with pytest.raises(ValueError, match="basis must be finite"):
+        solve(problem)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_arguments_that_a_chain_would_not_see_are_refused(window):
+    with pytest.raises(TypeError, match="args"):
+        fixpoint.solve(gru(), None, (torch.ones(3),), solver=CausalQuasiNewton(window=window))

@@ -131,12 +131,16 @@ def faults(rank: int) -> dict[str, str]:
             raise ZeroDivisionError("no such row")
         return 0.5 * x
 
+    def other(x: Tensor, t: Tensor) -> Tensor:
+        return x.double() if rank == 1 else x
+
     half = sharded(lambda x, t: 0.5 * x)
     uneven = DDIMChain(half, x_T, schedule, steps=4 + rank)
     return {
         "steps": said(lambda: uneven(torch.zeros(2, 4 + rank, 4))),
         "seed": said(lambda: sample(DDIMChain(half, x_T + rank, schedule, steps=5))),
         "auto": said(lambda: sample(DDIMChain(half, x_T, schedule, steps=5), max_rows="auto")),
+        "dtype": said(lambda: sample(DDIMChain(sharded(other), x_T, schedule, steps=5))),
         "a rank fails": said(lambda: sample(DDIMChain(sharded(broken), x_T, schedule, steps=5))),
         "after all that": said(lambda: sample(DDIMChain(sharded(lambda x, t: 0.5 * x), x_T, schedule, steps=5))),
     }

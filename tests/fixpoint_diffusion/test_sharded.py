@@ -51,6 +51,7 @@ def test_several_processes_find_what_one_finds_in_the_same_rounds(tmp_path: Path
         assert said["steps"].startswith("RuntimeError: the ranks do not ask for the same:"), said
         assert "those of the ranks differ: give a number of rows" in said["auto"]
         assert "latents of rank 1 are not those of rank 0" in said["seed"]
+        assert "dtype of the output torch.float32 on rank 0, torch.float64 on rank 1" in said["dtype"]
         assert said["a rank fails"] == (
             "ZeroDivisionError: no such row"
             if rank == 1
