@@ -38,8 +38,6 @@ _LEAST_COSINE = 0.25
 _CONFIRMING = 2
 # Slopes that differ by more are no fair judges of all components of g.
 _HILLY = 10.0
-# By so much, at least, g must have fallen where they have, and x is far from x0.
-_FALLEN = 1e-2
 # A component is small if it is off by no more than so many tolerances: the nudge that tells has one direction of many.
 _SLACK = 100.0
 
@@ -61,10 +59,11 @@ class NaturalTolerance(Tolerance):
     width: int  # columns of a number
     nothing: Array | float = 0.0  # an x that is nothing beside x0
     first: Array | float = np.inf  # ||g(x0)||
+    start: Tensor | None = None  # x0, (rows, dim)
 
     def started(self, z: Tensor, fz: Tensor, figures: Figures) -> Tolerance:
-        length = to_host(self._length(z))
-        return dataclasses.replace(self, nothing=NOTHING * length, first=figures.residual)
+        length, start = to_host(self._length(z)), z[:, : -2 * self.width].detach()
+        return dataclasses.replace(self, nothing=NOTHING * length, first=figures.residual, start=start)
 
     def measure(self, z: Tensor, fz: Tensor, among: Array | bool = True, meanwhile: Meanwhile = None) -> Figures:
         z, fz = z.detach(), fz.detach()
@@ -76,8 +75,20 @@ class NaturalTolerance(Tolerance):
             # While the slope is unknown, or g has hardly fallen since x0, nothing says how good x is: 100% off.
             rounding = np.minimum(self._noise(z) * natural, _ROUNDINGS * self.first)
             known = (scale > 0) & (residual <= np.maximum(0.5 * self.first, rounding))
+            known &= ~self._has_not_fallen(z, residual, known & (residual <= self.limit(natural)))
             natural = np.where(known, natural, residual)
         return Figures(residual, natural, residual)
+
+    def _has_not_fallen(self, z: Tensor, residual: Array, done: Array) -> Array:
+        """Of the rows that seem to be done, those that are far from x0 and where g has fallen by too little for that.
+
+        Where a slope is steep enough any g is small beside it. If slopes are alike, g has fallen so far by itself: at
+        x0 it was the slope times the distance, and that is at least ``_LONG`` times x.
+        """
+        suspect = done & (residual > np.asarray(self.rtol) / _LONG * self.first)
+        if self.start is None or not np.count_nonzero(suspect):
+            return suspect
+        return suspect & (to_host(_is_long(z[:, : -2 * self.width], self.start, row_norms(self.start, 1))) > 0)
 
     def _noise(self, z: Tensor) -> float:
         return _ROUNDINGS * max(torch.finfo(z.dtype).eps, self.rounding)
@@ -97,7 +108,6 @@ class _Memory(NamedTuple):
     scale: Any = None  # (rows,): the one that the solver works with
     inner: Any = None  # the solver's state
     steepness: Any = None  # (rows, 2): the smallest and the largest slope so far
-    first: Any = None  # (rows,): ||g(x0)||, by the caller's norm
 
 
 @dataclass(frozen=True)
@@ -124,15 +134,14 @@ class Rescaled(Solver):
         natural = NaturalTolerance(**same, width=self.width)
         granted = options["max_evals"]
         options["max_evals"] = max(granted - _CONFIRMING, min(granted, _CONFIRMING))
-        return self._confirmed(f, z, super().run(f, z, natural, **options), tolerance, granted)
+        return self._confirmed(f, super().run(f, z, natural, **options), tolerance, granted)
 
-    def _confirmed(self, f: Map, z0: Tensor, result: LoopResult, tolerance: Tolerance, max_evals: int) -> LoopResult:
+    def _confirmed(self, f: Map, result: LoopResult, tolerance: Tolerance, max_evals: int) -> LoopResult:
         """The result, in which a row that met the tolerance in steep terrain alone has stagnated, not converged.
 
         One slope judges all of g, though g may be flat in some components where it is steep in others. These then say
         nothing of how far the root is. So where slopes have differed very much, g is evaluated at the solution and next
-        to it: a component that would have to move x far to vanish is no small one. And far from x0, g must have fallen:
-        where one slope is steep enough, any g is small beside it.
+        to it: a component that would have to move x far to vanish is no small one.
         """
         steepness = None if result.state is None else result.state.steepness
         if steepness is None:
@@ -144,10 +153,6 @@ class Rescaled(Solver):
             return result
         spent = _CONFIRMING if result.nfev + _CONFIRMING <= max_evals else 0
         flat = suspect & self._is_flat_somewhere(f, result, tolerance.rtol) if spent else suspect
-        x0, x = (each[:, : -2 * self.width] for each in (z0, result.z))
-        far = to_host(_is_long(x, x0, row_norms(x0, 1))) > 0
-        fallen = np.minimum(_SLACK * np.asarray(tolerance.rtol), _FALLEN) * to_host(result.state.first)
-        flat |= suspect & far & (residual > fallen)
         index = tensor_like(status, np.flatnonzero(flat))
         status[index] = int(Status.STAGNATED)
         scale = result.scale.index_copy(0, index, result.residual[index])
@@ -187,7 +192,7 @@ class Rescaled(Solver):
             # A step that is short enough to tell the slope along g; its scale is not known yet.
             x_next = x - torch.finfo(z.dtype).eps ** 0.5 * scale[:, None] * g
             unknown = torch.zeros_like(scale)
-            return self.join(z, x_next, unknown, unknown), _Memory(x, g, row_norms(x, 1), first=fz[:, -self.width])
+            return self.join(z, x_next, unknown, unknown), _Memory(x, g, row_norms(x, 1))
         secant, fitting = inverse_slopes(x - state.x, g - state.g)
         local = torch.isfinite(secant) & ~_is_long(x, state.x, state.start)
         largest = _largest_scale(x, g)
@@ -215,8 +220,7 @@ class Rescaled(Solver):
         scale = torch.copysign(torch.where(local, scales.abs(), 0).amax(dim=1), secant)
         scale = torch.where(_is_long(x_next, x, state.start), 0, scale)
         scales = torch.where(swallowed[:, None], torch.nan, scales)
-        steepness = _steepness(state.steepness, secant)
-        memory = _Memory(x, g, state.start, scales, local, working, inner, steepness, state.first)
+        memory = _Memory(x, g, state.start, scales, local, working, inner, _steepness(state.steepness, secant))
         return self.join(z, x_next, scale, working), memory
 
     def parts(self, z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor, Tensor]:

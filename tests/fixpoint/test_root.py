@@ -98,8 +98,20 @@ def test_classical_problems_equal_scipys_roots_in_any_units(name, units):
 def test_other_solvers_find_the_same_roots(solver):
     for name in ("Broyden tridiagonal", "integral equation", "Chandrasekhar H", "Bratu"):
         g, x0 = CLASSICAL[name]
-        sol = fixpoint.root(g, x0, solver=solver, rtol=1e-9)
+        sol = fixpoint.root(g, x0, solver=solver, rtol=1e-9, max_evals=400)
         np.testing.assert_allclose(sol.value, scipy.optimize.root(g, x0, tol=1e-13).x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", [10, 20, 30])
+def test_a_row_whose_g_has_not_fallen_goes_on_until_it_has(memory):
+    rng = np.random.default_rng(0)
+    g, x0 = CLASSICAL["Bratu"]
+    expected = scipy.optimize.root(g, x0, tol=1e-13).x
+    for _ in range(10):  # roundings decide how many evaluations such a memory takes, and where it stands then
+        start = x0 + 1e-14 * rng.standard_normal(N)
+        sol = fixpoint.root(g, start, solver=fixpoint.Broyden(memory=memory), rtol=1e-9, max_evals=400)
+        assert sol.converged
+        np.testing.assert_allclose(sol.value, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_where_the_jacobian_is_singular_at_the_root_the_figures_stay_honest():
@@ -415,9 +427,8 @@ def test_far_out_where_slopes_are_steep_g_must_have_fallen_all_the_same(solver, 
     starts = 5 * torch.randn(300, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = fixpoint.root(beale, starts, solver=solver, rtol=1e-6, norm=norm, on_failure="ignore")
     root = torch.tensor([3, 0.5], dtype=torch.float64).expand_as(found.value)
-    assert found.converged.sum() > 20
+    assert 20 < found.converged.sum() < 300
     torch.testing.assert_close(found.value[found.converged], root[found.converged], rtol=1e-3, atol=1e-3)
-    assert (found.status == Status.STAGNATED).any()
 
 
 def test_near_the_root_g_need_not_fall_so_far():
