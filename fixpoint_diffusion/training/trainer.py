@@ -35,7 +35,7 @@ from fixpoint_diffusion.training.data import ImageDataset
 from fixpoint_diffusion.training.data.dataset import batches_of
 from fixpoint_diffusion.training.layer_states import objective_of
 from fixpoint_diffusion.training.logs import LOG_FILE, LayerResidual, TrainingLog, tensorboard_writer
-from fixpoint_diffusion.training.network_options import LayerPenalty, trained_as
+from fixpoint_diffusion.training.network_options import LayerPenalty, SharedDepths, trained_as
 from fixpoint_diffusion.training.objectives import DenoisingTask, drop_classes
 
 
@@ -60,7 +60,8 @@ def train(
     the random numbers of a step are a function of ``(config.seed, step)``.
 
     Several processes, started by ``accelerate launch`` or ``torchrun``, share each step's batch, and end with what one
-    process would have, to rounding. All draw the same depths of stochastic JFB, and on GPUs each its own dropout.
+    process would have, to rounding. All draw the same depths of stochastic JFB, and each its own
+    dropout and start noise.
 
     Args:
         model: called as ``model(x_t, t)``, with labels as ``model(x_t, t, class_labels=...)``; see ``diffusion_loss``.
@@ -190,6 +191,7 @@ class _Run:
         self.schedule = LambdaLR(optimizer, lambda taken: learning_rate_at(start + taken, config) / peak)
         self.penalty = LayerPenalty(model) if config.jacobian_penalty else None
         self.residual = LayerResidual(model)
+        self.depths = SharedDepths(model)
         self.objective = objective_of(model, config)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
@@ -203,6 +205,8 @@ class _Run:
         total = torch.zeros((), device=accelerator.device)
         for piece in range(config.accumulate):
             batch = next(batches)
+            # Other seeds than that of the batch's timesteps, which would come again as the model's own draws.
+            self.depths.start(seed_of(config.seed, step, 1))
             with accelerator.accumulate(self.model), _seeded(accelerator, config.seed, step, piece):
                 loss = self._loss(batch, step, piece)
                 accelerator.backward(loss)
@@ -263,6 +267,7 @@ class _Run:
     def close(self) -> None:
         """Take accelerate's forward off the model, and the hooks off its layer."""
         self.residual.remove()
+        self.depths.remove()
         if self.penalty is not None:
             self.penalty.remove()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -320,16 +325,14 @@ def _accelerator(config: TrainingConfig, device: torch.device | str) -> Iterator
 
 @contextmanager
 def _seeded(accelerator: Any, seed: int, step: int, piece: int) -> Iterator[None]:
-    """The global random state is a function of the step, for what the model itself draws, and then as it was.
+    """The global random state is a function of step, process and piece, for what the model draws; then as it was.
 
-    On the CPU it is that of every process and piece, for the depths of stochastic JFB; on a GPU, where dropout draws,
-    each has its own.
+    Depths of stochastic JFB, which all have in common, are drawn elsewhere: see ``SharedDepths``.
     """
     device = accelerator.device
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        # Other seeds than that of the batch's timesteps, which would come again as the model's own draws.
-        torch.manual_seed(seed_of(seed, step, 1))
+        torch.manual_seed(seed_of(seed, step, 1, accelerator.process_index, piece))
         if cuda:
             torch.cuda.manual_seed(seed_of(seed, step, 2, accelerator.process_index, piece))
         yield
