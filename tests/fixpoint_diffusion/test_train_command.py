@@ -27,6 +27,7 @@ from fixpoint_diffusion.files import locked
 from fixpoint_diffusion.processes.prior import PRIOR_FILE
 from fixpoint_diffusion.training import TrainingRun
 from fixpoint_diffusion.training.checkpoints import load_record, load_state
+from fixpoint_diffusion.training.export import read_class_names
 from fixpoint_diffusion.training.networks import TrainableDenoiser
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -263,6 +264,31 @@ def test_init_refuses_classes_that_the_model_knows_by_other_numbers(tmp_path: Pa
     assert not (tmp_path / "out").exists()
     for data in (animals, folder_of(tmp_path / "others", "birds", "fish")):
         done(train(tmp_path / data.name / "out", "--steps", 1, "--init", tmp_path / "first", "--data", data, kind=None))
+
+
+def test_classes_beyond_those_of_the_data_keep_their_names(tmp_path: Path) -> None:
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    animals = folder_of(tmp_path / "animals", "cats", "dogs", "horses")
+    done(train(first, "--steps", 1, "--data", animals, "--classes", kind="dit"))
+    fewer = folder_of(tmp_path / "fewer", "cats", "donkeys")
+    done(train(second, "--steps", 1, "--init", first, "--data", fewer, kind=None))
+    done(CliRunner().invoke(app, ["train", "--resume", "--steps", "2", "--out", str(second)]))
+    np.save(tmp_path / "images.npy", np.zeros((8, 1, 8, 8), dtype=np.uint8))
+    (tmp_path / "numbers").mkdir()
+    (tmp_path / "images.npy").rename(tmp_path / "numbers" / "images.npy")
+    np.save(tmp_path / "numbers" / "labels.npy", np.arange(8) % 2)
+    done(train(third, "--steps", 1, "--init", second, "--data", tmp_path / "numbers", kind=None))
+    for folder in (second, third):
+        assert read_class_names(folder) == ("cats", "donkeys", "horses")
+    command = ["sample", "--model", str(second), "--class", "horses", "--steps", "2", "--num-images", "1"]
+    done(CliRunner().invoke(app, [*command, "--out", str(tmp_path / "samples")]))
+
+
+def test_a_model_that_is_told_no_classes_takes_any(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    done(train(first, "--steps", 1, "--data", folder_of(tmp_path / "one", "cats", "dogs")))
+    done(train(second, "--steps", 1, "--init", first, "--data", folder_of(tmp_path / "two", "dogs"), kind=None))
+    assert read_class_names(first) == read_class_names(second) == ()
 
 
 def test_init_refuses_another_prediction_in_python_too(tmp_path: Path) -> None:
