@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from fixpoint_diffusion.files import locked
 from fixpoint_diffusion.processes.prior import PRIOR_FILE
 from fixpoint_diffusion.training import TrainingRun
 from fixpoint_diffusion.training.checkpoints import load_record, load_state
+from fixpoint_diffusion.training.data import EpochSampler
 from fixpoint_diffusion.training.export import read_class_names
 from fixpoint_diffusion.training.networks import TrainableDenoiser
 
@@ -324,6 +326,40 @@ def test_a_picture_that_is_cut_short_is_named_in_one_line(tmp_path: Path, monkey
     command = ("train", "unet", "--data", data, "--size", 8, "--steps", 1, "--batch-size", 4, "--workers", workers)
     error = refused(monkeypatch, capsys, *command, "--out", tmp_path / "out")
     assert error.splitlines()[-1].endswith("3.png cannot be decoded: image file is truncated")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_cannot_be_read_costs_no_step(tmp_path: Path, monkeypatch, capsys, workers: int) -> None:
+    data, out = folder_of(tmp_path / "pictures", "cats", "dogs"), tmp_path / "out"
+    (tmp_path / "settings.json").write_text(json.dumps(SMALL["dit"]))
+    order = [index for index, _ in islice(EpochSampler(8, seed=0), 8)]
+    bad = data / ("cats", "dogs")[order[7] // 4] / f"{order[7] % 4}.png"
+    good = bad.read_bytes()
+    head = good[: good.index(b"IDAT") + 4]
+    bad.write_bytes(head + bytes(len(good) - len(head)))
+    options = ("--settings", tmp_path / "settings.json", "--data", data, "--batch-size", 2, "--classes")
+    command = ("train", "dit", *options, "--steps", 4, "--workers", workers, "--out", out)
+    monkeypatch.setattr(sys, "argv", ["fixpoint-diffusion", *map(str, command)])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith("Error: ")
+    assert str(bad) in said.err.splitlines()[-1]
+    assert f"train --resume --out {out}\n  fixpoint-diffusion train --init {out} --data" in said.out
+    state = load_state(out / STATE)
+    assert state.record["step"] == 3
+
+    # With other files, a new run starts from the average of these steps, and knows the classes.
+    tuned = tmp_path / "tuned"
+    done(train(tuned, "--init", out, "--data", folder_of(tmp_path / "more", "cats"), "--steps", 1, kind=None))
+    initial = load_file(tuned / "checkpoint" / "initial" / WEIGHTS)
+    assert all(torch.equal(state.ema[f"module.network.{name}"], value) for name, value in initial.items())
+    assert read_class_names(tuned) == ("cats", "dogs")
+
+    bad.write_bytes(good)
+    done(CliRunner().invoke(app, ["train", "--resume", "--out", str(out)]))
+    done(CliRunner().invoke(app, [*map(str, command[:-1]), str(tmp_path / "whole")]))
+    assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize(
