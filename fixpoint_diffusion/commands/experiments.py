@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fixpoint_cli.running import interruptible
 from fixpoint_diffusion.commands.shared import check_device, path_option
 from fixpoint_diffusion.experiments.names import NAMES, names_meant
 from fixpoint_diffusion.files import check_writable
@@ -40,6 +41,7 @@ OUT = Path("runs/experiments")
 
 
 @app.command("list")
+@interruptible
 def list_command() -> None:
     """List all experiments: what the paper claims there, and about how long the mini scale takes on one core."""
     from fixpoint_diffusion.experiments.registry import EXPERIMENTS
@@ -50,6 +52,7 @@ def list_command() -> None:
 
 
 @app.command("run")
+@interruptible
 def run_command(
     names: Names = None,
     all_of_them: All = False,
@@ -98,7 +101,14 @@ def run_command(
     resources = Resources(
         records=records, scratch=out / "models", models=models, data=data, features=features, device=device
     )
-    outcome = compute(chosen, size, resources, minutes=minutes, progress=True)
+    try:
+        outcome = compute(chosen, size, resources, minutes=minutes, progress=True)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\nInterrupted; finished runs are kept in {records.folder}, checkpoints of a training in "
+            f"{resources.scratch}. The same command goes on."
+        )
+        raise typer.Exit(130) from None
     _tell(chosen, size, records, out, outcome.failures)
     if outcome.left:
         typer.echo(f"{outcome.left} runs are left: the same command goes on with them")
@@ -108,6 +118,7 @@ def run_command(
 
 
 @app.command("report")
+@interruptible
 def report_command(
     names: Names = None,
     all_of_them: All = False,
