@@ -12,7 +12,7 @@ import typer
 from fixpoint_cli.running import interruptible
 from fixpoint_diffusion.commands.shared import check_device, path_option
 from fixpoint_diffusion.experiments.names import NAMES, names_meant
-from fixpoint_diffusion.files import check_writable
+from fixpoint_diffusion.files import check_replaceable, check_writable, read_json
 
 if TYPE_CHECKING:
     from fixpoint_diffusion.experiments.experiment import Experiment, Scale
@@ -96,7 +96,7 @@ def run_command(
             typer.echo(plan(entry) if size == "paper" else todo + time)
         return
     check_device(device)
-    check_writable(out / "report.html")
+    _check_out(out)
     _check_drawing()
     resources = Resources(
         records=records, scratch=out / "models", models=models, data=data, features=features, device=device
@@ -129,6 +129,7 @@ def report_command(
 ) -> None:
     """Write the report of the records that are there, and run nothing."""
     chosen, size = _chosen(names, all_of_them), _scale(scale, quick)
+    _check_out(out)
     _check_drawing()
     records = _records(out, any_commit)
     _tell_of_other_versions(chosen, size, records)
@@ -154,6 +155,17 @@ def _records(out: Path, any_commit: bool) -> Records:
     from fixpoint_diffusion.experiments.records import Records
 
     return Records(out / "records", any_code=any_commit)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that takes no file, or that holds the results of fixpoint bench."""
+    from fixpoint_diffusion.experiments.running import TITLE
+
+    def is_own(path: Path) -> bool:
+        return str(read_json(path).get("title")).startswith(TITLE)
+
+    check_replaceable(out / "results.json", is_own)
+    check_writable(out / "report.html")
 
 
 def _check_drawing() -> None:

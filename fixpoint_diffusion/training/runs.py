@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
 from fixpoint_diffusion.denoisers.registry import Family, family
 from fixpoint_diffusion.extras import machine_memory
-from fixpoint_diffusion.files import locked, write_json
+from fixpoint_diffusion.files import check_free, locked, write_json
 from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.processes.flow import FLOW_SCHEDULE, flow_levels, is_flow
@@ -26,7 +26,7 @@ from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.ranks import is_first
 from fixpoint_diffusion.training.checkpoints import load_record, load_state
 from fixpoint_diffusion.training.data import ImageDataset, open_dataset, split_held_out
-from fixpoint_diffusion.training.export import TRAINING_FILE, export, prior_of, read_class_names
+from fixpoint_diffusion.training.export import EXPORTED, TRAINING_FILE, export, prior_of, read_class_names
 from fixpoint_diffusion.training.logs import TrainingLog
 from fixpoint_diffusion.training.networks import (
     TrainableDenoiser,
@@ -130,7 +130,7 @@ class TrainingRun:
         """Prepare a new run.
 
         Args:
-            folder: must not hold a run already.
+            folder: must not hold a run or a model already.
             kind: a model family's name, such as ``"unet"``, ``"dit"`` or ``"fpdm"``; unused with ``init``.
             data: what to train on; None: the digits.
             classes: make a model that is told the classes of the data.
@@ -145,12 +145,14 @@ class TrainingRun:
             workers: processes that read images; 0: this one.
 
         Raises:
-            FileExistsError: if ``folder`` holds a run.
+            FileExistsError: if ``folder`` holds a run or a model.
             ValueError: for an unknown kind, unknown settings, unusable images, or a model that does not fit them.
         """
         folder = Path(folder)
         if not dry and (folder / CHECKPOINT).exists():
             raise FileExistsError(f"{folder} already holds a training run: resume it, or choose another folder")
+        if not dry:
+            check_free(folder, EXPORTED, "another model: choose another folder")
         known: Sequence[str] = ()
         chosen = Preset(kind=kind) if preset is None else preset_named(preset, kind)
         given = {**chosen.training, **(training or {})}

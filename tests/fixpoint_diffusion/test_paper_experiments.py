@@ -498,6 +498,16 @@ def test_ctrl_c_in_a_training_keeps_its_steps_and_the_finished_runs(monkeypatch,
     assert "fpdm/figure-11: " in capsys.readouterr().out
 
 
+def test_results_of_another_command_are_not_replaced(monkeypatch, capsys, tmp_path):
+    bench.write(bench.document([], seconds=0.0), tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    for command in ("run", "report"):
+        assert run_command(monkeypatch, command, "fpdm/memory", "--quick", "--out", str(tmp_path)) == 2
+        assert "holds results.json of something else: choose another name" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_ctrl_c_elsewhere_ends_in_one_line(monkeypatch, capsys, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 
 from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.cli import app, main
-from fixpoint_diffusion.denoisers import family, load_denoiser
+from fixpoint_diffusion.denoisers import embedded_folder, family, load_denoiser
 from fixpoint_diffusion.denoisers.checksums import verify_checksums
 from fixpoint_diffusion.files import locked
 from fixpoint_diffusion.processes.prior import PRIOR_FILE
@@ -437,6 +437,16 @@ def test_second_run_into_the_same_folder_is_refused(tmp_path: Path, monkeypatch,
         error = refused(monkeypatch, capsys, "train", "--resume", "--steps", 3, "--out", out)
     assert "another run is training in" in error
     assert (out / WEIGHTS).read_bytes() == before
+
+
+def test_a_model_that_is_there_is_not_replaced(tmp_path: Path, monkeypatch, capsys) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(embedded_folder("dit-digits"), model)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    for start in (("--init", model), ("dit",)):
+        error = refused(monkeypatch, capsys, "train", *start, "--steps", 1, "--out", model)
+        assert f"{model} holds config.json of another model: choose another folder" in error
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
 def test_resume_refuses_fewer_steps_than_were_taken(tmp_path: Path, monkeypatch, capsys) -> None:
