@@ -192,6 +192,11 @@ def test_a_damaged_record_is_named(tmp_path):
     path.write_text('{"a": 1}')
     with pytest.raises(ValueError, match="is no record of a run"):
         records.find("k", {"a": 1})
+    records.compute("k", {"a": 2}, lambda config: {})
+    (other,) = set(tmp_path.glob("k/*.json")) - {path}
+    other.replace(path)
+    with pytest.raises(ValueError, match="is the record of another run; delete it"):
+        records.find("k", {"a": 1})
 
 
 def _sums(run) -> Experiment:
@@ -384,6 +389,15 @@ def test_an_interrupted_training_goes_on(quick, tmp_path):
     again = training.TRAININGS.run(config, resources)  # the folder is there, the record is not
     for name in ("steps", "loss", "distances"):
         assert again[name] == pytest.approx(first[name])
+
+
+def test_a_model_that_other_code_has_trained_is_not_taken_for_ones_own(quick, tmp_path):
+    records = Records(tmp_path / "records")
+    resources = replace(quick, scratch=tmp_path, records=records)
+    training.TRAININGS.run(trained.quick("dit"), resources)
+    records.code = "other"
+    training.TRAININGS.run(trained.quick("dit"), resources)
+    assert len(list(tmp_path.glob("dit-digits-*"))) == 2
 
 
 def test_models_and_data_come_from_the_folders_that_hold_them_by_name(quick, tmp_path):
