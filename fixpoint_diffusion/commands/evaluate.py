@@ -101,7 +101,11 @@ def evaluate(
         check_writable(save_statistics)
 
     def opened(path: Path, declared: RangeName | None) -> Path | Images:
-        return path if is_statistics_file(path) else Images(path, _bounds(declared))
+        if not is_statistics_file(path):
+            return Images(path, _bounds(declared))
+        if declared is not None:
+            raise ValueError(f"{path} holds statistics, which have no range of values: drop {declared.value}")
+        return path
 
     with Ranks.of_torchrun() as ranks:
         own, main = ranks.device(device), ranks.rank == 0

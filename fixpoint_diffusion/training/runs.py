@@ -197,7 +197,7 @@ class TrainingRun:
             schedule_config = {**its_family.schedule_config, "prediction_type": prediction_type, **clipping}
             if prediction_type == "flow_prediction":
                 schedule_config = FLOW_SCHEDULE
-        return cls._with(
+        run = cls._with(
             network,
             opened,
             known,
@@ -209,6 +209,10 @@ class TrainingRun:
             device=device,
             workers=workers,
         )
+        if "class_dropout" in (training or {}) and (run.labels is None or run.labels.null_label is None):
+            what = "is told no classes" if run.labels is None else "has no class for none"
+            raise ValueError(f"class_dropout (--class-dropout) has nothing to do: the model {what}")
+        return run
 
     @classmethod
     def resume(

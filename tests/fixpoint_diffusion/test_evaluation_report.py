@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from fixpoint_diffusion.cli import app, main
@@ -279,6 +280,18 @@ class TestCommand:
         assert result.exit_code == 0, result.output
         assert (tmp_path / "x.npz").is_file()
         assert "kernel" in result.output
+
+    def test_a_range_where_none_can_be_stated_is_refused(self, samples: Path, tmp_path: Path) -> None:
+        statistics = tmp_path / "x.npz"
+        assert CliRunner().invoke(app, ["evaluate", "digits", "--save-statistics", str(statistics)]).exit_code == 0
+        Image.new("L", (8, 8), 99).save(tmp_path / "0.png")
+        (tmp_path / "pictures").mkdir()
+        (tmp_path / "0.png").rename(tmp_path / "pictures" / "0.png")
+        for reference in ("digits", statistics, tmp_path / "pictures"):
+            command = ["evaluate", str(samples), str(reference), "--metric", "frechet", "--reference-range", "0..255"]
+            error = CliRunner().invoke(app, command).exception
+            assert isinstance(error, ValueError)
+            assert "range of values" in str(error)
 
     def test_only_files_of_its_own_are_replaced(self, samples: Path, tmp_path: Path) -> None:
         report, statistics = tmp_path / "report.json", tmp_path / "x.npz"

@@ -162,6 +162,13 @@ def test_class_folders_make_a_model_that_is_told_the_class(tmp_path: Path, pictu
     assert bool((after[f"network.{table}"] != before[table]).any(1).all())
 
 
+def test_class_dropout_without_classes_is_refused(tmp_path: Path, pictures: Path, monkeypatch, capsys) -> None:
+    command = ("train", "dit", "--data", pictures, "--size", 8, "--class-dropout", 0.5, "--steps", 1)
+    error = refused(monkeypatch, capsys, *command, "--out", tmp_path / "out")
+    assert "(--class-dropout) has nothing to do: the model is told no classes" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_labels_are_dropped_by_the_trainer_alone() -> None:
     network = family("diffusers-dit").build((1, 8, 8), 2, SMALL["diffusers-dit"])
     for parameter in network.parameters():
