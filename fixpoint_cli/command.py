@@ -21,7 +21,7 @@ try:
     import tqdm  # noqa: F401 - missed here, before anything is run
     import typer
 
-    from fixpoint_cli.running import stop
+    from fixpoint_cli.running import interruptible, stop
 except ModuleNotFoundError as error:
     raise SystemExit(f"the command fixpoint needs {error.name}: {EXTRA}") from None
 
@@ -42,6 +42,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command("bench")
+@interruptible
 def bench_command(
     problems: Annotated[
         list[str] | None,
@@ -102,6 +103,7 @@ def bench_command(
 
 
 @app.command("problems")
+@interruptible
 def problems_command() -> None:
     """List the registered problems."""
     import fixpoint
@@ -113,6 +115,7 @@ def problems_command() -> None:
 
 
 @app.command("report")
+@interruptible
 def report_command(
     results: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A results.json of 'fixpoint bench'.")],
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder [that of the results].")] = None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import typer
@@ -22,6 +24,20 @@ def run_app(app: typer.Typer) -> int:
     except typer.Abort:
         return 130
     return code if isinstance(code, int) else 0
+
+
+def interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command; Ctrl-C where it has nothing of its own to say ends in one line too."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **given: Any) -> None:
+        try:
+            command(*args, **given)
+        except KeyboardInterrupt:
+            typer.echo("\nInterrupted.", err=True)  # below a progress bar
+            raise typer.Exit(130) from None
+
+    return run
 
 
 def stop(message: str) -> NoReturn:

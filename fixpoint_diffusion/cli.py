@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
 from importlib import metadata
-from typing import Annotated, Any
+from typing import Annotated
 
 from fixpoint_diffusion.extras import DISTRIBUTION, install_line
 from fixpoint_diffusion.ranks import FailedElsewhereError
@@ -14,7 +12,7 @@ from fixpoint_diffusion.ranks import FailedElsewhereError
 try:
     import typer
 
-    from fixpoint_cli.running import run_app, stop
+    from fixpoint_cli.running import interruptible, run_app, stop
     from fixpoint_diffusion.commands.encode import encode
     from fixpoint_diffusion.commands.evaluate import evaluate
     from fixpoint_diffusion.commands.experiments import app as experiments
@@ -42,22 +40,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit()
 
 
-def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
-    """The same command; Ctrl-C where it has nothing of its own to say ends in one line too."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **given: Any) -> None:
-        try:
-            command(*args, **given)
-        except KeyboardInterrupt:
-            typer.echo("\nInterrupted.", err=True)  # below a progress bar
-            raise typer.Exit(130) from None
-
-    return run
-
-
 for command in (train, encode, evaluate, sample, info, invert):
-    app.command()(_interruptible(command))
+    app.command()(interruptible(command))
 app.add_typer(experiments, name="experiments")
 
 # What a user can put right; anything else is a fault of ours, and its traceback is wanted.

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -96,6 +96,30 @@ def check_writable(path: Path) -> None:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise OSError(f"cannot write to {path}: {error.strerror or error}") from error
+
+
+def check_free(folder: Path, names: Iterable[str], advice: str = "something else: choose another --out") -> None:
+    """Refuse a folder where files of these names are not those of the command that would write them.
+
+    Raises:
+        FileExistsError: naming the first that is there, of what ``advice`` says.
+    """
+    for name in names:
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder} holds {name} of {advice}")
+
+
+def check_replaceable(path: Path, is_own: Callable[[Path], bool]) -> None:
+    """Refuse a file to write that is there already, unless ``is_own`` knows it as one that the same command wrote.
+
+    Raises:
+        FileExistsError: as :func:`check_free`.
+        IsADirectoryError: for a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
+    if path.exists() and not is_own(path):
+        check_free(path.parent, [path.name], "something else: choose another name")
 
 
 def check_source(source: str | Path) -> None:

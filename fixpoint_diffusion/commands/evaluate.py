@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fixpoint_diffusion.commands.shared import check_device, path_option
-from fixpoint_diffusion.files import check_writable
+from fixpoint_diffusion.files import check_replaceable, check_writable, read_json
 from fixpoint_diffusion.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -83,11 +83,9 @@ def evaluate(
         raise ValueError("evaluate needs a REFERENCE, unless it only writes --save-statistics")
     if save_statistics is not None and save_statistics.suffix != ".npz":
         raise ValueError(f"a statistics file is a .npz file, got {save_statistics}")
-    for path in (out, save_statistics):
-        if path is not None and path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
-        if path is not None:
-            check_writable(path)
+    if out is not None:
+        check_replaceable(out, _is_report)
+        check_writable(out)
     import sys
 
     from fixpoint_diffusion.evaluation.features import CollectedFeatures, collect_features
@@ -95,8 +93,19 @@ def evaluate(
     from fixpoint_diffusion.evaluation.report import evaluate as judge
     from fixpoint_diffusion.evaluation.statistics import is_statistics_file
 
+    if save_statistics is not None:
+        given = [path.resolve() for path in (samples, reference) if path is not None]
+        check_replaceable(
+            save_statistics, lambda path: is_statistics_file(path) and save_statistics.resolve() not in given
+        )
+        check_writable(save_statistics)
+
     def opened(path: Path, declared: RangeName | None) -> Path | Images:
-        return path if is_statistics_file(path) else Images(path, _bounds(declared))
+        if not is_statistics_file(path):
+            return Images(path, _bounds(declared))
+        if declared is not None:
+            raise ValueError(f"{path} holds statistics, which have no range of values: drop {declared.value}")
+        return path
 
     with Ranks.of_torchrun() as ranks:
         own, main = ranks.device(device), ranks.rank == 0
@@ -156,6 +165,14 @@ def describe(report: EvaluationReport) -> str:
         rows[name] = text
     lines = [f"{name:12}{text}" for name, text in rows.items()]
     return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a report of this command."""
+    try:
+        return {"figures", "extractor", "preparation"} <= read_json(path).keys()
+    except (ValueError, OSError):
+        return False
 
 
 def _count(number: int | None) -> str:

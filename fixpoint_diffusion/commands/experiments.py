@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fixpoint_cli.running import interruptible
 from fixpoint_diffusion.commands.shared import check_device, path_option
 from fixpoint_diffusion.experiments.names import NAMES, names_meant
-from fixpoint_diffusion.files import check_writable
+from fixpoint_diffusion.files import check_replaceable, check_writable, read_json
 
 if TYPE_CHECKING:
     from fixpoint_diffusion.experiments.experiment import Experiment, Scale
@@ -40,6 +41,7 @@ OUT = Path("runs/experiments")
 
 
 @app.command("list")
+@interruptible
 def list_command() -> None:
     """List all experiments: what the paper claims there, and about how long the mini scale takes on one core."""
     from fixpoint_diffusion.experiments.registry import EXPERIMENTS
@@ -50,6 +52,7 @@ def list_command() -> None:
 
 
 @app.command("run")
+@interruptible
 def run_command(
     names: Names = None,
     all_of_them: All = False,
@@ -93,12 +96,19 @@ def run_command(
             typer.echo(plan(entry) if size == "paper" else todo + time)
         return
     check_device(device)
-    check_writable(out / "report.html")
+    _check_out(out)
     _check_drawing()
     resources = Resources(
         records=records, scratch=out / "models", models=models, data=data, features=features, device=device
     )
-    outcome = compute(chosen, size, resources, minutes=minutes, progress=True)
+    try:
+        outcome = compute(chosen, size, resources, minutes=minutes, progress=True)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\nInterrupted; finished runs are kept in {records.folder}, checkpoints of a training in "
+            f"{resources.scratch}. The same command goes on."
+        )
+        raise typer.Exit(130) from None
     _tell(chosen, size, records, out, outcome.failures)
     if outcome.left:
         typer.echo(f"{outcome.left} runs are left: the same command goes on with them")
@@ -108,6 +118,7 @@ def run_command(
 
 
 @app.command("report")
+@interruptible
 def report_command(
     names: Names = None,
     all_of_them: All = False,
@@ -118,6 +129,7 @@ def report_command(
 ) -> None:
     """Write the report of the records that are there, and run nothing."""
     chosen, size = _chosen(names, all_of_them), _scale(scale, quick)
+    _check_out(out)
     _check_drawing()
     records = _records(out, any_commit)
     _tell_of_other_versions(chosen, size, records)
@@ -143,6 +155,17 @@ def _records(out: Path, any_commit: bool) -> Records:
     from fixpoint_diffusion.experiments.records import Records
 
     return Records(out / "records", any_code=any_commit)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder that takes no file, or that holds the results of fixpoint bench."""
+    from fixpoint_diffusion.experiments.running import TITLE
+
+    def is_own(path: Path) -> bool:
+        return str(read_json(path).get("title")).startswith(TITLE)
+
+    check_replaceable(out / "results.json", is_own)
+    check_writable(out / "report.html")
 
 
 def _check_drawing() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fixpoint_diffusion.commands.shared import ChannelsName, open_model, path_option
-from fixpoint_diffusion.files import check_source
+from fixpoint_diffusion.files import check_free, check_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,9 +52,8 @@ def invert(
     Writes x_T.npy, the images above their reconstructions (grid.png), the error against rounds (errors.png), and the
     error and status of each image (invert.json).
     """
-    there = [name for name in (RECORD, NOISE, GRID, PLOT) if (out / name).exists()]
-    if there and not overwrite:
-        raise ValueError(f"{out} holds {there[0]} of another run; pass --overwrite to replace it")
+    if not overwrite:
+        check_free(out, (RECORD, NOISE, GRID, PLOT), "another run; pass --overwrite to replace it")
     check_source(images)
     denoiser, folder = open_model(model, device=device)
 

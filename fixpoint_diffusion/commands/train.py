@@ -121,6 +121,7 @@ def train(
     from fixpoint_diffusion.files import read_json
     from fixpoint_diffusion.training.presets import preset_named
     from fixpoint_diffusion.training.runs import DataOptions, TrainingRun
+    from fixpoint_diffusion.training.trainer import KEPT
 
     if resume:
         run = TrainingRun.resume(out, steps=options["steps"], device=device, workers=workers)
@@ -164,6 +165,14 @@ def train(
             f"  fixpoint-diffusion train --resume --out {quote(str(out))}"
         )
         raise typer.Exit(130) from None
+    except Exception as error:
+        if KEPT in getattr(error, "__notes__", ()):
+            say(
+                "\nStopped; checkpoint written. Continue with the same files, or start from its model with others:\n"
+                f"  fixpoint-diffusion train --resume --out {quote(str(out))}\n"
+                f"  fixpoint-diffusion train --init {quote(str(out))} --data DATA --out FOLDER"
+            )
+        raise
     told = " --class all" if run.labels is not None else ""
     decoded = " --vae FOLDER" if run.data.is_latent else ""
     say(

@@ -70,6 +70,8 @@ class Images:
     def parts(self, batch_size: int) -> Iterator[tuple[int, Callable[[], Tensor]]]:
         """Of each of these batches, how many images it has, and what reads it, until the next is asked for."""
         for number, (count, raw, known_range) in enumerate(self._raw(batch_size)):
+            if self.value_range is not None and known_range not in (None, tuple(self.value_range)):
+                raise ValueError(f"{self.name} says its range of values itself: state none (--value-range)")
 
             def read(raw: _Read = raw, known: _Range = known_range, first: bool = number == 0) -> Tensor:
                 batch, stated = raw(), known or self.value_range

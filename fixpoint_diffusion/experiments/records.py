@@ -75,10 +75,10 @@ class Records:
         """
         own = self._path(kind, config)
         if own.is_file():
-            return _read(own)
+            return _read(own, config)
         if not self.any_code:
             return None
-        earlier = [_read(path) for path in self.folder.glob(f"{kind}/{_key(config)}-*.json")]
+        earlier = [_read(path, config) for path in self.folder.glob(f"{kind}/{_key(config)}-*.json")]
         fitting = [record for record in earlier if record.weights == _weights(config)]
         return max(fitting, key=lambda record: record.date, default=None)
 
@@ -130,11 +130,14 @@ def _start_of_sha256(path: Path) -> str:
     return sha256_of(path)[:12]
 
 
-def _read(path: Path) -> Record:
+def _read(path: Path, config: Config) -> Record:
     try:
-        return Record(**read_json(path))
+        record = Record(**read_json(path))
     except TypeError as error:
         raise ValueError(f"{path} is no record of a run: {error}; delete it to run again") from None
+    if record.config != bench.plain(dict(config)):
+        raise ValueError(f"{path} is the record of another run; delete it to run again")
+    return record
 
 
 def _rounded(value: Any) -> Any:

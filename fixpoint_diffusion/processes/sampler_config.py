@@ -91,10 +91,10 @@ class SamplerConfig:
             TypeError: something that is none of the above.
 
         Example:
-            >>> SamplerConfig.from_diffusers({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True})
+            >>> SamplerConfig.from_diffusers({"_class_name": "DEISMultistepScheduler", "use_karras_sigmas": True})
             Traceback (most recent call last):
             ...
-            ValueError: EulerDiscreteScheduler with use_karras_sigmas=True cannot be honoured; expected False
+            ValueError: DEISMultistepScheduler with use_karras_sigmas=True cannot be honoured; expected False
         """
         config, name = read_config(scheduler)
         _check_class(name)
@@ -236,7 +236,8 @@ def check_keys(name: str, config: Mapping[str, Any], own: Collection[str] = ()) 
 def _check_value(name: str, key: str, value: Any, default: Any) -> None:
     if key in PLAIN_VALUES:
         if value != PLAIN_VALUES[key]:
-            raise refusal(name, key, value, repr(PLAIN_VALUES[key]))
+            advice = "; chain_from_scheduler, in Python, takes the scheduler's own steps" if name in SERVED else ""
+            raise refusal(name, key, value, f"{PLAIN_VALUES[key]!r}{advice}")
     elif isinstance(default, bool):
         if not isinstance(value, bool):
             raise refusal(name, key, value, "true or false")

@@ -18,7 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.files import map_array, read_json, sha256_of, visible_entries, write_json, written_whole
+from fixpoint_diffusion.files import (
+    check_free,
+    map_array,
+    read_json,
+    sha256_of,
+    visible_entries,
+    write_json,
+    written_whole,
+)
 from fixpoint_diffusion.options.sampling import ImageFormat
 from fixpoint_diffusion.sampling.grids import to_pixels
 from fixpoint_diffusion.sampling.job import SampleBatch
@@ -212,9 +220,7 @@ class RunFolder:
         """Refuse a folder of something else, or of another run."""
         path = self.folder / RECORD
         if not path.is_file():
-            there = [name for name in (RECORD, GRID, ONE_FILE, IMAGES, BATCHES) if (self.folder / name).exists()]
-            if there:
-                raise FileExistsError(f"{self.folder} holds {there[0]} of something else: choose another --out")
+            check_free(self.folder, (RECORD, GRID, ONE_FILE, IMAGES, BATCHES))
             return
         if overwrite:
             return

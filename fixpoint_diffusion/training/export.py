@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from fixpoint_diffusion.denoisers.checksums import write_checksums
+from fixpoint_diffusion.denoisers.checksums import CHECKSUM_FILE, write_checksums
 from fixpoint_diffusion.denoisers.registry import Family
 from fixpoint_diffusion.files import read_json, write_json
+from fixpoint_diffusion.models.checkpoint import WEIGHTS_FILE
 from fixpoint_diffusion.processes import GaussianPrior
+from fixpoint_diffusion.processes.prior import PRIOR_FILE
 from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.training.data import ImageDataset
 from fixpoint_diffusion.training.logs import LOG_FILE, TrainingLog
 
 TRAINING_FILE = "training_config.json"
+# What a model folder holds.
+EXPORTED = ("config.json", WEIGHTS_FILE, SCHEDULER_FILE, TRAINING_FILE, LOG_FILE, PRIOR_FILE, CHECKSUM_FILE)
 _PRIOR_IMAGES = 4096
 
 

@@ -1,15 +1,17 @@
-"""What training asks of the network itself: checkpoints of activations, compiled blocks, a penalty on its layer."""
+"""What training asks of the network: checkpoints of activations, compiled blocks, penalty and depths of its layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fixpoint import jacobian_penalty
+from fixpoint import FixedPointLayer, StochasticJFB, jacobian_penalty
 from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.training.layer_states import only_layer
 
@@ -75,3 +77,38 @@ class LayerPenalty:
     def remove(self) -> None:
         """Take the hook off the layer."""
         self._hook.remove()
+
+
+class SharedDepths:
+    """Random depths of fixed point layers that are the same wherever they are started alike.
+
+    They come from a generator of their own: what else a model draws, such as dropout or noise, may then differ between
+    processes and between pieces of a batch. A rule that has a seed or a generator keeps it.
+
+    Args:
+        model: may have any number of fixed point layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._generator = torch.Generator()
+        # Kept, for a rule knows what it has drawn under a checkpoint of activations.
+        self._rules: dict[StochasticJFB, StochasticJFB] = {}
+        layers = [module for module in model.modules() if isinstance(module, FixedPointLayer)]
+        self._hooks = [layer.register_forward_pre_hook(self._share, with_kwargs=True) for layer in layers]
+
+    def start(self, seed: int) -> None:
+        """The depths from here on are those of ``seed``."""
+        self._generator.manual_seed(seed)
+
+    def _share(self, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        rule = options.get("backward", layer.options["backward"])
+        if not isinstance(rule, StochasticJFB) or rule.seed is not None or rule.generator is not None:
+            return None
+        if rule not in self._rules:
+            self._rules[rule] = replace(rule, generator=self._generator)
+        return inputs, {**options, "backward": self._rules[rule]}
+
+    def remove(self) -> None:
+        """Take the hooks off the layers."""
+        for hook in self._hooks:
+            hook.remove()

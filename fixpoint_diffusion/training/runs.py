@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
 from fixpoint_diffusion.denoisers.registry import Family, family
 from fixpoint_diffusion.extras import machine_memory
-from fixpoint_diffusion.files import locked, write_json
+from fixpoint_diffusion.files import check_free, locked, write_json
 from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.processes.flow import FLOW_SCHEDULE, flow_levels, is_flow
 from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.ranks import is_first
-from fixpoint_diffusion.training.checkpoints import load_record
+from fixpoint_diffusion.training.checkpoints import load_record, load_state
 from fixpoint_diffusion.training.data import ImageDataset, open_dataset, split_held_out
-from fixpoint_diffusion.training.export import export, prior_of, read_class_names
+from fixpoint_diffusion.training.export import EXPORTED, TRAINING_FILE, export, prior_of, read_class_names
 from fixpoint_diffusion.training.logs import TrainingLog
 from fixpoint_diffusion.training.networks import (
     TrainableDenoiser,
@@ -83,6 +83,7 @@ class TrainingRun:
         data: the data set.
         model: the network, with weights to start from.
         labels: the class labels that the model is told; None: none.
+        class_names: names of these by number, as the data and the model to start from tell them; None: unknown.
         device: where it trains.
         workers: processes that read images.
         steps_done: steps already taken, which the folder's checkpoint holds; 0 for a new run.
@@ -105,6 +106,7 @@ class TrainingRun:
     data: ImageDataset
     model: TrainableDenoiser
     labels: ConditioningInput | None
+    class_names: tuple[str, ...] | None = None
     device: torch.device | str = "cpu"
     workers: int = 0
     steps_done: int = 0
@@ -128,11 +130,12 @@ class TrainingRun:
         """Prepare a new run.
 
         Args:
-            folder: must not hold a run already.
+            folder: must not hold a run or a model already.
             kind: a model family's name, such as ``"unet"``, ``"dit"`` or ``"fpdm"``; unused with ``init``.
             data: what to train on; None: the digits.
             classes: make a model that is told the classes of the data.
-            init: a model folder to start from, with its weights, schedule and classes; None: random weights.
+            init: a model folder to start from, with its weights, schedule and classes; of a run that has not come to
+                its end, the average of its last checkpoint. None: random weights.
             settings: settings of the architecture by name, as the model's config spells them; with ``init``, only
                 those of how an FPDM's layer is trained, such as ``backward``.
             training: settings of training by name, where they differ from the family's.
@@ -142,19 +145,22 @@ class TrainingRun:
             workers: processes that read images; 0: this one.
 
         Raises:
-            FileExistsError: if ``folder`` holds a run.
+            FileExistsError: if ``folder`` holds a run or a model.
             ValueError: for an unknown kind, unknown settings, unusable images, or a model that does not fit them.
         """
         folder = Path(folder)
         if not dry and (folder / CHECKPOINT).exists():
             raise FileExistsError(f"{folder} already holds a training run: resume it, or choose another folder")
+        if not dry:
+            check_free(folder, EXPORTED, "another model: choose another folder")
+        known: Sequence[str] = ()
         chosen = Preset(kind=kind) if preset is None else preset_named(preset, kind)
         given = {**chosen.training, **(training or {})}
         if init is not None:
             if classes or preset is not None:
                 drop = "classes" if classes else "preset"
                 raise ValueError(f"a model that is trained further keeps its architecture and its classes; drop {drop}")
-            network, its_family, schedule_config = load_network(init)
+            network, its_family, schedule_config, known = _load_start(Path(init))
             network = trained_otherwise(network, settings or {})
             along = "flow_prediction" if is_flow(schedule_config) else schedule_config["prediction_type"]
             if given.setdefault("prediction_type", along) != along:
@@ -162,7 +168,6 @@ class TrainingRun:
             config = TrainingConfig(**{**its_family.training, **given})
             opened = (data or DataOptions()).open(seed=config.seed)
             _check_batch(opened, config)
-            _check_names(opened, init)
         else:
             its_family = family(kind)
             config = TrainingConfig(**{**its_family.training, **given})
@@ -192,9 +197,10 @@ class TrainingRun:
             schedule_config = {**its_family.schedule_config, "prediction_type": prediction_type, **clipping}
             if prediction_type == "flow_prediction":
                 schedule_config = FLOW_SCHEDULE
-        return cls._with(
+        run = cls._with(
             network,
             opened,
+            known,
             folder=folder,
             family=its_family,
             data_options=data or DataOptions(),
@@ -203,6 +209,10 @@ class TrainingRun:
             device=device,
             workers=workers,
         )
+        if "class_dropout" in (training or {}) and (run.labels is None or run.labels.null_label is None):
+            what = "is told no classes" if run.labels is None else "has no class for none"
+            raise ValueError(f"class_dropout (--class-dropout) has nothing to do: the model {what}")
+        return run
 
     @classmethod
     def resume(
@@ -240,6 +250,7 @@ class TrainingRun:
         return cls._with(
             network,
             data,
+            record["origin"].get("class_names") or (),
             folder=folder,
             family=its_family,
             data_options=options,
@@ -251,7 +262,8 @@ class TrainingRun:
         )
 
     @classmethod
-    def _with(cls, network: nn.Module, data: ImageDataset, **fields: Any) -> TrainingRun:
+    def _with(cls, network: nn.Module, data: ImageDataset, known: Sequence[str], **fields: Any) -> TrainingRun:
+        """The run, of a model whose classes have these names so far."""
         training_device(fields["device"], fields["config"])
         model = TrainableDenoiser(network, fields["family"], data.sample_shape[0])
         shape = model.denoiser.sample_shape
@@ -269,10 +281,11 @@ class TrainingRun:
         elif data.num_classes is None or data.num_classes > labels.num_classes:
             found = "none" if data.num_classes is None else data.num_classes
             raise ValueError(f"the model is told one of {labels.num_classes} classes, the data has {found}")
+        names = None if labels is None else _names_of_all(data.class_names or (), known)
         schedule = dict(fields.pop("schedule_config"))
         if model.denoiser.learned_variance:
             schedule["variance_type"] = "learned_range"
-        return cls(data=data, model=model, labels=labels, schedule_config=schedule, **fields)
+        return cls(data=data, model=model, labels=labels, class_names=names, schedule_config=schedule, **fields)
 
     def describe(self) -> str:
         """One line on what is trained on what."""
@@ -298,12 +311,14 @@ class TrainingRun:
             BlockingIOError: if another process trains in the folder.
             FileExistsError: if another run has begun there in the meantime.
             FloatingPointError: as ``fixpoint_diffusion.training.train``; nothing is exported.
+            ValueError, OSError: of images that cannot be read, once the checkpoint of the steps so far is written.
         """
         main = is_first()
         origin = {
             "kind": self.family.name,
             "data": dataclasses.asdict(self.data_options),
             "fingerprint": self.data.fingerprint(),
+            "class_names": self.class_names,
         }
         with locked(self.folder / CHECKPOINT.parent, work="training") if main else nullcontext():
             if main and self.steps_done == 0:
@@ -330,7 +345,7 @@ class TrainingRun:
                     shutil.rmtree(self.folder / INITIAL, ignore_errors=True)
                 raise
             if main:
-                about = {**origin, **dataclasses.asdict(self.config), "class_names": self.data.class_names}
+                about = {**origin, **dataclasses.asdict(self.config)}
                 export(
                     average.network,  # type: ignore[arg-type]
                     self.folder,
@@ -350,15 +365,33 @@ def _levels(schedule_config: Mapping[str, Any]) -> Tensor:
     return NoiseSchedule.from_diffusers(schedule_config).alphas_cumprod
 
 
-def _check_names(data: ImageDataset, init: str | Path) -> None:
-    """Refuse classes that the model to start from knows by other numbers."""
-    known, names = read_class_names(Path(init)), data.class_names or ()
+def _load_start(folder: Path) -> tuple[nn.Module, Family, dict[str, Any], Sequence[str]]:
+    """Network, family, schedule and names of classes to start from: a model's, or those of a run without its end."""
+    if (folder / TRAINING_FILE).exists() or not (folder / CHECKPOINT).exists():
+        return *load_network(folder), read_class_names(folder)
+    network, its_family, schedule_config = load_network(folder / INITIAL)
+    state = load_state(folder / CHECKPOINT)
+    own = "module.network."
+    try:
+        network.load_state_dict({k.removeprefix(own): v for k, v in state.ema.items() if k.startswith(own)})
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint in {folder} is of another model: {error}") from error
+    return network, its_family, schedule_config, state.record["origin"].get("class_names") or ()
+
+
+def _names_of_all(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...] | None:
+    """The names of a model's classes: of the first ones as the data have them, of those beyond as they were known.
+
+    Raises:
+        ValueError: for a class that the model knows by another number.
+    """
     for number, name in enumerate(names):
         if name in known and known.index(name) != number:
             raise ValueError(
-                f"class {name!r} is number {number} in the data and number {known.index(name)} in the model in {init}: "
-                f"give the data folders for all of the model's classes, {', '.join(known)}"
+                f"class {name!r} is number {number} in the data and number {known.index(name)} in the model to start "
+                f"from: give the data folders for all of the model's classes, {', '.join(known)}"
             )
+    return (*names, *known[len(names) :]) or None
 
 
 def _check_batch(data: ImageDataset, config: TrainingConfig) -> None:

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,10 @@ from fixpoint_diffusion.training.data import ImageDataset
 from fixpoint_diffusion.training.data.dataset import batches_of
 from fixpoint_diffusion.training.layer_states import objective_of
 from fixpoint_diffusion.training.logs import LOG_FILE, LayerResidual, TrainingLog, tensorboard_writer
-from fixpoint_diffusion.training.network_options import LayerPenalty, trained_as
+from fixpoint_diffusion.training.network_options import LayerPenalty, SharedDepths, trained_as
 from fixpoint_diffusion.training.objectives import DenoisingTask, drop_classes
+
+KEPT = "the checkpoint holds the steps before this one"  # a note to an error
 
 
 def train(
@@ -56,11 +58,12 @@ def train(
     """Train ``model`` in place and return its averaged copy.
 
     Ctrl-C lets the current step end, writes the checkpoint and then raises ``KeyboardInterrupt``; a second Ctrl-C stops
-    at once. A resumed run ends with the very bits of an uninterrupted one (on the same machine and thread count):
-    the random numbers of a step are a function of ``(config.seed, step)``.
+    at once. Before an error, such as that of a picture that cannot be read, the checkpoint of the last whole step is
+    written, unless numbers are no longer finite. A resumed run ends with the very bits of an uninterrupted one (on the
+    same machine and thread count): the random numbers of a step are a function of ``(config.seed, step)``.
 
     Several processes, started by ``accelerate launch`` or ``torchrun``, share each step's batch, and end with what one
-    process would have, to rounding. All draw the same depths of stochastic JFB, and on GPUs each its own dropout.
+    process would have, to rounding. All draw the same depths of stochastic JFB, and each its own dropout and noise.
 
     Args:
         model: called as ``model(x_t, t)``, with labels as ``model(x_t, t, class_labels=...)``; see ``diffusion_loss``.
@@ -135,10 +138,10 @@ def _loop(
             record = {"step": step, "config": dataclasses.asdict(config), "log": dataclasses.asdict(log)}
             save_state(checkpoint, run.state({**record, "origin": origin}))
             log.write_csv(checkpoint.parent / LOG_FILE)
-        run.accelerator.wait_for_everyone()
 
     with (
         _interrupts() as interrupted,
+        nullcontext() if board is None else closing(board),
         ProgressBar.tqdm(
             total=config.steps, initial=start, desc="training", unit="step", disable=not (progress and main)
         ) as bar,
@@ -146,7 +149,14 @@ def _loop(
         for step in range(start, config.steps):
             done = step + 1
             run.residual.wanted = done % config.log_every == 0
-            loss, stop = run.step(batches, step, interrupted)
+            try:
+                loss, stop = run.step(batches, step, interrupted)
+            except Exception as error:
+                if step > start and run.can_be_kept(error):
+                    with suppress(Exception):  # what has stopped the training is what is to be told
+                        save(step)
+                        error.add_note(KEPT)
+                raise
             if log.add(done, loss, learning_rate_at(step, config), config.log_every, run.residual.latest):
                 _, mean_loss, rate, _, residual = log.lines[-1]
                 bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
@@ -158,10 +168,9 @@ def _loop(
             bar.update()
             if stop or done % config.checkpoint_every == 0 or done == config.steps:
                 save(done)
+                run.accelerator.wait_for_everyone()
             if stop:
                 raise KeyboardInterrupt
-    if board is not None:
-        board.close()
 
 
 class _Run:
@@ -181,6 +190,7 @@ class _Run:
         config = share.config
         self.share, self.accelerator, self.labels, self.discretised = share, accelerator, labels, discretised
         self.bare = model
+        self.whole = True  # no weight has been changed by a step that is not over
         self.alphas_cumprod = alphas_cumprod.to(accelerator.device)
         # Copied before accelerate puts its own forward on the model.
         self.average = AveragedModel(model, multi_avg_fn=self._average)
@@ -190,6 +200,7 @@ class _Run:
         self.schedule = LambdaLR(optimizer, lambda taken: learning_rate_at(start + taken, config) / peak)
         self.penalty = LayerPenalty(model) if config.jacobian_penalty else None
         self.residual = LayerResidual(model)
+        self.depths = SharedDepths(model)
         self.objective = objective_of(model, config)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
@@ -203,6 +214,8 @@ class _Run:
         total = torch.zeros((), device=accelerator.device)
         for piece in range(config.accumulate):
             batch = next(batches)
+            # Other seeds than that of the batch's timesteps, which would come again as the model's own draws.
+            self.depths.start(seed_of(config.seed, step, 1))
             with accelerator.accumulate(self.model), _seeded(accelerator, config.seed, step, piece):
                 loss = self._loss(batch, step, piece)
                 accelerator.backward(loss)
@@ -215,11 +228,21 @@ class _Run:
         if not math.isfinite(mean_loss) or not (math.isfinite(mean_norm) or accelerator.scaler is not None):
             what = "gradient" if math.isfinite(mean_loss) else "loss"
             raise FloatingPointError(f"the {what} became not finite at step {step}; try a lower learning rate")
+        self.whole = False
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.average.update_parameters(self.bare)
+        self.whole = True
         return mean_loss, stop > 0
+
+    def can_be_kept(self, error: Exception) -> bool:
+        """Whether what the last whole step has left is there, and worth keeping, after this error of the next one."""
+        if isinstance(error, FloatingPointError):  # of weights that lead there again
+            return False
+        # What a GPU waits for may never come where another process has ended.
+        waits = self.accelerator.num_processes > 1 and self.accelerator.device.type != "cpu"
+        return self.whole and not (waits and isinstance(error, RuntimeError))
 
     def _loss(self, batch: dict[str, Tensor], step: int, piece: int) -> Tensor:
         x_0 = batch["images"].to(self.accelerator.device, non_blocking=True)
@@ -263,6 +286,7 @@ class _Run:
     def close(self) -> None:
         """Take accelerate's forward off the model, and the hooks off its layer."""
         self.residual.remove()
+        self.depths.remove()
         if self.penalty is not None:
             self.penalty.remove()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -320,16 +344,14 @@ def _accelerator(config: TrainingConfig, device: torch.device | str) -> Iterator
 
 @contextmanager
 def _seeded(accelerator: Any, seed: int, step: int, piece: int) -> Iterator[None]:
-    """The global random state is a function of the step, for what the model itself draws, and then as it was.
+    """The global random state is a function of step, process and piece, for what the model draws; then as it was.
 
-    On the CPU it is that of every process and piece, for the depths of stochastic JFB; on a GPU, where dropout draws,
-    each has its own.
+    Depths of stochastic JFB, which all have in common, are drawn elsewhere: see ``SharedDepths``.
     """
     device = accelerator.device
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        # Other seeds than that of the batch's timesteps, which would come again as the model's own draws.
-        torch.manual_seed(seed_of(seed, step, 1))
+        torch.manual_seed(seed_of(seed, step, 1, accelerator.process_index, piece))
         if cuda:
             torch.cuda.manual_seed(seed_of(seed, step, 2, accelerator.process_index, piece))
         yield

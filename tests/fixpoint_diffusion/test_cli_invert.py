@@ -47,7 +47,7 @@ def test_what_is_written_leads_back_to_the_images(tmp_path: Path) -> None:
     assert found == pytest.approx(error.tolist(), rel=1e-3)
     assert [row["status"] for row in record["results"]] == ["CONVERGED", "CONVERGED"]
     again = invoke("digits", *options)
-    assert isinstance(again.exception, ValueError)
+    assert isinstance(again.exception, FileExistsError)
     assert "--overwrite" in str(again.exception)
     assert invoke("digits", *options, "--overwrite").exit_code == 0
 

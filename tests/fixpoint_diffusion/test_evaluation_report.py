@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from fixpoint_diffusion.cli import app, main
@@ -279,6 +280,39 @@ class TestCommand:
         assert result.exit_code == 0, result.output
         assert (tmp_path / "x.npz").is_file()
         assert "kernel" in result.output
+
+    def test_a_range_where_none_can_be_stated_is_refused(self, samples: Path, tmp_path: Path) -> None:
+        statistics = tmp_path / "x.npz"
+        assert CliRunner().invoke(app, ["evaluate", "digits", "--save-statistics", str(statistics)]).exit_code == 0
+        Image.new("L", (8, 8), 99).save(tmp_path / "0.png")
+        (tmp_path / "pictures").mkdir()
+        (tmp_path / "0.png").rename(tmp_path / "pictures" / "0.png")
+        for reference in ("digits", statistics, tmp_path / "pictures"):
+            command = ["evaluate", str(samples), str(reference), "--metric", "frechet", "--reference-range", "0..255"]
+            error = CliRunner().invoke(app, command).exception
+            assert isinstance(error, ValueError)
+            assert "range of values" in str(error)
+
+    def test_only_files_of_its_own_are_replaced(self, samples: Path, tmp_path: Path) -> None:
+        report, statistics = tmp_path / "report.json", tmp_path / "x.npz"
+        arguments = ["evaluate", str(samples), "digits", "--metric", "frechet"]
+        for _ in range(2):
+            written = [*arguments, "--out", str(report), "--save-statistics", str(statistics)]
+            assert CliRunner().invoke(app, written).exit_code == 0
+        record, images = tmp_path / "sample.json", tmp_path / "images.npz"
+        record.write_text('{"model": "ddpm-digits"}')
+        np.savez(images, images=np.zeros((3, 1, 8, 8)))
+        before = {path: path.read_bytes() for path in (record, samples, images, statistics)}
+        refused = [("--out", record), ("--out", samples), ("--save-statistics", images)]
+        for option, path in refused:
+            result = CliRunner().invoke(app, [*arguments, option, str(path)])
+            assert f"{tmp_path} holds {path.name} of something else: choose another name" in str(result.exception)
+        # Nor is the reference that is read.
+        result = CliRunner().invoke(
+            app, ["evaluate", str(samples), str(statistics), "--save-statistics", str(statistics)]
+        )
+        assert "holds x.npz of something else" in str(result.exception)
+        assert {path: path.read_bytes() for path in before} == before
 
     def test_ranges_are_declared(self, tmp_path: Path) -> None:
         images = load_digits().images[:100]

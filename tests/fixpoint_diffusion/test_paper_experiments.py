@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from fixpoint_diffusion.experiments.registry import EXPERIMENTS, experiments_nam
 from fixpoint_diffusion.experiments.resources import Resources
 from fixpoint_diffusion.experiments.summaries import lower
 from fixpoint_diffusion.files import locked
+from fixpoint_diffusion.training import trainer
+from fixpoint_diffusion.training.checkpoints import load_record
 from tests.fixpoint_diffusion.tiny import tiny_vae
 
 COMMITTED = Path(fixpoint_diffusion.__file__).parents[1] / "benchmarks" / "results" / "experiments"
@@ -188,6 +191,11 @@ def test_a_damaged_record_is_named(tmp_path):
     (path,) = tmp_path.glob("k/*.json")
     path.write_text('{"a": 1}')
     with pytest.raises(ValueError, match="is no record of a run"):
+        records.find("k", {"a": 1})
+    records.compute("k", {"a": 2}, lambda config: {})
+    (other,) = set(tmp_path.glob("k/*.json")) - {path}
+    other.replace(path)
+    with pytest.raises(ValueError, match="is the record of another run; delete it"):
         records.find("k", {"a": 1})
 
 
@@ -383,6 +391,15 @@ def test_an_interrupted_training_goes_on(quick, tmp_path):
         assert again[name] == pytest.approx(first[name])
 
 
+def test_a_model_that_other_code_has_trained_is_not_taken_for_ones_own(quick, tmp_path):
+    records = Records(tmp_path / "records")
+    resources = replace(quick, scratch=tmp_path, records=records)
+    training.TRAININGS.run(trained.quick("dit"), resources)
+    records.code = "other"
+    training.TRAININGS.run(trained.quick("dit"), resources)
+    assert len(list(tmp_path.glob("dit-digits-*"))) == 2
+
+
 def test_models_and_data_come_from_the_folders_that_hold_them_by_name(quick, tmp_path):
     shutil.copytree(embedded_folder("ddpm-digits"), tmp_path / "models" / "mine")
     (tmp_path / "data" / "pictures").mkdir(parents=True)
@@ -470,6 +487,48 @@ def test_run_computes_what_is_missing_and_report_runs_nothing(monkeypatch, capsy
     command = ("report", "fpdm/memory", "--quick", "--any-commit", "--out", str(tmp_path))
     assert run_command(monkeypatch, *command) == 0
     assert capsys.readouterr().out.startswith("PASS     fpdm/memory")
+
+
+def test_ctrl_c_in_a_training_keeps_its_steps_and_the_finished_runs(monkeypatch, capsys, tmp_path):
+    original = trainer._Run.step
+
+    def press(*given):
+        signal.raise_signal(signal.SIGINT)
+        return original(*given)
+
+    command = ("run", "fpdm/memory", "fpdm/figure-11", "--quick", "--out", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Run, "step", press)
+        assert run_command(monkeypatch, *command) == 130
+    kept, models = tmp_path / "records", tmp_path / "models"
+    said = f"finished runs are kept in {kept}, checkpoints of a training in {models}. The same command goes on."
+    assert capsys.readouterr().out.strip() == f"Interrupted; {said}"
+    records = len(list(kept.rglob("*.json")))
+    assert records == len(EXPERIMENTS["fpdm/memory"].grid["quick"])
+    (state,) = models.rglob("state.safetensors")
+    assert load_record(state)["step"] == 1
+    assert run_command(monkeypatch, *command) == 0
+    assert load_record(state)["step"] == 2
+    assert "fpdm/figure-11: " in capsys.readouterr().out
+
+
+def test_results_of_another_command_are_not_replaced(monkeypatch, capsys, tmp_path):
+    bench.write(bench.document([], seconds=0.0), tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    for command in ("run", "report"):
+        assert run_command(monkeypatch, command, "fpdm/memory", "--quick", "--out", str(tmp_path)) == 2
+        assert "holds results.json of something else: choose another name" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_ctrl_c_elsewhere_ends_in_one_line(monkeypatch, capsys, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fixpoint_diffusion.experiments.running.report", interrupted)
+    assert run_command(monkeypatch, "report", "fpdm/memory", "--out", str(tmp_path)) == 130
+    assert capsys.readouterr().err.strip() == "Interrupted."
 
 
 @pytest.mark.parametrize("scale", [("--scale", "mini"), ("--scale", "paper"), ("--quick",)])

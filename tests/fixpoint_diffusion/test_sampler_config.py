@@ -464,3 +464,13 @@ def test_repeated_timesteps_give_a_short_message() -> None:
     with pytest.raises(ValueError, match=r"within 0 \.\. 999; entry 1 of 2000 is 999, after 999") as caught:
         DDIMChain(network("epsilon", 3), X_T, NoiseSchedule.linear(), timesteps=timesteps)
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(("name", "served"), [("EulerDiscreteScheduler", True), ("DEISMultistepScheduler", False)])
+def test_levels_that_are_refused_point_to_the_chain_that_takes_them(name: str, served: bool) -> None:
+    config = {"_class_name": name, "use_karras_sigmas": True}
+    with pytest.raises(ValueError, match="use_karras_sigmas=True cannot be honoured; expected False") as refused:
+        SamplerConfig.from_diffusers(config)
+    assert ("chain_from_scheduler" in str(refused.value)) == served
+    if served:
+        chain_from_scheduler(lambda x, t: 0.5 * x, torch.ones(2, 3), config, steps=5)

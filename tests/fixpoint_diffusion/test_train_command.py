@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,14 @@ from typer.testing import CliRunner, Result
 
 from fixpoint_diffusion.chains import chain_from_scheduler
 from fixpoint_diffusion.cli import app, main
-from fixpoint_diffusion.denoisers import family, load_denoiser
+from fixpoint_diffusion.denoisers import embedded_folder, family, load_denoiser
 from fixpoint_diffusion.denoisers.checksums import verify_checksums
 from fixpoint_diffusion.files import locked
 from fixpoint_diffusion.processes.prior import PRIOR_FILE
 from fixpoint_diffusion.training import TrainingRun
 from fixpoint_diffusion.training.checkpoints import load_record, load_state
+from fixpoint_diffusion.training.data import EpochSampler
+from fixpoint_diffusion.training.export import read_class_names
 from fixpoint_diffusion.training.networks import TrainableDenoiser
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -159,6 +162,13 @@ def test_class_folders_make_a_model_that_is_told_the_class(tmp_path: Path, pictu
     assert bool((after[f"network.{table}"] != before[table]).any(1).all())
 
 
+def test_class_dropout_without_classes_is_refused(tmp_path: Path, pictures: Path, monkeypatch, capsys) -> None:
+    command = ("train", "dit", "--data", pictures, "--size", 8, "--class-dropout", 0.5, "--steps", 1)
+    error = refused(monkeypatch, capsys, *command, "--out", tmp_path / "out")
+    assert "(--class-dropout) has nothing to do: the model is told no classes" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_labels_are_dropped_by_the_trainer_alone() -> None:
     network = family("diffusers-dit").build((1, 8, 8), 2, SMALL["diffusers-dit"])
     for parameter in network.parameters():
@@ -265,6 +275,31 @@ def test_init_refuses_classes_that_the_model_knows_by_other_numbers(tmp_path: Pa
         done(train(tmp_path / data.name / "out", "--steps", 1, "--init", tmp_path / "first", "--data", data, kind=None))
 
 
+def test_classes_beyond_those_of_the_data_keep_their_names(tmp_path: Path) -> None:
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    animals = folder_of(tmp_path / "animals", "cats", "dogs", "horses")
+    done(train(first, "--steps", 1, "--data", animals, "--classes", kind="dit"))
+    fewer = folder_of(tmp_path / "fewer", "cats", "donkeys")
+    done(train(second, "--steps", 1, "--init", first, "--data", fewer, kind=None))
+    done(CliRunner().invoke(app, ["train", "--resume", "--steps", "2", "--out", str(second)]))
+    np.save(tmp_path / "images.npy", np.zeros((8, 1, 8, 8), dtype=np.uint8))
+    (tmp_path / "numbers").mkdir()
+    (tmp_path / "images.npy").rename(tmp_path / "numbers" / "images.npy")
+    np.save(tmp_path / "numbers" / "labels.npy", np.arange(8) % 2)
+    done(train(third, "--steps", 1, "--init", second, "--data", tmp_path / "numbers", kind=None))
+    for folder in (second, third):
+        assert read_class_names(folder) == ("cats", "donkeys", "horses")
+    command = ["sample", "--model", str(second), "--class", "horses", "--steps", "2", "--num-images", "1"]
+    done(CliRunner().invoke(app, [*command, "--out", str(tmp_path / "samples")]))
+
+
+def test_a_model_that_is_told_no_classes_takes_any(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    done(train(first, "--steps", 1, "--data", folder_of(tmp_path / "one", "cats", "dogs")))
+    done(train(second, "--steps", 1, "--init", first, "--data", folder_of(tmp_path / "two", "dogs"), kind=None))
+    assert read_class_names(first) == read_class_names(second) == ()
+
+
 def test_init_refuses_another_prediction_in_python_too(tmp_path: Path) -> None:
     done(train(tmp_path / "first", "--steps", 1, "--objective", "v_prediction"))
     for other in ("epsilon", "sample", "flow_prediction"):
@@ -298,6 +333,40 @@ def test_a_picture_that_is_cut_short_is_named_in_one_line(tmp_path: Path, monkey
     command = ("train", "unet", "--data", data, "--size", 8, "--steps", 1, "--batch-size", 4, "--workers", workers)
     error = refused(monkeypatch, capsys, *command, "--out", tmp_path / "out")
     assert error.splitlines()[-1].endswith("3.png cannot be decoded: image file is truncated")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_cannot_be_read_costs_no_step(tmp_path: Path, monkeypatch, capsys, workers: int) -> None:
+    data, out = folder_of(tmp_path / "pictures", "cats", "dogs"), tmp_path / "out"
+    (tmp_path / "settings.json").write_text(json.dumps(SMALL["dit"]))
+    order = [index for index, _ in islice(EpochSampler(8, seed=0), 8)]
+    bad = data / ("cats", "dogs")[order[7] // 4] / f"{order[7] % 4}.png"
+    good = bad.read_bytes()
+    head = good[: good.index(b"IDAT") + 4]
+    bad.write_bytes(head + bytes(len(good) - len(head)))
+    options = ("--settings", tmp_path / "settings.json", "--data", data, "--batch-size", 2, "--classes")
+    command = ("train", "dit", *options, "--steps", 4, "--workers", workers, "--out", out)
+    monkeypatch.setattr(sys, "argv", ["fixpoint-diffusion", *map(str, command)])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith("Error: ")
+    assert str(bad) in said.err.splitlines()[-1]
+    assert f"train --resume --out {out}\n  fixpoint-diffusion train --init {out} --data" in said.out
+    state = load_state(out / STATE)
+    assert state.record["step"] == 3
+
+    # With other files, a new run starts from the average of these steps, and knows the classes.
+    tuned = tmp_path / "tuned"
+    done(train(tuned, "--init", out, "--data", folder_of(tmp_path / "more", "cats"), "--steps", 1, kind=None))
+    initial = load_file(tuned / "checkpoint" / "initial" / WEIGHTS)
+    assert all(torch.equal(state.ema[f"module.network.{name}"], value) for name, value in initial.items())
+    assert read_class_names(tuned) == ("cats", "dogs")
+
+    bad.write_bytes(good)
+    done(CliRunner().invoke(app, ["train", "--resume", "--out", str(out)]))
+    done(CliRunner().invoke(app, [*map(str, command[:-1]), str(tmp_path / "whole")]))
+    assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -375,6 +444,16 @@ def test_second_run_into_the_same_folder_is_refused(tmp_path: Path, monkeypatch,
         error = refused(monkeypatch, capsys, "train", "--resume", "--steps", 3, "--out", out)
     assert "another run is training in" in error
     assert (out / WEIGHTS).read_bytes() == before
+
+
+def test_a_model_that_is_there_is_not_replaced(tmp_path: Path, monkeypatch, capsys) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(embedded_folder("dit-digits"), model)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    for start in (("--init", model), ("dit",)):
+        error = refused(monkeypatch, capsys, "train", *start, "--steps", 1, "--out", model)
+        assert f"{model} holds config.json of another model: choose another folder" in error
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
 def test_resume_refuses_fewer_steps_than_were_taken(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fixpoint import FixedPointLayer, StochasticJFB
 from fixpoint_diffusion.options.training import TrainingConfig, learning_rate_at
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.training.checkpoints import load_state, save_state
@@ -377,3 +378,30 @@ def test_what_the_model_draws_is_not_the_timesteps_again(tmp_path, images: Image
     train(model, images, SCHEDULE, TINY, checkpoint=tmp_path / "state", progress=False)
     assert len(model.pairs) == TINY.steps
     assert not any(torch.equal(t, own) for t, own in model.pairs)
+
+
+def test_each_piece_of_a_batch_has_noise_of_its_own_and_the_depth_of_all(tmp_path, images: ImageDataset) -> None:
+    noises, depths = [], []
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(0.1))
+            self.layer = FixedPointLayer(self.f, backward=StochasticJFB(max_no_grad=50, max_grad=1))
+
+        def f(self, z: Tensor, x: Tensor) -> Tensor:
+            depths[-1] += 1
+            return self.weight * z + x
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            noises.append(torch.randn(x.shape))
+            depths.append(0)
+            return self.layer(x, z0=noises[-1])
+
+    for accumulate in (1, 4):
+        run(Noisy(), images, tmp_path / f"{accumulate}", dataclasses.replace(TINY, steps=3, accumulate=accumulate))
+    whole, pieces = depths[:3], depths[3:]
+    assert pieces == [depth for depth in whole for _ in range(4)]
+    assert len(set(whole)) > 1
+    drawn = [float(noise[0].sum()) for noise in noises[3:]]
+    assert len(set(drawn)) == 12

@@ -42,7 +42,7 @@ def _train(config: Config, resources: Resources) -> Measures:
     if config.get("model"):
         denoiser, measures = resources.denoiser(config["model"]), Measures()
     else:
-        folder = resources.scratch / _folder_name(config)
+        folder = resources.scratch / _folder_name(config, resources.records.code)
         run = _resumed(folder, resources) or _started(folder, config, resources)
         log = run.run(progress=False)
         plan = run.plan()
@@ -122,9 +122,9 @@ def _trial_seconds(config: Config, resources: Resources) -> float:
         return TrainingRun.start(trial, **_options(config, resources, _TRIAL)).run(progress=False).seconds
 
 
-def _folder_name(config: Config) -> str:
-    """The same for whatever is only judged otherwise."""
-    trained = {k: v for k, v in config.items() if k not in ("budgets", "iterations", "images")}
+def _folder_name(config: Config, code: str) -> str:
+    """The same for whatever is only judged otherwise; another for other code, whose records are others too."""
+    trained = {k: v for k, v in config.items() if k not in ("budgets", "iterations", "images")} | {"code": code}
     digest = hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()[:8]
     return f"{config['network']}-{config['data']}-seed{config['seed']}-{digest}"
 
