@@ -15,6 +15,7 @@ from fixpoint_diffusion import DDIMChain, SamplingResult, deq_ddim_settings, sam
 
 RTOL = 1e-3
 FULL_WINDOW = "ours, full window"
+PROBED = "ours, 1 probe"
 Watch = Callable[[Progress], object]
 Run = Callable[[DDIMChain, Watch | None, int], SamplingResult]
 
@@ -50,6 +51,7 @@ def _solver(choose: Callable[[DDIMChain], Solver], rtol: float = 0.0) -> Run:
 
 METHODS = (
     Method(FULL_WINDOW, _solver(lambda chain: CausalQuasiNewton(window=chain.steps), rtol=RTOL), ours=True),
+    Method(PROBED, _solver(lambda chain: CausalQuasiNewton(window=chain.steps, probes=1), rtol=RTOL), ours=True),
     Method("ours, window 100", ours(window=100), ours=True),
     Method("Picard", _solver(lambda chain: Picard()), late=True),
     Method("Anderson, per sample", _solver(lambda chain: Anderson(memory=5)), late=True),

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from benchmarks.chains.cases import ETAS, Setting
 from benchmarks.chains.curves import ERRORS, Outcome, noise_dropped, run, spread
-from benchmarks.chains.methods import BY_NAME, FULL_WINDOW, RTOL
+from benchmarks.chains.methods import BY_NAME, FULL_WINDOW, PROBED, RTOL
 from benchmarks.solvers.standings import Target
 
 # Rounds to 1e-3 with our own stopping rule, for eta = 0, 0.5, 1: of the median sample, and of the worst one.
@@ -62,14 +62,14 @@ def targets(outcomes: Sequence[Outcome]) -> list[Target]:
     found = {(o.setting.steps, o.setting.eta, o.method): o for o in outcomes if o.setting.denoiser == "unet"}
     aims = []
     for (steps, eta, method), outcome in found.items():
-        if method == FULL_WINDOW and steps in _ROUNDS:
+        if method in (FULL_WINDOW, PROBED) and steps in _ROUNDS:
             limit = _ROUNDS[steps][ETAS.index(eta)]
             worst = _WORST_ROUNDS[steps][ETAS.index(eta)] if steps in _WORST_ROUNDS else math.inf
             also = f", {worst} in the worst case" if worst < math.inf else ""
             rounds, error = outcome.at_end("rounds"), outcome.at_end("errors")[1]
             aims.append(
                 Target(
-                    f"T={steps}, eta={eta:g}: at most {limit} rounds to 1e-3 by its own rule{also}",
+                    f"T={steps}, eta={eta:g}, {method}: at most {limit} rounds to 1e-3 by its own rule{also}",
                     rounds[0] <= limit and rounds[1] <= worst,
                     f"median {rounds[0]:g}, worst {rounds[1]:g}, worst error {error:.1e}",
                 )

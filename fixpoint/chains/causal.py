@@ -61,10 +61,16 @@ class CausalQuasiNewton(Solver):
             at a predicted error that is larger than ``atol + rtol * ||N_k||`` by this share of the size of its noise.
             That takes fewer evaluations. Later states go on from there, those without noise too: the result is another
             sample of nearly the same law, and may differ by more than the tolerance from the sequential run.
+        probes: Each step that a round evaluates is evaluated beside its input as well, in so many random directions,
+            in the same call. They show the slope of each entry of a state, which takes the place of the problem's own.
+            That takes fewer rounds, of ``1 + probes`` times as many steps (``max_rows`` counts them): for a device
+            that a round does not fill, or where ``slopes`` are not known. 1 is mostly enough. It has no effect where
+            f must be evaluated whole, as under torch.func.
 
     Raises:
-        TypeError, ValueError: If an option is out of range, f's state has no second dimension, or ``noise_rtol`` is
-            given for a chain without noise, or where gradients are recorded.
+        TypeError, ValueError: If an option is out of range, f's state has no second dimension, ``noise_rtol`` is
+            given for a chain without noise, ``probes`` for an f that is no chain, or one of these two where gradients
+            are recorded.
 
     Source: generalises Eq. 10 of Pokle et al., NeurIPS 2022 (M = the linear part of the step), ParaDiGMS (Shih et al.,
     NeurIPS 2023, M = 1) and quasi-DEER (Gonzalez et al., NeurIPS 2024, M = the Jacobian's diagonal).
@@ -82,9 +88,11 @@ class CausalQuasiNewton(Solver):
     max_rows: int | None = None
     certify: bool = False
     noise_rtol: float = 0.0
+    probes: int = 0
 
     def __post_init__(self) -> None:
         require_count("memory", self.memory)
+        require_count("probes", self.probes, 0)
         for name in ("window", "max_rows"):
             if getattr(self, name) is not None:
                 require_count(name, getattr(self, name))
@@ -129,6 +137,8 @@ class CausalQuasiNewton(Solver):
         noise_scale = self._noise_scale(f, steps)
         f = OneStep(f) if isinstance(f, Chain) else f
         single_steps = isinstance(f, OneStep)
+        if self.probes and not single_steps:
+            raise ValueError(f"probes={self.probes} needs single steps: pose f as a Recurrence or another Chain")
         sparse = isinstance(f, OneStep) and f.sparse
         # Nobody promises that another f is causal: what it gives is measured.
         options = self if single_steps else replace(self, certify=True, max_rows=None)
@@ -218,11 +228,18 @@ class CausalSweep(Solver):
             return norms
         return np.fmax(norms, rounding * np.fmax.accumulate(norms, axis=1))
 
+    @property
+    def room(self) -> int | None:
+        """Most states in the windows of a round, so that they and their probes keep to ``max_rows``."""
+        limit = self.options.max_rows
+        return None if limit is None else max(limit // (1 + self.options.probes), 1)
+
     def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
         """In windows; in the ordinary loop, all rows whole, where gradients are recorded."""
         if torch.is_grad_enabled():
-            if self.options.noise_rtol:
-                raise ValueError("noise_rtol has no effect where gradients are recorded: leave it out, or use IFT()")
+            for name in ("noise_rtol", "probes"):
+                if getattr(self.options, name):
+                    raise ValueError(f"{name} has no effect where gradients are recorded: leave it out, or use IFT()")
             return super().run(f, z, tolerance, **options)
         max_evals, record, watch = options["max_evals"], options.get("record", False), options.get("watch")
         return iterate_windows(f, z, self, tolerance, max_evals=max_evals, record=record, watch=watch)
@@ -242,7 +259,14 @@ class CausalSweep(Solver):
         return self.join(swept.states, z), state.with_newest(inputs.detach(), images.detach(), swept.sound)
 
     def swept(
-        self, states: Tensor, inputs: Tensor, images: Tensor, finite: Tensor, step: Tensor, past: Past | WindowPast
+        self,
+        states: Tensor,
+        inputs: Tensor,
+        images: Tensor,
+        finite: Tensor,
+        step: Tensor,
+        past: Past | WindowPast,
+        shown: Tensor | None = None,
     ) -> Swept:
         """Sweep along windows.
 
@@ -253,13 +277,17 @@ class CausalSweep(Solver):
             finite: ``(B, W)``, which images count; the others are the states themselves.
             step: ``(B, W)``, number of each step.
             past: of these steps.
+            shown: slopes of the entries of the states ``(B, W, D)``, if they were measured.
         """
         # The model is a constant where gradients are recorded. Its own derivative is that of quotients of ever smaller
         # changes; it would not vanish as the solve converges, although its effect on the states does.
-        with torch.no_grad():
-            slopes = self._slopes_at(step, inputs, images, past)
-        model = SecantModel(past, inputs, images, slopes, self.to_basis)
-        corrections = self.from_basis(sweep(self.to_basis(images - states), slopes, model))
+        if shown is not None:
+            corrections = sweep(images - states, shown, SecantModel(past, inputs, images, shown, lambda x: x))
+        else:
+            with torch.no_grad():
+                slopes = self._slopes_at(step, inputs, images, past)
+            model = SecantModel(past, inputs, images, slopes, self.to_basis)
+            corrections = self.from_basis(sweep(self.to_basis(images - states), slopes, model))
         after, sound = held_back(images, corrections, finite)
         return Swept(after, corrections, sound)
 
@@ -315,7 +343,7 @@ class CausalSweep(Solver):
         slopes = self.slopes
         if slopes is not None:
             slopes = torch.cat((slopes[:1], slopes[1:].flip(0)))
-        options = replace(self.options, window=None, max_rows=None, noise_rtol=0.0)
+        options = replace(self.options, window=None, max_rows=None, noise_rtol=0.0, probes=0)
         return replace(
             self,
             options=options,

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fixpoint.chains.probes import beside, slopes
 from fixpoint.solvers.base import require_count
 
 
@@ -67,14 +68,15 @@ class SparseChain(Chain, Protocol):
         """As ``transition``, but only some of the rows are evaluated, the others are interpolated.
 
         Args:
-            x, sample, step: as for ``transition``; the rows of a sample stand together, steps ascending.
+            x, sample, step: as for ``transition``. Rows come in stretches: the steps of a sample, ascending. A sample
+                may have several, of inputs that have nothing to do with each other.
             evaluated: ``(M,)`` int64, numbers of the rows to evaluate, ascending. The first and the last row of each
-                sample are among them.
+                stretch are among them.
 
         Returns:
             The states ``(N, *shape)`` after the steps; those of evaluated rows are what ``transition`` gives. And
-            ``(N,)``, of each evaluated row between two others, the norm of what interpolation between these two would
-            have missed it by; 0 elsewhere.
+            ``(N,)``, of each evaluated row between two others of its stretch, the norm of what interpolation between
+            these two would have missed it by; 0 elsewhere.
         """
 
 
@@ -194,6 +196,29 @@ class OneStep:
         x = self._inputs(z, sample, step)
         states, missed = self.chain.sparse_transition(x, sample, step, evaluated)
         return _checked(x, states, "shape", "dtype", "device"), missed
+
+    def probed_part(
+        self, z: Tensor, sample: Tensor, step: Tensor, evaluated: Tensor, signs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``sparse_part``, with slopes ``(M, D)`` of the evaluated rows ``(M,)``, measured in the same call.
+
+        ``signs`` ``(count, M, D)``: the directions in which each is evaluated, too; if all rows are, of any chain.
+        """
+        x = self._inputs(z, sample, step)
+        some, count = x[evaluated], len(x)
+        moved = beside(some, signs)
+        inputs = torch.cat((x, moved.flatten(0, 1)))
+        samples, steps = (torch.cat((each, each[evaluated].repeat(len(signs)))) for each in (sample, step))
+        if len(evaluated) == count:
+            states = self.chain.transition(inputs, samples, steps)
+            missed = torch.zeros(count, device=x.device)
+        else:
+            assert isinstance(self.chain, SparseChain)
+            every = torch.cat((evaluated, torch.arange(count, len(inputs), device=x.device)))
+            states, missed = self.chain.sparse_transition(inputs, samples, steps, every)
+        states = _checked(inputs, states, "shape", "dtype", "device")
+        found, others = states[:count], states[count:].unflatten(0, moved.shape[:2])
+        return found, missed[:count], slopes(some, found[evaluated], moved, others)
 
     def _inputs(self, z: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         first = (step == 0).reshape(-1, *[1] * (z.ndim - 2))

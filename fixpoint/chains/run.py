@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fixpoint.chains.amplification import Gains, ahead
+from fixpoint.chains.probes import Probes
 from fixpoint.chains.sparse import Sparse
 from fixpoint.chains.sweep import Past, WindowPast, parts
 from fixpoint.engine.layout import as_tensor
@@ -73,7 +74,8 @@ class ChainRun:
         states = sweeper.split(z)
         rows, steps, dim = states.shape
         options = sweeper.options
-        self.width = min(options.window or steps, options.max_rows or steps, steps)
+        self.width = min(options.window or steps, sweeper.room or steps, steps)
+        self.probes = Probes(rows, steps, dim, options.probes, states) if options.probes else None
         self.sparse = Sparse(rows, steps) if sweeper.sparse else None
         self.states = torch.cat((states.reshape(rows * steps, dim), states.new_zeros(1, dim)))
         # A window of one needs no model.
@@ -232,15 +234,31 @@ def reopen_what_moved(run: ChainRun, images: Tensor) -> None:
     run.past.known[:] = False  # what is remembered came of other images
 
 
-def evaluate_some(run: ChainRun, f: Map, places: Array, evaluated: Array) -> tuple[Tensor, Tensor]:
-    """Images ``(N, D)`` of the states at these places ``(N,)``, of which the numbers ``evaluated`` are evaluated.
+class Evaluated(NamedTuple):
+    """What a round has shown of N steps."""
 
-    Beside them ``(N,)``, by how much interpolation would have missed them, where that is known.
-    """
-    if len(evaluated) == len(places):
+    images: Tensor  # (N, D)
+    missed: Tensor  # (N,): by how much interpolation would have missed them, where that is known
+    slopes: Tensor | None  # (N, D): of the entries of the states, if steps were probed
+
+
+def evaluate_some(run: ChainRun, f: Map, places: Array, evaluated: Array) -> Evaluated:
+    """Evaluate the states at these places ``(N,)``, those of the numbers ``evaluated``, and interpolate the others."""
+    whole = len(evaluated) == len(places)
+    probed = run.probes is not None and getattr(f, "may_skip", False)
+    if whole and not probed:
         images = evaluate(run, f, places)
-        return images, images.new_zeros(len(places))
+        return Evaluated(images, images.new_zeros(len(places)), None)
     row, step = np.divmod(places, run.steps)
-    images, missed = cast(Any, f).sparse_part(run.rows(), *(tensor_like(run.start, x) for x in (row, step, evaluated)))
+    asked, slopes = [tensor_like(run.start, x) for x in (row, step, evaluated)], None
+    if probed:
+        assert run.probes is not None
+        signs = run.probes.signs(row[evaluated], step[evaluated])
+        images, missed, slopes = cast(Any, f).probed_part(run.rows(), *asked, signs)
+        # A step that was interpolated takes the slopes of the one evaluated before it.
+        last = np.searchsorted(evaluated, np.arange(len(places)), side="right") - 1
+        slopes = slopes.to(run.states.dtype)[tensor_like(run.start, last)]
+    else:
+        images, missed = cast(Any, f).sparse_part(run.rows(), *asked)
     run.nfev += 1
-    return images.to(run.states.dtype), missed
+    return Evaluated(images.to(run.states.dtype), missed, slopes)

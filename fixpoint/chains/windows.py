@@ -60,7 +60,7 @@ def advance(run: ChainRun, f: Map, *, last: bool = False) -> None:
         follow(run, run.twin)
         return
     active = np.flatnonzero(run.status == ACTIVE)
-    unfinished = active[run.done[active] < run.steps][: run.sweeper.options.max_rows]
+    unfinished = active[run.done[active] < run.steps][: run.sweeper.room]
     if not unfinished.size:
         certify(run, f, active)
     elif last and run.compared.size:
@@ -106,7 +106,7 @@ def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
 
 def open_windows(run: ChainRun, rows: Array) -> Windows:
     """Windows of the given rows, from the first state that is not done; new states are moved from their guesses."""
-    limit = run.sweeper.options.max_rows
+    limit = run.sweeper.room
     width = run.width if limit is None else min(run.width, limit // len(rows))
     share = np.where(run.in_order[rows], 1, width)
     end = np.maximum(run.end[rows], np.minimum(run.done[rows] + share, run.steps))
@@ -142,12 +142,13 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     images = run.states.new_zeros(on_host.size, run.states.shape[1])
     inside = np.flatnonzero(windows.inside)
     asked, at = on_host.ravel()[inside], tensor_like(z, inside)
+    evaluated = np.flatnonzero(windows.evaluated.ravel()[inside])
+    images[at], missed, slopes = evaluate_some(run, f, asked, evaluated)
     extra = []
-    if run.sparse is None:
-        images[at] = evaluate(run, f, asked)
-    else:
-        images[at], missed = evaluate_some(run, f, asked, np.flatnonzero(windows.evaluated.ravel()[inside]))
+    if run.sparse is not None:
         extra = [missed.new_zeros(on_host.size).index_copy(0, at, missed).reshape(on_host.shape)]
+    if slopes is not None:
+        slopes = torch.zeros_like(images).index_copy(0, at, slopes).reshape(*on_host.shape, -1)
     images = images.reshape(*on_host.shape, -1)
     before = tensor_like(z, windows.places(run.steps, chains, before=True))
     states, inputs = taken(run.states, places), taken(run.states, before)
@@ -158,7 +159,7 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
         past = past.without_newest(tensor_like(z, run.sparse.changed(windows)))
     changes = measured_changes(images, inputs, known, past)
     images = torch.where(known[..., None], images, states)
-    swept = run.sweeper.swept(states, inputs, images, known, step, past)
+    swept = run.sweeper.swept(states, inputs, images, known, step, past, slopes)
     run.write(run.states, places, swept.states)
     run.remember(past, inputs, images, swept.sound)
     change = states.neg_().add_(swept.states)  # in the memory of the states that were

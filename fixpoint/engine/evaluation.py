@@ -123,6 +123,15 @@ class RowMap:
         images, missed = self._in_ambient_state(lambda: sparse_part(state, row, block, evaluated), z)
         return images.reshape(len(block), -1), missed
 
+    def probed_part(
+        self, z: Tensor, row: Tensor, block: Tensor, evaluated: Tensor, signs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``sparse_part``, with slopes of the evaluated blocks, found in directions of these ``signs``."""
+        self._require_no_args()
+        state, probed_part = self.layout.unflatten(z), cast(Any, self._f).probed_part
+        images, missed, slopes = self._in_ambient_state(lambda: probed_part(state, row, block, evaluated, signs), z)
+        return images.reshape(len(block), -1), missed, slopes
+
     def _require_no_args(self) -> None:
         if self._args:
             raise TypeError(

@@ -198,7 +198,7 @@ class SamplingChain:
         outputs = known.between(before, after, latents, expected, step)
         outputs[evaluated] = out
         states = self.arrive(x, outputs, sample, step)
-        before, after = known_neighbours(samples)
+        before, after = known_neighbours(samples, steps)
         guesses = self.arrive(
             x[evaluated], known.between(before, after, asked, expected_of_asked, steps), samples, steps
         )

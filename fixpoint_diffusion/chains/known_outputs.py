@@ -57,14 +57,16 @@ def neighbours(known: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return before, before + 1 - is_known
 
 
-def known_neighbours(sample: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each known row, the known ones before and after it; itself for both, unless they are of its sample ``(M,)``.
+def known_neighbours(sample: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each known row, the known ones before and after it; itself for both, unless they are of its stretch.
+
+    A stretch is a sample ``(M,)`` with ascending steps ``(M,)``.
 
     Example:
-        >>> known_neighbours(torch.tensor([0, 0, 0, 1]))
+        >>> known_neighbours(torch.tensor([0, 0, 0, 1]), torch.tensor([2, 4, 6, 2]))
         (tensor([0, 0, 2, 3]), tensor([0, 2, 2, 3]))
     """
     number = torch.arange(len(sample), device=sample.device)
     before, after = (number - 1).clamp(min=0), (number + 1).clamp(max=len(sample) - 1)
-    inner = (before < number) & (number < after) & (sample[before] == sample) & (sample[after] == sample)
+    inner = (sample[before] == sample) & (sample[after] == sample) & (step[before] < step) & (step < step[after])
     return torch.where(inner, before, number), torch.where(inner, after, number)
