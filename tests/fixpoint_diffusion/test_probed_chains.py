@@ -1,0 +1,64 @@
+"""Sampling with probes: slopes measured beside each evaluated step, also where the others are interpolated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fixpoint import CausalQuasiNewton
+from fixpoint_diffusion import DDIMChain, NoiseSchedule, StochasticDDIMChain, embedded, initial_noise, sample
+
+SCHEDULE = NoiseSchedule.linear()
+
+
+def chain(steps=100, eta=0.0, samples=range(2)):
+    x_T = initial_noise(0, samples, (1, 8, 8))
+    if eta:
+        first = samples.start
+        return StochasticDDIMChain(
+            embedded("ddpm-digits"), x_T, SCHEDULE, steps=steps, eta=eta, seed=0, first_sample=first
+        )
+    return DDIMChain(embedded("ddpm-digits"), x_T, SCHEDULE, steps=steps)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_fewer_rounds_to_the_images_of_the_sequential_sampler(eta):
+    problem, rounds = chain(eta=eta, samples=range(6)), []
+    for probes in (0, 1):
+        result = sample(problem, solver=CausalQuasiNewton(window=100, probes=probes), rtol=1e-3)
+        assert result.solution.converged.all()
+        torch.testing.assert_close(result.images, problem.sequential(trajectory=False), rtol=0, atol=5e-3)
+        rounds.append(int(result.solution.evals.sum()))
+    assert rounds[1] <= rounds[0] - 6  # one each, in the mean
+
+
+def test_steps_that_are_interpolated_are_not_probed():
+    problem = chain(steps=200, samples=range(1))
+    sample(problem, solver=CausalQuasiNewton(window=200, probes=1), rtol=1e-3, max_evals=1, on_failure="ignore")
+    assert problem.rounds == 1
+    assert problem.evals < 2 * 100  # every fourth step, and twice as many rows
+
+
+def test_a_sample_is_probed_as_if_it_were_alone():
+    both = sample(chain(), solver=CausalQuasiNewton(window=100, probes=1), rtol=1e-3)
+    for k in range(2):
+        alone = sample(chain(samples=range(k, k + 1)), solver=CausalQuasiNewton(window=100, probes=1), rtol=1e-3)
+        assert alone.solution.evals.item() == both.solution.evals[k]
+        torch.testing.assert_close(alone.images[0], both.images[k], rtol=0, atol=1e-4)
+
+
+def test_probes_are_told_the_conditioning_and_the_noise_of_their_sample():
+    seen = []
+
+    def denoiser(x, t, label):
+        seen.append((x.clone(), t.clone(), label.clone()))
+        return (0.5 + 0.1 * label).reshape(-1, 1) * x
+
+    labels = torch.arange(3.0)
+    problem = DDIMChain(denoiser, torch.randn(3, 4), SCHEDULE, steps=10, conditioning={"label": labels})
+    result = sample(problem, solver=CausalQuasiNewton(probes=1), rtol=1e-5)
+    torch.testing.assert_close(result.images, problem.sequential(trajectory=False), rtol=1e-3, atol=1e-3)
+    x, t, label = next(each for each in seen if len(each[0]) == 60)  # beside them: the check of a few rows
+    assert torch.equal(t[:30], t[30:])
+    assert torch.equal(label[:30], label[30:])
+    assert 0 < float((x[30:] - x[:30]).abs().max()) < 0.1
