@@ -99,6 +99,11 @@ class CausalQuasiNewton(Solver):
         if not 0 <= self.noise_rtol < math.inf:
             raise ValueError(f"noise_rtol must be a finite number of at least 0, found {self.noise_rtol}")
 
+    @property
+    def room(self) -> int | None:
+        """Most states in a round, so that they and their probes keep to ``max_rows``; None: no limit."""
+        return None if self.max_rows is None else max(self.max_rows // (1 + self.probes), 1)
+
     def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
         """For a chain, the map with single steps to be had; and the sweep over so many steps, with f's slopes."""
         if isinstance(f, Chain):
@@ -227,12 +232,6 @@ class CausalSweep(Solver):
         if not self.fades or not norms.size:
             return norms
         return np.fmax(norms, rounding * np.fmax.accumulate(norms, axis=1))
-
-    @property
-    def room(self) -> int | None:
-        """Most states in the windows of a round, so that they and their probes keep to ``max_rows``."""
-        limit = self.options.max_rows
-        return None if limit is None else max(limit // (1 + self.options.probes), 1)
 
     def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
         """In windows; in the ordinary loop, all rows whole, where gradients are recorded."""

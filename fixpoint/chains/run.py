@@ -74,7 +74,7 @@ class ChainRun:
         states = sweeper.split(z)
         rows, steps, dim = states.shape
         options = sweeper.options
-        self.width = min(options.window or steps, sweeper.room or steps, steps)
+        self.width = min(options.window or steps, options.room or steps, steps)
         self.probes = Probes(rows, steps, dim, options.probes, states) if options.probes else None
         self.sparse = Sparse(rows, steps) if sweeper.sparse else None
         self.states = torch.cat((states.reshape(rows * steps, dim), states.new_zeros(1, dim)))

@@ -113,6 +113,12 @@ class SamplingOptions:
     noise_rtol: float | None = option(
         None, "causal: a latent may be off by this share of its step's noise too (with --eta).", low=0.0
     )
+    probes: int | None = option(
+        None,
+        "causal: evaluate each step in so many directions beside it too: fewer rounds of more rows.",
+        low=1,
+        high=64,
+    )
     max_rounds: int | None = option(
         None, "Parallel solvers: most rounds (batched model calls) (default: steps + 1).", low=1, high=10**6
     )
@@ -169,7 +175,7 @@ class SamplingOptions:
                 if not (least <= number <= most and math.isfinite(number)):  # NaN fails every comparison
                     bound = f"at least {low} and finite" if high is None else f"from {low} to {high}"
                     raise ValueError(f"{flag(each.name)} must be {bound}, got {number}")
-        for name in ("max_rows", "noise_rtol"):
+        for name in ("max_rows", "noise_rtol", "probes"):
             if getattr(self, name) and self.solver != SolverName.causal:
                 raise ValueError(f"{flag(name)} is for --solver causal, not for --solver {self.solver}")
         if self.noise_rtol and not self.eta:
@@ -202,8 +208,11 @@ class SamplingOptions:
                 raise ValueError(
                     f"{flag(name)}{listed} needs steps that follow each other: leave it out, or use --solver sequential"
                 )
-        if jointly and self.noise_rtol:
-            raise ValueError("--noise-rtol is for a chain alone, not for chain and layers as one: leave out --reuse")
+        for name in ("noise_rtol", "probes"):
+            if jointly and getattr(self, name):
+                raise ValueError(
+                    f"{flag(name)} is for a chain alone, not for chain and layers as one: leave out --reuse"
+                )
         if jointly and self.max_rows == "auto":
             raise ValueError("--max-rows auto times the model alone, not chain and layers as one: give a number")
 

@@ -214,7 +214,7 @@ class SamplingJob:
     def _solver(self) -> Solver:
         solver = SOLVERS[self.options.solver]
         if isinstance(solver, CausalQuasiNewton):
-            return replace(solver, noise_rtol=self.options.noise_rtol or 0.0)
+            return replace(solver, noise_rtol=self.options.noise_rtol or 0.0, probes=self.options.probes or 0)
         return solver
 
     def _chain(self, samples: range, *, eta: float) -> SamplingChain:

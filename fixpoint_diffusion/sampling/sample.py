@@ -248,18 +248,19 @@ def _with_budget(
     else:
         raise ValueError(f'max_rows must be an int of at least 1, "auto" or None, got {max_rows!r}')
     if max_rows in (None, "auto"):
-        if budget >= samples * steps:
+        rows = samples * (1 + solver.probes)
+        if budget >= rows * steps:
             return solver, cost
-        if budget < _LEAST_WINDOW * samples:
-            return replace(solver, window=1, max_rows=samples), cost  # the ordinary sampler
+        if budget < _LEAST_WINDOW * rows:
+            return replace(solver, window=1, max_rows=samples, probes=0), cost  # the ordinary sampler
     return replace(solver, max_rows=budget), cost
 
 
 def _most_rounds(solver: CausalQuasiNewton, samples: int, steps: int) -> int:
     """Rounds that always do: samples take turns, are solved anew, go on step by step, and are measured in between."""
     waves = parts = 1
-    if solver.max_rows and samples:
-        waves = math.ceil(samples / solver.max_rows)
+    if solver.max_rows and solver.room and samples:
+        waves = math.ceil(samples / solver.room)
         parts = math.ceil(samples * steps / solver.max_rows)
     return 6 * waves * steps + 4 * parts
 

@@ -138,6 +138,7 @@ def test_values_out_of_range_are_usage_errors(arguments: tuple[str, ...]) -> Non
         (("sample", "--max-rows", "9", "--solver", "anderson"), "--max-rows is for --solver causal"),
         (("sample", "--noise-rtol", "1", "--eta", "1"), "--noise-rtol is for --solver causal, not for"),
         (("sample", "--noise-rtol", "1", "--solver", "causal"), "--noise-rtol needs --eta: without it, no step"),
+        (("sample", "--probes", "1"), "--probes is for --solver causal, not for"),
         (("sample", "--max-rows", "auto"), "--max-rows is for --solver causal, not for --solver sequential"),
         (("sample", "--max-rows", "some", "--solver", "causal"), "expected a number or auto, got 'some'"),
         (("sample", "--max-rows", "0", "--solver", "causal"), "--max-rows must be from 1 to 1000000000, got 0"),

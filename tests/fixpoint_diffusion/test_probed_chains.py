@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from fixpoint import CausalQuasiNewton
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, StochasticDDIMChain, embedded, initial_noise, sample
+from fixpoint_diffusion.cli import app
 
 SCHEDULE = NoiseSchedule.linear()
 
@@ -62,3 +67,24 @@ def test_probes_are_told_the_conditioning_and_the_noise_of_their_sample():
     assert torch.equal(t[:30], t[30:])
     assert torch.equal(label[:30], label[30:])
     assert 0 < float((x[30:] - x[:30]).abs().max()) < 0.1
+
+
+def test_a_budget_by_the_rule_counts_the_probes_and_the_ordinary_sampler_has_none():
+    short, long = (chain(steps=steps, samples=range(1)) for steps in (40, 100))  # the rule: 128 rows
+    assert sample(short, solver=CausalQuasiNewton(probes=1)).max_rows is None
+    assert sample(long, solver=CausalQuasiNewton(), rtol=1e-2).max_rows is None
+    assert sample(long, solver=CausalQuasiNewton(probes=1), rtol=1e-2).max_rows == 128
+    many = chain(steps=4, samples=range(20))
+    result = sample(many, solver=CausalQuasiNewton(probes=1))
+    assert result.rounds == 4
+    assert result.evals == 80
+
+
+def test_a_run_of_the_command_has_the_images_of_the_sequential_sampler(tmp_path):
+    for name, options in (("sequential", []), ("probed", ["--solver", "causal", "--probes", "1", "--max-rows", "60"])):
+        arguments = ["sample", "--num-images", "2", "--steps", "30", "--out", str(tmp_path / name), *options]
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+    images = [np.load(tmp_path / name / "images.npy") for name in ("sequential", "probed")]
+    np.testing.assert_allclose(images[0], images[1], atol=1e-2)
+    record = json.loads((tmp_path / "probed" / "sample.json").read_text())
+    assert record["probes"] == 1
