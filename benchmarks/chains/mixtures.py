@@ -75,6 +75,7 @@ RTOLS = (1e-2, 1e-3, 1e-4)
 SOLVERS = {
     "CausalQuasiNewton()": CausalQuasiNewton(),
     "CausalQuasiNewton(window=10)": CausalQuasiNewton(window=10),
+    "CausalQuasiNewton(probes=1)": CausalQuasiNewton(probes=1),
     "CausalQuasiNewton(certify=True)": CausalQuasiNewton(certify=True),
     "CausalQuasiNewton(certify=True, window=10)": CausalQuasiNewton(certify=True, window=10),
 }

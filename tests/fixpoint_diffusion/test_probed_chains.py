@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -26,15 +25,14 @@ def chain(steps=100, eta=0.0, samples=range(2)):
     return DDIMChain(embedded("ddpm-digits"), x_T, SCHEDULE, steps=steps)
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_fewer_rounds_to_the_images_of_the_sequential_sampler(eta):
-    problem, rounds = chain(eta=eta, samples=range(6)), []
+def test_fewer_rounds_to_the_images_of_the_sequential_sampler():
+    problem, rounds = chain(steps=70, eta=1.0, samples=range(3)), []  # early rounds interpolate some of the steps
     for probes in (0, 1):
         result = sample(problem, solver=CausalQuasiNewton(window=100, probes=probes), rtol=1e-3)
         assert result.solution.converged.all()
         torch.testing.assert_close(result.images, problem.sequential(trajectory=False), rtol=0, atol=5e-3)
         rounds.append(int(result.solution.evals.sum()))
-    assert rounds[1] <= rounds[0] - 6  # one each, in the mean
+    assert rounds[1] <= rounds[0] - 3  # one each, in the mean
 
 
 def test_steps_that_are_interpolated_are_not_probed():
@@ -45,9 +43,10 @@ def test_steps_that_are_interpolated_are_not_probed():
 
 
 def test_a_sample_is_probed_as_if_it_were_alone():
-    both = sample(chain(), solver=CausalQuasiNewton(window=100, probes=1), rtol=1e-3)
+    both = sample(chain(steps=70), solver=CausalQuasiNewton(window=70, probes=1), rtol=1e-3)
     for k in range(2):
-        alone = sample(chain(samples=range(k, k + 1)), solver=CausalQuasiNewton(window=100, probes=1), rtol=1e-3)
+        one = chain(steps=70, samples=range(k, k + 1))
+        alone = sample(one, solver=CausalQuasiNewton(window=70, probes=1), rtol=1e-3)
         assert alone.solution.evals.item() == both.solution.evals[k]
         torch.testing.assert_close(alone.images[0], both.images[k], rtol=0, atol=1e-4)
 
