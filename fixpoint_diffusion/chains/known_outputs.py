@@ -63,8 +63,8 @@ def known_neighbours(sample: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     A stretch is a sample ``(M,)`` with ascending steps ``(M,)``.
 
     Example:
-        >>> known_neighbours(torch.tensor([0, 0, 0, 1]), torch.tensor([2, 4, 6, 2]))
-        (tensor([0, 0, 2, 3]), tensor([0, 2, 2, 3]))
+        >>> known_neighbours(torch.tensor([0, 0, 0, 0, 1]), torch.tensor([2, 4, 6, 2, 6]))
+        (tensor([0, 0, 2, 3, 4]), tensor([0, 2, 2, 3, 4]))
     """
     number = torch.arange(len(sample), device=sample.device)
     before, after = (number - 1).clamp(min=0), (number + 1).clamp(max=len(sample) - 1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch.autograd.functional import jacobian
@@ -9,6 +12,7 @@ from torch.autograd.functional import jacobian
 import fixpoint
 from fixpoint import CausalQuasiNewton
 from fixpoint.chains.probes import Probes, beside, slopes
+from fixpoint.chains.run import evaluate_some
 from tests.fixpoint.chains import Counted
 
 T = 200
@@ -30,7 +34,7 @@ def directions(count, rows, dim):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
 def test_slopes_of_entries_that_do_not_mix_are_their_derivatives(dtype, size):
     x = (size * torch.linspace(0.5, 2, 6).reshape(2, 3)).to(dtype)
     moved = beside(x, directions(1, 2, 3))
@@ -54,6 +58,23 @@ def test_states_of_no_size_are_moved_all_the_same():
     moved = beside(x, directions(1, 2, 3))
     assert bool((moved != 0).all())
     torch.testing.assert_close(slopes(x, x.sin(), moved, moved.sin()), torch.ones(2, 3), rtol=1e-3, atol=0)
+
+
+def test_interpolated_steps_have_the_slopes_of_the_last_evaluated_one():
+    class Steps:
+        may_skip = True
+
+        def probed_part(self, z, row, step, evaluated, signs):
+            assert signs.shape == (1, 3, 2)
+            return torch.zeros(len(step), 2), torch.zeros(len(step)), step[evaluated, None].expand(-1, 2).float()
+
+    run = SimpleNamespace(
+        probes=Probes(1, 6, 2, 1, torch.zeros(1)), steps=6, start=torch.zeros(1), states=torch.zeros(7, 2), nfev=0
+    )
+    run.rows = lambda: torch.zeros(1, 12)
+    found = evaluate_some(run, Steps(), np.arange(1, 6), np.array([0, 3, 4]))
+    assert found.slopes[:, 0].tolist() == [1, 1, 1, 4, 5]
+    assert run.nfev == 1
 
 
 def test_directions_change_from_step_to_step_and_from_round_to_round():

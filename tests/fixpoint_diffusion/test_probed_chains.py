@@ -26,7 +26,7 @@ def chain(steps=100, eta=0.0, samples=range(2)):
 
 
 def test_fewer_rounds_to_the_images_of_the_sequential_sampler():
-    problem, rounds = chain(steps=70, eta=1.0, samples=range(3)), []  # early rounds interpolate some of the steps
+    problem, rounds = chain(eta=1.0, samples=range(3)), []  # early rounds interpolate some of the steps
     for probes in (0, 1):
         result = sample(problem, solver=CausalQuasiNewton(window=100, probes=probes), rtol=1e-3)
         assert result.solution.converged.all()
