@@ -179,7 +179,7 @@ class OptimisedInverse:
         if isinstance(self.gradient, LinearTerm):
             linear_factor(chain)  # refuses a chain that has none
         now = self._begin(chain, x_0)
-        stop = torch.as_tensor(tolerance) ** 2 * x_0[0].numel() if self.stop is None else torch.tensor(self.stop)
+        stop = torch.as_tensor(tolerance) ** 2 * x_0.shape[1:].numel() if self.stop is None else torch.tensor(self.stop)
         stop = stop.to(x_0.device, torch.float64).expand(len(x_0))
         x_T = now.x_T.clone()
         optimiser = self.optimiser([x_T])
