@@ -308,3 +308,14 @@ def test_samples_may_be_numbers_and_batches_empty(rule: Any) -> None:
         found = invert(chain, torch.full(shape, 0.2), method=method, on_failure="ignore")
         assert found.x_T.shape == shape
         assert len(found.history) == (3 if shape == (3,) else 0)
+
+
+@pytest.mark.parametrize("rule", ["sequential", IFT(), Phantom(steps=2), LinearTerm()])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_inference_mode_changes_nothing(mixture: Callable[..., Any], rule: Any, eta: float) -> None:
+    method = OptimisedInverse(gradient=rule, optimiser=ADAM, epochs=3)
+    expected = invert(chain_of(mixture(SCHEDULE), eta=eta), IMAGES, method=method, on_failure="ignore")
+    with torch.inference_mode():
+        chain = chain_of(mixture(SCHEDULE), eta=eta)
+        found = invert(chain, IMAGES.clone(), method=method, on_failure="ignore")
+    assert torch.equal(found.x_T, expected.x_T)
