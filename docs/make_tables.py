@@ -14,7 +14,7 @@ HEAD = "| scheduler | steps of the chain | refused |\n|---|---|---|\n"
 def schedulers() -> str:
     """The table of schedulers, as Markdown."""
     lines = [
-        (names(DDIM_CLASSES), "its own, with any `eta`", ""),
+        (names(DDIM_CLASSES), "its own, with any `eta` (in diffusers, `CogVideoXDDIMScheduler` ignores it)", ""),
         (
             names(DDPM_CLASSES),
             "its own, with every `variance_type`; DDIM's for `eta` below 1",

@@ -65,8 +65,10 @@ class StepwiseInverse:
         """
         problem = InverseProblem(chain, x_0)
         best, everyone = BestSoFar(problem), torch.arange(len(x_0), device=x_0.device)
-        history = self.search(problem, everyone, tolerance, best.consider, progress=progress, callback=callback)
-        ended = Status.STOPPED if len(history) % chain.steps else Status.MAX_EVALS
+        history, stopped = self.search(
+            problem, everyone, tolerance, best.consider, progress=progress, callback=callback
+        )
+        ended = Status.STOPPED if stopped else Status.MAX_EVALS
         return best.found(torch.full((len(x_0),), int(ended), device=x_0.device), history)
 
     def search(
@@ -78,7 +80,7 @@ class StepwiseInverse:
         *,
         progress: bool = False,
         callback: Callable[[int], object] | None = None,
-    ) -> list[int]:
+    ) -> tuple[list[int], bool]:
         """Undo the steps of some samples ``(N,)``, and again, each step closer, where the sampler is still too far off.
 
         Args:
@@ -89,20 +91,20 @@ class StepwiseInverse:
             progress, callback: as of ``run``.
 
         Returns:
-            The evaluations of each step.
+            The evaluations of each step, and whether a callback stopped the search.
         """
-        asked, history = tolerance.clone(), list[int]()
+        asked, history, stopped = tolerance.clone(), list[int](), False
         for _ in range(_PASSES):
-            x, evals, met = self._undo_all(problem, samples, asked, progress=progress, callback=callback)
+            x, evals, met, stopped = self._undo_all(problem, samples, asked, progress=progress, callback=callback)
             history += evals
             error = consider(samples, x)
             # Errors of many steps may add up to more than was taken.
             again = met & (error > tolerance[samples]) & torch.isfinite(error)
-            if len(evals) < problem.steps or not bool(again.any()):
+            if stopped or not bool(again.any()):
                 break
             samples = samples[again]
             asked[samples] *= tolerance[samples] / (2 * error[again])
-        return history
+        return history, stopped
 
     def _undo_all(
         self,
@@ -112,14 +114,14 @@ class StepwiseInverse:
         *,
         progress: bool = False,
         callback: Callable[[int], object] | None = None,
-    ) -> tuple[Tensor, list[int], Tensor]:
+    ) -> tuple[Tensor, list[int], Tensor, bool]:
         """Undo the steps of some samples ``(N,)``.
 
         Returns:
-            x_T as coordinates ``(N, D)``, the evaluations of each step, and whether all steps of a sample ``(N,)`` were
-            undone as closely as asked.
+            x_T as coordinates ``(N, D)``, the evaluations of each step, whether all steps of a sample ``(N,)`` were
+            undone as closely as asked, and whether the callback stopped it, be it at the last step.
         """
-        x, history = problem.x_0[samples], list[int]()
+        x, history, stopped = problem.x_0[samples], list[int](), False
         met = torch.ones(len(samples), dtype=torch.bool, device=x.device)
         # Errors of T steps, taken to be independent, add up to half of the tolerance.
         allowed = tolerance[samples] * math.sqrt(x.shape[1] / problem.steps) / 2
@@ -128,10 +130,11 @@ class StepwiseInverse:
             undone = self.undo(problem, samples, k, x, allowed)
             x, met = undone.value, met & undone.converged
             history.append(undone.nfev)
-            if callback is not None and callback(undone.nfev):
+            stopped = callback is not None and bool(callback(undone.nfev))
+            if stopped:
                 x = problem.guess(x, k)[:, 0] if k else x
                 break
-        return x, history, met
+        return x, history, met, stopped
 
     def undo(self, problem: InverseProblem, samples: Tensor, k: int, after: Tensor, allowed: Tensor) -> Solution:
         """Solve for the latents ``(N, D)`` before step k that lead to ``after``.

@@ -48,7 +48,8 @@ def scheduler_transitions(
     Args:
         scheduler: one that :func:`check_scheduler` lets pass, after its ``set_timesteps``.
         part: which of its timesteps the loop walks.
-        eta, use_clipped_model_output: what DDIM's ``step`` would be given; the others take neither.
+        eta, use_clipped_model_output: what DDIM's ``step`` would be given; the others take neither, or make no use of
+            it.
 
     Raises:
         ValueError: timesteps outside the schedule, or as ``Transitions.between`` and ``solver_transitions``.
@@ -61,7 +62,7 @@ def scheduler_transitions(
     transitions = replace(config, schedule=schedule).transitions(
         scheduler.num_inference_steps or len(scheduler.timesteps),
         timesteps=scheduler.timesteps,
-        eta=None if config.is_ddpm else eta,
+        eta=None if config.is_ddpm else _used(config, eta),
         noise_from_clipped=use_clipped_model_output,
     )
     return transitions.part(part)
@@ -97,7 +98,7 @@ def scheduler_noise(
             dtype = torch.float32
         noisy = bool(sde) or type(scheduler).__name__ == "EulerAncestralDiscreteScheduler"
     else:
-        noisy = eta > 0
+        noisy = _used(config, eta) > 0
         if config.variance_type in ("learned", "learned_range"):
             shape = (shape[0], shape[1] // 2, *shape[2:])
     if config is not None and config.is_ddpm:
@@ -110,3 +111,8 @@ def scheduler_noise(
     for k in drawn.nonzero().flatten().tolist():
         noise[:, k] = randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
     return noise
+
+
+def _used(config: SamplerConfig, eta: float) -> float:
+    """The eta that the scheduler's ``step`` makes use of: CogVideoX's takes one, and has no code for it."""
+    return 0.0 if config.class_name == "CogVideoXDDIMScheduler" else eta

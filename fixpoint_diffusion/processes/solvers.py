@@ -130,6 +130,8 @@ def solver_transitions(
         kind = prediction_type
     if flow and kind == "v_prediction":
         raise refusal(name, "prediction_type", kind, "flow_prediction, along a flow")
+    if kind == "flow_prediction" and not flow:
+        raise refusal(name, "prediction_type", kind, "another one, or use_flow_sigmas=True with it")
     alphas = (signal / size).square()
     own = _OWN[name](config, signal, sigmas, size, part.indices(len(scheduler.timesteps))[0])
     transitions = Transitions.between(

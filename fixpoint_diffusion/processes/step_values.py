@@ -42,7 +42,8 @@ class StepValues:
         """One coefficient of all steps, ``(T, ...)``."""
         here = x.device, x.dtype
         if here not in self._copies:
-            self._copies[here] = {each: value.to(x.device, x.dtype) for each, value in self._values.items()}
+            copies = {each: value.to(x.device, x.dtype) for each, value in self._values.items()}
+            self._copies[here] = {each: _for_gradients(value) for each, value in copies.items()}
         return self._copies[here][name]
 
     def at(self, name: str, x: Tensor, k: int | slice | Tensor) -> Tensor:
@@ -59,3 +60,11 @@ class StepValues:
             return chosen
         leading = 1 if isinstance(k, Tensor) else 2
         return chosen.reshape(-1, *[1] * (x.ndim - leading))
+
+
+def _for_gradients(value: Tensor) -> Tensor:
+    """The value; what was made in inference mode is copied outside of it, for later passes may want gradients."""
+    if not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        return value.clone()

@@ -88,7 +88,9 @@ class BlockMean:
     def apply(self, x: Tensor) -> Tensor:
         if x.ndim < 3 or x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise ValueError(f"blocks of {self.factor} x {self.factor} do not divide images of {tuple(x.shape[1:])}")
-        return functional.avg_pool2d(x, self.factor)
+        # As images of one channel: there is no pooling of more than two dimensions before height and width.
+        pooled = functional.avg_pool2d(x.reshape(-1, 1, *x.shape[-2:]), self.factor)
+        return pooled.reshape(*x.shape[:-2], *pooled.shape[-2:])
 
     def pinv(self, y: Tensor) -> Tensor:
         return y.repeat_interleave(self.factor, dim=-1).repeat_interleave(self.factor, dim=-2)
@@ -134,12 +136,18 @@ class Blur:
         (height, width), (h, w) = x.shape[-2:], self.kernel.shape
         if h > height or w > width:
             raise ValueError(f"a kernel of {h} x {w} is larger than images of {tuple(x.shape[1:])}")
-        padded = functional.pad(self.kernel.to(x), (0, width - w, 0, height - h))
+        padded = functional.pad(self.kernel.to(x.device, _transformed(x)), (0, width - w, 0, height - h))
         return torch.fft.rfft2(padded.roll((-(h // 2), -(w // 2)), dims=(0, 1)))
 
     @staticmethod
     def _filter(x: Tensor, spectrum: Tensor) -> Tensor:
-        return torch.fft.irfft2(torch.fft.rfft2(x) * spectrum, s=x.shape[-2:])
+        found = torch.fft.irfft2(torch.fft.rfft2(x.to(_transformed(x))) * spectrum, s=x.shape[-2:])
+        return found.to(x.dtype)
+
+
+def _transformed(x: Tensor) -> torch.dtype:
+    """In which a Fourier transform of x is taken: there is none in half precision."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @dataclass(frozen=True)

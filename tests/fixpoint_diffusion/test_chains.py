@@ -228,6 +228,21 @@ def test_gradients_reach_the_noise_and_the_parameters_and_match_the_sequential_r
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_chain_that_was_run_in_inference_mode_has_gradients_afterwards(prediction_type: str) -> None:
+    weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def gradient(chain: DDIMChain) -> Tensor:
+        return torch.autograd.grad(chain(chain.z0).sum(), weight)[0]
+
+    fresh, used = (
+        make_chain(lambda x, t: weight * torch.tanh(x), steps=5, prediction_type=prediction_type) for _ in range(2)
+    )
+    with torch.inference_mode():
+        used.sequential()
+    assert torch.equal(gradient(used), gradient(fresh))
+
+
 def test_eta_above_one_is_legal_up_to_the_largest_that_the_error_names(mixture) -> None:
     with pytest.raises(ValueError, match="largest legal eta for these timesteps is") as caught:
         make_chain(mixture(LINEAR), eta=30.0, steps=50)

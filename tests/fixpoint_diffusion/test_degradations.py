@@ -82,6 +82,27 @@ def test_block_mean_and_grey_are_means() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", DEGRADATIONS)
+def test_half_precision_is_rounded_and_nothing_else(name: str, dtype: torch.dtype) -> None:
+    degradation, x = DEGRADATIONS[name], images().to(dtype)
+    measured = degradation.apply(x)
+    assert measured.dtype == degradation.pinv(measured).dtype == dtype
+    close = {"rtol": 0.02, "atol": 0.1, "check_dtype": False}
+    torch.testing.assert_close(measured, degradation.apply(x.double()), **close)
+    torch.testing.assert_close(project(degradation, x), project(degradation, x.double()), **close)
+
+
+@pytest.mark.parametrize("degradation", [BlockMean(2), Blur(KERNEL), Grey()])
+def test_videos_are_images_side_by_side(degradation: Degradation) -> None:
+    frames = torch.stack([images(2, seed) for seed in range(3)], dim=2)  # (N, C, T, H, W)
+    found = degradation.apply(frames)
+    torch.testing.assert_close(found, torch.stack([degradation.apply(x) for x in frames.unbind(2)], dim=2))
+    torch.testing.assert_close(
+        degradation.pinv(found), torch.stack([degradation.pinv(y) for y in found.unbind(2)], dim=2)
+    )
+
+
 class Scaled:
     """A map whose 'pseudo-inverse' is wrong by a factor, or turned."""
 

@@ -137,6 +137,10 @@ def test_impossible_budgets_and_tolerances_are_refused(model: FPDM) -> None:
         adaptive_tolerance(model, noise(1, 0), SCHEDULE, budget=3, steps=4)
     with pytest.raises(ValueError, match=r"no threshold was found that spends 1\.5 iterations within 10%"):
         adaptive_tolerance(model, noise(1, 0), SCHEDULE, budget=1.5, steps=1)  # one image has whole numbers of them
+    solved = FPDM(FPDMConfig(width=16, heads=2, sample_size=4)).double()
+    solved.implicit_block.w2.weight.data.zero_()  # one iteration solves the layer, whatever the threshold
+    with pytest.raises(ValueError, match="no threshold was found that spends 100 iterations within 10%"):
+        adaptive_tolerance(solved, noise(2, 0), SCHEDULE, budget=100, steps=4)
     with pytest.raises(ValueError, match="needs atol or rtol"):
         ToTolerance(atol=-1.0, rtol=2.0)
     with pytest.raises(ValueError, match="max_iterations must be at least 1, got 0"):

@@ -482,13 +482,25 @@ def test_steps_are_undone_once_more_where_their_errors_add_up() -> None:
 
     x_0, method = images(3, 5), StepwiseInverse(solver=fixpoint.Picard())
     chain = DDIMChain(growing, torch.zeros_like(x_0), SCHEDULE, steps=100)
-    once, _, met = method._undo_all(InverseProblem(chain, x_0), torch.arange(3), torch.full((3,), 1e-3))
+    once, _, met, _ = method._undo_all(InverseProblem(chain, x_0), torch.arange(3), torch.full((3,), 1e-3))
     arrived = chain.sequential(x_T=InverseProblem(chain, x_0).latent(once))[:, -1]
     assert met.all()
     assert (rms(arrived - x_0) > 1e-3).any()  # each step is as near as it should be, and x_0 is not
     inverse = invert(chain, x_0, method=method, rtol=0, atol=1e-3)
     assert inverse.converged.all()
     assert len(inverse.history) > chain.steps
+    seen: list[int] = []
+    stopped = invert(
+        chain,
+        x_0,
+        method=method,
+        rtol=0,
+        atol=1e-3,
+        on_failure="ignore",
+        callback=lambda evals: seen.append(evals) or len(seen) == chain.steps,
+    )
+    assert len(seen) == chain.steps  # a callback is heard at the last step too
+    assert Status.STOPPED in stopped.status.tolist()
     # As a second try too.
     alone, with_it = (ParallelInverse(max_rounds=1, second_try=each) for each in (None, method))
     assert not invert(chain, x_0, method=alone, rtol=0, atol=1e-3, on_failure="ignore").converged.any()

@@ -13,7 +13,15 @@ from torch import Tensor
 
 import fixpoint
 from fixpoint import IFT, JFB, Anderson, CausalQuasiNewton, Phantom, Status
-from fixpoint_diffusion import DDIMChain, NoiseSchedule, SamplingChain, StochasticDDIMChain, initial_noise, sample
+from fixpoint_diffusion import (
+    DDIMChain,
+    NoiseSchedule,
+    SamplingChain,
+    StochasticDDIMChain,
+    initial_noise,
+    invert,
+    sample,
+)
 from fixpoint_diffusion.inversion import Descent, OptimisedInverse, ddim_encoding
 from fixpoint_diffusion.inversion.descent.gradients import LinearTerm, loss_and_gradient, part_of
 from fixpoint_diffusion.inversion.descent.settings import deq_ddim_inversion_settings
@@ -290,3 +298,24 @@ def test_what_does_not_fit_the_chain_is_refused(mixture: Callable[..., Any]) -> 
     chain = DDIMChain(lambda x, t: 0.5 * x, IMAGES, zero, steps=4, prediction_type="v_prediction", spacing="trailing")
     with pytest.raises(ValueError, match="zero terminal SNR"):
         OptimisedInverse(gradient=LinearTerm()).descend(chain, IMAGES)
+
+
+@pytest.mark.parametrize("rule", ["sequential", IFT(), Phantom(steps=2), LinearTerm()])
+def test_samples_may_be_numbers_and_batches_empty(rule: Any) -> None:
+    for shape in ((3,), (0, 3), (0,)):
+        chain = DDIMChain(lambda x, t: 0.5 * x, torch.zeros(shape), SCHEDULE, steps=5)
+        method = OptimisedInverse(gradient=rule, optimiser=ADAM, epochs=3)
+        found = invert(chain, torch.full(shape, 0.2), method=method, on_failure="ignore")
+        assert found.x_T.shape == shape
+        assert len(found.history) == (3 if shape == (3,) else 0)
+
+
+@pytest.mark.parametrize("rule", ["sequential", IFT(), Phantom(steps=2), LinearTerm()])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_inference_mode_changes_nothing(mixture: Callable[..., Any], rule: Any, eta: float) -> None:
+    method = OptimisedInverse(gradient=rule, optimiser=ADAM, epochs=3)
+    expected = invert(chain_of(mixture(SCHEDULE), eta=eta), IMAGES, method=method, on_failure="ignore")
+    with torch.inference_mode():
+        chain = chain_of(mixture(SCHEDULE), eta=eta)
+        found = invert(chain, IMAGES.clone(), method=method, on_failure="ignore")
+    assert torch.equal(found.x_T, expected.x_T)

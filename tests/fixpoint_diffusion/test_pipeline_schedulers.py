@@ -32,7 +32,7 @@ def denoiser(x: Tensor, t: Tensor) -> Tensor:
 def in_float64(scheduler: Any) -> Any:
     """The scheduler with the same levels, but arithmetic that rounds where it can be seen."""
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    if isinstance(scheduler, DDIMScheduler):
+    if hasattr(scheduler, "final_alpha_cumprod"):
         scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
     else:
         scheduler.one = scheduler.one.double()
@@ -152,6 +152,13 @@ def test_eta_above_one_is_served_as_far_as_there_is_a_variance() -> None:
     assert not bool(loop(scheduler, eta=9.0).isfinite().all())
     with pytest.raises(ValueError, match="largest legal eta"):
         scheduler_transitions(scheduler, eta=9.0)
+
+
+def test_an_eta_that_the_scheduler_ignores_is_ignored() -> None:
+    scheduler = diffusers.CogVideoXDDIMScheduler()
+    scheduler.set_timesteps(5)
+    assert_equal_to_the_loop(in_float64(scheduler), eta=0.7)
+    assert chain_of(scheduler, torch.Generator().manual_seed(0), eta=0.7).noise is None
 
 
 def test_one_generator_for_each_image_draws_what_the_loop_draws() -> None:

@@ -239,6 +239,12 @@ def test_the_denoiser_says_what_it_predicts_but_along_a_flow_the_scheduler_does(
         ),
         ("DPMSolverMultistepScheduler", {"solver_order": 4}, "solver_order=4"),
         ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "v_prediction"}, "'v_prediction'"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"prediction_type": "flow_prediction"},
+            "prediction_type='flow_prediction' cannot be honoured; expected another one, or use_flow_sigmas=True",
+        ),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "or use_flow_sigmas=True with it"),
         ("UniPCMultistepScheduler", {"predict_x0": False}, "predict_x0=False"),
         ("UniPCMultistepScheduler", {"solver_p": diffusers.DDIMScheduler()}, "solver_p=DDIMScheduler"),
     ],

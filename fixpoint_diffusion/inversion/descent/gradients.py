@@ -124,8 +124,8 @@ def loss_and_gradient(
 
 
 def _squared(difference: Tensor) -> Tensor:
-    """Squared norm of each row."""
-    return difference.flatten(1).square().sum(dim=1)
+    """Squared norm of each row; rows may be numbers."""
+    return difference.reshape(len(difference), difference.shape[1:].numel()).square().sum(dim=1)
 
 
 def linear_factor(chain: SamplingChain) -> Tensor:

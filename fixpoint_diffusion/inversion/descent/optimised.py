@@ -176,10 +176,23 @@ class OptimisedInverse:
             callback: called with the :class:`Descent` so far after every epoch; returning something true stops the run,
                 and its samples that have not ended get the status STOPPED.
         """
+        grad = torch.is_grad_enabled()
+        # What is made in inference mode has no gradient, whatever is asked; parts of it, made here, have one.
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            return self._descend(chain, x_0, tolerance, progress, callback)
+
+    def _descend(
+        self,
+        chain: SamplingChain,
+        x_0: Tensor,
+        tolerance: Tensor | float,
+        progress: bool,
+        callback: Callable[[Descent], object] | None,
+    ) -> Descent:
         if isinstance(self.gradient, LinearTerm):
             linear_factor(chain)  # refuses a chain that has none
         now = self._begin(chain, x_0)
-        stop = torch.as_tensor(tolerance) ** 2 * x_0[0].numel() if self.stop is None else torch.tensor(self.stop)
+        stop = torch.as_tensor(tolerance) ** 2 * x_0.shape[1:].numel() if self.stop is None else torch.tensor(self.stop)
         stop = stop.to(x_0.device, torch.float64).expand(len(x_0))
         x_T = now.x_T.clone()
         optimiser = self.optimiser([x_T])

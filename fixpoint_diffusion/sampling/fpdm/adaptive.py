@@ -16,6 +16,8 @@ from fixpoint_diffusion.sampling.fpdm.sampler import sample_fpdm
 _WITHIN = 0.1  # of the budget, what the probe batch may miss it by
 _AIM = 0.02  # at which the search ends early
 _PROBES = 20
+# Powers of 2 beyond these would leave float64's range. A layer that is solved exactly looks for ever smaller ones.
+_MOST_EXPONENT = 1000.0
 
 
 def adaptive_tolerance(
@@ -103,6 +105,7 @@ def threshold_for(
         else:
             exponent += stride if many is not None else -stride
             stride *= 1.5
+            exponent = min(max(exponent, -_MOST_EXPONENT), _MOST_EXPONENT)
     if missed > _WITHIN:
         raise ValueError(
             f"no threshold was found that spends {budget:g} iterations within {_WITHIN:.0%}: the nearest, "
