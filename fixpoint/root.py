@@ -212,8 +212,10 @@ class _AtRoot(Backward):
         result = run.solve()
         assert isinstance(run.solver, Rescaled)
         z = _for_gradients(run.solver, run.f, result.z)
-        # Picard stays where it is, in rules that take further steps.
-        attached, _ = self.rule.attach(dataclasses.replace(run, z0=z, depth=0, solver=Picard(), results=[]))
+        # Picard stays where it is, in rules that take further steps. A list of its own, for the outcome at depth 0 is
+        # none to hand over; what the solve has seen, such as rows that depend on one another, is known all the same.
+        at_root = dataclasses.replace(run, z0=z, depth=0, solver=Picard(), results=list(run.results))
+        attached, _ = self.rule.attach(at_root)
         return attached, result
 
 
