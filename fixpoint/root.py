@@ -212,8 +212,10 @@ class _AtRoot(Backward):
         result = run.solve()
         assert isinstance(run.solver, Rescaled)
         z = _for_gradients(run.solver, run.f, result.z)
-        # Picard stays where it is, in rules that take further steps.
-        attached, _ = self.rule.attach(dataclasses.replace(run, z0=z, depth=0, solver=Picard(), results=[]))
+        # Picard stays where it is, in rules that take further steps. A list of its own, for the outcome at depth 0 is
+        # none to hand over; what the solve has seen, such as rows that depend on one another, is known all the same.
+        at_root = dataclasses.replace(run, z0=z, depth=0, solver=Picard(), results=list(run.results))
+        attached, _ = self.rule.attach(at_root)
         return attached, result
 
 
@@ -235,17 +237,22 @@ def _for_gradients(solver: Rescaled, f: Map, z: Tensor) -> Tensor:
 
 
 class _AdjointOfX(AdjointSlot):
-    """The figures of a backward solve, in the structure of x."""
+    """The figures of a backward solve, in the structure of x; where several gradients came at once, in rows of it."""
 
-    def __init__(self, slot: AdjointSlot) -> None:
-        self._slot = slot
+    def __init__(self, slot: AdjointSlot, width: int) -> None:
+        self._slot, self._width = slot, width
 
     @property
     def solution(self) -> Solution | None:  # type: ignore[override]
         found = self._slot.solution
-        return None if found is None else dataclasses.replace(found, value=found.value.x)
+        if found is None:
+            return None
+        value = found.value
+        x = value.x if isinstance(value, _State) else value[:, : -2 * self._width]
+        return dataclasses.replace(found, value=x)
 
 
 def _of_x(solution: Solution) -> Solution:
     """The solution in the structure of x."""
-    return dataclasses.replace(solution, value=solution.value.x, _adjoint=_AdjointOfX(solution._adjoint))
+    width = 2 if solution.value.scale.is_complex() else 1
+    return dataclasses.replace(solution, value=solution.value.x, _adjoint=_AdjointOfX(solution._adjoint, width))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +17,11 @@ from fixpoint.engine.compaction import Compaction
 from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.layout import Layout
 from fixpoint.engine.loop import Map, Watcher, run_steps
+from fixpoint.engine.norms import to_host
 from fixpoint.engine.outcome import LoopResult
-from fixpoint.engine.tolerance import OnFailure, Tolerance, same_images
+from fixpoint.engine.tolerance import OnFailure, Status, Tolerance, same_images
 from fixpoint.engine.transforms import is_capturing
+from fixpoint.engine.warning import warn
 from fixpoint.solvers.base import Solver
 
 
@@ -120,11 +123,29 @@ class ForwardSolve:
     def measured(self, result: LoopResult, fz: Tensor) -> LoopResult:
         """``result`` with the figures that ``fz = f(state)`` gives, if its state was handed over unverified.
 
-        Under torch.func nobody can look at them, and they stay unknown; nor can a graph that is being compiled whole.
+        Where it was verified, there is a warning if f says something else now. Under torch.func nobody can look at
+        figures, and they stay unknown; nor can a graph that is being compiled whole.
         """
-        if not result.fixed_depth or self.transformed or torch.compiler.is_compiling():
+        if self.transformed or torch.compiler.is_compiling():
             return result
-        return result.measured(fz.detach(), self.tolerance)
+        if result.fixed_depth:
+            return result.measured(fz.detach(), self.tolerance)
+        if self._has_moved(result, fz.detach()):
+            warn(_ANOTHER_MAP, UserWarning, _ANOTHER_MAP)
+        return result
+
+    def _has_moved(self, result: LoopResult, fz: Tensor) -> bool:
+        """Whether the image of a row that met the tolerance misses it by far, now that it is recorded."""
+        figures = self.tolerance.measure(result.z, fz)
+        rounding = max(torch.finfo(fz.dtype).eps, self.tolerance.rounding)
+        with np.errstate(invalid="ignore"):
+            moved = figures.residual > _FAR * self.tolerance.limit(figures.scale) + rounding**0.5 * figures.scale
+        if not np.count_nonzero(moved):
+            return False
+        residual, scale = (to_host(x) for x in (result.residual, result.scale))
+        # Of a row that came to nothing, what is left may be rounding.
+        met = (to_host(result.status) == Status.CONVERGED) & (residual <= self.tolerance.limit(scale)) & (scale > 0)
+        return bool((moved & met).any())
 
     def recorded(
         self,
@@ -169,6 +190,14 @@ class ForwardSolve:
             return self.solver.adjoint()
         _, bound = solver.bind(self.problem, self.layout)
         return bound.adjoint() or bound
+
+
+_FAR = 10.0  # a recorded image misses the tolerance by far if it does so by this factor
+_ANOTHER_MAP = (
+    "f has another image of the solution where autograd records it than it had in the solve, so the gradient is that "
+    "of another map. Look for what depends on grad mode, such as nn.TransformerEncoder in eval mode with a padding "
+    "mask, which needs enable_nested_tensor=False, and for random numbers that are not from torch's global state."
+)
 
 
 class Backward(abc.ABC):

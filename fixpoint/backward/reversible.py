@@ -213,8 +213,9 @@ class _Transposed:
         states = list(self._forward(first, count, length))
         accuracy = torch.finfo(self._dtype).eps ** 0.5
         size = torch.stack(last).abs().amax(dim=0)
+        largest = size.amax(dim=1, keepdim=True) if size.shape[1] else size.new_zeros(len(size), 1)
         # Entries that are nothing but rounding may differ, on devices that add in another order each time.
-        if not _agree(states.pop(), last, size + accuracy * size.amax(dim=1, keepdim=True), accuracy):
+        if not _agree(states.pop(), last, size + accuracy * largest, accuracy):
             raise RuntimeError(
                 "Reversible() evaluated f again in backward and came to another state than the forward solve: f "
                 "must stay the same map between forward and backward. Look for changed parameters, buffers or modes, "

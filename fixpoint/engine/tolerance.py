@@ -88,6 +88,10 @@ class ConvergenceError(RuntimeError):
         super().__init__(message)
         self.solution = solution
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors are rebuilt from args, which is the message alone. A pool of processes hangs over one that cannot be.
+        return type(self), (*self.args, self.solution), self.__dict__
+
 
 # The same row, evaluated in the same batch or in another one, may have images that differ by so many roundings.
 ROUNDINGS = 64.0

@@ -132,7 +132,8 @@ def _statistics(solution: Solution, scales: list[Tensor], max_iter: int) -> dict
     rows = solution.evals.numel()
     nothing = solution.residual.new_empty(0, rows)
     trace = nothing if solution.trace is None else solution.trace.reshape(-1 if rows else max_iter, rows)
-    relative = trace / torch.stack(scales) if scales else trace
+    # The first image may have been computed twice, to see who draws random numbers.
+    relative = trace / torch.stack(scales[-len(trace) :]) if scales else trace
     missing = max_iter - len(trace)
     return {
         "abs_lowest": solution.residual.reshape(-1),

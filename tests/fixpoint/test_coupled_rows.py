@@ -197,6 +197,20 @@ def test_the_adjoint_of_an_f_that_couples_rows_is_solved_too(normal):
     assert solution.adjoint.converged.all()
 
 
+@pytest.mark.filterwarnings("ignore:f couples rows")
+def test_the_adjoint_of_a_root_whose_g_couples_rows_is_solved_too(normal):
+    M = torch.eye(3, dtype=D) + 0.3 * normal(3, 3, seed=5)
+    b = normal(3, 5).requires_grad_()
+    solution = fixpoint.root(lambda x, b: M @ x + 0.1 * x**3 - b, torch.full((3, 5), 0.1, dtype=D), (b,), rtol=1e-8)
+    weights = normal(3, 5, seed=1)
+    (found,) = torch.autograd.grad(solution.value, b, weights)
+    slope = torch.diag_embed(0.3 * solution.value.detach().T ** 2) + M  # of each column, which is alone
+    expected = torch.linalg.solve(slope.mT, weights.T[..., None])[..., 0].T
+    assert solution.converged.all()
+    assert solution.adjoint.converged.all()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def _chain_with_steps(coupling, seed):
     """Causal rows with jumps, in which the second may depend on the first: an f that is evaluated whole."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -114,6 +116,19 @@ def test_relative_trace_divides_by_the_norm_of_the_image(run):
     _, _, info = run("fixpoint_picard", max_iter=3, tol=0)
     z = torch.tensor([0.0, 1.0, 1.5])
     torch.testing.assert_close(info["rel_trace"], ((1 - 0.5 * z) / (0.5 * z + 1)).expand(3, 3))
+
+
+def test_an_f_that_draws_beside_another_thread_has_its_statistics():
+    solver, stop = torchdeq.solver.get_solver("fixpoint_picard"), threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    try:  # f is then evaluated once more, to see which thread has drawn
+        *_, info = solver(lambda z: 0.4 * torch.dropout(z + 1, 0.5, True), torch.zeros(3, 4), max_iter=40)
+    finally:
+        stop.set()
+        thread.join()
+    assert info["rel_trace"].shape == info["abs_trace"].shape
+    torch.testing.assert_close(info["rel_trace"][:, -1], info["rel_lowest"])
 
 
 def test_stop_modes(run):

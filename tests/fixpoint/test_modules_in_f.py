@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 import fixpoint
-from fixpoint import IFT, Broyden, FixedPointLayer, Picard
+from fixpoint import IFT, Broyden, FixedPointLayer, Neumann, Phantom, Picard
 
 D = torch.float64
 
@@ -134,3 +135,31 @@ def test_a_layer_behind_an_encoder_trains_under_autocast(rule):
 def test_without_autocast_a_state_keeps_its_dtype():
     value = fixpoint.solve(lambda z: 0.5 * z + 1, torch.zeros(2, 3, dtype=torch.bfloat16), rtol=2e-2).value
     assert value.dtype == torch.bfloat16
+
+
+class Masked(nn.Module):
+    """An encoder with a padding mask, which in eval mode leaves padding out, but only where nothing is recorded."""
+
+    def __init__(self, **options):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, **options).eval()
+
+    def forward(self, z, x, mask):
+        return 0.4 * self.encoder(z + x, src_key_padding_mask=mask)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("norm", [None, "leafwise"])
+@pytest.mark.parametrize("rule", [IFT(), Phantom(steps=2), Neumann(terms=2)], ids=repr)
+def test_an_f_that_is_another_map_where_it_is_recorded_is_noticed(rule, norm):
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mask = torch.arange(5) >= torch.tensor([5, 3, 5])[:, None]  # the second sequence is shorter
+    options = {"backward": rule, "norm": norm, "rtol": 1e-5}
+    with pytest.warns(UserWarning, match="another image of the solution where autograd records it"):
+        FixedPointLayer(Masked(), **options)(x, mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FixedPointLayer(Masked(enable_nested_tensor=False), **options)(x, mask)

@@ -289,3 +289,12 @@ def test_four_steps_pass_gradcheck(normal):
         lambda z0, A, b: fixpoint.solve(lambda z, A, b: torch.tanh(z @ A.T + b), z0, (A, b), backward=rule).value,
         (z0, A, b),
     )
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_a_state_without_entries_has_a_gradient(shape):
+    a = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    z0 = torch.zeros(shape, dtype=torch.float64)
+    value = fixpoint.solve(lambda z, a: a * z + 1, z0, (a,), backward=Reversible(steps=40)).value
+    value.sum().backward()
+    assert float(a.grad) == 0

@@ -140,6 +140,18 @@ def test_gradients_of_parameters_and_the_adjoints_figures():
     assert sol.adjoint.value.shape == x.shape
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_the_adjoints_figures_where_several_gradients_come_at_once(dtype):
+    a = torch.tensor([[2.0], [3.0]], dtype=dtype, requires_grad=True)
+    sol = fixpoint.root(lambda x, a: x**3 - a, torch.ones(2, 4, dtype=dtype), (a,), rtol=1e-10)
+    v = torch.arange(24.0, dtype=torch.float64).reshape(3, 2, 4).to(dtype)
+    (found,) = torch.autograd.grad(sol.value, a, v, is_grads_batched=True)
+    slope = 3 * sol.value.detach() ** 2
+    torch.testing.assert_close(found, (v / slope.conj()).sum(dim=2, keepdim=True), rtol=1e-6, atol=1e-9)
+    assert sol.adjoint.converged.shape == (6,)
+    assert sol.adjoint.value.shape == (6, 8 if dtype.is_complex else 4)
+
+
 def test_random_numbers_and_statistics_are_those_of_one_solve():
     """g is evaluated by one solve and nowhere beside it: one draw, one update."""
     torch.manual_seed(0)

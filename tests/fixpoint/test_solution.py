@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -57,3 +59,16 @@ def test_a_solution_is_immutable():
     sol = fixpoint.solve(halve, torch.zeros(3, 1))
     with pytest.raises(dataclasses.FrozenInstanceError):
         sol.nfev = 0
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_an_error_keeps_its_solution_on_its_way_between_processes(copier):
+    with pytest.raises(fixpoint.ConvergenceError) as caught:
+        fixpoint.solve(lambda z: 3 * z + 1, torch.zeros(2, 1), solver=Picard(), max_evals=5, on_failure="raise")
+    caught.value.add_note("in the third process")
+    error = copier(caught.value)
+    assert type(error) is fixpoint.ConvergenceError
+    assert str(error) == str(caught.value)
+    assert error.__notes__ == ["in the third process"]
+    assert torch.equal(error.solution.status, caught.value.solution.status)
+    assert error.solution.nfev == 5
