@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -36,6 +37,8 @@ def check_options(
     args: Any = (),
     solver: object = None,
     backward: object = None,
+    rtol: Any = 0.0,
+    atol: Any = 0.0,
     norm: object = None,
     max_evals: Any = 1,
     on_failure: str = "warn",
@@ -54,6 +57,8 @@ def check_options(
         raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {solver!r}")
     if backward is not None and not isinstance(backward, Backward):
         raise TypeError(f"backward must be a fixpoint.Backward such as IFT(), or None, found {backward!r}")
+    for name, limit in (("rtol", rtol), ("atol", atol)):
+        _check_limit(name, limit)
     if norm is not None and norm != "leafwise" and not callable(norm):
         raise ValueError(f'norm must be a function of a state, "leafwise" or None, found {norm!r}')
     if batch_dims is not None:
@@ -72,6 +77,16 @@ def check_options(
     if on_failure not in get_args(OnFailure):
         raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, found {on_failure!r}")
     return options
+
+
+def _check_limit(name: str, limit: Any) -> None:
+    """Raise for a tolerance that is none for any batch; those of single rows are looked at when the batch is known."""
+    if isinstance(limit, Tensor | np.ndarray):
+        return
+    if not isinstance(limit, Real) or isinstance(limit, bool):
+        raise TypeError(f"{name} must be a number or a tensor with the batch shape, found {limit!r}")
+    if not limit >= 0:
+        raise ValueError(f"{name} must be at least 0, found {limit}")
 
 
 def norm_of(problem: object) -> Callable[[Any], Tensor] | None:
@@ -113,7 +128,4 @@ def _per_row(name: str, value: Any, layout: Layout) -> float | Array:
         if tuple(found.shape) != tuple(value.shape):
             raise ValueError(f"{name} must be the same for all members of a torch.vmap, found a mapped tensor")
         return np.array(found.tolist(), dtype=np.float64).reshape(-1)  # numpy() fails under torch.func
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number or a tensor with the batch shape, found {value!r}") from None
+    return float(value)

@@ -104,6 +104,8 @@ def root(
         args=args,
         solver=solver,
         backward=backward,
+        rtol=rtol,
+        atol=atol,
         on_failure=on_failure,
         batch_dims=batch_dims,
         callback=callback,

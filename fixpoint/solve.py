@@ -112,6 +112,8 @@ def solve(
         args=args,
         solver=solver,
         backward=backward,
+        rtol=rtol,
+        atol=atol,
         norm=norm,
         max_evals=max_evals,
         on_failure=on_failure,

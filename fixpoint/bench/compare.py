@@ -20,7 +20,7 @@ from fixpoint.bench import provenance
 from fixpoint.bench.problems import CLASSICAL
 from fixpoint.bench.registry import Problem, check_keywords, find_problem, load_object
 from fixpoint.bench.results import Bars, Cell, Lines, Study, Table
-from fixpoint.engine.layout import Layout
+from fixpoint.engine.layout import Layout, leaves
 from fixpoint.engine.norms import row_norm
 from fixpoint.solution import Solution
 from fixpoint.solve import solve
@@ -80,6 +80,10 @@ def compare(
         Study: a table, the worst row's residual against evaluations, and the seconds of each solve. ``print`` shows the
         table, ``plot`` the curves.
 
+    Raises:
+        TypeError, ValueError: If z0 holds anything but tensors, or no rows; for a problem or a solver that ``solve``
+            refuses.
+
     Example:
         >>> import fixpoint
         >>> study = compare(fixpoint.load_problem("linear:dim=20"), {"Picard": fixpoint.Picard()}, rtols=[0.1])
@@ -88,6 +92,7 @@ def compare(
         >>> study.plot().get_ylabel()
         'residual ||f(z) - z||'
     """
+    _check(problem)
     solvers = {spec: make_solver(spec) for spec in DEFAULT_SOLVERS} if solvers is None else solvers
     rows = []
     series, times = {}, {}
@@ -123,6 +128,15 @@ def compare(
     )
     bars = Bars("Time until the last row ended", times, "seconds")
     return Study(name, title or name, (table, lines, bars))
+
+
+def _check(problem: Problem) -> None:
+    """Refuse what can be solved, but not shown beside others."""
+    for path, leaf in leaves(problem.z0):
+        if not isinstance(leaf, torch.Tensor):
+            raise TypeError(f"the problem's z0 must be made of tensors, found {type(leaf).__name__} at {path}")
+    if not Layout.of(problem.z0, getattr(problem, "batch_dims", None)).rows:
+        raise ValueError("the problem has no rows, so there is nothing to compare")
 
 
 @torch.no_grad()

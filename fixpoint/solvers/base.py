@@ -70,7 +70,8 @@ class Solver(abc.ABC):
     def forget(self, state: Any, rows: Tensor) -> Any:
         """``state`` without what is remembered of the rows in the mask ``rows`` ``(rows,)``; None if that cannot be.
 
-        These rows take a plain step next. It is for whoever changes the map of a row on the way, as ``root`` does.
+        No earlier step has part in the next one of these rows. It is for whoever changes the map of a row on the way,
+        as ``root`` does.
         """
         return None
 

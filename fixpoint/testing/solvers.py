@@ -123,6 +123,26 @@ class SolverContract(OptionsContract):
             self._check_same_rows(whole, solution, [0, 1, 3, 4])
             assert bool(torch.isfinite(solution.value).all()), f"a row of rate {rate} and size {size} ends non-finite"
 
+    def test_no_earlier_step_has_part_in_that_of_a_row_that_is_forgotten(self) -> None:
+        f, rows = self._maps(rate=0.9, bent=True), torch.tensor([True, False, False, True], device=self.device)
+        z = list(self._iterates(f, 5))[-1]
+        found = []
+        for start in (f.z0, f.z0 + 1):
+            at, state = start, self.solver.init(start)
+            for _ in range(5):
+                at, state = self.solver.step(at, f(at), state)
+            forgotten = self.solver.forget(state, rows)
+            if forgotten is None:  # it cannot
+                return
+            proposal = self.solver.step(z, f(z), forgotten)[0]
+            assert_close(proposal[~rows], self.solver.step(z, f(z), state)[0][~rows], rtol=1e-9, atol=1e-10)
+            found.append(proposal[rows])
+        assert_close(*found, rtol=1e-9, atol=1e-10, msg=lambda text: f"forget() does not: {text}")
+
+    def test_a_plain_step_stays_at_a_fixed_point(self) -> None:
+        solved = self._solve(self._maps()).value
+        assert_close(self.solver.plain(solved), solved, rtol=0, atol=0)
+
     def test_rows_that_are_solved_get_finite_proposals(self) -> None:
         f = self._maps()
         solved_from = torch.tensor([0, 1, 4, 99], device=self.device)[:, None]

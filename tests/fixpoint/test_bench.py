@@ -156,6 +156,20 @@ def test_the_comparison_uses_the_norm_and_batch_dims_of_the_problem():
     assert study.blocks[1].series["plain"][1][0] == 1.0  # the largest entry, not the Euclidean length
 
 
+@pytest.mark.parametrize(
+    ("z0", "error", "message"),
+    [
+        (np.zeros((2, 3)), TypeError, "must be made of tensors, found ndarray at z"),
+        ({"a": [0.0]}, TypeError, r"must be made of tensors, found float at z\['a'\]\[0\]"),
+        (torch.zeros(0, 3), ValueError, "has no rows, so there is nothing to compare"),
+    ],
+)
+def test_problems_that_cannot_be_shown_side_by_side_are_named(z0, error, message):
+    problem = types.SimpleNamespace(z0=z0)
+    with pytest.raises(error, match=message):
+        bench.compare(problem, {"plain": fixpoint.Picard()})
+
+
 def test_a_solver_that_fails_is_shown_as_not_converged():
     study = bench.compare(Halving(), {"plain": fixpoint.Picard()}, rtols=[1e-6], max_evals=2)
     assert study.main_table.rows[0][-2:] == (0, 2)

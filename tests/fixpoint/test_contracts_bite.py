@@ -119,6 +119,34 @@ class Unguarded(Sound):
 
 
 @dataclass(frozen=True)
+class ForgettingNothing(Sound):
+    """Momentum, which stays."""
+
+    def init(self, z):
+        return torch.zeros_like(z)
+
+    def step(self, z, fz, state):
+        return fz + 0.1 * state, fz - z
+
+    def forget(self, state, rows):
+        return state
+
+
+@dataclass(frozen=True)
+class ForgettingAll(ForgettingNothing):
+    """Rows lose it that nobody asked for."""
+
+    def forget(self, state, rows):
+        return torch.zeros_like(state)
+
+
+@dataclass(frozen=True)
+class PlainIsNoFixedPoint(Sound):
+    def plain(self, fz):
+        return 0.9 * fz
+
+
+@dataclass(frozen=True)
 class RememberingOnItself(Sound):
     """Momentum from the last move, whoever's it was."""
 
@@ -180,6 +208,8 @@ SOLVER_TESTS = {
     ),
     "test_a_row_depends_on_no_other_row": (By(rule=damped_by_the_batch), "not close"),
     "test_a_broken_huge_or_tiny_row_harms_no_other": (By(rule=adding_the_sum_of_all_rows), "not close"),
+    "test_no_earlier_step_has_part_in_that_of_a_row_that_is_forgotten": (ForgettingNothing(), "forget.. does not"),
+    "test_a_plain_step_stays_at_a_fixed_point": (PlainIsNoFixedPoint(), "not equal"),
     "test_rows_that_are_solved_get_finite_proposals": (Unguarded(), "NaN or infinity"),
     "test_what_it_is_shown_is_not_written_to": (By(rule=writing_in_place), "was overwritten"),
     "test_what_it_returns_may_be_written_to": (Shelving(), "comes back"),
@@ -335,6 +365,13 @@ def test_each_test_of_a_solver_passes_what_is_sound_and_finds_what_it_is_for(nam
     getattr(inherit(SolverContract, solver=Sound(), compiles=True), name)()
     with pytest.raises(Exception, match=message):
         getattr(inherit(SolverContract, solver=broken, compiles=True), name)()
+
+
+def test_a_solver_that_forgets_other_rows_too_is_found():
+    with pytest.raises(AssertionError, match="not close"):
+        inherit(
+            SolverContract, solver=ForgettingAll()
+        ).test_no_earlier_step_has_part_in_that_of_a_row_that_is_forgotten()
 
 
 def test_a_solver_for_affine_maps_is_shown_no_other():

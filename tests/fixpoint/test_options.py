@@ -31,6 +31,8 @@ def halve(z):
         ),
         ({"args": {"x": 1}}, TypeError, "args must be a tuple or list of f's further arguments, found a dict"),
         ({"rtol": "tight"}, TypeError, "rtol must be a number or a tensor with the batch shape, found 'tight'"),
+        ({"rtol": "1e-3"}, TypeError, "rtol must be a number or a tensor with the batch shape, found '1e-3'"),
+        ({"atol": True}, TypeError, "atol must be a number or a tensor with the batch shape, found True"),
         ({"atol": -1}, ValueError, "atol must be at least 0, found -1"),
         ({"rtol": float("nan")}, ValueError, "rtol must be at least 0, found nan"),
         ({"max_evals": True}, TypeError, "max_evals must be an integer, found True"),
