@@ -85,7 +85,7 @@ def _check_limit(name: str, limit: Any) -> None:
         return
     if not isinstance(limit, Real) or isinstance(limit, bool):
         raise TypeError(f"{name} must be a number or a tensor with the batch shape, found {limit!r}")
-    if not limit >= 0:
+    if not float(limit) >= 0:
         raise ValueError(f"{name} must be at least 0, found {limit}")
 
 
