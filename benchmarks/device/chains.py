@@ -48,29 +48,35 @@ class Cell:
     batch: int
     eta: float
     max_rows: int | None = None
+    probes: int = 0
 
     def __str__(self) -> str:
-        budget = f", max_rows={self.max_rows}" if self.max_rows else ""
-        return f"{self.network} {self.dtype} T={self.steps} batch={self.batch} eta={self.eta:g}{budget}"
+        options = "".join(f", {name}={getattr(self, name)}" for name in ("max_rows", "probes") if getattr(self, name))
+        return f"{self.network} {self.dtype} T={self.steps} batch={self.batch} eta={self.eta:g}{options}"
 
 
 NETWORKS = ("trained", "transformer", "digits", "unet")
 
 
 def cells(rehearse: bool) -> list[Cell]:
-    """In order of worth: one sample before eight, bfloat16 before float32, long before short."""
+    """In order of worth: one sample before eight, bfloat16 before float32, long before short; variants come last."""
     if rehearse:
         some = [Cell(network=name, dtype="float32", steps=6, batch=1, eta=0.0) for name in NETWORKS]
         some += [Cell(network="transformer", dtype=d, steps=6, batch=2, eta=e) for d, e in product(DTYPES, (0.0, 1.0))]
+        some.append(Cell(network="transformer", dtype="float32", steps=6, batch=1, eta=0.0, probes=1))
         return [cell for cell in some if cell.dtype in ("bfloat16", "float32")]
     found = [
-        Cell(network=network, dtype=dtype, steps=steps, batch=batch, eta=eta, max_rows=rows)
+        Cell(network=network, dtype=dtype, steps=steps, batch=batch, eta=eta, max_rows=rows, probes=probes)
         for batch, dtype, eta in product((1, 8), ("bfloat16", "float32"), (0.0, 1.0))
         for steps in (1000, 100, 25)
         for network in NETWORKS
-        for rows in ((None, *BUDGETS) if (steps, batch, eta) == (1000, 1, 0.0) else (None,))
+        for rows, probes in [
+            (None, 0),
+            *([(None, 1)] if (batch, eta) == (1, 0.0) else []),
+            *([(rows, 0) for rows in BUDGETS] if (steps, batch, eta) == (1000, 1, 0.0) else []),
+        ]
     ]
-    return sorted(found, key=lambda cell: cell.max_rows is not None)
+    return sorted(found, key=lambda cell: cell.max_rows is not None or cell.probes > 0)
 
 
 class Networks:
@@ -166,7 +172,7 @@ def measure(part: Part, cell: Cell, denoiser: NetworkDenoiser, networks: Network
             if (again := ordinary(part, fast)) is not None:
                 compiled, rounding = again[1], _error(again[0], reference)
     baseline = min(graphed, compiled or graphed)
-    solver = CausalQuasiNewton(max_rows=cell.max_rows)
+    solver = CausalQuasiNewton(max_rows=cell.max_rows, probes=cell.probes)
     end = time.monotonic() + _LONGEST * max(part.left, 1)
 
     def sweep(**options: Any) -> Any:

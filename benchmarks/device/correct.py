@@ -51,6 +51,7 @@ WINDOWS = {
     "rows": CausalQuasiNewton(max_rows=12),
     "one by one": CausalQuasiNewton(window=1),
     "certified": CausalQuasiNewton(certify=True),
+    "probed": CausalQuasiNewton(probes=1),
 }
 
 # Contracts of solvers and rules first. What compiles, or starts processes, is measured elsewhere.

@@ -92,7 +92,18 @@ def _overhead(document: dict[str, Any]) -> list[str]:
 
 
 def _chains(document: dict[str, Any]) -> list[str]:
-    heads = ["network", "dtype", "steps", "batch", "eta", "max_rows", "sequential_graph", "sequential_compiled", "ours"]
+    heads = [
+        "network",
+        "dtype",
+        "steps",
+        "batch",
+        "eta",
+        "max_rows",
+        "probes",
+        "sequential_graph",
+        "sequential_compiled",
+        "ours",
+    ]
     heads += ["times", "rounds", "rows_per_step", "peak_bytes", "error", "rounding"]
     return [
         "Chains: seconds; times: how many times as fast as the faster ordinary sampler; rounding: its two forms apart",
@@ -146,7 +157,7 @@ def _curves(found: dict[str, Any]) -> dict[str, Any]:
             overhead.setdefault(each["name"], []).append((each["rows"] * each["dim"], each["milliseconds"]))
     chains: dict[str, list[tuple[float, float]]] = {}
     for each in found["chains"].get("cells", []):
-        if each["max_rows"] is None and each["times"]:
+        if each["max_rows"] is None and not each["probes"] and each["times"]:
             label = f"{each['network']} {each['dtype']}, batch {each['batch']}, eta {each['eta']:g}"
             chains.setdefault(label, []).append((each["steps"], each["times"]))
     cost: dict[str, list[tuple[float, float]]] = {}

@@ -259,6 +259,9 @@ def test_cells_come_in_order_of_worth() -> None:
     }
     first = cells[0]
     assert (first.steps, first.batch, first.dtype, first.eta) == (1000, 1, "bfloat16", 0.0)
+    variants = [cell.max_rows is not None or cell.probes > 0 for cell in cells]
+    assert variants == sorted(variants)
+    assert {(c.steps, c.batch, c.eta) for c in cells if c.probes} == {(steps, 1, 0.0) for steps in (25, 100, 1000)}
 
 
 def test_what_a_test_makes_lies_on_the_device() -> None:
