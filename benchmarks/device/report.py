@@ -92,19 +92,8 @@ def _overhead(document: dict[str, Any]) -> list[str]:
 
 
 def _chains(document: dict[str, Any]) -> list[str]:
-    heads = [
-        "network",
-        "dtype",
-        "steps",
-        "batch",
-        "eta",
-        "max_rows",
-        "probes",
-        "sequential_graph",
-        "sequential_compiled",
-        "ours",
-    ]
-    heads += ["times", "rounds", "rows_per_step", "peak_bytes", "error", "rounding"]
+    heads = ["network", "dtype", "steps", "batch", "eta", "max_rows", "probes", "sequential_graph"]
+    heads += ["sequential_compiled", "ours", "times", "rounds", "rows_per_step", "peak_bytes", "error", "rounding"]
     return [
         "Chains: seconds; times: how many times as fast as the faster ordinary sampler; rounding: its two forms apart",
         *_columns(document.get("cells", []), heads),
