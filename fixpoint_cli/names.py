@@ -33,7 +33,7 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "anderson": ("memory", "damping", "ridge", "history_dtype", "blocks"),
         "broyden": ("memory", "history_dtype", "blocks"),
         "acx": ("blocks",),
-        "causal": ("memory", "window", "max_rows", "certify", "noise_rtol", "blocks"),
+        "causal": ("memory", "window", "max_rows", "certify", "noise_rtol", "probes", "blocks"),
     },
 }
 # So many names are listed in full; of more, those that are nearest.

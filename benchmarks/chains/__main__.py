@@ -1,9 +1,10 @@
 """Compare our sweep with the other parallel samplers; say which targets are met.
 
-    python -m benchmarks.chains [--only PART] [--out benchmarks/results] [--quick]
+    python -m benchmarks.chains [--only PART] [--out benchmarks/results] [--quick] [--again METHOD]
 
 Parts are ``rounds``, ``speed``, ``quality``, ``honesty``, ``mixtures``, ``modern``, ``heun``, ``noise`` and ``worth``.
-Each writes its own ``chains-PART.json`` and ``chains-PART.txt``.
+Each writes its own ``chains-PART.json`` and ``chains-PART.txt``. With ``--again``, the part ``rounds`` measures this
+method alone, and takes the others from the results that are there.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.chains import heun, honesty, mixtures, modern, noise, quality, rounds, speed, worth
 from benchmarks.chains.cases import FULL, QUICK
+from benchmarks.chains.methods import BY_NAME
 from benchmarks.solvers.report import targets_text
 from benchmarks.solvers.standings import Target
 from fixpoint.bench import provenance
@@ -23,9 +27,9 @@ from fixpoint.bench import provenance
 Part = tuple[str, dict[str, object], list[Target]]
 
 
-def run_rounds(quick: bool) -> Part:
+def run_rounds(quick: bool, earlier: dict[str, Any] | None = None, again: Sequence[str] = ()) -> Part:
     """Error against rounds and rows."""
-    outcomes, dropped = rounds.measure(QUICK if quick else FULL)
+    outcomes, dropped = rounds.measure(QUICK if quick else FULL, earlier, again)
     text = "\n\n".join([rounds.table(outcomes), rounds.dropped_text(dropped)])
     return text, rounds.as_json(outcomes, dropped), rounds.targets(outcomes)
 
@@ -106,14 +110,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=list(PARTS), help="this part; may be given again")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="short chains, few samples: a look in passing")
+    parser.add_argument("--again", action="append", choices=list(BY_NAME), help="a method; may be given again")
     options = parser.parse_args(arguments)
+    if options.again and options.only != ["rounds"]:
+        parser.error("--again is for --only rounds")
+    earlier = json.loads((options.out / "chains-rounds.json").read_text()) if options.again else None
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only or PARTS:
-        text, document, targets = PARTS[name](options.quick)
+        part = partial(run_rounds, earlier=earlier, again=options.again) if earlier else PARTS[name]
+        text, document, targets = part(options.quick)
         text = "\n\n".join(filter(None, [text, targets_text(targets)]))
         print(text, "", sep="\n", flush=True)
         (options.out / f"chains-{name}.txt").write_text(text + "\n")
         about = {"machine": provenance.machine(), "versions": provenance.versions(), "commit": provenance.commit()}
+        if earlier:
+            about["of_the_others"] = {key: earlier[key] for key in about}
         aims = [{"name": aim.name, "met": aim.met, "measured": aim.measured} for aim in targets]
         (options.out / f"chains-{name}.json").write_text(json.dumps({**about, "targets": aims, **document}) + "\n")
     return 0

@@ -69,11 +69,11 @@ def spread(figures: Sequence[float]) -> tuple[float, float]:
     return float(np.sort(figures)[len(figures) // 2]), float(max(figures))
 
 
-def run(setting: Setting) -> Iterator[Outcome]:
+def run(setting: Setting, methods: Sequence[Method] = METHODS) -> Iterator[Outcome]:
     """Every method that suits the setting, on its samples."""
     count = max(setting.samples, setting.peer_samples)
     references = images(setting, count)
-    for method in METHODS:
+    for method in methods:
         samples = setting.samples if method.ours else setting.peer_samples
         samples = min(samples, _DEAR_SAMPLES) if method.dear else samples
         if samples and _suits(method, setting):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks.chains.cases import ETAS, Setting
-from benchmarks.chains.curves import ERRORS, Outcome, noise_dropped, run, spread
+from benchmarks.chains.curves import ERRORS, Curve, Outcome, noise_dropped, run, spread
 from benchmarks.chains.methods import BY_NAME, FULL_WINDOW, PROBED, RTOL
 from benchmarks.solvers.standings import Target
 
@@ -18,6 +19,7 @@ _ROUNDS = {50: (9, 9, 10), 200: (9, 11, 13), 1000: (8, 10, 12)}
 _WORST_ROUNDS = {1000: (10, 12, 15)}
 # Rows a step with a window of 100, T = 1000.
 _ROWS = {0.0: 2.2, 1.0: 3.0}
+_SPENT = ("rounds", "rows", "seconds")
 HOW_TO_READ = """\
 Error: ||x_0 - sequential|| / ||sequential|| with the same noise.
 rounds to: batched denoiser calls until the error is at most that for good, median/worst sample; -: not in 60 rounds.
@@ -27,8 +29,15 @@ error is below 5e-4, from outside.
 """
 
 
-def measure(settings: Sequence[Setting]) -> tuple[list[Outcome], dict[str, float]]:
-    """All outcomes, and the error of ParaDiGMS without its noise for every stochastic setting."""
+def measure(
+    settings: Sequence[Setting], earlier: dict[str, Any] | None = None, again: Sequence[str] = ()
+) -> tuple[list[Outcome], dict[str, float]]:
+    """All outcomes, and the error of ParaDiGMS without its noise for every stochastic setting.
+
+    With an ``earlier`` document of results, only the methods of the names ``again`` are measured.
+    """
+    if earlier is not None:
+        return _measured_again(settings, earlier, again)
     outcomes, dropped = [], {}
     with tqdm(settings, unit="chain", mininterval=1) as bar:
         for setting in bar:
@@ -37,6 +46,28 @@ def measure(settings: Sequence[Setting]) -> tuple[list[Outcome], dict[str, float
             if setting.eta > 0 and setting.denoiser == "unet" and setting.steps <= 100:
                 dropped[setting.name] = noise_dropped(setting)
     return outcomes, dropped
+
+
+def _measured_again(
+    settings: Sequence[Setting], earlier: dict[str, Any], again: Sequence[str]
+) -> tuple[list[Outcome], dict[str, float]]:
+    found = {
+        (each["denoiser"], each["steps"], each["eta"], each["method"]): [
+            Curve(errors=[math.inf if e is None else e for e in curve["errors"]], **{k: curve[k] for k in _SPENT})
+            for curve in each["curves"]
+        ]
+        for each in earlier["outcomes"]
+    }
+    methods, outcomes = [BY_NAME[name] for name in again], []
+    for setting in tqdm(settings, unit="chain", mininterval=1):
+        fresh = {outcome.method: outcome for outcome in run(setting, methods)}
+        for name in BY_NAME:
+            curves = found.get((setting.denoiser, setting.steps, setting.eta, name))
+            if name in fresh:
+                outcomes.append(fresh[name])
+            elif curves is not None and name not in again:
+                outcomes.append(Outcome(setting, name, curves))
+    return outcomes, earlier["paradigms_without_noise"]
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

@@ -15,6 +15,7 @@ def rounds(data: Results) -> tuple[Lines, Table]:
     """The error of x_0 after every round, and the rounds to an error of 1e-3, on the embedded U-Net."""
     names = (
         "ours, full window",
+        "ours, 1 probe",
         "ours, window 100",
         "Picard",
         "Anderson, per sample",

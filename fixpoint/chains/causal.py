@@ -50,7 +50,8 @@ class CausalQuasiNewton(Solver):
     If it is not, it may take many more or not converge, but it does not pass for converged at a wrong state.
 
     Args:
-        memory: Rounds that are remembered of each step; the older a round, the less it counts.
+        memory: Rounds that are remembered of each step; the older a round, the less it counts. None: 3, or 1 where
+            steps are probed: what older rounds showed was seen farther away than a probe.
         window: Most states of a row that are worked on at a time, from the first that is not done; what the solver
             holds grows with it. None: all.
         max_rows: Most steps evaluated in a round, in all rows of the batch together; rows that find no room wait for
@@ -83,7 +84,7 @@ class CausalQuasiNewton(Solver):
         (10.0, 3)
     """
 
-    memory: int = 3
+    memory: int | None = None
     window: int | None = None
     max_rows: int | None = None
     certify: bool = False
@@ -91,13 +92,19 @@ class CausalQuasiNewton(Solver):
     probes: int = 0
 
     def __post_init__(self) -> None:
-        require_count("memory", self.memory)
+        if self.memory is not None:
+            require_count("memory", self.memory)
         require_count("probes", self.probes, 0)
         for name in ("window", "max_rows"):
             if getattr(self, name) is not None:
                 require_count(name, getattr(self, name))
         if not 0 <= self.noise_rtol < math.inf:
             raise ValueError(f"noise_rtol must be a finite number of at least 0, found {self.noise_rtol}")
+
+    @property
+    def remembered(self) -> int:
+        """Rounds that are remembered of each step."""
+        return self.memory or (1 if self.probes else 3)
 
     @property
     def room(self) -> int | None:
@@ -244,7 +251,7 @@ class CausalSweep(Solver):
         return iterate_windows(f, z, self, tolerance, max_evals=max_evals, record=record, watch=watch)
 
     def init(self, z: Tensor) -> Past:
-        return Past.empty((len(z), self.steps), self.options.memory, self.dim, self.split(z))
+        return Past.empty((len(z), self.steps), self.options.remembered, self.dim, self.split(z))
 
     def step(self, z: Tensor, fz: Tensor, state: Past) -> tuple[Tensor, Past]:
         if not self.steps:

@@ -79,7 +79,7 @@ class ChainRun:
         self.sparse = Sparse(rows, steps) if sweeper.sparse else None
         self.states = torch.cat((states.reshape(rows * steps, dim), states.new_zeros(1, dim)))
         # A window of one needs no model.
-        self.past = Past.empty((rows * self.width + 1 if self.width > 1 else 1,), options.memory, dim, states)
+        self.past = Past.empty((rows * self.width + 1 if self.width > 1 else 1,), options.remembered, dim, states)
         # How far the last state of each window has moved from its guess, and the state before that: (B, 2, D).
         self.moved = states.new_zeros(rows, 2, dim)
         # What is certified is a row: its states share atol, so that all together keep to it.

@@ -154,6 +154,11 @@ def test_certificates_hold_and_gradients_are_those_of_the_sequential_run():
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_fewer_rounds_are_remembered_of_steps_that_are_probed():
+    assert (CausalQuasiNewton().remembered, CausalQuasiNewton(probes=1).remembered) == (3, 1)
+    assert CausalQuasiNewton(memory=2, probes=1).remembered == 2
+
+
 def test_what_cannot_be_probed_is_refused():
     with pytest.raises(ValueError, match="probes must be at least 0"):
         CausalQuasiNewton(probes=-1)
