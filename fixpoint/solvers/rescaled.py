@@ -19,7 +19,7 @@ from fixpoint.engine.layout import Layout, leaves
 from fixpoint.engine.loop import LoopOptions, Map
 from fixpoint.engine.norms import Array, Meanwhile, to_host
 from fixpoint.engine.outcome import LoopResult, tensor_like
-from fixpoint.engine.tolerance import NOTHING, Figures, Status, Tolerance
+from fixpoint.engine.tolerance import NOTHING, Figures, Status, Tolerance, for_rows
 from fixpoint.solvers.base import Solver, gram_dtype
 
 # Where g(x0) is this small already, it need not fall: so many roundings of what g would be if x were 100% off.
@@ -85,7 +85,7 @@ class NaturalTolerance(Tolerance):
         Where a slope is steep enough any g is small beside it. If slopes are alike, g has fallen so far by itself: at
         x0 it was the slope times the distance, and that is at least ``_LONG`` times x.
         """
-        suspect = done & (residual > np.asarray(self.rtol) / _LONG * self.first)
+        suspect = done & (residual > for_rows(self.rtol, len(z)) / _LONG * self.first)
         if self.start is None or not np.count_nonzero(suspect):
             return suspect
         return suspect & (to_host(_is_long(z[:, : -2 * self.width], self.start, row_norms(self.start, 1))) > 0)
@@ -148,11 +148,12 @@ class Rescaled(Solver):
             return result
         status, residual = result.status.clone(), to_host(result.residual)
         hilly = to_host(steepness[:, 1] / steepness[:, 0]) > _HILLY
-        suspect = hilly & (to_host(status) == Status.CONVERGED) & (residual > tolerance.atol)
+        rtol, atol = (for_rows(limit, len(residual)) for limit in (tolerance.rtol, tolerance.atol))
+        suspect = hilly & (to_host(status) == Status.CONVERGED) & (residual > atol)
         if not suspect.any():
             return result
         spent = _CONFIRMING if result.nfev + _CONFIRMING <= max_evals else 0
-        flat = suspect & self._is_flat_somewhere(f, result, tolerance.rtol) if spent else suspect
+        flat = suspect & self._is_flat_somewhere(f, result, rtol) if spent else suspect
         index = tensor_like(status, np.flatnonzero(flat))
         status[index] = int(Status.STAGNATED)
         scale = result.scale.index_copy(0, index, result.residual[index])
@@ -174,7 +175,7 @@ class Rescaled(Solver):
         # Near enough the share of x that each component is off by, or more where the direction suits it badly.
         off = nudge * g.abs() / ((nudged - g).abs() * x.shape[1] ** 0.5)
         worst = to_host(torch.where(g == 0, 0, off).amax(dim=1))
-        return ~(worst <= np.minimum(_SLACK * np.asarray(rtol), 1))
+        return ~(worst <= np.minimum(_SLACK * rtol, 1))
 
     def adjoint(self) -> Solver | None:
         return self.solver.adjoint()
