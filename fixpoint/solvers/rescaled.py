@@ -75,15 +75,15 @@ class NaturalTolerance(Tolerance):
             # While the slope is unknown, or g has hardly fallen since x0, nothing says how good x is: 100% off.
             rounding = np.minimum(self._noise(z) * natural, _ROUNDINGS * self.first)
             known = (scale > 0) & (residual <= np.maximum(0.5 * self.first, rounding))
-            known &= ~self._has_not_fallen(z, residual, known & (residual <= self.limit(natural)))
+            known &= ~self._fell_too_little(z, residual, known & (residual <= self.limit(natural)))
             natural = np.where(known, natural, residual)
         return Figures(residual, natural, residual)
 
-    def _has_not_fallen(self, z: Tensor, residual: Array, done: Array) -> Array:
-        """Of the rows that seem to be done, those that are far from x0 and where g has fallen by too little for that.
+    def _fell_too_little(self, z: Tensor, residual: Array, done: Array) -> Array:
+        """Which of the rows ``done`` ``(rows,)`` are far from x0, though g is more than ``rtol / _LONG`` of g(x0).
 
-        Where a slope is steep enough any g is small beside it. If slopes are alike, g has fallen so far by itself: at
-        x0 it was the slope times the distance, and that is at least ``_LONG`` times x.
+        Beside a steep enough slope any g is small. Where slopes are alike, no root is lost: g(x0) is the slope times
+        the distance, which is more than ``_LONG ||x||``, and a g that is done is at most rtol of slope times ``||x||``.
         """
         suspect = done & (residual > for_rows(self.rtol, len(z)) / _LONG * self.first)
         if self.start is None or not np.count_nonzero(suspect):
