@@ -135,8 +135,9 @@ class ForwardSolve:
         return result
 
     def _has_moved(self, result: LoopResult, fz: Tensor) -> bool:
-        """Whether the image of a row that met the tolerance misses it by far, now that it is recorded."""
+        """Whether a row that met the tolerance misses it by far with ``fz``, by more than rounding can explain."""
         figures = self.tolerance.measure(result.z, fz)
+        # Recorded or not, f may take other kernels: half of its digits are enough for the same map.
         rounding = max(torch.finfo(fz.dtype).eps, self.tolerance.rounding)
         with np.errstate(invalid="ignore"):
             moved = figures.residual > _FAR * self.tolerance.limit(figures.scale) + rounding**0.5 * figures.scale
