@@ -71,7 +71,8 @@ def estimate_memory(
         MemoryEstimate: the bytes, and how many states they are.
 
     Raises:
-        TypeError, ValueError: For an option or a state that ``fixpoint.solve`` would refuse.
+        TypeError, ValueError: For an option or a state that ``fixpoint.solve`` would refuse; for ``probes`` or
+            ``noise_rtol`` of ``CausalQuasiNewton``, which need to see the chain.
         RuntimeError: If the solver reads numbers out of tensors, which those without data do not have.
 
     Example:

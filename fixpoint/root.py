@@ -67,9 +67,10 @@ def root(
         rtol, atol: A row is done when ``||g(x)|| <= atol + rtol * slope * ||x||``, where the slope is the smallest that
             g showed along the last three steps, without steps longer than a tenth of x; so ``||g(x)|| / slope`` is how
             far x is from the root, by these slopes.
-            A row is not done, other than by atol, where g is larger than at x0, or is more than 10 rtol of that and x
-            is a tenth of itself or more away from x0. Where slopes differed tenfold, two more evaluations look at each
-            component of g: one that x would have to move far for makes the row STAGNATED.
+            A row is not done, other than by atol, where g has not fallen to half of ``||g(x0)||`` (unless that is
+            rounding); nor where x has moved from x0 by more than a tenth of itself, and g is more than
+            ``10 rtol ||g(x0)||``. Where slopes differed tenfold, two more evaluations look at each component of g: one
+            that x would have to move far for makes the row STAGNATED.
             Numbers, or tensors with one for each row. What is small beside a root at zero is told from x0; where x0 is
             zero as well, give an atol.
         norm: Takes a state to one value for each row, in place of the Euclidean norm; of x and of g(x).

@@ -98,15 +98,20 @@ def check_writable(path: Path) -> None:
         raise OSError(f"cannot write to {path}: {error.strerror or error}") from error
 
 
-def check_free(folder: Path, names: Iterable[str], advice: str = "something else: choose another --out") -> None:
-    """Refuse a folder where files of these names are not those of the command that would write them.
+def check_free(folder: Path, names: Iterable[str], told: str = "something else: choose another --out") -> None:
+    """Refuse a folder that holds a file of one of these names.
+
+    Args:
+        folder: where files are to be written.
+        names: of these files.
+        told: the end of the message: whose file it is, and what to do.
 
     Raises:
-        FileExistsError: naming the first that is there, of what ``advice`` says.
+        FileExistsError: "FOLDER holds NAME of TOLD", for the first that is there.
     """
     for name in names:
         if (folder / name).exists():
-            raise FileExistsError(f"{folder} holds {name} of {advice}")
+            raise FileExistsError(f"{folder} holds {name} of {told}")
 
 
 def check_replaceable(path: Path, is_own: Callable[[Path], bool]) -> None:

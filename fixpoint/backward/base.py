@@ -24,6 +24,13 @@ from fixpoint.engine.transforms import is_capturing
 from fixpoint.engine.warning import warn
 from fixpoint.solvers.base import Solver
 
+_FAR = 10.0  # a recorded image misses the tolerance by far if it does so by this factor
+_ANOTHER_MAP = (
+    "f has another image of the solution where autograd records it than it had in the solve, so the gradient is that "
+    "of another map. Look for what depends on grad mode, such as nn.TransformerEncoder in eval mode with a padding "
+    "mask, which needs enable_nested_tensor=False, and for random numbers that are not from torch's global state."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardSolve:
@@ -135,8 +142,9 @@ class ForwardSolve:
         return result
 
     def _has_moved(self, result: LoopResult, fz: Tensor) -> bool:
-        """Whether the image of a row that met the tolerance misses it by far, now that it is recorded."""
+        """Whether a row that met the tolerance misses it by far with ``fz``, by more than rounding can explain."""
         figures = self.tolerance.measure(result.z, fz)
+        # Recorded or not, f may take other kernels: half of its digits are enough for the same map.
         rounding = max(torch.finfo(fz.dtype).eps, self.tolerance.rounding)
         with np.errstate(invalid="ignore"):
             moved = figures.residual > _FAR * self.tolerance.limit(figures.scale) + rounding**0.5 * figures.scale
@@ -190,14 +198,6 @@ class ForwardSolve:
             return self.solver.adjoint()
         _, bound = solver.bind(self.problem, self.layout)
         return bound.adjoint() or bound
-
-
-_FAR = 10.0  # a recorded image misses the tolerance by far if it does so by this factor
-_ANOTHER_MAP = (
-    "f has another image of the solution where autograd records it than it had in the solve, so the gradient is that "
-    "of another map. Look for what depends on grad mode, such as nn.TransformerEncoder in eval mode with a padding "
-    "mask, which needs enable_nested_tensor=False, and for random numbers that are not from torch's global state."
-)
 
 
 class Backward(abc.ABC):

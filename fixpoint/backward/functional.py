@@ -21,19 +21,19 @@ Gradients = TypeVar("Gradients", bound="tuple[Tensor | None, ...] | None")
 
 
 class LinearSolves(NamedTuple):
-    """How the linear equations of derivatives are solved. What suits f may not suit its transpose: a chain has a way.
+    """How the linear equations of derivatives are solved: two ways, for a chain's adjoint runs backwards.
 
     Attributes:
-        transposed: Of ``u = v + J^T u``, the adjoint.
-        along: Of ``t = J t + b``, a change in the direction of f.
+        adjoint: Solves ``u = v + J^T u``.
+        tangent: Solves ``t = J t + b``.
     """
 
-    transposed: Solve
-    along: Solve
+    adjoint: Solve
+    tangent: Solve
 
-    def of_transpose(self) -> LinearSolves:
-        """Those of the derivatives of the adjoint, whose own transpose is J again."""
-        return LinearSolves(transposed=self.along, along=self.transposed)
+    def transposed(self) -> LinearSolves:
+        """The same for derivatives of the adjoint equation, whose own adjoint has J again."""
+        return LinearSolves(adjoint=self.tangent, tangent=self.adjoint)
 
 
 def solve_functionally(
@@ -44,7 +44,7 @@ def solve_functionally(
     Args:
         f: ``f(z, *inputs)`` on rows ``(rows, dim)``.
         solve: Solves a map from a start, without gradients, on any number of rows.
-        linear: The same for the linear equations of the derivatives, those of f and those of its transpose.
+        linear: The same for the linear equations of the derivatives.
 
     Source: the derivatives are those of the implicit function theorem; see the page on gradients.
     """
@@ -83,7 +83,7 @@ def vector_jacobian_product(
         pullback = torch.func.vjp(lambda z: f(z, *inputs), z)[1]
         return v + pullback(u)[0]
 
-    u = solve_functionally(adjoint, linear.transposed, linear.of_transpose(), v, (z, v, *inputs)).z
+    u = solve_functionally(adjoint, linear.adjoint, linear.transposed(), v, (z, v, *inputs)).z
     smooth = [i for i, x in enumerate(inputs) if x.is_floating_point() or x.is_complex()]
     along, values = _in_places(f, inputs, smooth)
     pullback = torch.func.vjp(partial(along, z), *values)[1]
@@ -142,7 +142,7 @@ class _Solve(torch.autograd.Function):
 
         rest = (z, *inputs, *(tangents[5 + i] for i in moving))
         start = image(torch.zeros_like(z), *rest)
-        return solve_functionally(image, ctx.linear.along, ctx.linear, start, rest).z, *(None for _ in _FIGURES)
+        return solve_functionally(image, ctx.linear.tangent, ctx.linear, start, rest).z, *(None for _ in _FIGURES)
 
     @staticmethod
     def vmap(

@@ -80,11 +80,11 @@ class IFT(Backward):
         def adjoint(image: Map, v: Tensor) -> LoopResult:
             return self._solve(image, v, run, run.adjoint_solver(self.solver))
 
-        def along(image: Map, v: Tensor) -> LoopResult:
+        def tangent(image: Map, v: Tensor) -> LoopResult:
             solver = run.adjoint_solver(self.solver)
             return self._solve(image, v, run, None if solver is None else solver.adjoint() or solver)
 
-        linear = LinearSolves(adjoint, along)
+        linear = LinearSolves(adjoint, tangent)
         if not run.transformed:
             # The closure below lives until backward; what the solver remembered need not.
             result = replace(run.solve(), state=None)

@@ -149,7 +149,7 @@ def doubtful(run: ChainRun, rows: Array) -> Array:
     """``(R,)``: which chains, of which all is done and not exact, may amplify so much that they have to be measured."""
     if not run.doubts or not rows.size:
         return np.zeros(len(rows), dtype=bool)
-    largest = ahead(run.gains.largest(rows), run.sizes(rows), run.seen[rows], run.done[rows])
+    largest = ahead(run.gains.largest(rows), run.reference_norms(rows), run.seen[rows], run.done[rows])
     amplify = run.ahead(rows).max(axis=1, initial=0) > np.log(AMPLIFIES)
     amplify |= largest.max(axis=1, initial=0) > np.log(_LARGEST_AMPLIFY)
     return amplify & ~run.in_order[rows] & (run.error[rows] > 0).any(axis=1)

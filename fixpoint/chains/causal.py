@@ -62,16 +62,16 @@ class CausalQuasiNewton(Solver):
             at a predicted error that is larger than ``atol + rtol * ||N_k||`` by this share of the size of its noise.
             That takes fewer evaluations. Later states go on from there, those without noise too: the result is another
             sample of nearly the same law, and may differ by more than the tolerance from the sequential run.
-        probes: Each step that a round evaluates is evaluated beside its input as well, in so many random directions,
-            in the same call. They show the slope of each entry of a state, which takes the place of the problem's own.
-            That takes fewer rounds, of ``1 + probes`` times as many steps (``max_rows`` counts them): for a device
-            that a round does not fill, or where ``slopes`` are not known. 1 is mostly enough. It has no effect where
-            f must be evaluated whole, as under torch.func.
+        probes: Each step of a round is evaluated at so many further inputs, a little away from its own in random
+            directions, in the same call. They tell the slope of each entry of a state, which takes the place of the
+            chain's own ``slopes``. That takes fewer rounds, of ``1 + probes`` times as many steps (``max_rows`` counts
+            them all): for a device that a round does not fill, or where ``slopes`` are not known. More than 1 hardly
+            helps. It has no effect where f must be evaluated whole, as under torch.func.
 
     Raises:
-        TypeError, ValueError: If an option is out of range, f's state has no second dimension, ``noise_rtol`` is
-            given for a chain without noise, ``probes`` for an f that is no chain, or one of these two where gradients
-            are recorded.
+        TypeError, ValueError: If an option is out of range, or f's state has no second dimension; if the start is not
+            of its chain's shape, or a row is not a sample; if ``noise_rtol`` is given for a chain without noise,
+            ``probes`` for an f that is no chain, or one of these two where gradients are recorded.
 
     Source: generalises Eq. 10 of Pokle et al., NeurIPS 2022 (M = the linear part of the step), ParaDiGMS (Shih et al.,
     NeurIPS 2023, M = 1) and quasi-DEER (Gonzalez et al., NeurIPS 2024, M = the Jacobian's diagonal).
@@ -107,8 +107,8 @@ class CausalQuasiNewton(Solver):
         return self.memory or (1 if self.probes else 3)
 
     @property
-    def room(self) -> int | None:
-        """Most states in a round, so that they and their probes keep to ``max_rows``; None: no limit."""
+    def max_states(self) -> int | None:
+        """Most states in a round: with their probes they keep to ``max_rows``. None: no limit."""
         return None if self.max_rows is None else max(self.max_rows // (1 + self.probes), 1)
 
     def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
@@ -210,7 +210,7 @@ class CausalSweep(Solver):
         backwards: Whether row k depends on later rows, as in the adjoint of a chain.
         single_steps: Whether the map can be asked for single steps, by its method ``part``.
         sparse: Whether it can interpolate some of them, by its method ``sparse_part``.
-        fades: Whether states may fade to nothing along the row, as in the adjoint of a chain.
+        fades: Whether states may fade to nothing along the row, as the derivatives of a chain do.
     """
 
     options: CausalQuasiNewton
@@ -229,12 +229,12 @@ class CausalSweep(Solver):
         """``(T,)``: by how much the noise of its step lets a state be off."""
         return np.zeros(self.steps) if self.noise_scale is None else self.options.noise_rtol * self.noise_scale
 
-    def sizes(self, norms: Array, rounding: float) -> Array:
-        """What the tolerance of each state is relative to, ``(B, T)``, for states of these norms.
+    def reference_norms(self, norms: Array, rounding: float) -> Array:
+        """``(B, T)``: what the tolerance of each state is relative to, for states of these ``norms`` ``(B, T)``.
 
-        Of an adjoint it is no less than the rounding of all states up to it: on the way back through a chain that
-        forgets, adjoints fade without end, and to have each to so many digits would take as many rounds as steps. What
-        comes later is not known yet when a state is done, and does not count.
+        Mostly their norms. Those of an adjoint are at least ``rounding`` times the largest norm before: on the way back
+        through a chain that forgets, adjoints fade without end, and to solve each to so many digits would take as many
+        rounds as steps. What comes later does not count, for it is not known yet when a state is done.
         """
         if not self.fades or not norms.size:
             return norms
@@ -272,7 +272,7 @@ class CausalSweep(Solver):
         finite: Tensor,
         step: Tensor,
         past: Past | WindowPast,
-        shown: Tensor | None = None,
+        measured: Tensor | None = None,
     ) -> Swept:
         """Sweep along windows.
 
@@ -283,12 +283,12 @@ class CausalSweep(Solver):
             finite: ``(B, W)``, which images count; the others are the states themselves.
             step: ``(B, W)``, number of each step.
             past: of these steps.
-            shown: slopes of the entries of the states ``(B, W, D)``, if they were measured.
+            measured: slopes ``(B, W, D)`` of the entries of the states, in place of the chain's; None: the chain's.
         """
         # The model is a constant where gradients are recorded. Its own derivative is that of quotients of ever smaller
         # changes; it would not vanish as the solve converges, although its effect on the states does.
-        if shown is not None:
-            corrections = sweep(images - states, shown, SecantModel(past, inputs, images, shown, lambda x: x))
+        if measured is not None:  # of the entries themselves, so in no other basis
+            corrections = sweep(images - states, measured, SecantModel(past, inputs, images, measured, lambda x: x))
         else:
             with torch.no_grad():
                 slopes = self._slopes_at(step, inputs, images, past)

@@ -77,11 +77,12 @@ class Certificate:
     ) -> Findings:
         """Compare the images with the states.
 
-        A chain passes when the defect of each state is within ``atol + rtol * ||image||``, and so is the error that it
-        has and inherits by the problem's slopes. ``allowed`` holds atol of each state, ``(B, T)``, and rtol of each
-        chain, ``(B,)``. What the noise blurs of a defect makes another sample, and no error that is inherited. Chains
-        that went on step by step, ``in_order`` ``(R,)``, are what f makes of exact states: their defects are what it
-        rounds otherwise in another batch, and going back would change nothing.
+        A chain passes when the defect of each state is within ``atol + rtol * ||image||`` (for adjoints see
+        ``CausalSweep.reference_norms``), and so is the error that it has and inherits by the problem's slopes.
+        ``allowed`` holds atol of each state, ``(B, T)``, and rtol of each chain, ``(B,)``. What the noise blurs of a
+        defect makes another sample, and no error that is inherited. Chains that went on step by step, ``in_order``
+        ``(R,)``, are what f makes of exact states: their defects are what it rounds otherwise in another batch, and
+        going back would change nothing.
         """
         rows, steps = len(self.rows), sweeper.steps
         images = self.images.reshape(rows, steps, -1)
@@ -93,8 +94,8 @@ class Certificate:
         errors = defects + sweeper.inherited(sharp, step)
         norms = [length, *(safe_norm(x) for x in (images, errors))]
         defect, scale, error = to_host(torch.stack(norms))
-        size = sweeper.sizes(scale, torch.finfo(states.dtype).eps)
-        bound = allowed[0][self.rows] + allowed[1][self.rows, None] * size
+        reference = sweeper.reference_norms(scale, torch.finfo(states.dtype).eps)
+        bound = allowed[0][self.rows] + allowed[1][self.rows, None] * reference
         fits = defect <= bound
         good = fits & ((error <= bound) | np.reshape(in_order, (-1, 1)))
         finite = np.isfinite(defect).all(axis=1)

@@ -1,4 +1,4 @@
-"""Slopes that are measured: steps are evaluated beside their inputs too, in random directions."""
+"""Slopes that are measured: each step is evaluated at displaced inputs too, in random directions."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from torch import Tensor
 from fixpoint.engine.norms import Array, safe_norm
 from fixpoint.engine.outcome import tensor_like
 
-# How far from its input a step is evaluated: by this share of the input's root mean square. Nearer, what an inexact
-# step says would be its error; and so many roundings at least.
+# How far an input is displaced: by this share of its root mean square, and by so many roundings at least. With less,
+# the quotient of an inexact step would be mostly its error.
 _SPACING = 1e-2
 _ROUNDINGS = 16.0
-# So many directions at least, before those of a step come again.
+# At least so many directions are drawn; after them, those of a step repeat.
 _DIRECTIONS = 64
 
 
 class Probes:
-    """Random directions for chains of ``steps`` states with ``dim`` entries, other ones for each step and round.
+    """Random directions for chains of ``steps`` states with ``dim`` entries: ``count`` a step, others in each round.
 
-    Which ones a chain gets is decided by its own rounds, so that no other chain beside it changes its course.
+    A chain gets them by its own number of rounds, so its course does not depend on the other chains of the batch.
 
-    Source: M. F. Hutchinson, Communications in Statistics 18 (1989): entries of ``v * (J v)`` are those of the diagonal
-    of J in the mean, for random signs v.
+    Source: C. Bekas, E. Kokiopoulou and Y. Saad, Applied Numerical Mathematics 57 (2007), after M. F. Hutchinson's
+    estimate of a trace (1989): for random signs v, the mean of ``v * (J v)`` is the diagonal of J.
     """
 
     def __init__(self, rows: int, steps: int, dim: int, count: int, like: Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (max(steps, _DIRECTIONS), dim), generator=generator, device="cpu") * 2 - 1
-        self._signs = signs.to(like)
+        signs = torch.randint(0, 2, (count * max(steps, _DIRECTIONS), dim), generator=generator, device="cpu") * 2 - 1
+        self._signs, self._dtype = signs.to(like.device, torch.int8), like.dtype
         self._count = count
         self._rounds = np.zeros(rows, dtype=np.int64)
 
     def signs(self, row: Array, step: Array) -> Tensor:
-        """Directions ``(count, N, D)`` for steps ``(N,)`` of the chains ``row`` ``(N,)``, for one round of these."""
-        first = step + self._count * self._rounds[row]
+        """Directions ``(count, N, D)`` for the steps ``(N,)`` of the chains ``row`` ``(N,)``; each call is a round."""
+        first = self._count * (step + self._rounds[row])
         self._rounds[np.unique(row)] += 1
         number = (first + np.arange(self._count)[:, None]) % len(self._signs)
-        return self._signs[tensor_like(self._signs, number)]
+        return self._signs[tensor_like(self._signs, number)].to(self._dtype)
 
 
-def beside(x: Tensor, signs: Tensor) -> Tensor:
-    """Inputs ``(count, N, *shape)`` a little away from ``x`` ``(N, *shape)`` in the directions ``(count, N, D)``."""
+def displaced(x: Tensor, signs: Tensor) -> Tensor:
+    """Inputs ``(count, N, *shape)``: ``x`` ``(N, *shape)`` moved a little in these directions ``(count, N, D)``."""
     flat = x.flatten(1)
     size = safe_norm(flat)[:, None] / max(flat.shape[1], 1) ** 0.5
     spacing = max(_SPACING, _ROUNDINGS * torch.finfo(x.dtype).eps)
@@ -51,16 +51,18 @@ def beside(x: Tensor, signs: Tensor) -> Tensor:
 
 
 def slopes(x: Tensor, images: Tensor, moved: Tensor, moved_images: Tensor) -> Tensor:
-    """``(N, D)``: by how much each entry of the images follows its own entry of the inputs.
+    """``(N, D)``: derivative of each entry of the images by its own entry of the inputs, the mean over displacements.
+
+    Where it is not finite, 0: a displaced input may leave the domain of the step.
 
     Args:
         x, images: Inputs and their images ``(N, *shape)``.
-        moved, moved_images: Those ``beside`` them, ``(count, N, *shape)``.
+        moved, moved_images: Displaced inputs and their images, ``(count, N, *shape)``; see ``displaced``.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     by, change = (
         (after.to(wide) - before.to(wide)).reshape(*after.shape[:2], -1)
         for before, after in ((x, moved), (images, moved_images))
     )
-    shown = torch.where(by != 0, change / by, 0).mean(dim=0)
-    return torch.where(torch.isfinite(shown), shown, 0)
+    quotient = torch.where(by != 0, change / by, 0).mean(dim=0)
+    return torch.where(torch.isfinite(quotient), quotient, 0)

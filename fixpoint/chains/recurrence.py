@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fixpoint.chains.probes import beside, slopes
+from fixpoint.chains.probes import displaced, slopes
 from fixpoint.solvers.base import require_count
 
 
@@ -202,11 +202,12 @@ class OneStep:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As ``sparse_part``, with slopes ``(M, D)`` of the evaluated rows ``(M,)``, measured in the same call.
 
-        ``signs`` ``(count, M, D)``: the directions in which each is evaluated, too; if all rows are, of any chain.
+        Each is evaluated at inputs displaced by ``signs`` ``(count, M, D)`` as well. Where all rows are evaluated, the
+        chain need not be a ``SparseChain``.
         """
         x = self._inputs(z, sample, step)
         some, count = x[evaluated], len(x)
-        moved = beside(some, signs)
+        moved = displaced(some, signs)
         inputs = torch.cat((x, moved.flatten(0, 1)))
         samples, steps = (torch.cat((each, each[evaluated].repeat(len(signs)))) for each in (sample, step))
         if len(evaluated) == count:

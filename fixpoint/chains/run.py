@@ -74,7 +74,7 @@ class ChainRun:
         states = sweeper.split(z)
         rows, steps, dim = states.shape
         options = sweeper.options
-        self.width = min(options.window or steps, options.room or steps, steps)
+        self.width = min(options.window or steps, options.max_states or steps, steps)
         self.probes = Probes(rows, steps, dim, options.probes, states) if options.probes else None
         self.sparse = Sparse(rows, steps) if sweeper.sparse else None
         self.states = torch.cat((states.reshape(rows * steps, dim), states.new_zeros(1, dim)))
@@ -84,7 +84,7 @@ class ChainRun:
         self.moved = states.new_zeros(rows, 2, dim)
         # What is certified is a row: its states share atol, so that all together keep to it.
         share = max(steps, 1) ** -0.5 if options.certify else 1.0
-        # What the error of a state may be: so much, (B, T), and so many times its norm, (B,).
+        # What the error of a state may be: so much, (B, T), and so many times its reference norm, (B,).
         self.allowed = share * per_row(tolerance.atol, rows)[:, None] + sweeper.noise, per_row(tolerance.rtol, rows)
         self.done = np.zeros(rows, dtype=np.int64)  # states that are done
         self.end = np.zeros(rows, dtype=np.int64)  # states that are, or were, in the window
@@ -118,8 +118,8 @@ class ChainRun:
         return int(np.count_nonzero(self.status == ACTIVE))
 
     @property
-    def compared(self) -> Array:
-        """Rows that have converged, of an f evaluated whole: with a residual to be seen again. None without one."""
+    def to_compare(self) -> Array:
+        """Rows of an f evaluated whole that have converged: later evaluations must find the same residual."""
         measured = (self.status == Status.CONVERGED) & ~np.isnan(self.residual)
         return np.flatnonzero(measured & (not self.sweeper.single_steps))
 
@@ -151,11 +151,11 @@ class ChainRun:
 
     def ahead(self, rows: Array) -> Array:
         """Logarithm of how many times larger later states show a state's relative error, ``(R, T)``."""
-        return ahead(self.gains.of(rows), self.sizes(rows), self.seen[rows], self.done[rows])
+        return ahead(self.gains.of(rows), self.reference_norms(rows), self.seen[rows], self.done[rows])
 
-    def sizes(self, rows: Array) -> Array:
-        """``(R, T)``: what the tolerance of each state is relative to: its norm, see ``CausalSweep.sizes``."""
-        return self.sweeper.sizes(self.scale[rows], torch.finfo(self.start.dtype).eps)
+    def reference_norms(self, rows: Array) -> Array:
+        """``(R, T)``: what the tolerance of each state is relative to; see ``CausalSweep.reference_norms``."""
+        return self.sweeper.reference_norms(self.scale[rows], torch.finfo(self.start.dtype).eps)
 
     @property
     def rounding(self) -> float:
@@ -171,7 +171,7 @@ class ChainRun:
     def bound(self, rows: Array) -> Array:
         """``(R, T)``: what the error of each state may be."""
         with np.errstate(invalid="ignore"):  # norms may overflow
-            return self.allowed[0][rows] + self.allowed[1][rows, None] * self.sizes(rows)
+            return self.allowed[0][rows] + self.allowed[1][rows, None] * self.reference_norms(rows)
 
     def write(self, kept: Tensor, places: Tensor, values: Tensor) -> None:
         """Put ``values`` ``(B, W, ...)`` at their places ``(B, W)``, and wipe the scratch place."""
@@ -207,18 +207,18 @@ def evaluate(run: ChainRun, f: Map, places: Array, states: Tensor | None = None)
     else:
         every = run.sweeper.split(f(states.clone()))  # f may keep what it got
         images = every.flatten(0, 1)[tensor_like(run.start, places)]
-        if run.compared.size:
+        if run.to_compare.size:
             reopen_what_moved(run, every)
     run.nfev += 1
     return images.to(run.states.dtype)
 
 
 def reopen_what_moved(run: ChainRun, images: Tensor) -> None:
-    """Let all rows go on, and end together, if one that has converged has other images ``(B, T, D)`` than it had then.
+    """If a row that has converged has another residual by these images ``(B, T, D)``, let all rows go on.
 
-    An f that is evaluated whole may couple rows. What has converged was measured, with its residual.
+    For an f that is evaluated whole may couple rows. From then on they end together.
     """
-    rows = run.compared
+    rows = run.to_compare
     states = run.states[:-1].reshape(images.shape)[tensor_like(run.start, rows)]
     images = images[tensor_like(run.start, rows)].to(states.dtype)
     found, scale = to_host(torch.stack([safe_norm(x.flatten(1)) for x in (images - states, images)]))
@@ -231,21 +231,21 @@ def reopen_what_moved(run: ChainRun, images: Tensor) -> None:
     run.residual[rows], run.error[rows], run.done[rows] = np.nan, np.inf, 0
     run.end[rows] = run.steps if run.width == run.steps else 0
     run.moved[tensor_like(run.start, rows)] = 0
-    run.past.known[:] = False  # what is remembered came of other images
+    run.past.known[:] = False  # what is remembered is of another map of each row
 
 
 class Evaluated(NamedTuple):
-    """What a round has shown of N steps."""
+    """What an evaluation of N steps gave."""
 
     images: Tensor  # (N, D)
     missed: Tensor  # (N,): by how much interpolation would have missed them, where that is known
-    slopes: Tensor | None  # (N, D): of the entries of the states, if steps were probed
+    slopes: Tensor | None  # (N, D): of the entries of the states; None: not measured
 
 
 def evaluate_some(run: ChainRun, f: Map, places: Array, evaluated: Array) -> Evaluated:
     """Evaluate the states at these places ``(N,)``, those of the numbers ``evaluated``, and interpolate the others."""
     whole = len(evaluated) == len(places)
-    probed = run.probes is not None and getattr(f, "may_skip", False)
+    probed = run.probes is not None and getattr(f, "may_skip", False)  # torch.func leaves nothing of f but the map
     if whole and not probed:
         images = evaluate(run, f, places)
         return Evaluated(images, images.new_zeros(len(places)), None)

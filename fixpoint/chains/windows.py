@@ -60,11 +60,12 @@ def advance(run: ChainRun, f: Map, *, last: bool = False) -> None:
         follow(run, run.twin)
         return
     active = np.flatnonzero(run.status == ACTIVE)
-    unfinished = active[run.done[active] < run.steps][: run.sweeper.options.room]
+    unfinished = active[run.done[active] < run.steps][: run.sweeper.options.max_states]
     if not unfinished.size:
         certify(run, f, active)
-    elif last and run.compared.size:
-        evaluate(run, f, np.zeros(0, dtype=np.int64))  # are they still what they were, beside the others as they are?
+    elif last and run.to_compare.size:
+        # Not for its images: rows that have converged must keep their residual with the states that are handed over.
+        evaluate(run, f, np.zeros(0, dtype=np.int64))
     elif run.width == 1 or run.in_order[unfinished].all():
         take_steps(run, f, unfinished)
     else:
@@ -106,7 +107,7 @@ def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
 
 def open_windows(run: ChainRun, rows: Array) -> Windows:
     """Windows of the given rows, from the first state that is not done; new states are moved from their guesses."""
-    limit = run.sweeper.options.room
+    limit = run.sweeper.options.max_states
     width = run.width if limit is None else min(run.width, limit // len(rows))
     share = np.where(run.in_order[rows], 1, width)
     end = np.maximum(run.end[rows], np.minimum(run.done[rows] + share, run.steps))

@@ -70,8 +70,8 @@ class Solver(abc.ABC):
     def forget(self, state: Any, rows: Tensor) -> Any:
         """``state`` without what is remembered of the rows in the mask ``rows`` ``(rows,)``; None if that cannot be.
 
-        No earlier step has part in the next one of these rows. It is for whoever changes the map of a row on the way,
-        as ``root`` does.
+        The next step of these rows depends on no earlier one. It is for whoever changes the map of a row during a
+        solve, as ``root`` does.
         """
         return None
 

@@ -19,7 +19,7 @@ from fixpoint.engine.layout import Layout, leaves
 from fixpoint.engine.loop import LoopOptions, Map
 from fixpoint.engine.norms import Array, Meanwhile, to_host
 from fixpoint.engine.outcome import LoopResult, tensor_like
-from fixpoint.engine.tolerance import NOTHING, Figures, Status, Tolerance
+from fixpoint.engine.tolerance import NOTHING, Figures, Status, Tolerance, for_rows
 from fixpoint.solvers.base import Solver, gram_dtype
 
 # Where g(x0) is this small already, it need not fall: so many roundings of what g would be if x were 100% off.
@@ -75,17 +75,17 @@ class NaturalTolerance(Tolerance):
             # While the slope is unknown, or g has hardly fallen since x0, nothing says how good x is: 100% off.
             rounding = np.minimum(self._noise(z) * natural, _ROUNDINGS * self.first)
             known = (scale > 0) & (residual <= np.maximum(0.5 * self.first, rounding))
-            known &= ~self._has_not_fallen(z, residual, known & (residual <= self.limit(natural)))
+            known &= ~self._fell_too_little(z, residual, known & (residual <= self.limit(natural)))
             natural = np.where(known, natural, residual)
         return Figures(residual, natural, residual)
 
-    def _has_not_fallen(self, z: Tensor, residual: Array, done: Array) -> Array:
-        """Of the rows that seem to be done, those that are far from x0 and where g has fallen by too little for that.
+    def _fell_too_little(self, z: Tensor, residual: Array, done: Array) -> Array:
+        """Which of the rows ``done`` ``(rows,)`` are far from x0, though g is more than ``rtol / _LONG`` of g(x0).
 
-        Where a slope is steep enough any g is small beside it. If slopes are alike, g has fallen so far by itself: at
-        x0 it was the slope times the distance, and that is at least ``_LONG`` times x.
+        Beside a steep enough slope any g is small. Where slopes are alike, no root is lost: g(x0) is the slope times
+        the distance, which is more than ``_LONG ||x||``, and a g that is done is at most rtol of slope times ``||x||``.
         """
-        suspect = done & (residual > np.asarray(self.rtol) / _LONG * self.first)
+        suspect = done & (residual > for_rows(self.rtol, len(z)) / _LONG * self.first)
         if self.start is None or not np.count_nonzero(suspect):
             return suspect
         return suspect & (to_host(_is_long(z[:, : -2 * self.width], self.start, row_norms(self.start, 1))) > 0)
@@ -148,11 +148,12 @@ class Rescaled(Solver):
             return result
         status, residual = result.status.clone(), to_host(result.residual)
         hilly = to_host(steepness[:, 1] / steepness[:, 0]) > _HILLY
-        suspect = hilly & (to_host(status) == Status.CONVERGED) & (residual > tolerance.atol)
+        rtol, atol = (for_rows(limit, len(residual)) for limit in (tolerance.rtol, tolerance.atol))
+        suspect = hilly & (to_host(status) == Status.CONVERGED) & (residual > atol)
         if not suspect.any():
             return result
         spent = _CONFIRMING if result.nfev + _CONFIRMING <= max_evals else 0
-        flat = suspect & self._is_flat_somewhere(f, result, tolerance.rtol) if spent else suspect
+        flat = suspect & self._is_flat_somewhere(f, result, rtol) if spent else suspect
         index = tensor_like(status, np.flatnonzero(flat))
         status[index] = int(Status.STAGNATED)
         scale = result.scale.index_copy(0, index, result.residual[index])
@@ -174,7 +175,7 @@ class Rescaled(Solver):
         # Near enough the share of x that each component is off by, or more where the direction suits it badly.
         off = nudge * g.abs() / ((nudged - g).abs() * x.shape[1] ** 0.5)
         worst = to_host(torch.where(g == 0, 0, off).amax(dim=1))
-        return ~(worst <= np.minimum(_SLACK * np.asarray(rtol), 1))
+        return ~(worst <= np.minimum(_SLACK * rtol, 1))
 
     def adjoint(self) -> Solver | None:
         return self.solver.adjoint()

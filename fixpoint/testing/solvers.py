@@ -123,7 +123,7 @@ class SolverContract(OptionsContract):
             self._check_same_rows(whole, solution, [0, 1, 3, 4])
             assert bool(torch.isfinite(solution.value).all()), f"a row of rate {rate} and size {size} ends non-finite"
 
-    def test_no_earlier_step_has_part_in_that_of_a_row_that_is_forgotten(self) -> None:
+    def test_the_next_step_of_a_forgotten_row_needs_no_earlier_one(self) -> None:
         f, rows = self._maps(rate=0.9, bent=True), torch.tensor([True, False, False, True], device=self.device)
         z = list(self._iterates(f, 5))[-1]
         found = []
@@ -137,7 +137,9 @@ class SolverContract(OptionsContract):
             proposal = self.solver.step(z, f(z), forgotten)[0]
             assert_close(proposal[~rows], self.solver.step(z, f(z), state)[0][~rows], rtol=1e-9, atol=1e-10)
             found.append(proposal[rows])
-        assert_close(*found, rtol=1e-9, atol=1e-10, msg=lambda text: f"forget() does not: {text}")
+        assert_close(
+            *found, rtol=1e-9, atol=1e-10, msg=lambda text: f"forget() leaves something of the earlier steps: {text}"
+        )
 
     def test_a_plain_step_stays_at_a_fixed_point(self) -> None:
         solved = self._solve(self._maps()).value

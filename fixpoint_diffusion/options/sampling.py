@@ -115,7 +115,7 @@ class SamplingOptions:
     )
     probes: int | None = option(
         None,
-        "causal: evaluate each step in so many directions beside it too: fewer rounds of more rows.",
+        "causal: evaluate each step at so many displaced inputs too: fewer rounds of more rows.",
         low=1,
         high=64,
     )

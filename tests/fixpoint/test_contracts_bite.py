@@ -134,7 +134,7 @@ class ForgettingNothing(Sound):
 
 @dataclass(frozen=True)
 class ForgettingAll(ForgettingNothing):
-    """Rows lose it that nobody asked for."""
+    """Momentum, which rows lose that were not named, too."""
 
     def forget(self, state, rows):
         return torch.zeros_like(state)
@@ -208,7 +208,7 @@ SOLVER_TESTS = {
     ),
     "test_a_row_depends_on_no_other_row": (By(rule=damped_by_the_batch), "not close"),
     "test_a_broken_huge_or_tiny_row_harms_no_other": (By(rule=adding_the_sum_of_all_rows), "not close"),
-    "test_no_earlier_step_has_part_in_that_of_a_row_that_is_forgotten": (ForgettingNothing(), "forget.. does not"),
+    "test_the_next_step_of_a_forgotten_row_needs_no_earlier_one": (ForgettingNothing(), "forget.. leaves something"),
     "test_a_plain_step_stays_at_a_fixed_point": (PlainIsNoFixedPoint(), "not equal"),
     "test_rows_that_are_solved_get_finite_proposals": (Unguarded(), "NaN or infinity"),
     "test_what_it_is_shown_is_not_written_to": (By(rule=writing_in_place), "was overwritten"),
@@ -369,9 +369,7 @@ def test_each_test_of_a_solver_passes_what_is_sound_and_finds_what_it_is_for(nam
 
 def test_a_solver_that_forgets_other_rows_too_is_found():
     with pytest.raises(AssertionError, match="not close"):
-        inherit(
-            SolverContract, solver=ForgettingAll()
-        ).test_no_earlier_step_has_part_in_that_of_a_row_that_is_forgotten()
+        inherit(SolverContract, solver=ForgettingAll()).test_the_next_step_of_a_forgotten_row_needs_no_earlier_one()
 
 
 def test_a_solver_for_affine_maps_is_shown_no_other():

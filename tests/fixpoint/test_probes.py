@@ -1,4 +1,4 @@
-"""Slopes that CausalQuasiNewton measures beside each step (probes)."""
+"""Slopes that CausalQuasiNewton measures at displaced inputs of each step (probes)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd.functional import jacobian
 
 import fixpoint
 from fixpoint import CausalQuasiNewton
-from fixpoint.chains.probes import Probes, beside, slopes
+from fixpoint.chains.probes import Probes, displaced, slopes
 from fixpoint.chains.run import evaluate_some
 from tests.fixpoint.chains import Counted
 
@@ -37,7 +37,7 @@ def directions(count, rows, dim):
 @pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
 def test_slopes_of_entries_that_do_not_mix_are_their_derivatives(dtype, size):
     x = (size * torch.linspace(0.5, 2, 6).reshape(2, 3)).to(dtype)
-    moved = beside(x, directions(1, 2, 3))
+    moved = displaced(x, directions(1, 2, 3))
     assert moved.dtype == dtype
     found = slopes(x, 3 * x, moved, 3 * moved)
     roundings = torch.finfo(dtype).eps
@@ -48,14 +48,14 @@ def test_the_mean_over_directions_is_the_diagonal_of_the_jacobian():
     matrix = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = torch.ones(1, 4, dtype=torch.float64)
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 4)[:, None]  # all there are
-    moved = beside(x, signs)
+    moved = displaced(x, signs)
     expected = jacobian(lambda x: x @ matrix.T, x).reshape(4, 4).diagonal()
     torch.testing.assert_close(slopes(x, x @ matrix.T, moved, moved @ matrix.T)[0], expected)
 
 
 def test_states_of_no_size_are_moved_all_the_same():
     x = torch.zeros(2, 3)
-    moved = beside(x, directions(1, 2, 3))
+    moved = displaced(x, directions(1, 2, 3))
     assert bool((moved != 0).all())
     torch.testing.assert_close(slopes(x, x.sin(), moved, moved.sin()), torch.ones(2, 3), rtol=1e-3, atol=0)
 
@@ -75,6 +75,11 @@ def test_interpolated_steps_have_the_slopes_of_the_last_evaluated_one():
     found = evaluate_some(run, Steps(), np.arange(1, 6), np.array([0, 3, 4]))
     assert found.slopes[:, 0].tolist() == [1, 1, 1, 4, 5]
     assert run.nfev == 1
+
+
+def test_no_two_steps_of_a_round_have_a_direction_in_common():
+    signs = Probes(1, 100, 64, 3, torch.zeros(1)).signs(np.zeros(100, dtype=int), np.arange(100))
+    assert len(signs.flatten(0, 1).unique(dim=0)) == 300
 
 
 def test_directions_change_from_step_to_step_and_from_round_to_round():
@@ -126,7 +131,7 @@ def test_a_chain_takes_the_course_that_it_takes_alone():
 
 def test_a_probe_that_leaves_the_domain_of_a_step_spoils_nothing():
     x = torch.tensor([[4.0, 1.0]])
-    moved = beside(x, -torch.ones(1, 1, 2))
+    moved = displaced(x, -torch.ones(1, 1, 2))
     found = slopes(x, torch.sqrt(x - 1), moved, torch.sqrt(moved - 1))
     torch.testing.assert_close(found, torch.tensor([[0.5 * 3**-0.5, 0.0]]), rtol=1e-2, atol=0)
     chain = fixpoint.Recurrence(lambda x: torch.sqrt(x - 1) + 1, torch.ones(1, 2), steps=40)  # a step outside: NaN

@@ -436,3 +436,18 @@ def test_near_the_root_g_need_not_fall_so_far():
     for share in (1e-2, 1e-5):
         starts = torch.tensor([3, 0.5], dtype=torch.float64) * (1 + share * shifts)
         assert fixpoint.root(beale, starts, rtol=1e-6).converged.all()
+
+
+def test_rows_of_a_mapped_batch_keep_their_own_tolerances():
+    starts = 3 + torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rtol = torch.tensor([1e-2, 1e-10])
+
+    def solved(start):  # slopes differ more than tenfold, so components of g are looked at
+        g = lambda x: x**3 - torch.tensor([1e-3, 8.0], dtype=torch.float64)  # noqa: E731
+        return fixpoint.root(g, start, rtol=rtol, max_evals=400, on_failure="ignore").value
+
+    found = torch.func.vmap(solved)(starts)
+    torch.testing.assert_close(found, torch.stack([solved(start) for start in starts]))
+    error = (found - torch.tensor([0.1, 2.0], dtype=torch.float64)).abs().amax(dim=2)
+    assert (error[:, 1] < 1e-8).all()
+    assert (error[:, 0] > 1e-8).any()

@@ -1,4 +1,4 @@
-"""Sampling with probes: slopes measured beside each evaluated step, also where the others are interpolated."""
+"""Sampling with probes: slopes measured at each evaluated step, also where the others are interpolated."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_probes_are_told_the_conditioning_and_the_noise_of_their_sample():
     problem = DDIMChain(denoiser, torch.randn(3, 4), SCHEDULE, steps=10, conditioning={"label": labels})
     result = sample(problem, solver=CausalQuasiNewton(probes=1), rtol=1e-5)
     torch.testing.assert_close(result.images, problem.sequential(trajectory=False), rtol=1e-3, atol=1e-3)
-    x, t, label = next(each for each in seen if len(each[0]) == 60)  # beside them: the check of a few rows
+    x, t, label = next(each for each in seen if len(each[0]) == 60)  # other calls: the check of a few rows
     assert torch.equal(t[:30], t[30:])
     assert torch.equal(label[:30], label[30:])
     assert 0 < float((x[30:] - x[:30]).abs().max()) < 0.1

@@ -37,8 +37,8 @@ def run_ranks(folder: Path, size: int, *extra: str) -> tuple[list[int], list[Any
     return codes, [torch.load(out) if out.exists() else None for out in outs]
 
 
-@pytest.mark.parametrize("size", [3])
-def test_several_processes_find_what_one_finds_in_the_same_rounds(tmp_path: Path, size: int) -> None:
+def test_several_processes_find_what_one_finds_in_the_same_rounds(tmp_path: Path) -> None:
+    size = 3
     codes, results = run_ranks(tmp_path, size)
     assert codes == [0] * size
     alone = worker.everything(lambda denoiser: denoiser)
