@@ -43,7 +43,7 @@ class Probes:
 
 def beside(x: Tensor, signs: Tensor) -> Tensor:
     """Inputs ``(count, N, *shape)`` a little away from ``x`` ``(N, *shape)`` in the directions ``(count, N, D)``."""
-    flat = x.flatten(1)
+    flat = x.flatten(1) if x.ndim > 1 else x[:, None]
     size = safe_norm(flat)[:, None] / max(flat.shape[1], 1) ** 0.5
     spacing = max(_SPACING, _ROUNDINGS * torch.finfo(x.dtype).eps)
     moved = flat + spacing * torch.where((size > 0) & torch.isfinite(size), size, 1) * signs

@@ -175,3 +175,12 @@ def test_under_torch_func_f_is_evaluated_whole():
 
     plain = torch.func.vmap(lambda start: final(start[None])[0])(chain.start)
     torch.testing.assert_close(plain, chain.sequential()[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_states_may_be_single_numbers(window):
+    drive = torch.randn(3, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chain = fixpoint.Recurrence(lambda x, u: torch.tanh(1.2 * x + u), torch.zeros(3).double(), inputs=(drive,))
+    solution = solve(chain, probes=1, window=window)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, chain.sequential(), rtol=1e-4, atol=1e-4)
