@@ -13,8 +13,9 @@ from fixpoint.engine.outcome import tensor_like
 # step says would be its error; and so many roundings at least.
 _SPACING = 1e-2
 _ROUNDINGS = 16.0
-# So many directions at least, before those of a step come again.
+# So many directions at least, before those of a step come again; and no more than have so many entries together.
 _DIRECTIONS = 64
+_ENTRIES = 1 << 22
 
 
 class Probes:
@@ -28,8 +29,9 @@ class Probes:
 
     def __init__(self, rows: int, steps: int, dim: int, count: int, like: Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (max(steps, _DIRECTIONS), dim), generator=generator, device="cpu") * 2 - 1
-        self._signs = signs.to(like)
+        number = max(min(steps, _ENTRIES // max(dim, 1)), _DIRECTIONS)
+        signs = torch.randint(0, 2, (number, dim), generator=generator, dtype=torch.int8, device="cpu")
+        self._signs, self._dtype = signs.mul_(2).sub_(1).to(like.device), like.dtype
         self._count = count
         self._rounds = np.zeros(rows, dtype=np.int64)
 
@@ -38,7 +40,7 @@ class Probes:
         first = step + self._count * self._rounds[row]
         self._rounds[np.unique(row)] += 1
         number = (first + np.arange(self._count)[:, None]) % len(self._signs)
-        return self._signs[tensor_like(self._signs, number)]
+        return self._signs[tensor_like(self._signs, number)].to(self._dtype)
 
 
 def beside(x: Tensor, signs: Tensor) -> Tensor:

@@ -184,3 +184,13 @@ def test_states_may_be_single_numbers(window):
     solution = solve(chain, probes=1, window=window)
     assert solution.converged.all()
     torch.testing.assert_close(solution.value, chain.sequential(), rtol=1e-4, atol=1e-4)
+
+
+def test_directions_of_large_states_take_little_memory():
+    probes = Probes(1, 1000, 1 << 17, 1, torch.zeros(1))
+    kept = [each for each in vars(probes).values() if isinstance(each, torch.Tensor)]
+    assert sum(each.nbytes for each in kept) <= 1 << 24  # a state of each step would take half a gigabyte
+    signs = probes.signs(np.array([0, 0]), np.array([998, 999]))
+    assert signs.dtype == torch.float32
+    assert torch.equal(signs.abs(), torch.ones_like(signs))
+    assert not torch.equal(signs[0, 0], signs[0, 1])
