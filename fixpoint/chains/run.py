@@ -242,13 +242,18 @@ class Evaluated(NamedTuple):
     slopes: Tensor | None  # (N, D): of the entries of the states, if steps were probed
 
 
+def evaluated_whole(run: ChainRun, f: Map, places: Array) -> Evaluated:
+    """Images of the states at these places, none of them interpolated or probed."""
+    images = evaluate(run, f, places)
+    return Evaluated(images, images.new_zeros(len(places)), None)
+
+
 def evaluate_some(run: ChainRun, f: Map, places: Array, evaluated: Array) -> Evaluated:
     """Evaluate the states at these places ``(N,)``, those of the numbers ``evaluated``, and interpolate the others."""
     whole = len(evaluated) == len(places)
     probed = run.probes is not None and getattr(f, "may_skip", False)
     if whole and not probed:
-        images = evaluate(run, f, places)
-        return Evaluated(images, images.new_zeros(len(places)), None)
+        return evaluated_whole(run, f, places)
     row, step = np.divmod(places, run.steps)
     asked, slopes = [tensor_like(run.start, x) for x in (row, step, evaluated)], None
     if probed:
@@ -260,5 +265,7 @@ def evaluate_some(run: ChainRun, f: Map, places: Array, evaluated: Array) -> Eva
         slopes = slopes.to(run.states.dtype)[tensor_like(run.start, last)]
     else:
         images, missed = cast(Any, f).sparse_part(run.rows(), *asked)
+    if not cast(Any, f).may_skip:  # seen now: it drew other numbers for these rows than it will for all
+        return evaluated_whole(run, f, places)
     run.nfev += 1
     return Evaluated(images.to(run.states.dtype), missed, slopes)

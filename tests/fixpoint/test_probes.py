@@ -194,3 +194,35 @@ def test_directions_of_large_states_take_little_memory():
     assert signs.dtype == torch.float32
     assert torch.equal(signs.abs(), torch.ones_like(signs))
     assert not torch.equal(signs[0, 0], signs[0, 1])
+
+
+@pytest.mark.parametrize("probes", [0, 1])
+@pytest.mark.parametrize("window", [None, 5])
+def test_steps_that_draw_are_solved_with_the_numbers_of_the_evaluation_that_all_share(probes, window):
+    def step(x):
+        return 0.9 * torch.tanh(x + 0.1 * torch.rand(len(x), 1)) + 0.1 * torch.rand(len(x), 3)
+
+    chain = fixpoint.Recurrence(step, torch.ones(3, 3), steps=20)
+    torch.manual_seed(0)
+    random = torch.get_rng_state()
+    solution = solve(chain, probes=probes, window=window)
+    torch.set_rng_state(random)
+    assert solution.converged.all()
+    torch.testing.assert_close(chain(solution.value), solution.value, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_that_draw_are_not_interpolated():
+    class Slow(fixpoint.Recurrence):
+        def sparse_transition(self, x, sample, step, evaluated):
+            change = self.transition(x[evaluated], sample[evaluated], step[evaluated]) - x[evaluated]
+            last = torch.searchsorted(evaluated, torch.arange(len(step)), right=True) - 1
+            return x + change[last], torch.zeros(len(step))
+
+    for probes in (0, 1):
+        chain = Slow(lambda x: x + 0.02 * (torch.rand(len(x), 1) - x), torch.zeros(2, 1), steps=T)
+        torch.manual_seed(0)
+        random = torch.get_rng_state()
+        solution = solve(chain, probes=probes)
+        torch.set_rng_state(random)
+        assert solution.converged.all()
+        torch.testing.assert_close(chain(solution.value), solution.value, rtol=1e-4, atol=1e-4)
