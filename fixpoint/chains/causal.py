@@ -21,6 +21,8 @@ from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import Tolerance
 from fixpoint.solvers.base import Solver, gram_dtype, require_count
 
+_LEAST_PROBED = 4  # states of a row that are worth probing
+
 
 @dataclass(frozen=True, kw_only=True)
 class CausalQuasiNewton(Solver):
@@ -65,7 +67,7 @@ class CausalQuasiNewton(Solver):
             in the same call. They show the slope of each entry of a state, which takes the place of the problem's own.
             That takes fewer rounds, of ``1 + probes`` times as many steps (``max_rows`` counts them): for a device
             that a round does not fill, or where ``slopes`` are not known. 1 is mostly enough. It has no effect where
-            f must be evaluated whole, as under torch.func.
+            f must be evaluated whole, as under torch.func, nor where ``max_rows`` leaves a row fewer than four states.
 
     Raises:
         TypeError, ValueError: If an option is out of range, f's state has no second dimension, ``noise_rtol`` is
@@ -99,10 +101,22 @@ class CausalQuasiNewton(Solver):
         if not 0 <= self.noise_rtol < math.inf:
             raise ValueError(f"noise_rtol must be a finite number of at least 0, found {self.noise_rtol}")
 
-    @property
-    def room(self) -> int | None:
-        """Most states in a round, so that they and their probes keep to ``max_rows``; None: no limit."""
-        return None if self.max_rows is None else max(self.max_rows // (1 + self.probes), 1)
+    def share(self, rows: int, steps: int) -> int:
+        """Most states of each of so many rows in a round, so that all keep to ``max_rows``, with their probes if any.
+
+        A window of a few states has hardly a use for slopes: those of its first step play no part. It is left without
+        probes, and has more states.
+        """
+        most = min(self.window or steps, steps)
+        if self.max_rows is None or not rows:
+            return most
+        probed = self.max_rows // (rows * (1 + self.probes))
+        return min(most, probed if probed >= _LEAST_PROBED else self.max_rows // rows)
+
+    def widest(self, rows: int, steps: int) -> int:
+        """The largest ``share`` of up to so many rows: that of one, or of the fewest that have no probes."""
+        fewest = 1 if self.max_rows is None else self.max_rows // (_LEAST_PROBED * (1 + self.probes)) + 1
+        return max(self.share(each, steps) for each in (min(rows, 1), min(rows, fewest)))
 
     def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
         """For a chain, the map with single steps to be had; and the sweep over so many steps, with f's slopes."""

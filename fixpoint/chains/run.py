@@ -74,7 +74,7 @@ class ChainRun:
         states = sweeper.split(z)
         rows, steps, dim = states.shape
         options = sweeper.options
-        self.width = min(options.window or steps, options.room or steps, steps)
+        self.width = options.widest(rows, steps)
         self.probes = Probes(rows, steps, dim, options.probes, states) if options.probes else None
         self.sparse = Sparse(rows, steps) if sweeper.sparse else None
         self.states = torch.cat((states.reshape(rows * steps, dim), states.new_zeros(1, dim)))
@@ -249,9 +249,14 @@ def evaluated_whole(run: ChainRun, f: Map, places: Array) -> Evaluated:
 
 
 def evaluate_some(run: ChainRun, f: Map, places: Array, evaluated: Array) -> Evaluated:
-    """Evaluate the states at these places ``(N,)``, those of the numbers ``evaluated``, and interpolate the others."""
+    """Evaluate the states at these places ``(N,)``, those of the numbers ``evaluated``, and interpolate the others.
+
+    They are probed if there is room for that.
+    """
     whole = len(evaluated) == len(places)
+    limit, count = run.sweeper.options.max_rows, 1 + run.sweeper.options.probes
     probed = run.probes is not None and getattr(f, "may_skip", False)
+    probed = probed and (limit is None or count * len(places) <= limit)
     if whole and not probed:
         return evaluated_whole(run, f, places)
     row, step = np.divmod(places, run.steps)

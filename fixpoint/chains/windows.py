@@ -60,7 +60,7 @@ def advance(run: ChainRun, f: Map, *, last: bool = False) -> None:
         follow(run, run.twin)
         return
     active = np.flatnonzero(run.status == ACTIVE)
-    unfinished = active[run.done[active] < run.steps][: run.sweeper.options.room]
+    unfinished = active[run.done[active] < run.steps][: run.sweeper.options.max_rows]
     if not unfinished.size:
         certify(run, f, active)
     elif last and run.compared.size:
@@ -106,8 +106,7 @@ def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
 
 def open_windows(run: ChainRun, rows: Array) -> Windows:
     """Windows of the given rows, from the first state that is not done; new states are moved from their guesses."""
-    limit = run.sweeper.options.room
-    width = run.width if limit is None else min(run.width, limit // len(rows))
+    width = run.sweeper.options.share(len(rows), run.steps)
     share = np.where(run.in_order[rows], 1, width)
     end = np.maximum(run.end[rows], np.minimum(run.done[rows] + share, run.steps))
     new = end - run.end[rows]

@@ -259,8 +259,8 @@ def _with_budget(
 def _most_rounds(solver: CausalQuasiNewton, samples: int, steps: int) -> int:
     """Rounds that always do: samples take turns, are solved anew, go on step by step, and are measured in between."""
     waves = parts = 1
-    if solver.max_rows and solver.room and samples:
-        waves = math.ceil(samples / solver.room)
+    if solver.max_rows and samples:
+        waves = math.ceil(samples / solver.max_rows)
         parts = math.ceil(samples * steps / solver.max_rows)
     return 6 * waves * steps + 4 * parts
 

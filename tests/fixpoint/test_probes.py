@@ -72,6 +72,7 @@ def test_interpolated_steps_have_the_slopes_of_the_last_evaluated_one():
         probes=Probes(1, 6, 2, 1, torch.zeros(1)), steps=6, start=torch.zeros(1), states=torch.zeros(7, 2), nfev=0
     )
     run.rows = lambda: torch.zeros(1, 12)
+    run.sweeper = SimpleNamespace(options=CausalQuasiNewton(probes=1))
     found = evaluate_some(run, Steps(), np.arange(1, 6), np.array([0, 3, 4]))
     assert found.slopes[:, 0].tolist() == [1, 1, 1, 4, 5]
     assert run.nfev == 1
@@ -226,3 +227,15 @@ def test_steps_that_draw_are_not_interpolated():
         torch.set_rng_state(random)
         assert solution.converged.all()
         torch.testing.assert_close(chain(solution.value), solution.value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("options", "samples"), [({"max_rows": 8}, 8), ({"max_rows": 10}, 2), ({"window": 1}, 8)])
+def test_windows_of_a_few_states_are_left_without_probes_and_have_all_the_room(options, samples):
+    rounds, rows = [], []
+    for probes in (0, 1):
+        chain = cells(samples=samples, steps=40)
+        rounds.append(solve(chain, probes=probes, **{"max_rows": 8} | options).nfev)
+        rows.append(sum(map(len, chain.asked)))
+        assert max(map(len, chain.asked)) <= options.get("max_rows", 8)
+    assert rounds[1] <= rounds[0]
+    assert rows[1] <= 1.2 * rows[0]
