@@ -239,3 +239,13 @@ def test_windows_of_a_few_states_are_left_without_probes_and_have_all_the_room(o
         assert max(map(len, chain.asked)) <= options.get("max_rows", 8)
     assert rounds[1] <= rounds[0]
     assert rows[1] <= 1.2 * rows[0]
+
+
+@pytest.mark.parametrize("probes", [0, 1])
+def test_chains_that_go_back_keep_to_the_budget(probes):
+    start = torch.rand(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.8 + 0.1
+    chain = Counted(lambda x: 1.3 * x + 0.2 * torch.sin(5 * x), start, steps=30)
+    solution = fixpoint.solve(chain, solver=CausalQuasiNewton(max_rows=40, probes=probes), backward=None, rtol=1e-3)
+    assert solution.converged.all()
+    assert max(map(len, chain.asked)) <= 40
+    torch.testing.assert_close(solution.value, chain.sequential(), rtol=1e-3, atol=1e-3)
