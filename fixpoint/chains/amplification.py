@@ -166,7 +166,7 @@ def go_back(run: ChainRun, rows: Array, first: Array) -> None:
     run.in_order[rows] = run.sweeper.single_steps & hopeless
     inexact = np.argmax(run.error[rows] > 0, axis=1)
     run.done[rows] = np.where(run.in_order[rows], np.minimum(first, inexact), first)
-    whole = run.width == run.steps
+    whole = run.sweeper.options.widest(run.remaining, run.steps) == run.steps  # else there is no room for all states
     run.end[rows] = np.where(run.in_order[rows] | (not whole), run.done[rows], run.steps)
     if not whole and run.width > 1:  # a window of one has no past
         forgotten = rows[:, None] * run.width + np.arange(run.width)

@@ -109,7 +109,13 @@ class CausalQuasiNewton(Solver):
     @property
     def max_states(self) -> int | None:
         """Most states in a round: with their probes they keep to ``max_rows``. None: no limit."""
-        return None if self.max_rows is None else max(self.max_rows // (1 + self.probes), 1)
+        rows = 1 if self.window == 1 else 1 + self.probes  # a window of one is not probed
+        return None if self.max_rows is None else max(self.max_rows // rows, 1)
+
+    def widest(self, rows: int, steps: int) -> int:
+        """Most states of each of so many rows in a round."""
+        widest = min(self.window or steps, steps)
+        return widest if self.max_states is None else min(widest, max(self.max_states // max(rows, 1), 1))
 
     def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
         """For a chain, the map with single steps to be had; and the sweep over so many steps, with f's slopes."""

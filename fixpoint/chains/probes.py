@@ -13,8 +13,9 @@ from fixpoint.engine.outcome import tensor_like
 # the quotient of an inexact step would be mostly its error.
 _SPACING = 1e-2
 _ROUNDINGS = 16.0
-# At least so many directions are drawn; after them, those of a step repeat.
+# At least so many directions are drawn, and no more than have so many entries together; then they repeat.
 _DIRECTIONS = 64
+_ENTRIES = 1 << 22
 
 
 class Probes:
@@ -28,8 +29,9 @@ class Probes:
 
     def __init__(self, rows: int, steps: int, dim: int, count: int, like: Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (count * max(steps, _DIRECTIONS), dim), generator=generator, device="cpu") * 2 - 1
-        self._signs, self._dtype = signs.to(like.device, torch.int8), like.dtype
+        number = min(count * max(steps, _DIRECTIONS), max(_ENTRIES // max(dim, 1), _DIRECTIONS))
+        signs = torch.randint(0, 2, (number, dim), generator=generator, dtype=torch.int8, device="cpu")
+        self._signs, self._dtype = signs.mul_(2).sub_(1).to(like.device), like.dtype
         self._count = count
         self._rounds = np.zeros(rows, dtype=np.int64)
 
@@ -43,7 +45,7 @@ class Probes:
 
 def displaced(x: Tensor, signs: Tensor) -> Tensor:
     """Inputs ``(count, N, *shape)``: ``x`` ``(N, *shape)`` moved a little in these directions ``(count, N, D)``."""
-    flat = x.flatten(1)
+    flat = x.flatten(1) if x.ndim > 1 else x[:, None]
     size = safe_norm(flat)[:, None] / max(flat.shape[1], 1) ** 0.5
     spacing = max(_SPACING, _ROUNDINGS * torch.finfo(x.dtype).eps)
     moved = flat + spacing * torch.where((size > 0) & torch.isfinite(size), size, 1) * signs

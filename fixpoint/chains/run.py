@@ -74,7 +74,7 @@ class ChainRun:
         states = sweeper.split(z)
         rows, steps, dim = states.shape
         options = sweeper.options
-        self.width = min(options.window or steps, options.max_states or steps, steps)
+        self.width = options.widest(1, steps)
         self.probes = Probes(rows, steps, dim, options.probes, states) if options.probes else None
         self.sparse = Sparse(rows, steps) if sweeper.sparse else None
         self.states = torch.cat((states.reshape(rows * steps, dim), states.new_zeros(1, dim)))
@@ -260,5 +260,8 @@ def evaluate_some(run: ChainRun, f: Map, places: Array, evaluated: Array) -> Eva
         slopes = slopes.to(run.states.dtype)[tensor_like(run.start, last)]
     else:
         images, missed = cast(Any, f).sparse_part(run.rows(), *asked)
+    if not cast(Any, f).may_skip:  # seen now: it drew other numbers for these rows than it will for all
+        images = evaluate(run, f, places)
+        return Evaluated(images, images.new_zeros(len(places)), None)
     run.nfev += 1
     return Evaluated(images.to(run.states.dtype), missed, slopes)

@@ -107,8 +107,7 @@ def take_steps(run: ChainRun, f: Map, rows: Array) -> None:
 
 def open_windows(run: ChainRun, rows: Array) -> Windows:
     """Windows of the given rows, from the first state that is not done; new states are moved from their guesses."""
-    limit = run.sweeper.options.max_states
-    width = run.width if limit is None else min(run.width, limit // len(rows))
+    width = run.sweeper.options.widest(len(rows), run.steps)
     share = np.where(run.in_order[rows], 1, width)
     end = np.maximum(run.end[rows], np.minimum(run.done[rows] + share, run.steps))
     new = end - run.end[rows]

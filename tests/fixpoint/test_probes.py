@@ -185,3 +185,71 @@ def test_under_torch_func_f_is_evaluated_whole():
 
     plain = torch.func.vmap(lambda start: final(start[None])[0])(chain.start)
     torch.testing.assert_close(plain, chain.sequential()[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_states_may_be_single_numbers(window):
+    drive = torch.randn(3, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chain = fixpoint.Recurrence(lambda x, u: torch.tanh(1.2 * x + u), torch.zeros(3).double(), inputs=(drive,))
+    solution = solve(chain, probes=1, window=window)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, chain.sequential(), rtol=1e-4, atol=1e-4)
+
+
+def test_directions_of_large_states_take_little_memory():
+    probes = Probes(1, 1000, 1 << 17, 1, torch.zeros(1))
+    kept = [each for each in vars(probes).values() if isinstance(each, torch.Tensor)]
+    assert sum(each.nbytes for each in kept) <= 1 << 24  # a state of each step would take half a gigabyte
+    signs = probes.signs(np.array([0, 0]), np.array([998, 999]))
+    assert signs.dtype == torch.float32
+    assert torch.equal(signs.abs(), torch.ones_like(signs))
+    assert not torch.equal(signs[0, 0], signs[0, 1])
+
+
+@pytest.mark.parametrize("probes", [0, 1])
+@pytest.mark.parametrize("window", [None, 5])
+def test_steps_that_draw_are_solved_with_the_numbers_of_the_evaluation_that_all_share(probes, window):
+    def step(x):
+        return 0.9 * torch.tanh(x + 0.1 * torch.rand(len(x), 1)) + 0.1 * torch.rand(len(x), 3)
+
+    chain = fixpoint.Recurrence(step, torch.ones(3, 3), steps=20)
+    torch.manual_seed(0)
+    random = torch.get_rng_state()
+    solution = solve(chain, probes=probes, window=window)
+    torch.set_rng_state(random)
+    assert solution.converged.all()
+    torch.testing.assert_close(chain(solution.value), solution.value, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_that_draw_are_not_interpolated():
+    class Slow(fixpoint.Recurrence):
+        def sparse_transition(self, x, sample, step, evaluated):
+            change = self.transition(x[evaluated], sample[evaluated], step[evaluated]) - x[evaluated]
+            last = torch.searchsorted(evaluated, torch.arange(len(step)), right=True) - 1
+            return x + change[last], torch.zeros(len(step))
+
+    for probes in (0, 1):
+        chain = Slow(lambda x: x + 0.02 * (torch.rand(len(x), 1) - x), torch.zeros(2, 1), steps=T)
+        torch.manual_seed(0)
+        random = torch.get_rng_state()
+        solution = solve(chain, probes=probes)
+        torch.set_rng_state(random)
+        assert solution.converged.all()
+        torch.testing.assert_close(chain(solution.value), solution.value, rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_of_one_state_has_no_probes_and_all_the_room():
+    chain = cells(samples=8, steps=10)
+    solution = solve(chain, probes=1, window=1, max_rows=8)
+    assert solution.nfev == 10
+    assert set(map(len, chain.asked)) == {8}
+
+
+@pytest.mark.parametrize("probes", [0, 1])
+def test_chains_that_go_back_keep_to_the_budget(probes):
+    start = torch.rand(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.8 + 0.1
+    chain = Counted(lambda x: 1.3 * x + 0.2 * torch.sin(5 * x), start, steps=30)
+    solution = fixpoint.solve(chain, solver=CausalQuasiNewton(max_rows=40, probes=probes), backward=None, rtol=1e-3)
+    assert solution.converged.all()
+    assert max(map(len, chain.asked)) <= 40
+    torch.testing.assert_close(solution.value, chain.sequential(), rtol=1e-3, atol=1e-3)
