@@ -42,7 +42,10 @@ class Chain(Protocol):
         """A guess of the states after each step, ``(B, T, *shape)``."""
 
     def transition(self, x: Tensor, sample: Tensor, step: Tensor) -> Tensor:
-        """States ``(N, *shape)`` after the steps ``step`` ``(N,)`` of the samples ``sample`` ``(N,)`` from ``x``."""
+        """States ``(N, *shape)`` after the steps ``step`` ``(N,)`` of the samples ``sample`` ``(N,)`` from ``x``.
+
+        A step of a sample may come more than once in a call, from other states.
+        """
 
 
 @runtime_checkable

@@ -135,10 +135,12 @@ class ChainRun:
     def outcome(self) -> LoopResult:
         """What is known by now."""
         z, active, every = self.start, self.status == ACTIVE, np.arange(len(self.start))
+        with np.errstate(over="ignore"):
+            scale = np.sqrt(np.square(self.scale).sum(axis=1))
         return LoopResult(
             z=self.rows().clone(),
             residual=figures_like(z, self.residual),
-            scale=figures_like(z, np.sqrt(np.square(self.scale).sum(axis=1))),
+            scale=figures_like(z, scale),
             status=tensor_like(z, np.where(active, self.ended_early, self.status)),
             evals=tensor_like(z, np.where(active, self.nfev, self.evals)),
             nfev=self.nfev,
