@@ -240,7 +240,7 @@ class Evaluated(NamedTuple):
     """What an evaluation of N steps gave."""
 
     images: Tensor  # (N, D)
-    missed: Tensor  # (N,): by how much interpolation would have missed them, where that is known
+    missed: Tensor | None  # (N,): by how much interpolation would have missed them; None: nothing is interpolated
     slopes: Tensor | None  # (N, D): of the entries of the states; None: not measured
 
 
@@ -249,8 +249,7 @@ def evaluate_some(run: ChainRun, f: Map, places: Array, evaluated: Array) -> Eva
     whole = len(evaluated) == len(places)
     probed = run.probes is not None and getattr(f, "may_skip", False)  # torch.func leaves nothing of f but the map
     if whole and not probed:
-        images = evaluate(run, f, places)
-        return Evaluated(images, images.new_zeros(len(places)), None)
+        return Evaluated(evaluate(run, f, places), None, None)
     row, step = np.divmod(places, run.steps)
     asked, slopes = [tensor_like(run.start, x) for x in (row, step, evaluated)], None
     if probed:
@@ -263,7 +262,6 @@ def evaluate_some(run: ChainRun, f: Map, places: Array, evaluated: Array) -> Eva
     else:
         images, missed = cast(Any, f).sparse_part(run.rows(), *asked)
     if not cast(Any, f).may_skip:  # seen now: it drew other numbers for these rows than it will for all
-        images = evaluate(run, f, places)
-        return Evaluated(images, images.new_zeros(len(places)), None)
+        return Evaluated(evaluate(run, f, places), None, None)
     run.nfev += 1
     return Evaluated(images.to(run.states.dtype), missed, slopes)

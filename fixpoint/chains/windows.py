@@ -146,7 +146,10 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     images[at], missed, slopes = evaluate_some(run, f, asked, evaluated)
     extra = []
     if run.sparse is not None:
-        extra = [missed.new_zeros(on_host.size).index_copy(0, at, missed).reshape(on_host.shape)]
+        nothing = images.new_zeros(on_host.size)
+        extra = [
+            (nothing if missed is None else nothing.index_copy(0, at, missed.to(nothing.dtype))).reshape(on_host.shape)
+        ]
     if slopes is not None:
         slopes = torch.zeros_like(images).index_copy(0, at, slopes).reshape(*on_host.shape, -1)
     images = images.reshape(*on_host.shape, -1)
