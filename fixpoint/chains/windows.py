@@ -146,10 +146,10 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     images[at], missed, slopes = evaluate_some(run, f, asked, evaluated)
     extra = []
     if run.sparse is not None:
-        nothing = images.new_zeros(on_host.size)
-        extra = [
-            (nothing if missed is None else nothing.index_copy(0, at, missed.to(nothing.dtype))).reshape(on_host.shape)
-        ]
+        of_all = images.new_zeros(on_host.size)
+        if missed is not None:
+            of_all.index_copy_(0, at, missed.to(of_all.dtype))
+        extra = [of_all.reshape(on_host.shape)]
     if slopes is not None:
         slopes = torch.zeros_like(images).index_copy(0, at, slopes).reshape(*on_host.shape, -1)
     images = images.reshape(*on_host.shape, -1)
