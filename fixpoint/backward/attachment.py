@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fixpoint.backward.functional import LinearSolves, Solve, for_each_gradient, solve_functionally
+from fixpoint.backward.functional import LinearSolves, for_each_gradient, solve_functionally
 from fixpoint.engine.ambient import version
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.private import unbatched
@@ -73,14 +73,14 @@ def without_gradient(x: Tensor) -> Tensor:
 
 
 def attach_adjoint(
-    run: ForwardSolve, result: LoopResult, adjoint: Solve, double_backward: DoubleBackward | None = None
+    run: ForwardSolve, result: LoopResult, linear: LinearSolves, double_backward: DoubleBackward | None = None
 ) -> tuple[Tensor, LoopResult]:
     """``f(z*)``, recorded once, with a backward that answers the incoming gradient v with an adjoint u.
 
-    ``adjoint(image, v)`` finds it, where ``image(u) = v + J^T u``. It then flows through the recorded application to
-    parameters, inputs and whatever f closes over, with no list of them anywhere. That has no second derivative. A rule
-    that has one gives it as ``double_backward(v)``: gradients for ``run.inputs`` that are differentiable themselves, or
-    None where it cannot.
+    ``linear.adjoint(image, v)`` finds it, where ``image(u) = v + J^T u``. It then flows through the recorded
+    application to parameters, inputs and whatever f closes over, with no list of them anywhere. That has no second
+    derivative. A rule that has one gives it as ``double_backward(v)``: gradients for ``run.inputs`` that are
+    differentiable themselves, or None where it cannot.
     """
     if run.transformed:
         raise ValueError(
@@ -91,20 +91,21 @@ def attach_adjoint(
     _warn_if_detached(run, z, fz)
 
     def image(u: Tensor, v: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(fz, z, u, retain_graph=True, allow_unused=True)
+        # A transformation that follows u differentiates this product, which is linear in u.
+        (product,) = torch.autograd.grad(fz, z, u, retain_graph=True, allow_unused=True, create_graph=transformed(u))
         return v if product is None else v + product
 
     def answer(v: Tensor) -> Tensor:
         batch = unbatched(v)
         if batch is not None:  # several gradients at once: further rows
             v, batched = batch
-            u = adjoint(
+            u = linear.adjoint(
                 lambda u: torch.cat([image(*each) for each in zip(u.reshape(v.shape), v, strict=True)]), v.flatten(0, 1)
             ).z
             return batched(u.reshape(v.shape))
         if transformed(v):
-            return solve_functionally(image, adjoint, LinearSolves(adjoint, adjoint), v, (v,)).z
-        return adjoint(lambda u: image(u, v), v).z
+            return solve_functionally(image, linear.adjoint, linear.transposed(), v, (v,)).z
+        return linear.adjoint(lambda u: image(u, v), v).z
 
     versions = [version(x) for x in run.inputs]
 

@@ -94,7 +94,7 @@ class ForwardSolve:
 
         if linear is None:
             inputs = [x.detach() for x in self.inputs]
-            return solve_functionally(self.f, solve, LinearSolves(solve, solve), self.z0.detach(), inputs)
+            return solve_functionally(self.f, solve, LinearSolves.alike(solve), self.z0.detach(), inputs)
         return solve_functionally(self.f, solve, linear, self.z0, self.inputs)
 
     def run_steps(self, depth: int) -> LoopResult:

@@ -31,6 +31,11 @@ class LinearSolves(NamedTuple):
     adjoint: Solve
     tangent: Solve
 
+    @classmethod
+    def alike(cls, solve: Solve) -> LinearSolves:
+        """Both equations solved in one way."""
+        return cls(solve, solve)
+
     def transposed(self) -> LinearSolves:
         """The same for derivatives of the adjoint equation, whose own adjoint has J again."""
         return LinearSolves(adjoint=self.tangent, tangent=self.adjoint)

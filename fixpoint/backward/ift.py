@@ -98,7 +98,7 @@ class IFT(Backward):
                 known = solve_functionally(run.f, lambda f, z: result, linear, result.z, run.inputs)
                 return vector_jacobian_product(run.f, linear, known.z, run.inputs, v)
 
-            return attach_adjoint(run, result, adjoint, double_backward)
+            return attach_adjoint(run, result, linear, double_backward)
         if not depends_on_nothing_else(run.f, run.z0, run.inputs):
             raise ClosureError
         result = run.solve_functionally(linear)

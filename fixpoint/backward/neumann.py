@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fixpoint.backward.attachment import attach_adjoint
 from fixpoint.backward.base import Backward, ForwardSolve
+from fixpoint.backward.functional import LinearSolves
 from fixpoint.engine.loop import Map, run_steps
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.solvers.base import require_count
@@ -50,4 +51,4 @@ class Neumann(Backward):
         def adjoint(image: Map, v: Tensor) -> LoopResult:
             return run_steps(image, v, Picard(), run.tolerance, depth=self.terms - 1)
 
-        return attach_adjoint(run, run.solve(), adjoint)
+        return attach_adjoint(run, run.solve(), LinearSolves.alike(adjoint))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fixpoint.backward.attachment import attach_adjoint
 from fixpoint.backward.base import Backward, ForwardSolve
+from fixpoint.backward.functional import LinearSolves
 from fixpoint.engine.loop import Map, iterate
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import Tolerance
@@ -75,7 +76,7 @@ class SHINE(Backward):
             run.report_adjoint(outcome, "ignore")
             return outcome
 
-        return attach_adjoint(run, result, adjoint)
+        return attach_adjoint(run, result, LinearSolves.alike(adjoint))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -280,3 +280,18 @@ def test_tolerances_for_each_row_under_torch_func():
 
     with pytest.raises(ValueError, match="rtol must be the same for all members"):
         torch.func.vmap(mapped)(torch.full((2, 3), 1e-3))
+
+
+@pytest.mark.parametrize("rule", [EXACT, fixpoint.Neumann(terms=5), fixpoint.SHINE(refine=2)], ids=repr)
+def test_a_backward_is_linear_in_its_gradient_for_forward_mode_too(A, b, rule):
+    b = b.clone().requires_grad_()  # f closes over it
+    solver = Broyden() if isinstance(rule, fixpoint.SHINE) else Picard()
+    z = fixpoint.solve(lambda z: f(z, A, b), Z0, solver=solver, backward=rule, **TIGHT).value
+    v, direction = torch.cos(z.detach()), torch.sin(z.detach())
+
+    def pulled(v):
+        return torch.autograd.grad(z, b, v, retain_graph=True)[0]
+
+    found, moved = jvp(pulled, (v,), (direction,))
+    torch.testing.assert_close(found, pulled(v))
+    torch.testing.assert_close(moved, pulled(direction))
