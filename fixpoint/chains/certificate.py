@@ -17,7 +17,7 @@ from fixpoint.engine.norms import Array, safe_norm, to_host
 from fixpoint.engine.outcome import figures_like, tensor_like
 
 if TYPE_CHECKING:
-    from fixpoint.chains.causal import CausalSweep
+    from fixpoint.chains.causal_sweep import CausalSweep
 
 
 class Findings(NamedTuple):

@@ -20,7 +20,7 @@ from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, tensor_lik
 from fixpoint.engine.tolerance import ROUNDINGS, Status, Tolerance, for_rows
 
 if TYPE_CHECKING:
-    from fixpoint.chains.causal import CausalSweep
+    from fixpoint.chains.causal_sweep import CausalSweep
     from fixpoint.chains.certificate import Certificate, Findings
     from fixpoint.chains.twin import Twin
 

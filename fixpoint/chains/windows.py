@@ -21,7 +21,7 @@ from fixpoint.engine.outcome import ACTIVE, LoopResult, figures_like, handing_ov
 from fixpoint.engine.tolerance import Status, Tolerance
 
 if TYPE_CHECKING:
-    from fixpoint.chains.causal import CausalSweep
+    from fixpoint.chains.causal_sweep import CausalSweep
     from fixpoint.chains.twin import Twin
     from fixpoint.engine.norms import Array
 
