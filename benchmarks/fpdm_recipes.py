@@ -25,7 +25,7 @@ from fixpoint.bench import provenance
 from fixpoint_diffusion.denoisers import load_denoiser
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.training import TrainingRun
-from fixpoint_diffusion.training.runs import CHECKPOINT
+from fixpoint_diffusion.training.checkpoints import CHECKPOINT
 
 SETTINGS: dict[str, Any] = {"width": 48, "heads": 4, "max_no_grad": 6, "max_grad": 2}
 TRAINING: dict[str, Any] = {"steps": 1500, "batch_size": 32, "weight_decay": 0.01, "checkpoint_every": 500}

@@ -118,13 +118,13 @@ def check_replaceable(path: Path, is_own: Callable[[Path], bool]) -> None:
     """Refuse a file to write that is there already, unless ``is_own`` knows it as one that the same command wrote.
 
     Raises:
-        FileExistsError: as :func:`check_free`.
+        FileExistsError: for such a file.
         IsADirectoryError: for a folder.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
     if path.exists() and not is_own(path):
-        check_free(path.parent, [path.name], "something else: choose another name")
+        raise FileExistsError(f"{path.parent} holds {path.name} of something else: choose another name")
 
 
 def check_source(source: str | Path) -> None:

@@ -94,10 +94,9 @@ def evaluate(
     from fixpoint_diffusion.evaluation.statistics import is_statistics_file
 
     if save_statistics is not None:
-        given = [path.resolve() for path in (samples, reference) if path is not None]
-        check_replaceable(
-            save_statistics, lambda path: is_statistics_file(path) and save_statistics.resolve() not in given
-        )
+        if save_statistics.resolve() in [path.resolve() for path in (samples, reference) if path is not None]:
+            raise FileExistsError(f"--save-statistics {save_statistics} would replace what is compared")
+        check_replaceable(save_statistics, is_statistics_file)
         check_writable(save_statistics)
 
     def opened(path: Path, declared: RangeName | None) -> Path | Images:

@@ -119,8 +119,9 @@ def train(
         check_device(device)
 
     from fixpoint_diffusion.files import read_json
+    from fixpoint_diffusion.training.data.options import DataOptions
     from fixpoint_diffusion.training.presets import preset_named
-    from fixpoint_diffusion.training.runs import DataOptions, TrainingRun
+    from fixpoint_diffusion.training.runs import TrainingRun
     from fixpoint_diffusion.training.trainer import KEPT
 
     if resume:

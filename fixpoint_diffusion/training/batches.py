@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from fixpoint_diffusion.extras import machine_memory
 from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.processes.noise import step_noise
-from fixpoint_diffusion.training.data import EpochSampler
+from fixpoint_diffusion.training.data import EpochSampler, ImageDataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,3 +90,15 @@ class Drawn:
 def seed_of(*numbers: int) -> int:
     """One seed from several numbers; zeros at their end change nothing."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def check_batch(data: ImageDataset, config: TrainingConfig) -> None:
+    """Refuse a batch that this machine cannot hold, before a network is built for such images."""
+    count = max(config.batch_size // config.accumulate // int(os.environ.get("WORLD_SIZE", "1")), 1)
+    need, have = 4 * count * math.prod(data.sample_shape), machine_memory()
+    if need > have:
+        shape = "x".join(map(str, data.sample_shape))
+        raise ValueError(
+            f"{count} samples of {shape} at once would take {need / 1e9:,.0f} GB, and this machine has "
+            f"{have / 1e9:,.0f} GB: take a smaller --batch-size, more parts (--accumulate) or a smaller --size"
+        )

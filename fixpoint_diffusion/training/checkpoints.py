@@ -19,6 +19,10 @@ from fixpoint_diffusion.extras import needed_for
 from fixpoint_diffusion.files import written_whole
 from fixpoint_diffusion.models.checkpoint import in_current_names
 
+# Where both lie in the folder of a run.
+CHECKPOINT = Path("checkpoint") / "state.safetensors"
+# The model as it was before the first step: what a resumed run builds its model from.
+INITIAL = Path("checkpoint") / "initial"
 FORMAT = "fixpoint-diffusion training state 2"
 PARTS = ("model", "ema", "optimizer")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,16 +15,17 @@ from torch import Tensor, nn
 
 from fixpoint_diffusion.denoisers.protocol import CLASS_LABELS, ConditioningInput
 from fixpoint_diffusion.denoisers.registry import Family, family
-from fixpoint_diffusion.extras import machine_memory
 from fixpoint_diffusion.files import check_free, locked, write_json
 from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.processes import NoiseSchedule
 from fixpoint_diffusion.processes.flow import FLOW_SCHEDULE, flow_levels, is_flow
 from fixpoint_diffusion.processes.sampler_config import SCHEDULER_FILE
 from fixpoint_diffusion.ranks import is_first
-from fixpoint_diffusion.training.checkpoints import load_record, load_state
-from fixpoint_diffusion.training.data import ImageDataset, open_dataset, split_held_out
-from fixpoint_diffusion.training.export import EXPORTED, TRAINING_FILE, export, prior_of, read_class_names
+from fixpoint_diffusion.training.batches import check_batch
+from fixpoint_diffusion.training.checkpoints import CHECKPOINT, INITIAL, load_record
+from fixpoint_diffusion.training.data import ImageDataset
+from fixpoint_diffusion.training.data.options import DataOptions
+from fixpoint_diffusion.training.export import EXPORTED, export, prior_of
 from fixpoint_diffusion.training.logs import TrainingLog
 from fixpoint_diffusion.training.networks import (
     TrainableDenoiser,
@@ -36,36 +35,8 @@ from fixpoint_diffusion.training.networks import (
 )
 from fixpoint_diffusion.training.plan import TrainingPlan, plan_of
 from fixpoint_diffusion.training.presets import Preset, preset_named
+from fixpoint_diffusion.training.starts import load_start, names_of_all
 from fixpoint_diffusion.training.trainer import train, training_device
-
-CHECKPOINT = Path("checkpoint") / "state.safetensors"
-# The model as it was before the first step: what a resumed run builds its model from.
-INITIAL = Path("checkpoint") / "initial"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """What to train on: the arguments of ``open_dataset`` that a run keeps.
-
-    Of ``"digits"``, the part that ``split_held_out`` holds out is left out.
-
-    Example:
-        See :class:`fixpoint_diffusion.training.TrainingRun`, whose ``start`` takes them.
-    """
-
-    source: str = "digits"
-    channels: str | None = None
-    size: int | tuple[int, int] | None = None
-    crop: str = "center"
-    flip: bool = False
-    latents: bool = False
-
-    def open(self, *, seed: int = 0) -> ImageDataset:
-        """The data set; errors as of ``open_dataset``."""
-        options = {name: value for name, value in dataclasses.asdict(self).items() if name != "source"}
-        size = options.pop("size")
-        data = open_dataset(self.source, size=tuple(size) if isinstance(size, list) else size, seed=seed, **options)
-        return split_held_out(data)[0] if self.source == "digits" else data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,14 +131,14 @@ class TrainingRun:
             if classes or preset is not None:
                 drop = "classes" if classes else "preset"
                 raise ValueError(f"a model that is trained further keeps its architecture and its classes; drop {drop}")
-            network, its_family, schedule_config, known = _load_start(Path(init))
+            network, its_family, schedule_config, known = load_start(Path(init))
             network = trained_otherwise(network, settings or {})
             along = "flow_prediction" if is_flow(schedule_config) else schedule_config["prediction_type"]
             if given.setdefault("prediction_type", along) != along:
                 raise ValueError(f"the model in {init} was trained to give {along}, not {given['prediction_type']}")
             config = TrainingConfig(**{**its_family.training, **given})
             opened = (data or DataOptions()).open(seed=config.seed)
-            _check_batch(opened, config)
+            check_batch(opened, config)
         else:
             its_family = family(kind)
             config = TrainingConfig(**{**its_family.training, **given})
@@ -177,7 +148,7 @@ class TrainingRun:
                 opened, data, classes = chosen.planned_data(), DataOptions(source="as published"), True
             else:
                 raise ValueError(f"preset {preset!r} is for latents of ImageNet: say which data to train on")
-            _check_batch(opened, config)
+            check_batch(opened, config)
             if classes and opened.num_classes is None:
                 raise ValueError("the data has no classes: put images into one subfolder a class")
             if its_family.name in ("dit", "fpdm") and "prediction_type" in given:  # their architecture says it too
@@ -281,7 +252,7 @@ class TrainingRun:
         elif data.num_classes is None or data.num_classes > labels.num_classes:
             found = "none" if data.num_classes is None else data.num_classes
             raise ValueError(f"the model is told one of {labels.num_classes} classes, the data has {found}")
-        names = None if labels is None else _names_of_all(data.class_names or (), known)
+        names = None if labels is None else names_of_all(data.class_names or (), known)
         schedule = dict(fields.pop("schedule_config"))
         if model.denoiser.learned_variance:
             schedule["variance_type"] = "learned_range"
@@ -363,44 +334,3 @@ def _levels(schedule_config: Mapping[str, Any]) -> Tensor:
     if is_flow(schedule_config):
         return flow_levels(schedule_config)
     return NoiseSchedule.from_diffusers(schedule_config).alphas_cumprod
-
-
-def _load_start(folder: Path) -> tuple[nn.Module, Family, dict[str, Any], Sequence[str]]:
-    """Network, family, schedule and names of classes to start from: a model's, or those of a run without its end."""
-    if (folder / TRAINING_FILE).exists() or not (folder / CHECKPOINT).exists():
-        return *load_network(folder), read_class_names(folder)
-    network, its_family, schedule_config = load_network(folder / INITIAL)
-    state = load_state(folder / CHECKPOINT)
-    own = "module.network."
-    try:
-        network.load_state_dict({k.removeprefix(own): v for k, v in state.ema.items() if k.startswith(own)})
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint in {folder} is of another model: {error}") from error
-    return network, its_family, schedule_config, state.record["origin"].get("class_names") or ()
-
-
-def _names_of_all(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...] | None:
-    """The names of a model's classes: of the first ones as the data have them, of those beyond as they were known.
-
-    Raises:
-        ValueError: for a class that the model knows by another number.
-    """
-    for number, name in enumerate(names):
-        if name in known and known.index(name) != number:
-            raise ValueError(
-                f"class {name!r} is number {number} in the data and number {known.index(name)} in the model to start "
-                f"from: give the data folders for all of the model's classes, {', '.join(known)}"
-            )
-    return (*names, *known[len(names) :]) or None
-
-
-def _check_batch(data: ImageDataset, config: TrainingConfig) -> None:
-    """Refuse a batch that this machine cannot hold, before a network is built for such images."""
-    count = max(config.batch_size // config.accumulate // int(os.environ.get("WORLD_SIZE", "1")), 1)
-    need, have = 4 * count * math.prod(data.sample_shape), machine_memory()
-    if need > have:
-        shape = "x".join(map(str, data.sample_shape))
-        raise ValueError(
-            f"{count} samples of {shape} at once would take {need / 1e9:,.0f} GB, and this machine has "
-            f"{have / 1e9:,.0f} GB: take a smaller --batch-size, more parts (--accumulate) or a smaller --size"
-        )

@@ -311,7 +311,7 @@ class TestCommand:
         result = CliRunner().invoke(
             app, ["evaluate", str(samples), str(statistics), "--save-statistics", str(statistics)]
         )
-        assert "holds x.npz of something else" in str(result.exception)
+        assert f"--save-statistics {statistics} would replace what is compared" in str(result.exception)
         assert {path: path.read_bytes() for path in before} == before
 
     def test_ranges_are_declared(self, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from fixpoint_diffusion.experiments.registry import EXPERIMENTS, experiments_nam
 from fixpoint_diffusion.experiments.resources import Resources
 from fixpoint_diffusion.experiments.summaries import lower
 from fixpoint_diffusion.files import locked
-from fixpoint_diffusion.training import trainer
+from fixpoint_diffusion.training import prepared
 from fixpoint_diffusion.training.checkpoints import load_record
 from tests.fixpoint_diffusion.tiny import tiny_vae
 
@@ -490,7 +490,7 @@ def test_run_computes_what_is_missing_and_report_runs_nothing(monkeypatch, capsy
 
 
 def test_ctrl_c_in_a_training_keeps_its_steps_and_the_finished_runs(monkeypatch, capsys, tmp_path):
-    original = trainer._Run.step
+    original = prepared.PreparedRun.step
 
     def press(*given):
         signal.raise_signal(signal.SIGINT)
@@ -498,7 +498,7 @@ def test_ctrl_c_in_a_training_keeps_its_steps_and_the_finished_runs(monkeypatch,
 
     command = ("run", "fpdm/memory", "fpdm/figure-11", "--quick", "--out", str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Run, "step", press)
+        patch.setattr(prepared.PreparedRun, "step", press)
         assert run_command(monkeypatch, *command) == 130
     kept, models = tmp_path / "records", tmp_path / "models"
     said = f"finished runs are kept in {kept}, checkpoints of a training in {models}. The same command goes on."

@@ -40,10 +40,10 @@ import json, os, sys, time
 from pathlib import Path
 from fixpoint_diffusion.cli import main
 from fixpoint_diffusion.ranks import ending_group
-from fixpoint_diffusion.training import trainer
+from fixpoint_diffusion.training import prepared
 from fixpoint_diffusion.training.runs import TrainingRun
 folder, runs = Path(sys.argv.pop(1)), json.loads(sys.argv.pop(1))
-original = trainer._Run.step
+original = prepared.PreparedRun.step
 def step(self, batches, number, interrupted):
     if number == 2 and os.environ["RANK"] == "1":
         (folder / "waiting").touch()
@@ -52,7 +52,7 @@ def step(self, batches, number, interrupted):
 with ending_group():
     for name, options in runs.items():
         TrainingRun.start(folder / name, **options).run(progress=False)
-    trainer._Run.step = step
+    prepared.PreparedRun.step = step
     main()
 """
 
@@ -104,9 +104,9 @@ def test_two_processes_train_what_one_does_with_the_same_batch(tmp_path: Path) -
 # Of several trainings, in the first the second process fails, and in the second it is interrupted.
 IN_TURN = """
 import json, os, signal, sys
-from fixpoint_diffusion.training import trainer
+from fixpoint_diffusion.training import prepared
 from tests.fixpoint_diffusion.processes import run_in_turn
-original = trainer._Run.step
+original = prepared.PreparedRun.step
 def prepare(turn):
     def step(self, batches, number, interrupted):
         if os.environ["RANK"] == "1" and number == 0:
@@ -114,7 +114,7 @@ def prepare(turn):
                 raise ValueError("of the second alone")
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, batches, number, interrupted)
-    trainer._Run.step = step
+    prepared.PreparedRun.step = step
 run_in_turn(json.loads(sys.argv[1]), prepare)
 """
 

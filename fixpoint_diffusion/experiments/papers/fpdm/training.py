@@ -23,7 +23,9 @@ from fixpoint_diffusion.models import FPDMConfig
 from fixpoint_diffusion.models.fpdm.training_rules import training_rule
 from fixpoint_diffusion.processes import NoiseSchedule, initial_noise
 from fixpoint_diffusion.sampling import sample_fpdm
-from fixpoint_diffusion.training.runs import CHECKPOINT, DataOptions, TrainingRun
+from fixpoint_diffusion.training.checkpoints import CHECKPOINT
+from fixpoint_diffusion.training.data.options import DataOptions
+from fixpoint_diffusion.training.runs import TrainingRun
 
 _BATCH = 128
 # A step's time is found by so many trials of so many steps, in turn with DiT's: a machine that others use is as slow
