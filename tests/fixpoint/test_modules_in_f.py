@@ -162,4 +162,5 @@ def test_an_f_that_is_another_map_where_it_is_recorded_is_noticed(rule, norm):
         FixedPointLayer(Masked(), **options)(x, mask)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        FixedPointLayer(Masked(enable_nested_tensor=False), **options)(x, mask)
+        for rtol in (1e-5, 0.1):  # a residual within the tolerance is no other image
+            FixedPointLayer(Masked(enable_nested_tensor=False), **options | {"rtol": rtol})(x, mask)

@@ -291,7 +291,9 @@ def test_a_basis_that_is_not_finite_is_refused():
         solve(problem)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_arguments_that_a_chain_would_not_see_are_refused(window):
-    with pytest.raises(TypeError, match="args"):
-        fixpoint.solve(gru(), None, (torch.ones(3),), solver=CausalQuasiNewton(window=window))
+@pytest.mark.parametrize(
+    ("window", "message"), [(None, "positional arguments"), (4, "args are for an f that is called")]
+)
+def test_arguments_that_a_chain_would_not_see_are_refused(window, message):
+    with pytest.raises(TypeError, match=message):
+        fixpoint.solve(gru(), None, (torch.ones(3),), solver=CausalQuasiNewton(window=window), backward=None)
