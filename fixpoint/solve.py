@@ -137,6 +137,7 @@ def solve(
     gradients = backward is not None and torch.is_grad_enabled()
     rows = RowMap(f, args, layout, gradients=gradients, has_aux=has_aux)
     flat = layout.flatten(start).clone(memory_format=torch.contiguous_format)
+    del start, problem_z0  # nobody else may hold a problem's own
     if backward is None or not backward.uses_start:
         flat = flat.detach()
     adjoint = AdjointSlot(layout, _report_adjoint)

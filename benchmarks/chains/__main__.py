@@ -2,9 +2,9 @@
 
     python -m benchmarks.chains [--only PART] [--out benchmarks/results] [--quick] [--again METHOD]
 
-Parts are ``rounds``, ``speed``, ``quality``, ``honesty``, ``mixtures``, ``modern``, ``heun``, ``noise`` and ``worth``.
-Each writes its own ``chains-PART.json`` and ``chains-PART.txt``. With ``--again``, the part ``rounds`` measures this
-method alone, and takes the others from the results that are there.
+Parts are ``rounds``, ``speed``, ``memory``, ``quality``, ``honesty``, ``mixtures``, ``modern``, ``heun``, ``noise`` and
+``worth``. Each writes its own ``chains-PART.json`` and ``chains-PART.txt``. With ``--again``, the part ``rounds``
+measures this method alone, and takes the others from the results that are there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chains import heun, honesty, mixtures, modern, noise, quality, rounds, speed, worth
+from benchmarks.chains import heun, honesty, memory, mixtures, modern, noise, quality, rounds, speed, worth
 from benchmarks.chains.cases import FULL, QUICK
 from benchmarks.chains.methods import BY_NAME
 from benchmarks.solvers.report import targets_text
@@ -41,6 +41,13 @@ def run_speed(quick: bool) -> Part:
     peaks = speed.memory(steps=steps)
     document = {"steps": steps, "seconds": times, "peak_mib": peaks}
     return speed.text(times, peaks, steps), document, [] if quick else speed.targets(times)
+
+
+def run_memory(quick: bool) -> Part:
+    """Trajectories that are held."""
+    steps = memory.QUICK_STEPS if quick else memory.STEPS
+    found = memory.measure(steps)
+    return memory.table(found, steps), memory.as_json(found, steps), [] if quick else memory.targets(found)
 
 
 def run_quality(quick: bool) -> Part:
@@ -94,6 +101,7 @@ def run_worth(quick: bool) -> Part:
 PARTS: dict[str, Callable[[bool], Part]] = {
     "rounds": run_rounds,
     "speed": run_speed,
+    "memory": run_memory,
     "quality": run_quality,
     "honesty": run_honesty,
     "mixtures": run_mixtures,

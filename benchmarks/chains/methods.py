@@ -40,6 +40,11 @@ def ours(**options: int) -> Run:
     return _solver(lambda chain: CausalQuasiNewton(**options), rtol=RTOL)
 
 
+def full_window(**options: int) -> Run:
+    """The same in a window over the whole chain."""
+    return _solver(lambda chain: CausalQuasiNewton(window=chain.steps, **options), rtol=RTOL)
+
+
 def _solver(choose: Callable[[DDIMChain], Solver], rtol: float = 0.0) -> Run:
     def run(chain: DDIMChain, watch: Watch | None, max_rounds: int) -> SamplingResult:
         return sample(
@@ -50,8 +55,8 @@ def _solver(choose: Callable[[DDIMChain], Solver], rtol: float = 0.0) -> Run:
 
 
 METHODS = (
-    Method(FULL_WINDOW, _solver(lambda chain: CausalQuasiNewton(window=chain.steps), rtol=RTOL), ours=True),
-    Method(PROBED, _solver(lambda chain: CausalQuasiNewton(window=chain.steps, probes=1), rtol=RTOL), ours=True),
+    Method(FULL_WINDOW, full_window(), ours=True),
+    Method(PROBED, full_window(probes=1), ours=True),
     Method("ours, window 100", ours(window=100), ours=True),
     Method("Picard", _solver(lambda chain: Picard()), late=True),
     Method("Anderson, per sample", _solver(lambda chain: Anderson(memory=5)), late=True),

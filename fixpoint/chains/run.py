@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -78,8 +79,6 @@ class ChainRun:
         self.probes = Probes(rows, steps, dim, options.probes, states) if options.probes else None
         self.sparse = Sparse(rows, steps) if sweeper.sparse else None
         self.states = torch.cat((states.reshape(rows * steps, dim), states.new_zeros(1, dim)))
-        # A window of one needs no model.
-        self.past = Past.empty((rows * self.width + 1 if self.width > 1 else 1,), options.remembered, dim, states)
         # How far the last state of each window has moved from its guess, and the state before that: (B, 2, D).
         self.moved = states.new_zeros(rows, 2, dim)
         # What is certified is a row: its states share atol, so that all together keep to it.
@@ -106,6 +105,13 @@ class ChainRun:
         self.doubts = sweeper.single_steps  # whether chains that may amplify much are measured
         self.nfev = 0
         self.trace: list[Array] = []
+
+    @cached_property
+    def past(self) -> Past:
+        """What is remembered of the steps; nothing is allocated before the first round has been evaluated."""
+        # A window of one needs no model.
+        places = len(self.start) * self.width + 1 if self.width > 1 else 1
+        return Past.empty((places,), self.sweeper.options.remembered, self.sweeper.dim, self.states)
 
     @property
     def steps(self) -> int:

@@ -139,11 +139,13 @@ def sweep_windows(run: ChainRun, f: Map, windows: Windows) -> None:
     z, chains = run.start, len(run.start)
     on_host = windows.places(run.steps, chains)
     places, step = tensor_like(z, on_host), tensor_like(z, windows.step)
-    images = run.states.new_zeros(on_host.size, run.states.shape[1])
     inside = np.flatnonzero(windows.inside)
     asked, at = on_host.ravel()[inside], tensor_like(z, inside)
     evaluated = np.flatnonzero(windows.evaluated.ravel()[inside])
-    images[at], missed, slopes = evaluate_some(run, f, asked, evaluated)
+    found, missed, slopes = evaluate_some(run, f, asked, evaluated)
+    images = found.new_zeros(on_host.size, found.shape[1])
+    images[at] = found
+    del found
     extra = []
     if run.sparse is not None:
         of_all = images.new_zeros(on_host.size)

@@ -108,7 +108,7 @@ class Layout:
         See :class:`fixpoint.ForwardSolve`, whose ``z0`` is laid out so.
     """
 
-    example: Any  # the state that it was made from
+    example: Any  # as the state that it was made from, but for the numbers
     batch_shape: torch.Size
     dtype: torch.dtype
     device: torch.device
@@ -168,8 +168,7 @@ class Layout:
                 )
             if not (torch.compiler.is_compiling() or leaf.is_meta or _all_finite(leaf)):
                 raise ValueError(f"z0 must be finite: {path} holds NaN or infinity")
-        # Without its graph, which would live as long as the solution's.
-        example = map_leaves(lambda leaf: leaf.detach(), state)
+        example = map_leaves(lambda leaf: _shape_of(leaf, batch_dims), state)
         return cls(example=example, batch_shape=batch_shape, dtype=first.dtype, device=first.device)
 
     def flatten(self, state: Any) -> Tensor:
@@ -224,6 +223,15 @@ class Layout:
             return stored.expand(rows, *stored.shape).permute(_inverse(order))
 
         return replace(self, example=map_leaves(with_rows, self.example), batch_shape=torch.Size([rows]))
+
+
+def _shape_of(leaf: Tensor, batch_dims: int) -> Tensor:
+    """A tensor like ``leaf`` without its graph and, where it lies in its own order, without its memory.
+
+    Both would live as long as the solution.
+    """
+    leaf = leaf.detach()
+    return leaf.new_empty(()).expand(leaf.shape) if _memory_order(leaf, batch_dims) is None else leaf
 
 
 def _memory_order(leaf: Tensor, batch_dims: int) -> tuple[int, ...] | None:

@@ -15,6 +15,8 @@ from fixpoint_diffusion.denoisers.checks import call_checked, check_conditioning
 from fixpoint_diffusion.denoisers.protocol import describe
 from fixpoint_diffusion.processes import GaussianPrior, Transitions, wide
 
+_PART = 2**20  # entries of latents that are worked on in float64 at a time: 8 MiB, and more of them take hardly longer
+
 
 class SamplingChain:
     """All latents of a sampler as the unknown of one fixed point problem ``z = chain(z)``.
@@ -183,27 +185,32 @@ class SamplingChain:
             The latents after the steps, ``(N, *shape)`` in the dtype of x.
         """
         sample, step = sample.to(x.device), step.to(x.device)
-        return self.arrive(x, self.denoise(self.latents(x, step), sample, step), sample, step)
+        return in_parts(self.arrive, x, self.denoise(self.latents(x, step), sample, step), sample, step)
 
     def sparse_transition(self, x: Tensor, sample: Tensor, step: Tensor, evaluated: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`transition`, but the denoiser is asked about a part; see :class:`fixpoint.SparseChain`."""
         sample, step = sample.to(x.device), step.to(x.device)
         latents = self.latents(x, step)
         # Before the denoiser is asked: the prior is copied to the device, for which the host would wait.
-        expected = self.prior.images(wide(latents)[None], self.transitions, step)[0]
-        samples, steps, asked, expected_of_asked = (each[evaluated] for each in (sample, step, latents, expected))
+        expected = in_parts(self._expected, latents, step)
+        samples, steps, asked = (each[evaluated] for each in (sample, step, latents))
         out = self.denoise(asked, samples, steps)
+        expected_of_asked = expected[evaluated]
         known = KnownOutputs(self.transitions, asked, expected_of_asked, out, steps)
-        before, after = neighbours(evaluated, len(step))
-        outputs = known.between(before, after, latents, expected, step)
+        outputs = in_parts(known.between, latents, expected, step, *neighbours(evaluated, len(step)))
+        del latents, expected
         outputs[evaluated] = out
-        states = self.arrive(x, outputs, sample, step)
+        states = in_parts(self.arrive, x, outputs, sample, step)
+        del outputs
         before, after = known_neighbours(samples, steps)
-        guesses = self.arrive(
-            x[evaluated], known.between(before, after, asked, expected_of_asked, steps), samples, steps
-        )
+        guesses = in_parts(known.between, asked, expected_of_asked, steps, before, after)
+        guesses = in_parts(self.arrive, x[evaluated], guesses, samples, steps)
         distance = torch.linalg.vector_norm((guesses - states[evaluated]).reshape(len(evaluated), -1), dim=1)
         return states, distance.new_zeros(len(step)).index_copy(0, evaluated, torch.where(before < after, distance, 0))
+
+    def _expected(self, latents: Tensor, step: Tensor) -> Tensor:
+        """The images that the prior expects of latents ``(N, *shape)`` before the steps ``(N,)``, in their dtype."""
+        return self.prior.images(wide(latents)[None], self.transitions, step)[0].to(latents.dtype)
 
     def arrive(self, x: Tensor, out: Tensor, sample: Tensor, step: Tensor) -> Tensor:
         """What :meth:`transition` returns, from the denoiser's outputs ``out``."""
@@ -313,6 +320,17 @@ class SamplingChain:
                     f"expected {wanted}"
                 )
         return noise
+
+
+def in_parts(function: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tensor:
+    """``function(x, *more)``, which treats each row by itself, of a few rows of these tensors ``(N, ...)`` at a time.
+
+    What is made in float64 on the way to its result would be several times all that a solver holds.
+    """
+    size = max(1, _PART // max(x[:1].numel(), 1))
+    if len(x) <= size:
+        return function(x, *more)
+    return torch.cat([function(*part) for part in zip(*(each.split(size) for each in (x, *more)), strict=True)])
 
 
 def check_start(x_T: Tensor) -> None:

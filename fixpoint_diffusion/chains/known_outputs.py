@@ -30,10 +30,10 @@ class KnownOutputs:
         self._beyond = transitions.image(wide(x), parts[0], step) - expected
         self._variances = parts[1:]
 
-    def between(self, before: Tensor, after: Tensor, x: Tensor, expected: Tensor, step: Tensor) -> Tensor:
+    def between(self, x: Tensor, expected: Tensor, step: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """Outputs for latents ``x`` ``(N, *shape)`` at steps ``(N,)`` from the known ones before and after, ``(N,)``.
 
-        Linear in the number of the step.
+        Linear in the number of the step. ``expected``: the images ``(N, *shape)`` that the prior expects of them.
         """
         start, end = self._step[before], self._step[after]
         share = wide((step - start) / (end - start).clamp(min=1)).reshape(-1, *[1] * (x.ndim - 1))

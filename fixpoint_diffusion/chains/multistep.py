@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fixpoint_diffusion.chains.chain import SamplingChain, all_rows
+from fixpoint_diffusion.chains.chain import SamplingChain, all_rows, in_parts
 from fixpoint_diffusion.processes import wide
 from fixpoint_diffusion.processes.modes import Modes
 
@@ -68,7 +68,7 @@ class MultistepChain(SamplingChain):
 
     def latents(self, states: Tensor, step: Tensor) -> Tensor:
         """The latents ``(N, *shape)`` in states ``(N, 1 + p, *shape)`` before the steps ``step``, ``(N,)``."""
-        return self._modes.latents(wide(states), step).to(states.dtype)
+        return in_parts(lambda x, step: self._modes.latents(wide(x), step).to(x.dtype), states, step)
 
     def __call__(self, z: Tensor) -> Tensor:
         """One step from every state: ``(B, T, 1 + p, *shape)`` to the same shape."""
@@ -86,7 +86,7 @@ class MultistepChain(SamplingChain):
     def accumulate(self, x: Tensor, out: Tensor) -> Tensor:
         """One step from every state ``x`` ``(B, T, 1 + p, *shape)``, from the outputs ``(B, T, *shape)``."""
         rows = all_rows(self._samples(), self.steps)
-        return self.arrive(x.flatten(0, 1), out.flatten(0, 1), *rows).reshape(x.shape)
+        return in_parts(self.arrive, x.flatten(0, 1), out.flatten(0, 1), *rows).reshape(x.shape)
 
     @cached_property
     def _modes(self) -> Modes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.chains import __main__ as cli
-from benchmarks.chains import curves, heun, honesty, mixtures, modern, quality, rounds, speed, worth
+from benchmarks.chains import curves, heun, honesty, memory, mixtures, modern, quality, rounds, speed, worth
 from benchmarks.chains.cases import FULL, Setting, batch, chain
 from benchmarks.chains.curves import Curve, Outcome, spread
 from benchmarks.chains.methods import BY_NAME, FULL_WINDOW, METHODS, RTOL
@@ -99,6 +100,20 @@ def test_targets_say_what_is_met() -> None:
         assert rounds.targets([several])[0].met is met
     figures = {"1": {"sequential": 5.0, "ours": 0.9}, "16": {"sequential": 5.0, "ours": 5.6}}
     assert [t.met for t in speed.targets(figures)] == [True, False]
+
+
+def test_memory_counts_the_trajectories_that_each_method_holds() -> None:
+    steps = 40
+    held = {each.method: each for each in memory.measure(steps)}
+    ours = [held[memory.FULL_WINDOW], held["ours, full window, memory 2"], held["ours, full window, memory 1"]]
+    for more, fewer in itertools.pairwise(ours):  # inputs and images of a round
+        assert 1.9 < more.calls - fewer.calls < 2.3
+    assert held["ours, window 100"].calls == ours[0].calls  # this chain is shorter
+    assert all(each.peak > each.calls for each in held.values())
+    few, many = (memory.Held(method=memory.FULL_WINDOW, calls=calls, peak=9.0) for calls in (6.04, 6.06))
+    others = [each for each in held.values() if each.method != memory.FULL_WINDOW]
+    assert [memory.targets([each, *others])[0].met for each in (few, many)] == [True, False]
+    assert "ours, full window           6.1             9.0" in memory.table([many], steps)
 
 
 def test_modern_counts_rounds_against_calls() -> None:

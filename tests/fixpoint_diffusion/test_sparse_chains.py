@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
+import fixpoint_diffusion.chains.chain as chain_module
 from fixpoint import CausalQuasiNewton, SparseChain
 from fixpoint_diffusion import DDIMChain, NoiseSchedule, StochasticDDIMChain, embedded, initial_noise, sample
 from fixpoint_diffusion.chains import MultistepChain, SamplingChain, chain_from_scheduler
@@ -85,6 +86,18 @@ def test_steps_that_are_evaluated_are_exact(chain):
     torch.testing.assert_close(found[EVALUATED], expected[EVALUATED], rtol=0, atol=0)
     assert (found[SKIPPED] != expected[SKIPPED]).flatten(1).any(dim=1).all()
     assert isinstance(chain, SparseChain)
+
+
+def test_rows_worked_on_a_few_at_a_time_are_the_same(chain, monkeypatch):
+    x, z = states_before(chain), chain.guess
+    expected = chain.transition(x, SAMPLE, STEP), *chain.sparse_transition(x, SAMPLE, STEP, EVALUATED), chain(z)
+    sizes, arrive = [], chain.arrive
+    monkeypatch.setattr(chain_module, "_PART", 7 * x[:1].numel())
+    monkeypatch.setattr(chain, "arrive", lambda x, *more: sizes.append(len(x)) or arrive(x, *more))
+    found = chain.transition(x, SAMPLE, STEP), *chain.sparse_transition(x, SAMPLE, STEP, EVALUATED), chain(z)
+    assert set(sizes) == {7, len(x) % 7, len(EVALUATED) % 7}
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_interpolation_and_what_it_would_have_missed_are_by_the_formulas_of_ddim():
