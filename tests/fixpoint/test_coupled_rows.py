@@ -9,6 +9,8 @@ import torch
 
 import fixpoint
 from fixpoint import Anderson, Broyden, Picard, Status
+from fixpoint.chains.certificate import Certificate
+from fixpoint.chains.run import ChainRun
 
 D = torch.float64
 
@@ -255,3 +257,67 @@ def test_independent_chains_that_end_at_different_certificates_are_not_taken_for
             solution = fixpoint.solve(f, z0, solver=solver, rtol=1e-3, backward=None, max_evals=1000)
         apart += bool(solution.evals[0] != solution.evals[1])
     assert apart
+
+
+def _with_one_certificate_denied(monkeypatch):
+    """The second chain is not believed at the first certificate of both."""
+    judge, denied = Certificate.judge, []
+
+    def judged(self, *args):
+        findings = judge(self, *args)
+        if len(self.rows) == 2 and not denied:
+            denied.append(findings.residual)
+            findings.passed[1], findings.first_wrong[1] = False, 30
+        return findings
+
+    monkeypatch.setattr(Certificate, "judge", judged)
+    return denied
+
+
+def test_no_step_is_made_after_the_last_look_at_chains_that_have_converged(monkeypatch):
+    push = torch.randn(2, 60, 4, generator=torch.Generator().manual_seed(0), dtype=D)
+
+    def f(z):
+        before = torch.cat((torch.zeros_like(z[:, :1]), z[:, :-1]), dim=1)
+        return 0.9 * torch.tanh(before) + push
+
+    z0, options = torch.zeros_like(push), {"rtol": 1e-2, "backward": None, "on_failure": "ignore"}
+    solver = fixpoint.CausalQuasiNewton()
+    free = fixpoint.solve(f, z0, solver=solver, **options)
+    last = int(free.evals.max())  # of the certificate, where none is denied
+    denied = _with_one_certificate_denied(monkeypatch)
+    before = fixpoint.solve(f, z0, solver=solver, **options, max_evals=last)
+    assert denied
+    assert before.status.tolist() == [Status.CONVERGED, Status.MAX_EVALS]
+    denied.clear()
+    after = fixpoint.solve(f, z0, solver=solver, **options, max_evals=last + 1)
+    assert denied
+    assert after.status.tolist() == [Status.CONVERGED, Status.MAX_EVALS]
+    # The first chain may depend on the second one. What it was last seen with is what is handed over.
+    assert torch.equal(after.value, before.value)
+
+
+@pytest.mark.filterwarnings("ignore:f couples rows")
+def test_chains_that_depend_on_one_another_end_at_the_same_certificate(monkeypatch):
+    f, z0 = _chain_with_steps(0.5, 0)
+    run_of = ChainRun.__init__
+
+    def together(self, *args):
+        run_of(self, *args)
+        self.together = True  # as an earlier certificate would have shown
+
+    monkeypatch.setattr(ChainRun, "__init__", together)
+    denied, active = _with_one_certificate_denied(monkeypatch), []
+    solution = fixpoint.solve(
+        f,
+        z0,
+        solver=fixpoint.CausalQuasiNewton(),
+        rtol=1e-3,
+        backward=None,
+        max_evals=1000,
+        callback=lambda progress: active.append(progress.active),
+    )
+    assert denied
+    assert solution.converged.all()
+    assert set(active[:-1]) == {2}
+    assert active[-1] == 0
