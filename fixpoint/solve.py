@@ -170,7 +170,7 @@ def solve(
             result = run.solve()
             value = result.z
             states = watch.states(lambda z: z) if watch else {}
-        aux = _aux(rows, value) if has_aux else None
+        aux = _aux(rows, value, recorded=gradients) if has_aux else None
     except BaseException as error:
         result_so_far = result_of(error) or next(reversed(run.results), None)
         if result_so_far is not None:
@@ -223,8 +223,9 @@ class _Watch:
         return {nfev: self._layout.unflatten(apply(z)) for nfev, z in self._kept.items()}
 
 
-def _aux(rows: RowMap, value: Tensor) -> Any:
-    rows(value)
+def _aux(rows: RowMap, value: Tensor, *, recorded: bool) -> Any:
+    with torch.set_grad_enabled(recorded):
+        rows(value)
     return rows.aux
 
 

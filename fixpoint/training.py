@@ -125,7 +125,7 @@ def correction_loss(solution: Solution, criterion: Callable[[Any], Tensor], *, d
         Tensor: The weighted sum.
 
     Raises:
-        ValueError: If there are no states or ``decay`` is out of range.
+        ValueError: If there are no states, ``decay`` is out of range, or the criterion's value is no scalar.
 
     Source: S. Bai, Z. Geng, Y. Savani, J. Z. Kolter, Deep Equilibrium Optical Flow Estimation, CVPR 2022.
 
@@ -143,8 +143,12 @@ def correction_loss(solution: Solution, criterion: Callable[[Any], Tensor], *, d
     if not solution.states:
         raise ValueError("solution.states is empty: pass to solve keep_states=(...), evaluations that it reaches")
     states = [solution.states[nfev] for nfev in sorted(solution.states)]
-    weighted = [decay ** (len(states) - i) * criterion(state) for i, state in enumerate(states, start=1)]
-    return torch.stack(weighted).sum()
+    losses = [criterion(state) for state in states]
+    for loss in losses:
+        if not isinstance(loss, Tensor) or loss.ndim:
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"criterion must return a scalar tensor, such as a mean; found {found}")
+    return torch.stack([decay ** (len(losses) - i) * loss for i, loss in enumerate(losses, start=1)]).sum()
 
 
 def _recorded(

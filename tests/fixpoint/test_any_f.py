@@ -201,7 +201,9 @@ def test_an_auxiliary_output_is_that_of_the_solution():
     assert solution.aux["calls"] == "any object"
     # d/da of 6 a / (1 - a)
     torch.testing.assert_close(autograd.grad(solution.aux["sum"], a)[0], torch.tensor(24.0, dtype=D))
-    assert fixpoint.solve(f, torch.zeros(2, 3, dtype=D), has_aux=True, backward=None).aux["sum"] == 6
+    detached = fixpoint.solve(f, torch.zeros(2, 3, dtype=D), has_aux=True, backward=None).aux["sum"]
+    assert detached == 6
+    assert not detached.requires_grad
     assert fixpoint.solve(lambda z: 0.5 * z, torch.ones(1, 1)).aux is None
     with pytest.raises(TypeError, match=r"must return \(state, aux\), found Tensor"):
         fixpoint.solve(lambda z: z, torch.ones(1, 1), has_aux=True)

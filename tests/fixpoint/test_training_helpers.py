@@ -174,6 +174,10 @@ def test_what_cannot_work_says_so():
     sol = fixpoint.solve(halve, z0, keep_states=(1,))
     with pytest.raises(ValueError, match="found 0"):
         fixpoint.correction_loss(sol, torch.sum, decay=0)
+    with pytest.raises(ValueError, match=r"scalar tensor.*found shape \(2,\)"):
+        fixpoint.correction_loss(sol, lambda z: z.square().mean(dim=1))
+    with pytest.raises(ValueError, match=r"scalar tensor.*found float"):
+        fixpoint.correction_loss(sol, lambda z: float(z.mean()))
     with pytest.raises(ValueError, match="found 0"):
         fixpoint.jacobian_penalty(halve, z0, probes=0)
     with pytest.raises(ValueError, match="found 1"):
