@@ -27,7 +27,7 @@ from fixpoint.solve import report, solve
 from fixpoint.solvers.base import Solver
 from fixpoint.solvers.broyden import Broyden
 from fixpoint.solvers.picard import Picard
-from fixpoint.solvers.rescaled import Rescaled, inverse_slopes, row_norms
+from fixpoint.solvers.rescaled import Rescaled, evals_of_loop, inverse_slopes, row_norms
 
 
 @outside_graphs
@@ -76,7 +76,8 @@ def root(
         norm: Takes a state to one value for each row, in place of the Euclidean norm; of x and of g(x).
         max_evals: Evaluations of g granted; the second one is next to x0, to see the slope, and the last two are for a
             look at the components.
-        batch_dims, on_failure, check_every, record, callback, compact: As in ``fixpoint.solve``.
+        batch_dims, on_failure, check_every, record, callback, compact: As in ``fixpoint.solve``. The look at the
+            components is not in what a callback is shown, nor in its ``Progress.max_evals``.
         has_aux: g returns ``(g(x), aux)``. The aux of one more evaluation, at the solution, is in ``Solution.aux``.
 
     Returns:
@@ -122,7 +123,8 @@ def root(
 
     def watch(progress: Progress) -> object:
         assert callback is not None
-        return callback(dataclasses.replace(progress, value=progress.value.x))
+        seen_at_most = evals_of_loop(progress.max_evals)
+        return callback(dataclasses.replace(progress, value=progress.value.x, max_evals=seen_at_most))
 
     try:
         solution = solve(

@@ -23,7 +23,8 @@ class Progress:
         nfev: Evaluations so far.
         max_evals: Evaluations granted.
         residual: ``||f(z) - z||`` of the state just evaluated, in the batch shape.
-        active: Number of rows that have not ended.
+        active: Number of rows that have not ended; once all have, of those that an evaluation of all rows is still to
+            confirm (``compact``). It is 0 at the end alone.
         value: A copy of the state just evaluated, in the structure of z0.
         predicted_error: What the solver predicts for the error of each row, where it judges by that and measures no
             residual (``CausalQuasiNewton`` on a chain; ``residual`` is then NaN). None for all other solvers.

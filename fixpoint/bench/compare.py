@@ -24,7 +24,7 @@ from fixpoint.engine.layout import Layout, leaves
 from fixpoint.engine.norms import row_norm
 from fixpoint.solution import Solution
 from fixpoint.solve import solve
-from fixpoint.solvers.base import Solver
+from fixpoint.solvers.base import Solver, require_count
 from fixpoint.solvers.blockwise import Blockwise
 from fixpoint_cli.names import SOLVERS, named, parse_spec, problem_entries
 
@@ -52,7 +52,7 @@ def make_solver(spec: str) -> Solver:
     blocks = options.pop("blocks", None)
     check_keywords(f"solver {name!r}", make, options, also=("blocks",))
     solver = make(**options)
-    return solver if blocks is None else Blockwise(solver, blocks=int(blocks))
+    return solver if blocks is None else Blockwise(solver, require_count("blocks", blocks))
 
 
 def compare(

@@ -226,12 +226,12 @@ class Layout:
 
 
 def _shape_of(leaf: Tensor, batch_dims: int) -> Tensor:
-    """A tensor like ``leaf`` without its graph and, where it lies in its own order, without its memory.
+    """A tensor like ``leaf`` without its graph and, where it lies in its own order, without its memory: of zeros.
 
     Both would live as long as the solution.
     """
     leaf = leaf.detach()
-    return leaf.new_empty(()).expand(leaf.shape) if _memory_order(leaf, batch_dims) is None else leaf
+    return leaf.new_zeros(()).expand(leaf.shape) if _memory_order(leaf, batch_dims) is None else leaf
 
 
 def _memory_order(leaf: Tensor, batch_dims: int) -> tuple[int, ...] | None:

@@ -29,7 +29,7 @@ class Watcher(Protocol):
     def __call__(
         self, nfev: int, residual: Tensor, active: int, z: Tensor, predicted_error: Tensor | None = None, /
     ) -> object:
-        """``residual`` per row, rows that have not ended, the state ``(rows, dim)``, predicted error per row if any."""
+        """``residual`` per row, rows not settled, the state ``(rows, dim)``, predicted error per row if any."""
 
 
 class LoopOptions(TypedDict, total=False):
@@ -132,7 +132,7 @@ class _Run:
                     if changed or lost is not None:
                         self.ahead = None  # made for other rows, or from another state
                 if self.watch and not self.stop:
-                    self.stop = self.watch(best.nfev, figures_like(z, seen.residual), best.remaining, z.detach())
+                    self.stop = self.watch(best.nfev, figures_like(z, seen.residual), best.unsettled, z.detach())
                 if self.stop or best.nfev >= self.max_evals or best.remaining == 0:
                     if best.any_unconfirmed:
                         continue  # the next evaluation confirms

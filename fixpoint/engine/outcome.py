@@ -109,6 +109,11 @@ class BestSoFar:
         """Whether something is known from an evaluation of a part of the rows alone."""
         return bool(np.count_nonzero(self.unconfirmed))
 
+    @property
+    def unsettled(self) -> int:
+        """How many rows have not ended; once all have, how many of them are still to be confirmed."""
+        return self.remaining or int(np.count_nonzero(self.unconfirmed))
+
     def ended(self) -> tuple[Tensor, Tensor] | None:
         """Numbers of the rows that have ended, and their states ``(n, dim)``; None if no row has."""
         if self.remaining == len(self.active):

@@ -94,7 +94,8 @@ def _is_array(leaf: object) -> bool:
 def _shared(leaf: Any) -> Any:
     """A tensor on the array's memory where there can be one; anything else as it is."""
     sharable = isinstance(leaf, np.ndarray) and leaf.dtype in _SHARED and leaf.flags.writeable
-    return torch.from_numpy(leaf) if sharable and min(leaf.strides, default=0) >= 0 else leaf
+    sharable = sharable and all(stride >= 0 and stride % leaf.itemsize == 0 for stride in leaf.strides)
+    return torch.from_numpy(leaf) if sharable else leaf
 
 
 def _start(leaf: Any) -> Any:

@@ -71,7 +71,7 @@ class ACX(Solver):
             square, product = (xp.take(states.dots(highest[:, None], x[:, None]))[:, 0] for x in (highest, before[-1]))
             measured = (square > torch.finfo(wide).tiny) & (square < math.inf)
             s = abs(product / xp.where(measured, square, 1.0))  # a gradient needs a quotient that is finite everywhere
-            s = xp.where(measured & (s > 0), s, 1.0)  # with 1, the jump below is the plain step
+            s = xp.where(measured & (s > 0) & (s < math.inf), s, 1.0)  # with 1, the jump below is the plain step
             jump = here
             for order in range(length, 0, -1):
                 # The differences are those of the cycle's first state, and lead from there to the last one, too.

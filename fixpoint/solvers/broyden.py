@@ -48,7 +48,8 @@ class Broyden(Solver):
     where f turns about its solution.
 
     Args:
-        memory: Number of steps between restarts; one state per row is held for each.
+        memory: Number of steps between restarts; one state per row is held for each. Below 3 there is no room for the
+            last secant, and it starts over from nothing: with 1, every step is Picard's.
         history_dtype: Precision of the held steps, such as ``torch.bfloat16`` to halve their memory; None takes the
             state's own.
 

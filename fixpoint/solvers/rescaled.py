@@ -42,6 +42,11 @@ _HILLY = 10.0
 _SLACK = 100.0
 
 
+def evals_of_loop(max_evals: int) -> int:
+    """How many of the evaluations granted the loop may make; the others are for a look at the components."""
+    return max(max_evals - _CONFIRMING, min(max_evals, _CONFIRMING))
+
+
 def row_norms(state: Any, batch_dims: int) -> Tensor:
     """Euclidean norm ``(*batch)`` in at least float32, of rows divided by their largest entry: no square overflows."""
     leaf_rows = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for _, x in leaves(state)]
@@ -126,14 +131,15 @@ class Rescaled(Solver):
     width: int = 1
 
     def bind(self, f: Any, layout: Layout) -> tuple[Any, Solver]:
-        f, solver = self.solver.bind(f, layout)
+        """f itself as the inner solver wants it, and that solver, which is shown x alone."""
+        f, solver = self.solver.bind(f, replace(layout, example=layout.example.x))
         return f, Rescaled(solver, layout.leaf_sizes[-1])
 
     def run(self, f: Map, z: Tensor, tolerance: Tolerance, **options: Unpack[LoopOptions]) -> LoopResult:
         same = {field.name: getattr(tolerance, field.name) for field in dataclasses.fields(tolerance)}
         natural = NaturalTolerance(**same, width=self.width)
         granted = options["max_evals"]
-        options["max_evals"] = max(granted - _CONFIRMING, min(granted, _CONFIRMING))
+        options["max_evals"] = evals_of_loop(granted)
         return self._confirmed(f, super().run(f, z, natural, **options), tolerance, granted)
 
     def _confirmed(self, f: Map, result: LoopResult, tolerance: Tolerance, max_evals: int) -> LoopResult:
@@ -176,9 +182,6 @@ class Rescaled(Solver):
         off = nudge * g.abs() / ((nudged - g).abs() * x.shape[1] ** 0.5)
         worst = to_host(torch.where(g == 0, 0, off).amax(dim=1))
         return ~(worst <= np.minimum(_SLACK * rtol, 1))
-
-    def adjoint(self) -> Solver | None:
-        return self.solver.adjoint()
 
     def plain(self, fz: Tensor) -> Tensor:
         unknown = torch.zeros_like(fz[:, 0])  # what such a step shows of the slope is not known yet

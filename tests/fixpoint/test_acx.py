@@ -66,6 +66,11 @@ def turning(z):
     return torch.stack((1 + 2 * x - x * (x - 1) / 6, x * (x - 1) / 6), dim=1)
 
 
+def nearly_turning(x):
+    """Takes 0 to 1, 3 and 6 + 1e-10: the second difference is 1, the third 1e-10."""
+    return 1 + 2 * x - (1 - 1e-10) * x * (x - 1) / 6
+
+
 @pytest.mark.parametrize(
     ("f", "z0"),
     [
@@ -73,8 +78,9 @@ def turning(z):
         (turning, [[0.0, 0.0]]),  # it is at right angles to the lower one
         (lambda z: 0.9 * z, [[1e160, 1e160]]),  # its square is not finite
         (lambda z: 0.9 * z, [[1e-155, 1e-155]]),  # its square has lost its digits
+        (lambda z: 1e160 * nearly_turning(z / 1e160), [[0.0, 0.0]]),  # its square is finite, and its product is not
     ],
-    ids=["a translation", "right angles", "too large", "too small"],
+    ids=["a translation", "right angles", "too large", "too small", "too large a product"],
 )
 def test_without_an_s_a_cycle_ends_with_a_plain_step(f, z0):
     z = torch.tensor(z0, dtype=D)

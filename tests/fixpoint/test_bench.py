@@ -115,6 +115,8 @@ def test_solver_specs_make_solvers_and_refuse_typos():
         bench.make_solver("andersen")
     with pytest.raises(TypeError, match=r"solver 'anderson' has no option 'mem'. Did you mean 'memory'"):
         bench.make_solver("anderson:mem=3")
+    with pytest.raises(TypeError, match=r"blocks must be an integer, found 2.5"):
+        bench.make_solver("anderson:blocks=2.5")
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in OPTIONS for name in OPTIONS[kind]])

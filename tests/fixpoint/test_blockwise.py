@@ -70,3 +70,12 @@ def test_a_solver_that_needs_no_problem_is_left_as_it_is():
     _, bound = solver.bind(torch.cos, Layout.of(torch.zeros(2, 6), 1))
     assert bound == solver
     assert bound.adjoint() is None
+
+
+def test_no_number_is_read_that_nobody_has_written(contraction):
+    f, were_on = contraction(dim=4, rho=0.5), torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # then torch fills new memory with NaN
+    try:
+        assert fixpoint.solve(f, solver=Blockwise(Picard(), blocks=2)).converged.all()
+    finally:
+        torch.use_deterministic_algorithms(were_on)

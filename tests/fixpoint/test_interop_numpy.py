@@ -145,8 +145,9 @@ def test_a_view_of_the_input_may_be_returned():
         np.ones((3, 2)).T,
         np.linspace(0, 1, 6).reshape(2, 3)[:, ::-1],
         np.ones((2, 3), dtype=">f8"),
+        np.ones((2, 3), dtype=[("number", "f8"), ("other", "i4")])["number"],
     ],
-    ids=["read-only", "transposed", "negative strides", "big endian"],
+    ids=["read-only", "transposed", "negative strides", "big endian", "a field of a structured array"],
 )
 def test_arrays_of_any_layout_serve_as_state_and_argument(z0):
     with warnings.catch_warnings():

@@ -120,15 +120,28 @@ def test_relative_trace_divides_by_the_norm_of_the_image(run):
 
 def test_an_f_that_draws_beside_another_thread_has_its_statistics():
     solver, stop = torchdeq.solver.get_solver("fixpoint_picard"), threading.Event()
+    sizes = []
+
+    def f(z):
+        fz = 0.4 * torch.dropout(z + 1, 0.5, True)
+        sizes.append(fz.norm(dim=1))
+        return fz
+
     thread = threading.Thread(target=stop.wait)
     thread.start()
     try:  # f is then evaluated once more, to see which thread has drawn
-        *_, info = solver(lambda z: 0.4 * torch.dropout(z + 1, 0.5, True), torch.zeros(3, 4), max_iter=40)
+        *_, info = solver(f, torch.zeros(3, 4), max_iter=40)
     finally:
         stop.set()
         thread.join()
     assert info["rel_trace"].shape == info["abs_trace"].shape
     torch.testing.assert_close(info["rel_trace"][:, -1], info["rel_lowest"])
+    nfev = len(sizes) - 1
+    assert torch.equal(sizes[0], sizes[1])
+    assert 2 < nfev < 40
+    torch.testing.assert_close(
+        info["rel_trace"][:, :nfev], info["abs_trace"][:, :nfev] / torch.stack(sizes[1:], dim=1), equal_nan=True
+    )
 
 
 def test_stop_modes(run):

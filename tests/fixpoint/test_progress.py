@@ -49,6 +49,30 @@ def test_it_closes_when_the_solve_is_over_and_opens_anew_for_the_next():
     assert bar._bar is None
 
 
+def test_it_opens_once_for_a_solve_that_confirms_rows_it_had_left_out(monkeypatch):
+    opened, tqdm = [], ProgressBar.tqdm
+    monkeypatch.setattr(ProgressBar, "tqdm", staticmethod(lambda **options: opened.append(1) or tqdm(**options)))
+    rates, seen = torch.linspace(0, 0.9, 16)[:, None], []
+    bar = ProgressBar()
+
+    def shown(progress):
+        seen.append(progress.active)
+        bar(progress)
+
+    sol = fixpoint.solve(lambda z, rates: rates * z + 1, torch.zeros(16, 1), (rates,), solver=Picard(), callback=shown)
+    assert len(seen) == sol.nfev
+    assert 0 < seen[-2] <= 16  # all have ended, and are still to be confirmed
+    assert seen.index(0) == len(seen) - 1
+    assert (opened, bar._bar) == ([1], None)
+
+
+@pytest.mark.parametrize("max_evals", [1, 2, 3, 10])
+def test_it_closes_when_no_root_is_found(max_evals):
+    bar = ProgressBar()
+    fixpoint.root(torch.exp, torch.zeros(2, 1), max_evals=max_evals, callback=bar, on_failure="ignore")
+    assert bar._bar is None
+
+
 def test_a_with_block_closes_it_where_a_solve_is_interrupted():
     bar = ProgressBar()
 

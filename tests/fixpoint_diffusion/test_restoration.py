@@ -13,8 +13,9 @@ from torch import Tensor
 
 import fixpoint
 from fixpoint_diffusion import NoiseSchedule, embedded, initial_noise
-from fixpoint_diffusion.processes import Clip
+from fixpoint_diffusion.processes import Clip, GaussianPrior
 from fixpoint_diffusion.restoration import BlockMean, Blur, LinearMap, Mask, RestorationChain, project, restore
+from fixpoint_diffusion.restoration.chain import _LEFT, SplitChain
 from fixpoint_diffusion.training.data import load_digits, split_held_out
 
 SCHEDULE = NoiseSchedule.linear()
@@ -92,6 +93,36 @@ def test_range_and_null_space_have_slopes_of_their_own(mixture: Callable[..., An
     plain = fixpoint.solve(chain, solver=fixpoint.CausalQuasiNewton(), rtol=1e-6, backward=None)
     torch.testing.assert_close(ours.trajectory, plain.value, rtol=1e-4, atol=1e-5)
     assert ours.rounds < plain.nfev
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.85])
+def test_slopes_are_those_of_the_steps_for_a_gaussian_as_wide_as_is_left_open(eta: float) -> None:
+    variance = _LEFT * float(GaussianPrior.isotropic().variances)
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        a = SCHEDULE.alphas_cumprod[t][:, None]
+        return (1 - a).sqrt() * x / (a * variance + 1 - a)
+
+    chain = small(denoiser, eta=eta)
+    problem, sample, step = SplitChain(chain), torch.zeros(12, dtype=torch.int64), torch.arange(12)
+    seen, unseen = torch.tensor([0.6, 0.6, 0.0], dtype=torch.float64), torch.tensor([0.5, -0.5, 2.0]).double()
+    at = problem.start[:1].expand(12, -1, -1)
+    for part, change in ((0, seen), (1, unseen)):
+        moved = torch.zeros(2, 3, dtype=torch.float64).index_fill(0, torch.tensor(part), 1.0) * change
+        found = problem.transition(at + moved, sample, step) - problem.transition(at, sample, step)
+        torch.testing.assert_close(found, problem.slopes.unflatten(1, (2, 3)) * moved)
+
+
+def test_the_denoiser_sees_latents_in_the_dtype_of_the_first() -> None:
+    seen = set()
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        seen.add(x.dtype)
+        return 0.5 * x
+
+    x_T = initial_noise(0, range(2), (3,), dtype=torch.float32)
+    images = restore(small(denoiser, x_T=x_T, y=torch.tensor([[0.3], [-0.9]]))).images
+    assert seen == {torch.float32} == {images.dtype}
 
 
 def test_a_share_of_the_noise_may_be_the_tolerance(mixture: Callable[..., Any]) -> None:
