@@ -200,6 +200,8 @@ def refuse_second_order(gradient: Tensor, *depends_on: Tensor) -> Tensor:
 
 
 class _FirstOrder(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(gradient: Tensor, *depends_on: Tensor) -> Tensor:
         return gradient.view_as(gradient)
@@ -207,6 +209,10 @@ class _FirstOrder(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
+
+    @staticmethod
+    def jvp(ctx: Any, gradient: Tensor, *_: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)  # forward mode has followed how the gradient was found
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
