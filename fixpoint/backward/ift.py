@@ -86,8 +86,9 @@ class IFT(Backward):
 
         linear = LinearSolves(adjoint, tangent)
         if not run.transformed:
-            # The closure below lives until backward; what the solver remembered need not.
+            # The closures live until backward; what the solver remembered and where it started need not.
             result = replace(run.solve(), state=None)
+            run = replace(run, z0=result.z)
 
             def double_backward(f: Functional, v: Tensor) -> tuple[Tensor | None, ...] | None:
                 # torch.func loses the outer graph of a scripted module, without an error.
