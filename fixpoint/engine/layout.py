@@ -191,6 +191,13 @@ class Layout:
         dims = len(self.batch_shape)
         return tuple(math.prod(leaf.shape[dims:]) * (2 if leaf.is_complex() else 1) for _, leaf in leaves(self.example))
 
+    @property
+    def row_order(self) -> tuple[int, ...] | None:
+        """Of a state that is one tensor, the dimensions of a row as its entries stand in it; None: in their order."""
+        dims = len(self.batch_shape)
+        order = _memory_order(self.example, dims)
+        return None if order is None else tuple(i - dims for i in order[dims:])
+
     def unflatten(self, flat: Tensor) -> Any:
         """The state, structured like the example, that ``flat`` holds; views where possible."""
         if self._is_rows:
