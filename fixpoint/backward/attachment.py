@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +14,13 @@ from fixpoint.engine.ambient import version
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.private import unbatched
 from fixpoint.engine.tolerance import Status
-from fixpoint.engine.transforms import transformed
+from fixpoint.engine.transforms import Functional, transformed
 from fixpoint.engine.warning import warn
 
 if TYPE_CHECKING:
     from fixpoint.backward.base import ForwardSolve
 
-DoubleBackward = Callable[[Tensor], "tuple[Tensor | None, ...] | None"]
+DoubleBackward = Callable[[Functional, Tensor], "tuple[Tensor | None, ...] | None"]
 
 
 def hand_over(result: LoopResult, attached: Tensor) -> Tensor:
@@ -79,8 +80,8 @@ def attach_adjoint(
 
     ``linear.adjoint(image, v)`` finds it, where ``image(u) = v + J^T u``. It then flows through the recorded
     application to parameters, inputs and whatever f closes over, with no list of them anywhere. That has no second
-    derivative. A rule that has one gives it as ``double_backward(v)``: gradients for ``run.inputs`` that are
-    differentiable themselves, or None where it cannot.
+    derivative. A rule that has one gives it as ``double_backward(f, v)``: gradients for ``run.inputs`` that are
+    differentiable themselves, or None where it cannot; f is the map with the rows that have failed held fixed.
     """
     if run.transformed:
         raise ValueError(
@@ -113,8 +114,9 @@ def attach_adjoint(
         if [version(x) for x in run.inputs] != versions:
             raise RuntimeError("an argument or a parameter of f was changed in place between forward and backward")
         # A second derivative evaluates f again; the first one has the graph that was recorded.
-        again = double_backward if double_backward is not None and _is_same_map(run, z, fz) else None
-        gradients = for_each_gradient(again, v) if again else None
+        gradients = None
+        if double_backward is not None and _is_same_map(run, z, fz):
+            gradients = for_each_gradient(partial(double_backward, run.sound(z, fz)), v)
         if gradients is not None:
             return None, *gradients
         with torch.no_grad():
@@ -200,6 +202,8 @@ def refuse_second_order(gradient: Tensor, *depends_on: Tensor) -> Tensor:
 
 
 class _FirstOrder(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(gradient: Tensor, *depends_on: Tensor) -> Tensor:
         return gradient.view_as(gradient)
@@ -207,6 +211,10 @@ class _FirstOrder(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
+
+    @staticmethod
+    def jvp(ctx: Any, gradient: Tensor, *_: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)  # forward mode has followed how the gradient was found
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:

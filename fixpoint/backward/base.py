@@ -20,7 +20,7 @@ from fixpoint.engine.loop import Map, Watcher, run_steps
 from fixpoint.engine.norms import to_host
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import OnFailure, Status, Tolerance, same_images
-from fixpoint.engine.transforms import is_capturing
+from fixpoint.engine.transforms import Functional, is_capturing
 from fixpoint.engine.warning import warn
 from fixpoint.solvers.base import Solver
 
@@ -179,6 +179,40 @@ class ForwardSolve:
             return out
         if bool(failed.all()):
             return without_gradient(out)
+        found = self._with_others_in_place(apply, z, out, failed)
+        return out if found is None else torch.where(failed[:, None], out.detach(), found[2])
+
+    def sound(self, z: Tensor, fz: Tensor) -> Functional:
+        """``f(z, *inputs)`` at the state ``z`` with the image ``fz``, constant in rows that are not finite there.
+
+        As ``recorded`` does it, so that their derivatives leave those of the others alone.
+        """
+        failed, image = ~torch.isfinite(fz.detach()).all(dim=1), fz.detach()
+        if not bool(failed.any()):
+            return self.f
+        if bool(failed.all()):
+            return lambda z, *inputs: image
+        with torch.no_grad():
+            found = self._with_others_in_place(lambda f, z: f(z), z.detach(), image, failed)
+        if found is None:
+            return self.f
+        part, index, _ = found
+        taken = [some is not every for some, every in zip(part.inputs, self.inputs, strict=True)]
+
+        def others_in_place(z: Tensor, *inputs: Tensor) -> Tensor:
+            of_rows = zip(inputs, taken, strict=True)
+            chosen = [x.index_select(0, index.to(x.device)) if picked else x for x, picked in of_rows]
+            return torch.where(failed[:, None], image, self.f(z.index_select(0, index), *chosen))
+
+        return others_in_place
+
+    def _with_others_in_place(
+        self, apply: Callable[[RowMap, Tensor], Tensor], z: Tensor, out: Tensor, failed: Tensor
+    ) -> tuple[RowMap, Tensor, Tensor] | None:
+        """f with another row in the place of each that has ``failed``; which rows these are; what comes out.
+
+        None where that changes the outcome ``out`` of other rows, or fails itself.
+        """
         index = torch.arange(len(z), device=z.device)
         index = torch.where(failed, index[~failed][0], index)
         # A parameter may look like an argument with rows, as it has as many. One that a failed row broke is none.
@@ -189,8 +223,8 @@ class ForwardSolve:
                 continue
             same = same_images(other.detach(), out.detach(), self.tolerance.rounding)
             if bool((same | failed).all()) and bool(torch.isfinite(other.detach()).all()):
-                return torch.where(failed[:, None], out.detach(), other)
-        return out
+                return part, index, other
+        return None
 
     def adjoint_solver(self, solver: Solver | None) -> Solver | None:
         """``solver``, or else what suits the forward solver, made to suit ``u = v + J^T u``; None: any will do."""

@@ -14,7 +14,7 @@ from fixpoint.backward.functional import LinearSolves, solve_functionally, vecto
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import LoopResult
 from fixpoint.engine.tolerance import OnFailure, Status, Tolerance
-from fixpoint.engine.transforms import ClosureError, depends_on_nothing_else
+from fixpoint.engine.transforms import ClosureError, Functional, depends_on_nothing_else
 from fixpoint.solvers.base import Solver, require_count
 from fixpoint.solvers.gmres import GMRES
 
@@ -86,17 +86,18 @@ class IFT(Backward):
 
         linear = LinearSolves(adjoint, tangent)
         if not run.transformed:
-            # The closure below lives until backward; what the solver remembered need not.
+            # The closures live until backward; what the solver remembered and where it started need not.
             result = replace(run.solve(), state=None)
+            run = replace(run, z0=result.z)
 
-            def double_backward(v: Tensor) -> tuple[Tensor | None, ...] | None:
+            def double_backward(f: Functional, v: Tensor) -> tuple[Tensor | None, ...] | None:
                 # torch.func loses the outer graph of a scripted module, without an error.
                 scripted = any(isinstance(m, torch.jit.ScriptModule) for m in run.f.ambient.modules)
                 if scripted or not depends_on_nothing_else(run.f, result.z, run.inputs):
                     return None
                 # The same state once more, attached by a solve that is done already.
-                known = solve_functionally(run.f, lambda f, z: result, linear, result.z, run.inputs)
-                return vector_jacobian_product(run.f, linear, known.z, run.inputs, v)
+                known = solve_functionally(f, lambda f, z: result, linear, result.z, run.inputs)
+                return vector_jacobian_product(f, linear, known.z, run.inputs, v)
 
             return attach_adjoint(run, result, linear, double_backward)
         if not depends_on_nothing_else(run.f, run.z0, run.inputs):

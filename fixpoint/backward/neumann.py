@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -51,4 +51,6 @@ class Neumann(Backward):
         def adjoint(image: Map, v: Tensor) -> LoopResult:
             return run_steps(image, v, Picard(), run.tolerance, depth=self.terms - 1)
 
-        return attach_adjoint(run, run.solve(), LinearSolves.alike(adjoint))
+        result = run.solve()
+        run = replace(run, z0=result.z)  # the start need not live until backward
+        return attach_adjoint(run, result, LinearSolves.alike(adjoint))

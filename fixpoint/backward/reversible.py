@@ -15,7 +15,7 @@ from fixpoint.backward.base import Backward, ForwardSolve
 from fixpoint.backward.functional import for_each_gradient
 from fixpoint.engine.loop import Map
 from fixpoint.engine.outcome import LoopResult
-from fixpoint.engine.transforms import Functional
+from fixpoint.engine.transforms import Functional, plain
 from fixpoint.solvers.base import Solver, require_count, small_dtype
 
 Pair = tuple[Tensor, Tensor]  # a state and the one before it
@@ -139,6 +139,8 @@ class _Reversed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        if plain(v) is not v:  # where nothing can be made to require a gradient
+            raise ValueError("the backward of Reversible() does not work under torch.func; that of IFT() does")
         last, before, z0, *inputs = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[6:]) if needed]
         with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -65,6 +65,7 @@ class SHINE(Backward):
             raise TypeError(f"SHINE reuses the inverse that Broyden() builds, found solver={run.solver!r}")
         result = run.solve()
         transposed, rows = partial(run.solver.transposed_inverse, result.state), len(result.z)
+        run = replace(run, z0=result.z)  # the start need not live until backward
 
         def inverse(v: Tensor) -> Tensor:
             """Of several gradients at once, one after the other."""

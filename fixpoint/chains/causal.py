@@ -155,7 +155,9 @@ class CausalQuasiNewton(Solver):
         sparse = isinstance(f, OneStep) and f.sparse
         # Nobody promises that another f is causal: what it gives is measured.
         options = self if single_steps else replace(self, certify=True, max_rows=None)
-        return f, CausalSweep(options, steps, dim, slopes, basis, noise_scale, single_steps=single_steps, sparse=sparse)
+        sweep = CausalSweep(options, steps, dim, slopes, basis, noise_scale, single_steps=single_steps, sparse=sparse)
+        order = layout.row_order
+        return f, sweep if order is None else replace(sweep, stored=(tuple(shape), order))
 
     def _noise_scale(self, f: Any, steps: int) -> Array | None:
         """What ``noise_rtol`` is relative to; None where it is not asked for."""

@@ -42,6 +42,7 @@ class CausalSweep(Solver):
         single_steps: Whether the map can be asked for single steps, by its method ``part``.
         sparse: Whether it can interpolate some of them, by its method ``sparse_part``.
         fades: Whether states may fade to nothing along the row, as the derivatives of a chain do.
+        stored: Sizes of the dimensions of a row, and these as its entries stand in it; None: one state after another.
     """
 
     options: CausalQuasiNewton
@@ -54,6 +55,7 @@ class CausalSweep(Solver):
     single_steps: bool = False
     sparse: bool = False
     fades: bool = False
+    stored: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
     def noise(self) -> Array:
@@ -191,12 +193,19 @@ class CausalSweep(Solver):
 
     def split(self, z: Tensor) -> Tensor:
         """Rows ``(B, T * D)`` as states ``(B, T, D)`` in the order of the chain, in at least float32."""
+        if self.stored is not None:
+            sizes, order = self.stored
+            places = [1 + order.index(i) for i in range(len(order))]
+            z = z.reshape(len(z), *(sizes[i] for i in order)).permute(0, *places)
         states = z.reshape(len(z), self.steps, self.dim).to(gram_dtype(z))
         return states.flip(1) if self.backwards else states
 
     def join(self, states: Tensor, like: Tensor) -> Tensor:
         """The inverse of ``split``, in the dtype of ``like``."""
         states = states.flip(1) if self.backwards else states
+        if self.stored is not None:
+            sizes, order = self.stored
+            states = states.reshape(len(states), *sizes).permute(0, *(1 + i for i in order))
         return states.reshape(like.shape).to(like.dtype)
 
     def to_basis(self, x: Tensor) -> Tensor:

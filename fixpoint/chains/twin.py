@@ -62,7 +62,7 @@ class Twin:
         self._fresh[:, 0] += start[:, 0]
         self._gains = like.new_full((len(rows), steps), torch.nan)
         options = replace(chain.sweeper.options, certify=False, memory=_MEMORY, noise_rtol=0.0, probes=0)
-        sweeper = replace(chain.sweeper, options=options, sparse=False)
+        sweeper = replace(chain.sweeper, options=options, sparse=False, stored=None)
         z = sweeper.join(start, chain.start.new_empty(len(rows), steps * like.shape[1]))
         self.run = ChainRun(z, sweeper, Tolerance(rtol=_CLOSE, atol=0.0))
         self.run.doubts = False

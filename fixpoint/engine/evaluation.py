@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -103,7 +104,7 @@ class RowMap:
         blocks = state.shape[1]
         part = getattr(self._f, "part", None)
         if part is None or len(block) == len(state) * blocks or self.ambient.repeats:
-            return self(z).reshape(len(z), blocks, -1)[row, block]
+            return self.layout.unflatten(self(z))[row, block].reshape(len(block), math.prod(state.shape[2:]))
         self._require_no_args()
         images = self._in_ambient_state(lambda: part(state, row, block), z).reshape(len(block), -1)
         # The first evaluation may have shown that each must see all blocks: other numbers were drawn for these alone.

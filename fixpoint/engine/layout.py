@@ -168,7 +168,7 @@ class Layout:
                 )
             if not (torch.compiler.is_compiling() or leaf.is_meta or _all_finite(leaf)):
                 raise ValueError(f"z0 must be finite: {path} holds NaN or infinity")
-        example = map_leaves(lambda leaf: _shape_of(leaf, batch_dims), state)
+        example = map_leaves(lambda leaf: _shape_of(leaf, batch_shape), state)
         return cls(example=example, batch_shape=batch_shape, dtype=first.dtype, device=first.device)
 
     def flatten(self, state: Any) -> Tensor:
@@ -190,6 +190,13 @@ class Layout:
         """Length of each leaf's part of a row."""
         dims = len(self.batch_shape)
         return tuple(math.prod(leaf.shape[dims:]) * (2 if leaf.is_complex() else 1) for _, leaf in leaves(self.example))
+
+    @property
+    def row_order(self) -> tuple[int, ...] | None:
+        """Of a state that is one tensor, the dimensions of a row as its entries stand in it; None: in their order."""
+        dims = len(self.batch_shape)
+        order = _memory_order(self.example, dims)
+        return None if order is None else tuple(i - dims for i in order[dims:])
 
     def unflatten(self, flat: Tensor) -> Any:
         """The state, structured like the example, that ``flat`` holds; views where possible."""
@@ -216,22 +223,22 @@ class Layout:
     def with_rows(self, rows: int) -> Layout:
         """The same layout for another number of rows, of at least one; for one batch dimension."""
 
-        def with_rows(leaf: Tensor) -> Tensor:
-            # Its numbers play no part, its shape and memory format do.
-            order = _memory_order(leaf, 1) or tuple(range(leaf.ndim))
-            stored = leaf.new_empty(tuple(leaf.shape[i] for i in order)[1:])
-            return stored.expand(rows, *stored.shape).permute(_inverse(order))
-
-        return replace(self, example=map_leaves(with_rows, self.example), batch_shape=torch.Size([rows]))
+        batch_shape = torch.Size([rows])
+        example = map_leaves(lambda leaf: _shape_of(leaf, batch_shape), self.example)
+        return replace(self, example=example, batch_shape=batch_shape)
 
 
-def _shape_of(leaf: Tensor, batch_dims: int) -> Tensor:
-    """A tensor like ``leaf`` without its graph and, where it lies in its own order, without its memory: of zeros.
+def _shape_of(leaf: Tensor, batch_shape: torch.Size) -> Tensor:
+    """Zeros in the shape and memory format of ``leaf``, with rows of this ``batch_shape``: they take a row's memory.
 
-    Both would live as long as the solution.
+    Of a leaf that lies in its own order, they take none. The leaf itself would live as long as the solution.
     """
-    leaf = leaf.detach()
-    return leaf.new_zeros(()).expand(leaf.shape) if _memory_order(leaf, batch_dims) is None else leaf
+    leaf, batch_dims = leaf.detach(), len(batch_shape)
+    order = _memory_order(leaf, batch_dims)
+    if order is None:
+        return leaf.new_zeros(()).expand(batch_shape + leaf.shape[batch_dims:])
+    stored = leaf.new_zeros([leaf.shape[i] for i in order[batch_dims:]])
+    return stored.expand(batch_shape + stored.shape).permute(_inverse(order))
 
 
 def _memory_order(leaf: Tensor, batch_dims: int) -> tuple[int, ...] | None:

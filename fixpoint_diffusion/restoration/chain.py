@@ -108,8 +108,10 @@ class RestorationChain(DDIMChain):
         """Predicted images ``(N, *shape)`` with the measured part in the place of theirs."""
         if self._hook_before is not None:
             x_0 = self._hook_before(x_0, step, sample)
-        # The pseudo-inverse of each sample's measurement once, not of each row's.
-        measured = self.degradation.pinv(wide(self.measurement))[sample]
+        pinv, measurement = self.degradation.pinv, self.measurement
+        # The pseudo-inverse of each sample's measurement or of each row's, whatever is less.
+        fewer = len(sample) < len(measurement)
+        measured = pinv(wide(measurement[sample])) if fewer else pinv(wide(measurement))[sample]
         return x_0 - project(self.degradation, x_0) + measured
 
     @property

@@ -246,6 +246,21 @@ def test_a_solved_state_keeps_one_application_of_f_alive(normal, cell_class):
     assert sol.value.shape == image.shape
 
 
+@pytest.mark.parametrize("rule", [IFT(), fixpoint.Neumann(terms=3), fixpoint.SHINE(), JFB()], ids=repr)
+def test_a_start_does_not_live_until_backward(rule):
+    b, starts = torch.ones(2, 3, requires_grad=True), []
+
+    def f(z, b):
+        starts.append(weakref.ref(z.untyped_storage()))
+        return 0.5 * torch.cos(z) + b
+
+    solver = Broyden() if isinstance(rule, fixpoint.SHINE) else Picard()
+    solution = fixpoint.solve(f, torch.zeros(2, 3), (b,), solver=solver, backward=rule)
+    assert starts[0]() is None
+    solution.value.sum().backward()
+    assert b.grad is not None
+
+
 def saved_bytes(solve):
     """Of the tensors that the value keeps: the first evaluation is recorded to see whether it must be."""
     with watch_saved() as saved:

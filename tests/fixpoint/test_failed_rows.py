@@ -42,6 +42,25 @@ def test_a_shared_parameter_gets_the_gradient_of_the_other_rows(rule, normal, ma
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("make", [outside_the_domain, broken_argument])
+def test_it_gets_their_second_derivative_too(normal, make):
+    W, x = (0.2 * normal(4, 4)).requires_grad_(), normal(4, 4, seed=1)
+
+    def derivatives(rows):
+        _, z0, given = make(W, x)
+        args = W, given[rows].clone().requires_grad_()
+        rule = fixpoint.IFT(rtol=1e-12)
+        f = lambda z, W, x: make(W, x)[0](z, x)  # noqa: E731
+        solution = fixpoint.solve(f, z0[rows], args, backward=rule, on_failure="ignore")
+        total = (solution.value * solution.converged[:, None]).nan_to_num().square().sum()
+        first = torch.autograd.grad(total, args, create_graph=True)
+        return *first, *torch.autograd.grad(first[0].square().sum(), args)
+
+    for found, expected in zip(derivatives([0, 1, 2, 3]), derivatives(KEPT), strict=True):
+        found = found[KEPT] if len(found) > len(expected) else found
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
 class Tanh(nn.Module):
     def __init__(self, W):
         super().__init__()

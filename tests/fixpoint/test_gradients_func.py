@@ -282,16 +282,34 @@ def test_tolerances_for_each_row_under_torch_func():
         torch.func.vmap(mapped)(torch.full((2, 3), 1e-3))
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("rule", [EXACT, fixpoint.Neumann(terms=5), fixpoint.SHINE(refine=2)], ids=repr)
-def test_a_backward_is_linear_in_its_gradient_for_forward_mode_too(A, b, rule):
+def test_a_backward_is_linear_in_its_gradient_for_torch_func_too(A, b, rule, create_graph):
     b = b.clone().requires_grad_()  # f closes over it
     solver = Broyden() if isinstance(rule, fixpoint.SHINE) else Picard()
     z = fixpoint.solve(lambda z: f(z, A, b), Z0, solver=solver, backward=rule, **TIGHT).value
     v, direction = torch.cos(z.detach()), torch.sin(z.detach())
 
     def pulled(v):
-        return torch.autograd.grad(z, b, v, retain_graph=True)[0]
+        return torch.autograd.grad(z, b, v, retain_graph=True, create_graph=create_graph)[0]
 
     found, moved = jvp(pulled, (v,), (direction,))
     torch.testing.assert_close(found, pulled(v))
     torch.testing.assert_close(moved, pulled(direction))
+    both = torch.stack((v, direction))
+    expected = torch.stack([*map(pulled, both)])
+    torch.testing.assert_close(vmap(pulled)(both), expected)
+    torch.testing.assert_close(vmap(lambda moving: jvp(pulled, (v,), (moving,))[1])(both), expected)
+    with forward_ad.dual_level():
+        moved = forward_ad.unpack_dual(pulled(forward_ad.make_dual(v, direction))).tangent
+    torch.testing.assert_close(moved, pulled(direction))
+
+
+def test_what_the_backward_of_reversible_cannot_do_is_said(A, b):
+    b = b.clone().requires_grad_()
+    z = fixpoint.solve(f, Z0, (A, b), backward=fixpoint.Reversible()).value
+    pulled = lambda v: torch.autograd.grad(z, b, v, retain_graph=True)[0].sum()  # noqa: E731
+    v = torch.ones_like(z)
+    for transformed in (vmap(pulled), lambda v: grad(pulled)(v[0]), lambda v: jacfwd(pulled)(v[0])):
+        with pytest.raises(ValueError, match=r"backward of Reversible\(\) does not work under torch.func"):
+            transformed(v[None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import namedtuple
 
 import pytest
@@ -155,3 +156,28 @@ def test_fewer_rows_stand_in_memory_as_all_of_them_do(order: list[int], kept: in
     torch.testing.assert_close(part, state[:kept], rtol=0, atol=0)
     assert part.stride()[1:] == state.stride()[1:]
     torch.testing.assert_close(layout.with_rows(kept).flatten(part), layout.flatten(state)[:kept], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (2, 3, 1)], ids=["own order", "channels last"])
+@pytest.mark.parametrize("backward", [None, fixpoint.IFT()], ids=repr)
+def test_a_solution_holds_nothing_of_its_start(order: tuple[int, ...], backward: fixpoint.Backward | None) -> None:
+    stored = torch.zeros(4, *(torch.Size([2, 3, 5])[i - 1] for i in order))
+    memory = weakref.ref(stored.untyped_storage())
+    z0 = stored.permute(0, *(order.index(i) + 1 for i in (1, 2, 3)))
+    a = torch.ones((), requires_grad=True)
+    solution = fixpoint.solve(lambda z: 0.5 * torch.cos(z) + a, z0, backward=backward)
+    assert solution.value.stride() == z0.stride()
+    del stored, z0
+    assert memory() is None
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1, 2])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 1, 3, 2)])
+def test_the_example_of_a_layout_is_zeros_with_a_row_of_memory(order: tuple[int, ...], batch_dims: int) -> None:
+    state = torch.randn(2, 3, 4, 5, dtype=torch.complex64).permute(order)
+    layout = Layout.of({"a": state, "b": torch.ones(state.shape[:batch_dims], dtype=torch.complex64)}, batch_dims)
+    for like, leaf in ((layout.example["a"], state), (layout.example["b"], torch.ones(state.shape[:batch_dims]))):
+        assert like.shape == leaf.shape
+        assert not like.any()
+        assert like.untyped_storage().nbytes() <= 8 * leaf[(0,) * batch_dims].numel()
+    assert layout.unflatten(layout.flatten({"a": state, "b": layout.example["b"]}))["a"].equal(state)

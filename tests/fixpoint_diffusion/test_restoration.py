@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fixpoint
+import fixpoint_diffusion.chains.chain as chain_module
 from fixpoint_diffusion import NoiseSchedule, embedded, initial_noise
 from fixpoint_diffusion.processes import Clip, GaussianPrior
 from fixpoint_diffusion.restoration import BlockMean, Blur, LinearMap, Mask, RestorationChain, project, restore
@@ -40,6 +41,26 @@ def small(denoiser: Any, *, eta: float = 0.85, schedule: NoiseSchedule = SCHEDUL
     x_T = options.pop("x_T", initial_noise(0, range(2), (3,), dtype=torch.float64))
     y = options.pop("y", torch.tensor([[0.3], [-0.9]], dtype=torch.float64))
     return RestorationChain(denoiser, x_T, schedule, MEAN, y, steps=12, eta=eta, **options)
+
+
+def test_rows_worked_on_a_few_at_a_time_invert_no_more_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    class Counted(LinearMap):
+        def pinv(self, y: Tensor) -> Tensor:
+            rows.append(len(y))
+            return super().pinv(y)
+
+    y = torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]
+    x_T = initial_noise(0, range(8), (3,), dtype=torch.float64)
+    chain = RestorationChain(lambda x, t: x.tanh(), x_T, SCHEDULE, Counted(MEAN.matrix, (3,)), y, steps=5)
+    rows.clear()
+    expected = chain.sequential()
+    counted = sum(rows)
+    monkeypatch.setattr(chain_module, "_PART", 3)
+    rows.clear()
+    torch.testing.assert_close(chain.sequential(), expected, rtol=1e-12, atol=1e-12)
+    assert sum(rows) == counted
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.85])
