@@ -57,6 +57,8 @@ class FixedPointLayer(nn.Module):
     ) -> None:
         super().__init__()
         _check_names(solve_options)
+        if not callable(f):
+            raise TypeError(f"f must be a module or function of z and the inputs, found {type(f).__name__}")
         self.f = f
         self.options = {"solver": solver, "backward": backward, **solve_options}
         checked = inspect.signature(check_options).parameters

@@ -48,7 +48,7 @@ def bench_command(
         list[str] | None,
         typer.Argument(
             metavar="PROBLEM",
-            help="Names from 'fixpoint problems', or package.module:name, or file.py:name, with options as in "
+            help="Names from 'fixpoint problems', or module:name, or file.py:name, with options as in "
             "linear:rho=0.99,dim=50. None: the classical ones.",
             show_default=False,
         ),
@@ -56,7 +56,7 @@ def bench_command(
     solver: Annotated[
         list[str] | None,
         typer.Option(
-            help="picard, anderson, broyden, acx or causal (for chains), or package.module:Class, or file.py:Class, "
+            help="picard, anderson, broyden, acx or causal (for chains), or module:Class, or file.py:Class, "
             "with options as in anderson:memory=10,blocks=50 (blocks: parts of a row with coefficients of their own). "
             "Repeat to compare several; without it, a problem that has a study of its own runs that.",
             show_default=False,
@@ -78,7 +78,7 @@ def bench_command(
     if importlib.util.find_spec("matplotlib") is None:
         stop(f"drawing needs matplotlib: {EXTRA}")
 
-    sys.path.append(os.getcwd())  # for package.module:name, last so that it hides nothing
+    sys.path.append(os.getcwd())  # for module:name, last so that it hides nothing
     try:
         check_names(problems or (), solver or ())
         from fixpoint import bench  # PyTorch, which takes seconds

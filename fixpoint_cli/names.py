@@ -39,8 +39,8 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 # So many names are listed in full; of more, those that are nearest.
 _LISTED = 10
 Value = bool | int | float | str
-# A place is "package.module:name" or "path/to/file.py:name".
-_PLACE = re.compile(r"([^:=,]+\.py|\w+(\.\w+)+):[A-Za-z_]\w*(?=:|$)")
+# A place is "package.module:name", "module:name" or "path/to/file.py:name".
+_PLACE = re.compile(r"([^:=,]+\.py|\w+(\.\w+)*):[A-Za-z_]\w*(?=:|$)")
 
 
 def problem_entries() -> dict[str, metadata.EntryPoint]:
@@ -74,7 +74,7 @@ def check_names(problems: Sequence[str], solvers: Sequence[str]) -> None:
 
 
 def file_of(place: str) -> Path | None:
-    """The file of ``"path/to/file.py:name"``; None for ``"package.module:name"``.
+    """The file of ``"path/to/file.py:name"``; None for ``"package.module:name"`` and ``"module:name"``.
 
     Raises:
         LookupError: If there is no such file.
@@ -90,7 +90,7 @@ def file_of(place: str) -> Path | None:
 def parse_spec(spec: str) -> tuple[str, dict[str, Value]]:
     """Split ``"name:key=value,..."`` into the name and its options; values become bool, int, float or stay text.
 
-    The name may be a place, ``"package.module:name"`` or ``"path/to/file.py:name"``.
+    The name may be a place: ``"package.module:name"``, ``"module:name"`` or ``"path/to/file.py:name"``.
 
     Raises:
         ValueError: If the text has another form, or an option twice.
@@ -102,7 +102,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Value]]:
         ('solvers/mine.py:Mine', {'memory': 5})
     """
     name, colon, rest = spec.partition(":")
-    if place := _PLACE.match(spec):
+    # Behind a registered name come its options; "linear:rho" lacks a value, and names no module.
+    if (place := _PLACE.match(spec)) and name not in SOLVERS and name not in problem_entries():
         name, (colon, rest) = place[0], (spec[place.end() :][:1], spec[place.end() + 1 :])
     options: dict[str, Value] = {}
     for item in rest.split(",") if colon else ():

@@ -18,7 +18,7 @@ import torch
 
 from fixpoint.bench import provenance
 from fixpoint.bench.problems import CLASSICAL
-from fixpoint.bench.registry import Problem, check_keywords, find_problem, load_object
+from fixpoint.bench.registry import Problem, check_keywords, find_problem, is_problem, load_object
 from fixpoint.bench.results import Bars, Cell, Lines, Study, Table
 from fixpoint.engine.layout import Layout, leaves
 from fixpoint.engine.norms import row_norm
@@ -35,7 +35,7 @@ _COLUMNS = ("solver", "rtol", "evaluations", "seconds", "worst relative residual
 def make_solver(spec: str) -> Solver:
     """The solver that ``"name:key=value,..."`` names; ``blocks=T`` gives each of T parts of a row its own coefficients.
 
-    In place of a name, ``"package.module:Solver"`` or ``"path/to/file.py:Solver"`` says where a class stands.
+    In place of a name, ``"module:Solver"`` or ``"path/to/file.py:Solver"`` says where a class stands.
 
     Raises:
         LookupError: If there is no such solver.
@@ -81,8 +81,8 @@ def compare(
         table, ``plot`` the curves.
 
     Raises:
-        TypeError, ValueError: If z0 holds anything but tensors, or no rows; for a problem or a solver that ``solve``
-            refuses.
+        TypeError, ValueError: If the problem has no z0 or cannot be called; if z0 holds anything but tensors, or no
+            rows; for a problem or a solver that ``solve`` refuses.
 
     Example:
         >>> import fixpoint
@@ -131,7 +131,9 @@ def compare(
 
 
 def _check(problem: Problem) -> None:
-    """Refuse what can be solved, but not shown beside others."""
+    """Refuse what is no problem, and what can be solved but not shown beside others."""
+    if not is_problem(problem):
+        raise TypeError(f"expected a problem, an object that can be called and has a start z0, found {problem!r}")
     for path, leaf in leaves(problem.z0):
         if not isinstance(leaf, torch.Tensor):
             raise TypeError(f"the problem's z0 must be made of tensors, found {type(leaf).__name__} at {path}")

@@ -48,6 +48,11 @@ class Problem(Protocol):
         """The image of ``z``, in the structure of ``z0``."""
 
 
+def is_problem(found: object) -> bool:
+    """Whether it can be called and has a z0, also one that a module keeps as a buffer."""
+    return callable(found) and not isinstance(found, type) and hasattr(found, "z0")
+
+
 @dataclass(frozen=True)
 class RegisteredProblem:
     """What an entry point of the group ``fixpoint.problems`` loads to. Calling it with options makes the problem.
@@ -84,7 +89,7 @@ class RegisteredProblem:
 
 @functools.cache
 def load_object(place: str) -> Any:
-    """What stands at ``"package.module:name"`` or ``"path/to/file.py:name"``; the file is run once.
+    """What stands at ``"module:name"`` or ``"path/to/file.py:name"``; the file is run once.
 
     Raises:
         LookupError: If there is no such module, file or name, or the import fails.
@@ -119,7 +124,7 @@ def _at_place(place: str) -> RegisteredProblem:
     found = load_object(place)
     if isinstance(found, RegisteredProblem):
         return found
-    if isinstance(found, Problem) and not isinstance(found, type):
+    if is_problem(found):
         return RegisteredProblem(lambda: found, place)
     if not callable(found):
         raise TypeError(f"{place} must be a problem (z0 and __call__) or make one, found {type(found).__name__}")
@@ -161,7 +166,7 @@ def available_problems() -> dict[str, RegisteredProblem]:
 def load_problem(spec: str) -> Problem:
     """Make the problem that ``"name:key=value,..."`` names.
 
-    In place of a registered name, ``"package.module:name"`` or ``"path/to/file.py:name"`` says where a problem stands,
+    In place of a registered name, ``"module:name"`` or ``"path/to/file.py:name"`` says where a problem stands,
     or what makes one of keyword options.
 
     Raises:

@@ -135,7 +135,9 @@ def _sampling(config: Mapping[str, Any] | None) -> dict[str, str]:
     except ValueError as error:
         return {"schedule": f"cannot be sampled from here: {error}"}
     schedule, config = sampler.schedule, {**CLASSES[sampler.class_name], **config}
-    betas = f"{config.get('beta_schedule')} {config.get('beta_start')}..{config.get('beta_end')}"
+    betas = str(config.get("beta_schedule")) if config.get("trained_betas") is None else "trained_betas"
+    if betas in ("linear", "scaled_linear"):  # others do not use the two numbers
+        betas += f" {config.get('beta_start')}..{config.get('beta_end')}"
     terminal = ", zero terminal SNR" if config.get("rescale_betas_zero_snr") else ""
     hook = schedule.x0_hook
     others = "" if sampler.own_steps else f", not those of {sampler.class_name}"

@@ -78,7 +78,9 @@ def estimate_of_share(share: float, count: int) -> Estimate:
     """
     centre = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
     half_width = _Z / (1 + _Z**2 / count) * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-    return Estimate(value=share, interval=(max(centre - half_width, 0.0), min(centre + half_width, 1.0)))
+    # At 0 and 1 the ends are these numbers; rounding would leave a little beside them.
+    low, high = 0.0 if share == 0 else centre - half_width, 1.0 if share == 1 else centre + half_width
+    return Estimate(value=share, interval=(max(low, 0.0), min(high, 1.0)))
 
 
 def estimate_of_subsets(mean: float, std: float, *, subset_size: int, count: int) -> Estimate:

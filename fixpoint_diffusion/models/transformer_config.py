@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
+from fixpoint_cli.names import near_miss
 from fixpoint_diffusion.processes.predictions import DENOISER_PREDICTIONS
 
 PositionOrder = Literal["column-row", "row-column"]
@@ -142,9 +143,10 @@ class TransformerConfig:
         >>> FPDMConfig.from_dict({"width": 64, "depth": 3})
         Traceback (most recent call last):
         ...
-        ValueError: unknown FPDM configuration keys: depth
+        ValueError: unknown FPDM configuration keys: depth.
         """
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            raise ValueError(f"unknown {cls._model()} configuration keys: {', '.join(unknown)}")
+            near = near_miss(unknown[0], [field.name for field in dataclasses.fields(cls)], cutoff=0.7)
+            raise ValueError(f"unknown {cls._model()} configuration keys: {', '.join(unknown)}.{near}")
         return cls(**values)

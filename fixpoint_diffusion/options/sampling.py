@@ -178,6 +178,8 @@ class SamplingOptions:
         for name in ("max_rows", "noise_rtol", "probes"):
             if getattr(self, name) and self.solver != SolverName.causal:
                 raise ValueError(f"{flag(name)} is for --solver causal, not for --solver {self.solver}")
+        if self.max_rounds is not None and self.solver == SolverName.sequential:
+            raise ValueError("--max-rounds is for parallel solvers such as --solver causal, not for sequential")
         if self.noise_rtol and not self.eta:
             raise ValueError("--noise-rtol needs --eta: without it, no step adds noise")
         check_guidance(self.guidance, self.classes)

@@ -97,7 +97,10 @@ class RestorationChain(DDIMChain):
         for name in ("shape", "dtype", "device"):
             found, wanted = getattr(measurement, name, None), getattr(expected, name)
             if found != wanted:
-                raise ValueError(f"measurement must have the {name} that the degradation of x_T has, {wanted}: {found}")
+                wanted, found = (tuple(each) if name == "shape" and each else each for each in (wanted, found))
+                raise ValueError(f"measurement must have the {name} of degradation.apply(x_T), {wanted}, got {found}")
+        if not bool(measurement.isfinite().all()):
+            raise ValueError("measurement must be finite, got NaN or infinity")
         if noise is not None:
             self.noise = self._check_noise(noise)
         elif eta > 0:

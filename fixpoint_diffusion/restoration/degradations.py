@@ -50,6 +50,10 @@ class Mask:
     Args:
         known: bool, broadcast to the shape of an image.
 
+    Raises:
+        TypeError: a mask that is no tensor of booleans.
+        ValueError: on use, a mask that does not broadcast to the images.
+
     Example:
         >>> Mask(torch.tensor([True, False])).apply(torch.tensor([[3.0, 4.0]]))
         tensor([[3., 0.]])
@@ -57,7 +61,16 @@ class Mask:
 
     known: Tensor
 
+    def __post_init__(self) -> None:
+        dtype = getattr(self.known, "dtype", type(self.known).__name__)
+        if not isinstance(self.known, Tensor) or dtype != torch.bool:
+            raise TypeError(f"a mask must be a tensor of torch.bool, True where a pixel is known, got {dtype}")
+
     def apply(self, x: Tensor) -> Tensor:
+        # From the last dimension on, as torch broadcasts.
+        sizes = zip(reversed(self.known.shape), reversed(x.shape), strict=False)
+        if self.known.ndim > x.ndim or any(own not in (1, size) for own, size in sizes):
+            raise ValueError(f"a mask of {tuple(self.known.shape)} does not fit images of {tuple(x.shape[1:])}")
         return torch.where(self.known.to(x.device), x, 0)
 
     def pinv(self, y: Tensor) -> Tensor:
@@ -105,6 +118,7 @@ class Blur:
         cutoff: frequencies that the kernel damps to less than this share of the largest count as lost.
 
     Raises:
+        TypeError: a kernel that is no tensor.
         ValueError: a kernel that is not two-dimensional, a cutoff outside (0, 1]; on use, a kernel larger than the
             image.
 
@@ -118,6 +132,8 @@ class Blur:
     cutoff: float = 1e-2
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kernel, Tensor):
+            raise TypeError(f"kernel must be a tensor of shape (h, w), got {type(self.kernel).__name__}")
         if self.kernel.ndim != 2:
             raise ValueError(f"kernel must have shape (h, w), got {tuple(self.kernel.shape)}")
         if not 0 < self.cutoff <= 1:
@@ -218,9 +234,10 @@ class LinearMap:
 
 
 def check_degradation(degradation: Degradation, like: Tensor) -> None:
-    """Refuse a degradation whose ``A^+ A`` is no orthogonal projection of images such as ``like`` ``(N, *shape)``.
+    """Refuse a degradation whose ``A^+ A`` is no orthogonal projection of each image such as ``like`` ``(N, *shape)``.
 
     Raises:
+        TypeError: if it lacks a method.
         ValueError: with what is wrong.
 
     Example:
@@ -234,6 +251,10 @@ def check_degradation(degradation: Degradation, like: Tensor) -> None:
             ...
         ValueError: pinv(apply(x)) is no projection, applied twice it differs by 0.5: pass the Moore-Penrose inverse
     """
+    for name in ("apply", "pinv"):
+        if not callable(getattr(degradation, name, None)):
+            found = type(degradation).__name__
+            raise TypeError(f"a degradation needs the methods apply and pinv, and {found} has no {name}")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         shape = (2, 2, *like.shape[1:])
@@ -242,6 +263,9 @@ def check_degradation(degradation: Degradation, like: Tensor) -> None:
         seen, other_seen = project(degradation, x), project(degradation, other)
         if seen.shape != x.shape:
             raise ValueError(f"pinv(apply(x)) must have the shape of x, {tuple(x.shape)}, got {tuple(seen.shape)}")
+        beside_another = project(degradation, torch.stack([x[0], other[1]]))
+        if not float((beside_another[0] - seen[0]).norm()) <= _OFF * float(x[0].norm()):
+            raise ValueError("apply or pinv mixes the rows of a batch: an image has another result beside another one")
         off = float((project(degradation, seen) - seen).norm())
         if not off <= _OFF * max(float(x.norm()), float(seen.norm())):
             raise ValueError(

@@ -40,10 +40,13 @@ def restore(
         determines and the rest, ``(B, T, 2, *shape)`` in float64 (float32 on devices without it).
 
     Raises:
+        TypeError: for another chain than a :class:`RestorationChain`.
         fixpoint.ConvergenceError: with ``on_failure="raise"``.
 
     Example: see :class:`RestorationChain`.
     """
+    if not isinstance(chain, RestorationChain):
+        raise TypeError(f"restore takes a RestorationChain, got {type(chain).__name__}: sample solves other chains")
     rounds, evals = chain.rounds, chain.evals
     problem = SplitChain(chain)
     solution = solve(

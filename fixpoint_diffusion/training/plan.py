@@ -93,7 +93,7 @@ def plan_of(model: Any, config: TrainingConfig, sample_shape: tuple[int, ...], i
         flops, kept = 3.0 * one.flops, one.activation_bytes
     else:
         flops, kept = _counted(model, sample_shape)
-        notes.append("the memory is with the weights of attention, which fused kernels do not keep")
+        notes.append("the memory includes the weights of attention; fused kernels do not keep them and need less")
     if config.gradient_checkpointing:
         notes.append("gradient checkpointing needs less memory than that, and up to a third more operations")
     if config.state_loss != "none":

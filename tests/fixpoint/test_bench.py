@@ -167,9 +167,27 @@ def test_the_comparison_uses_the_norm_and_batch_dims_of_the_problem():
     ],
 )
 def test_problems_that_cannot_be_shown_side_by_side_are_named(z0, error, message):
-    problem = types.SimpleNamespace(z0=z0)
+    class Own:
+        def __call__(self, z):
+            return z
+
+    problem = Own()
+    problem.z0 = z0
     with pytest.raises(error, match=message):
         bench.compare(problem, {"plain": fixpoint.Picard()})
+
+
+@pytest.mark.parametrize("other", [torch.cos, types.SimpleNamespace(z0=torch.zeros(2)), Halving, fixpoint.Picard()])
+def test_what_is_no_problem_is_refused(other):
+    with pytest.raises(TypeError, match="expected a problem, an object that can be called and has a start z0, found"):
+        bench.compare(other, {"plain": fixpoint.Picard()})
+
+
+def test_a_module_may_keep_its_start_as_a_buffer():
+    module = torch.nn.Linear(3, 3)
+    module.register_buffer("z0", torch.zeros(2, 3))
+    study = bench.compare(module, {"plain": fixpoint.Picard()}, rtols=[0.5])
+    assert study.main_table.rows[0][-1] == 2
 
 
 def test_a_solver_that_fails_is_shown_as_not_converged():

@@ -94,6 +94,9 @@ def test_where_every_study_failed_earlier_results_stay(tmp_path):
         (["bench", "linear", "--solver", "no_such.module:Solver"], "cannot import no_such.module"),
         (["bench", "linear", "--solver", "fixpoint.solvers.picard:Picrad"], "Did you mean 'Picard'?"),
         (["bench", "linear", "--solver", "math.py:Solver"], "no file math.py"),
+        (["bench", "linear", "--solver", "math:Solver"], "math has no 'Solver'"),
+        (["bench", "linear:rho"], "expected name:key=value,key=value, found 'rho'"),
+        (["bench", "linear", "--solver", "anderson:memory"], "expected name:key=value,key=value, found 'memory'"),
         (["bench", "kepler.py"], "expected kepler.py:NAME, with the name of the problem in that file"),
         (["bench", "linear", "--solver", "fixpoint.solve:solve"], "must be a class of solvers"),
         (["bench", "fixpoint.bench.problems:CLASSICAL"], "must be a problem (z0 and __call__) or make one"),
@@ -150,6 +153,9 @@ def test_problems_and_solvers_of_ones_own_come_from_a_file_or_a_module(tmp_path,
         assert [row[0] for row in rows] == solvers
         assert all(row[-1] == row[-2] for row in rows)
     assert studies[problems[2]]["title"].endswith("A straight line.")
+    monkeypatch.chdir(tmp_path / "own")
+    alone = ("things:line:slope=0.25", "--solver", "things:Halved:damping=0.9", "--out", tmp_path / "alone")
+    assert invoke("bench", *alone).exit_code == 0
     assert invoke("bench", problems[2].replace("slope", "slpoe")).exit_code == 2
 
 

@@ -94,6 +94,11 @@ def test_options_of_one_call_leave_the_next_as_it_was(layer, x):
     assert layer(x, return_solution=True, rtol=1e-2).nfev < before.nfev
 
 
+def test_what_cannot_be_called_is_refused_when_the_layer_is_made():
+    with pytest.raises(TypeError, match="f must be a module or function of z and the inputs, found int"):
+        FixedPointLayer(3)
+
+
 def test_unknown_options_raise_when_made_and_when_called(layer, x):
     with pytest.raises(TypeError, match="unknown option 'f_solver'"):
         FixedPointLayer(Cell(), f_solver="anderson")

@@ -177,7 +177,7 @@ def test_a_spec_gives_back_the_options_that_it_was_written_from(options):
     assert [type(value) for value in parsed.values()] == [type(value) for value in options.values()]
 
 
-@pytest.mark.parametrize("spec", ["", ":a=1", "name:", "name:a", "name:a=", "name:=1", "name:a=1,,b=2"])
+@pytest.mark.parametrize("spec", ["", ":a=1", "name:", "linear:a", "name:a=", "name:=1", "name:a=1,,b=2"])
 def test_a_malformed_spec_is_refused(spec):
     with pytest.raises(ValueError, match="expected name:key=value"):
         parse_spec(spec)

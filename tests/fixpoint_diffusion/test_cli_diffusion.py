@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,6 +140,7 @@ def test_values_out_of_range_are_usage_errors(arguments: tuple[str, ...]) -> Non
         (("sample", "--noise-rtol", "1", "--eta", "1"), "--noise-rtol is for --solver causal, not for"),
         (("sample", "--noise-rtol", "1", "--solver", "causal"), "--noise-rtol needs --eta: without it, no step"),
         (("sample", "--probes", "1"), "--probes is for --solver causal, not for"),
+        (("sample", "--max-rounds", "3"), "--max-rounds is for parallel solvers such as --solver causal, not for"),
         (("sample", "--max-rows", "auto"), "--max-rows is for --solver causal, not for --solver sequential"),
         (("sample", "--max-rows", "some", "--solver", "causal"), "expected a number or auto, got 'some'"),
         (("sample", "--max-rows", "0", "--solver", "causal"), "--max-rows must be from 1 to 1000000000, got 0"),
@@ -232,6 +234,21 @@ def test_info_describes_one_model() -> None:
     output = invoke("info", "ddpm-digits").output
     for fact in ("UNet2DModel", "701,345", "1x8x8", "epsilon", "linear 0.0001..0.02, 1000 timesteps", "files match"):
         assert fact in output
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2, 1000 timesteps"),
+        ({"trained_betas": [0.01] * 1000}, "trained_betas, 1000 timesteps"),
+    ],
+)
+def test_info_names_no_betas_that_a_schedule_does_not_use(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    folder = shutil.copytree(embedded_folder("ddpm-digits"), tmp_path / "model")
+    (folder / "SHA256SUMS").unlink()
+    config = folder / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    assert f"schedule   {said}" in invoke("info", folder).output
 
 
 def test_info_says_the_same_of_a_network_from_its_files_and_from_itself(tmp_path: Path) -> None:

@@ -116,6 +116,34 @@ class Scaled:
         return (y.flatten(1) @ self.back).reshape(y.shape)
 
 
+class Centred:
+    """An orthogonal projection of a whole batch, and of no image alone."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+    def pinv(self, y: Tensor) -> Tensor:
+        return y
+
+
+def test_what_mixes_images_or_lacks_a_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="mixes the rows of a batch"):
+        check_degradation(Centred(), torch.zeros(3, 4))
+    with pytest.raises(TypeError, match="needs the methods apply and pinv, and object has no apply"):
+        check_degradation(object(), torch.zeros(1, 4))  # type: ignore[arg-type]
+
+
+def test_masks_and_kernels_of_another_kind_are_refused() -> None:
+    for known in (torch.ones(4, 6), [True, False]):
+        with pytest.raises(TypeError, match=r"a mask must be a tensor of torch\.bool.*got (torch\.float32|list)"):
+            Mask(known)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="kernel must be a tensor of shape"):
+        Blur(1.5)  # type: ignore[arg-type]
+    for shape in ((3, 6), (2, 3, 3, 4, 6)):
+        with pytest.raises(ValueError, match="does not fit images of"):
+            Mask(torch.ones(shape, dtype=torch.bool)).apply(images())
+
+
 def test_what_is_no_orthogonal_projection_is_refused() -> None:
     unit = torch.eye(4, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"no projection, applied twice it differs by 0\.5"):

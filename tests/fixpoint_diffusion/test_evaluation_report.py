@@ -146,7 +146,9 @@ class TestUncertainty:
     def test_share_has_wilsons_interval(self) -> None:
         """The textbook's 8 of 10."""
         assert estimate_of_share(0.8, 10).interval == pytest.approx((0.4902, 0.9433), abs=1e-4)
-        assert estimate_of_share(0.0, 10).interval[0] == pytest.approx(0, abs=1e-12)
+        for count in range(1, 100):
+            assert estimate_of_share(0.0, count).interval[0] == 0
+            assert estimate_of_share(1.0, count).interval[1] == 1
 
     def test_spread_over_subsets_becomes_that_of_the_whole(self) -> None:
         """Means of subsets without replacement: the interval is that of the mean of all."""

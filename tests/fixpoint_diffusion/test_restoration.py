@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fixpoint
 import fixpoint_diffusion.chains.chain as chain_module
-from fixpoint_diffusion import NoiseSchedule, embedded, initial_noise
+from fixpoint_diffusion import DDIMChain, NoiseSchedule, embedded, initial_noise
 from fixpoint_diffusion.processes import Clip, GaussianPrior
 from fixpoint_diffusion.restoration import BlockMean, Blur, LinearMap, Mask, RestorationChain, project, restore
 from fixpoint_diffusion.restoration.chain import _LEFT, SplitChain
@@ -187,10 +187,14 @@ def test_bad_input_is_refused(mixture: Callable[..., Any]) -> None:
     denoiser = mixture(SCHEDULE)
     with pytest.raises(ValueError, match=r"eta is a share.*got 1\.2"):
         small(denoiser, eta=1.2)
-    with pytest.raises(ValueError, match=r"measurement must have the shape.*\[2, 1\].*\[2, 3\]"):
+    with pytest.raises(ValueError, match=r"measurement must have the shape.*\(2, 1\), got \(2, 3\)"):
         small(denoiser, y=torch.zeros(2, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="measurement must have the dtype"):
         small(denoiser, y=torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="measurement must be finite"):
+        small(denoiser, y=torch.full((2, 1), torch.nan, dtype=torch.float64))
+    with pytest.raises(TypeError, match="restore takes a RestorationChain, got DDIMChain"):
+        restore(DDIMChain(denoiser, torch.zeros(2, 3), SCHEDULE, steps=3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="noise must have shape"):
         small(denoiser, noise=torch.zeros(2, 3, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="either timesteps, or steps"):
