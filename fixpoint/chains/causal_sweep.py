@@ -94,8 +94,9 @@ class CausalSweep(Solver):
         step = torch.arange(self.steps, device=z.device).expand(len(z), -1)
         finite = torch.isfinite(images).all(dim=2)
         images = torch.where(finite[..., None], images, states)
-        swept = self.swept(states, inputs, images, finite, step, state)
-        return self.join(swept.states, z), state.with_newest(inputs.detach(), images.detach(), swept.sound)
+        after, _, sound = self.swept(states, inputs, images, finite, step, state)
+        del _, states  # a state of the chain's size each, before the past is copied
+        return self.join(after, z), state.with_newest(inputs.detach(), images.detach(), sound)
 
     def swept(
         self,
