@@ -13,7 +13,7 @@ from torch import Tensor
 from fixpoint import Backward, ConvergenceError, ConvergenceWarning, Status, attach
 from fixpoint_diffusion.chains import SamplingChain
 from fixpoint_diffusion.inversion.parallel import ParallelInverse
-from fixpoint_diffusion.inversion.problem import InverseProblem, check_images, rms
+from fixpoint_diffusion.inversion.problem import InverseProblem, check_images, refuse_clipped, rms
 from fixpoint_diffusion.inversion.result import Inverse, InverseMethod
 
 
@@ -52,7 +52,7 @@ def invert(
 
     Raises:
         ValueError: x_0 of another shape or device than x_T, or not finite; a tolerance below 0; for the methods that
-            solve steps exactly, a chain that clips its predicted images.
+            solve steps exactly, and for all with ``backward``, a chain that clips its predicted images.
         fixpoint.ConvergenceError: with ``on_failure="raise"``.
 
     Example:
@@ -69,6 +69,8 @@ def invert(
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not value >= 0:  # NaN fails every comparison
             raise ValueError(f"{name} must be at least 0, got {value}")
+    if backward is not None:
+        refuse_clipped(chain)  # before a search that none would be attached to
     given, x_0 = x_0, x_0.detach()
     tolerance = atol + rtol * rms(x_0)
     with torch.no_grad():

@@ -24,6 +24,17 @@ class ClippedChainError(ValueError):
     """A chain that clips its predicted images, for a method that would have to undo that."""
 
 
+def refuse_clipped(chain: SamplingChain) -> None:
+    """Raise :class:`ClippedChainError` for a chain that clips its predicted images."""
+    hook = chain.transitions.x0_hook
+    if hook is not None and not (isinstance(hook, Clip) and math.isinf(hook.limit)):
+        raise ClippedChainError(
+            f"a chain whose predicted images pass through {hook!r} cannot be inverted: that takes many latents to "
+            'one. Build it without: DDIMChain(..., clip_sample=float("inf")) or chain_from_scheduler(..., '
+            'x0_hook=Clip(float("inf"))). Or take a method that solves no step, such as OptimisedInverse()'
+        )
+
+
 class InverseProblem:
     """``Phi_k(X_k) = X_{k+1}`` for every step k, with ``X_T = x_0`` given and ``X_0 = x_T`` free.
 
@@ -42,13 +53,7 @@ class InverseProblem:
     """
 
     def __init__(self, chain: SamplingChain, x_0: Tensor) -> None:
-        hook = chain.transitions.x0_hook
-        if hook is not None and not (isinstance(hook, Clip) and math.isinf(hook.limit)):
-            raise ClippedChainError(
-                f"a chain whose predicted images pass through {hook!r} cannot be inverted: that takes many latents to "
-                'one. Build it without: DDIMChain(..., clip_sample=float("inf")) or chain_from_scheduler(..., '
-                'x0_hook=Clip(float("inf"))). Or take a method that solves no step, such as OptimisedInverse()'
-            )
+        refuse_clipped(chain)
         self.chain = chain
         self.shape = x_0.shape[1:]
         self.dtype = x_0.dtype
