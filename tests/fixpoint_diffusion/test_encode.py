@@ -126,6 +126,27 @@ def test_an_interrupted_run_makes_what_is_missing(
     assert torch.equal(all_rows(tmp_path / "out"), all_rows(tmp_path / "whole"))
 
 
+def test_a_folder_that_another_run_encodes_into_is_left_to_it(
+    pictures: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run that ended before the first had a shard took the record and the labels of the first with it."""
+    original = encode_module._encode_rows
+
+    def stopped(*_: Any) -> np.ndarray:
+        raise RuntimeError
+
+    def with_another_run(*given: Any) -> np.ndarray:
+        monkeypatch.setattr(encode_module, "_encode_rows", stopped)
+        with pytest.raises(BlockingIOError, match="another run is encoding"):
+            run(pictures, vae, tmp_path / "out")
+        monkeypatch.setattr(encode_module, "_encode_rows", original)
+        return original(*given)
+
+    monkeypatch.setattr(encode_module, "_encode_rows", with_another_run)
+    run(pictures, vae, tmp_path / "out")
+    assert len(all_rows(tmp_path / "out")) == 7
+
+
 def test_other_data_or_settings_are_not_mixed_in(pictures: Path, vae: Path, tmp_path: Path) -> None:
     run(pictures, vae, tmp_path / "out")
     with pytest.raises(FileExistsError, match="posterior"):
@@ -163,7 +184,7 @@ def test_unusable_images_folders_and_autoencoders_are_refused(pictures: Path, va
     assert not (tmp_path / "out").exists()
     with pytest.raises(FileExistsError, match="choose an empty folder"):
         run(pictures, vae, pictures)
-    with pytest.raises(FileExistsError, match="is a file"):
+    with pytest.raises(NotADirectoryError, match="is a file"):
         run(pictures, vae, vae / "config.json")
     with pytest.raises(ValueError, match="seed"):
         EncodeOptions(seed=2**64)
