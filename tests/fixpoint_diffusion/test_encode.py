@@ -253,6 +253,16 @@ def test_scaling_of_one_number_and_of_channels() -> None:
         LatentScaling.of({"scaling_factor": 0.0})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scaling_of_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    """The factor of Stable Diffusion in bfloat16 is 0.3 % off, and so were all latents."""
+    scaling = LatentScaling.of({"scaling_factor": 0.18215, "shift_factor": 0.1159})
+    z = torch.randn(64, 4, 2, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    once = {"rtol": 0.51 * torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(scaling.scale(z).double(), (z.double() - 0.1159) * 0.18215, **once)
+    torch.testing.assert_close(scaling.unscale(z).double(), z.double() / 0.18215 + 0.1159, **once)
+
+
 def test_decoder_takes_back_what_the_encoder_scales() -> None:
     model = tiny_vae(scaling_factor=0.7, shift_factor=0.3)
     images = torch.rand(3, 3, 8, 8) * 2 - 1
