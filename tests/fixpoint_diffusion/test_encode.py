@@ -220,12 +220,18 @@ def test_a_damaged_picture_is_named_in_one_line(pictures: Path, vae: Path, tmp_p
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_has_gone_is_named_in_one_line(pictures: Path, vae: Path, tmp_path: Path, workers: int) -> None:
-    dataset = open_dataset(pictures)
-    (pictures / "dogs" / "5.png").unlink()
-    options = EncodeOptions(workers=workers)
+def test_a_picture_that_has_gone_is_named_in_one_line(
+    pictures: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    original = encode_module._encode_rows
+
+    def without_one(*given: Any) -> np.ndarray:
+        (pictures / "dogs" / "5.png").unlink(missing_ok=True)
+        return original(*given)
+
+    monkeypatch.setattr(encode_module, "_encode_rows", without_one)
     with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\][^\n]*5\.png'$"):
-        encode(dataset, vae, tmp_path / "out", options, progress=False)
+        run(pictures, vae, tmp_path / "out", workers=workers)
 
 
 def test_damaged_folders_of_latents_are_refused(pictures: Path, vae: Path, tmp_path: Path) -> None:
