@@ -68,7 +68,7 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
         OSError: If it cannot be written; what was at ``path`` stays.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    part = path.with_name(f".{uuid.uuid4().hex}.part")  # no longer than a name may be, however long the file's is
     try:
         # Opened for reading too: to a file for writing alone NumPy writes by C's streams, and does not notice when the
         # last bytes of an array find no room.
