@@ -68,7 +68,7 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
         OSError: If it cannot be written; what was at ``path`` stays.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    part = path.with_name(f".{uuid.uuid4().hex}.part")  # no longer than a name may be, however long the file's is
     try:
         # Opened for reading too: to a file for writing alone NumPy writes by C's streams, and does not notice when the
         # last bytes of an array find no room.
@@ -160,7 +160,8 @@ def sha256_of_all(paths: Iterable[Path]) -> str:
 def locked(folder: Path, *, work: str) -> Iterator[None]:
     """Hold a folder alone; the lock ends with the process, however that ends.
 
-    The folder is made if absent, and deleted again if nothing has been put there.
+    The folder is made if absent, and deleted again if nothing has been put there. Parts of files that a process left
+    there when it was killed as it wrote are deleted.
 
     Args:
         folder: what to hold.
@@ -185,9 +186,12 @@ def locked(folder: Path, *, work: str) -> Iterator[None]:
     except OSError as error:
         raise OSError(f"cannot write to {folder}: {error.strerror or error}") from error
     try:
+        for part in folder.glob(".*.part"):
+            part.unlink(missing_ok=True)
         yield
     finally:
-        lock.release()
+        # While it is held: another process that gets it in between would hold a file that is no longer there.
         with contextlib.suppress(OSError):  # something else is in there
             for path in new:
                 path.rmdir() if path.is_dir() else path.unlink()
+        lock.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,8 +39,9 @@ class DiffusersDenoiser:
         conditioning: the inputs beside x and t that the model takes, by name; empty where its family is not known.
 
     Raises:
-        ValueError: for an unknown prediction type, an input without a leading dimension of 1, or a learned variance of
-            a model that has as many output channels as input channels.
+        ValueError: for an unknown prediction type, an input without a leading dimension of 1, a learned variance of a
+            model that has as many output channels as input channels, or a model that is told the timestep elsewhere
+            than after x, as the transformers of Stable Diffusion 3 and FLUX are.
 
     >>> class Half(nn.Module):
     ...     def forward(self, x, t):
@@ -61,6 +63,7 @@ class DiffusersDenoiser:
     ) -> None:
         if prediction_type not in DENOISER_PREDICTIONS:
             raise ValueError(f"prediction_type must be one of {DENOISER_PREDICTIONS}, got {prediction_type!r}")
+        self._check_call(model)
         self.model = model
         self.prediction_type: str = prediction_type
         self.schedule_config = None if schedule_config is None else dict(schedule_config)
@@ -84,6 +87,18 @@ class DiffusersDenoiser:
             raise ValueError(
                 f"a model that learned the variance has twice as many output as input channels; this one has "
                 f"{given} and {returned}"
+            )
+
+    @staticmethod
+    def _check_call(model: nn.Module) -> None:
+        """Refuse a model that would take t for something else; what it means by a timestep is not known either."""
+        kind = type(uncompiled(model))
+        names = [*inspect.signature(getattr(kind, "forward", kind.__call__)).parameters]
+        if "timestep" in names[3:]:
+            raise ValueError(
+                f"{kind.__name__} is not called as model(x, t, **inputs): what comes after {names[1]} is {names[2]}, "
+                "not the timestep. Wrap it in a module that is called so, or sample with a pipeline "
+                "(fixpoint_diffusion.pipelines)"
             )
 
     @property

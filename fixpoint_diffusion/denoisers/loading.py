@@ -39,8 +39,8 @@ def load_denoiser(
     with ``scheduler_config.json`` beside them (as in ``google/ddpm-cifar10-32``, and as ``fixpoint-diffusion train``
     writes), and a pipeline folder with ``unet/`` or ``transformer/`` and ``scheduler/`` in it. The model's class is the
     ``_class_name`` of its config: that of a known family (:func:`fixpoint_diffusion.denoisers.families`), or any model
-    of diffusers. A ``prior.safetensors`` beside the weights (``GaussianPrior.of(images).save(folder)``) makes parallel
-    sampling need fewer rounds.
+    of diffusers that is called as ``model(x, t, **inputs)``. A ``prior.safetensors`` beside the weights
+    (``GaussianPrior.of(images).save(folder)``) makes parallel sampling need fewer rounds.
 
     The model comes in evaluation mode and with frozen parameters; gradients with respect to x still flow.
 
@@ -62,7 +62,7 @@ def load_denoiser(
     Raises:
         FileNotFoundError: if the folder or a part of it is missing; the message lists what was found.
         ValueError: if a file is damaged, the config is unusable, the weights do not fit it, are packed integers or are
-            not finite, or only a pickle is there.
+            not finite, only a pickle is there, or the model is told the timestep elsewhere than after x.
         ImportError: if the class needs diffusers and that is not installed.
 
     Example:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from fixpoint_diffusion.evaluation.statistics import FeatureStatistics
 from fixpoint_diffusion.extras import needed_for
 
+# Distances below this share of the points' norms are rounding, where they come from norms and products in float64.
+_ROUNDING = 1e-6
+
 
 def frechet_distance(samples: Tensor | FeatureStatistics, reference: Tensor | FeatureStatistics) -> float:
     """Frechet distance of the Gaussians fitted to two sets of features (FID with Inception's features).
@@ -217,8 +220,12 @@ def _share_within(points: Tensor, manifold: Tensor, neighbours: int) -> float:
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:
     # Differences, not norms and products, where that is affordable: equal points are at distance 0 exactly.
-    mode = "use_mm_for_euclid_dist" if rows.shape[1] > 256 else "donot_use_mm_for_euclid_dist"
-    return torch.cdist(rows, others, compute_mode=mode)
+    if rows.shape[1] <= 256:
+        return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
+    found = torch.cdist(rows, others, compute_mode="use_mm_for_euclid_dist")
+    # Otherwise, what rounding leaves of it: copies of an image have a ball of radius 0, in which all of them lie.
+    size = (rows.square().sum(dim=1)[:, None] + others.square().sum(dim=1)).sqrt()
+    return found.masked_fill_(found <= _ROUNDING * size, 0)
 
 
 def _factor(cov: Tensor) -> Tensor:

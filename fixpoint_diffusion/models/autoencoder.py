@@ -48,15 +48,18 @@ class LatentScaling:
 
     def scale(self, z: Tensor) -> Tensor:
         """The diffusion model's latents ``(N, c, h, w)`` from the autoencoder's."""
-        return (z - self._as_channels(self.shift, z)) * self._as_channels(self.factor, z)
+        return ((z - self._as_channels(self.shift, z)) * self._as_channels(self.factor, z)).to(z.dtype)
 
     def unscale(self, latents: Tensor) -> Tensor:
         """The autoencoder's latents ``(N, c, h, w)`` from the diffusion model's."""
-        return latents / self._as_channels(self.factor, latents) + self._as_channels(self.shift, latents)
+        factor, shift = (self._as_channels(values, latents) for values in (self.factor, self.shift))
+        return (latents / factor + shift).to(latents.dtype)
 
     @staticmethod
     def _as_channels(values: tuple[float, ...], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]
+        # In half precision these numbers themselves would be rounded, and all latents be too large or too small.
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return torch.tensor(values, dtype=dtype, device=like.device)[:, None, None]
 
 
 def load_autoencoder(folder: str | Path, *, device: torch.device | str = "cpu") -> Any:

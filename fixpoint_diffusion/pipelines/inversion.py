@@ -80,8 +80,8 @@ class InversionMixin(ParallelPipeline):
         Raises:
             ValueError: an image that is no image, is not finite or outside of 0 to 1; a number or size of images that
                 does not fit the call; a scheduler that cannot be served, or that clips, for a method that undoes steps;
-                an ``eta`` above 0 without a
-                ``generator`` (give one of the same seed, and the same ``eta``, to the call that samples).
+                an ``eta`` above 0 without a ``generator`` (give one of the same seed, and the same ``eta``, to the
+                call that samples); noise from the global random state, as ``DiTPipeline`` draws DDPM's.
         """
         if check_scheduler(self.scheduler) is None:
             raise ValueError(
@@ -100,8 +100,13 @@ class InversionMixin(ParallelPipeline):
 
         def solve(loop: Call) -> Tensor:
             chain = loop.chain
-            if chain.noise is not None and (loop.generator is None or call.get("generator") is None):
+            if chain.noise is not None and call.get("generator") is None:
                 raise ValueError("this sampler adds noise, and no generator says which: pass generator=, or eta=0")
+            if chain.noise is not None and loop.generator is None:
+                raise ValueError(
+                    "this sampler adds noise from the global random state, whatever generator it is given, and another "
+                    f"call would draw other noise: invert and sample with pipe.scheduler = {ADVICE}"
+                )
             shown = not getattr(self, "_progress_bar_config", {}).get("disable", False)
             options: Any = {"rtol": rtol, "atol": atol, "on_failure": on_failure, "callback": callback}
             try:

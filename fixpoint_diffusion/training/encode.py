@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from fixpoint import ProgressBar
-from fixpoint_diffusion.files import map_array, sha256_of_all, write_json, written_whole
+from fixpoint_diffusion.files import locked, map_array, sha256_of_all, write_json, written_whole
 from fixpoint_diffusion.models.autoencoder import LatentEncoder, autoencoder_folder, load_autoencoder
 from fixpoint_diffusion.processes.noise import initial_noise
 from fixpoint_diffusion.training.data.dataset import ImageDataset, batches_of
@@ -74,15 +74,21 @@ def encode(
         What ``latents.json`` holds.
 
     Raises:
+        BlockingIOError: if another process encodes into the folder.
         FileNotFoundError: if there is no autoencoder.
         FileExistsError: if the folder holds other files, or an encoding of other data or with other settings.
+        NotADirectoryError: if the folder is a file.
         ValueError: if the autoencoder cannot encode such images, or gives values that are not finite.
     """
     options = options or EncodeOptions()
     folder = Path(folder)
     encoder = LatentEncoder(load_autoencoder(vae, device=options.device))
     info = _describe(dataset, vae, encoder, options, source)
-    with _prepared(folder, info, dataset), ProgressBar.tqdm(total=info.rows, unit="image", disable=not progress) as bar:
+    with (
+        locked(folder, work="encoding"),
+        _prepared(folder, info, dataset),
+        ProgressBar.tqdm(total=info.rows, unit="image", disable=not progress) as bar,
+    ):
         for number, (file, count) in enumerate(info.shards(folder)):
             if _is_whole(file, count, info):
                 bar.update(count)
@@ -121,7 +127,6 @@ def _describe(
 @contextlib.contextmanager
 def _prepared(folder: Path, info: LatentsInfo, dataset: ImageDataset) -> Iterator[None]:
     """Write what stands beside the shards, and take it away again where it is left without any."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     _prepare(folder, info, dataset)
     try:
         yield
@@ -129,9 +134,6 @@ def _prepared(folder: Path, info: LatentsInfo, dataset: ImageDataset) -> Iterato
         if not any(file.exists() for file, _ in info.shards(folder)):
             for name in (INFO_FILE, LABELS_FILE):
                 (folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # something else is in there
-                for path in made:
-                    path.rmdir()
         raise
 
 
@@ -145,12 +147,9 @@ def _prepare(folder: Path, info: LatentsInfo, dataset: ImageDataset) -> None:
                 f"choose another folder"
             )
     else:
-        if folder.exists() and not folder.is_dir():
-            raise FileExistsError(f"{folder} is a file; expected a folder")
-        present = [path.name for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
+        present = [path.name for path in folder.iterdir() if path.name[0] != "."]
         if present:
             raise FileExistsError(f"{folder} holds {', '.join(sorted(present)[:3])}: choose an empty folder")
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / INFO_FILE, asdict(info))
     if dataset.labels is not None:
         with written_whole(folder / LABELS_FILE) as stream:

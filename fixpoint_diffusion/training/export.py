@@ -26,6 +26,7 @@ TRAINING_FILE = "training_config.json"
 # What a model folder holds.
 EXPORTED = ("config.json", WEIGHTS_FILE, SCHEDULER_FILE, TRAINING_FILE, LOG_FILE, PRIOR_FILE, CHECKSUM_FILE)
 _PRIOR_IMAGES = 4096
+_UNFINISHED = ".export-"
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
@@ -60,8 +61,10 @@ def export(
     checksums of all of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed as it wrote
+        shutil.rmtree(left, ignore_errors=True)
     largest = max((float(p.detach().abs().max()) for p in model.parameters() if p.numel()), default=0.0)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as name:
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as name:
         unfinished = Path(name)
         family.save(model, unfinished, torch.float16 if largest < torch.finfo(torch.float16).max else None)
         write_json(unfinished / SCHEDULER_FILE, schedule_config)

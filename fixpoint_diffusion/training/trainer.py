@@ -198,15 +198,17 @@ def _accelerator(config: TrainingConfig, device: torch.device | str) -> Iterator
     with needed_for("training"):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState
+        from accelerate.utils import GradientAccumulationPlugin
 
     device = training_device(device, config)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    own = AcceleratorState._shared_state == {}
+    own, before = AcceleratorState._shared_state == {}, dict(GradientState._shared_state)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=config.precision,
-        gradient_accumulation_steps=config.accumulate,
+        # As a plain number, it would give way to one in the environment, and most steps would change no weight.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulate),
     )
     try:
         if accelerator.device.type != device.type:
@@ -217,6 +219,8 @@ def _accelerator(config: TrainingConfig, device: torch.device | str) -> Iterator
             # It holds for the whole process: the next run may want another precision, or another device.
             AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
             GradientState._reset_state()
+        else:
+            GradientState._shared_state.update(before)
 
 
 @contextmanager

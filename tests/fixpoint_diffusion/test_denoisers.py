@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fixpoint_diffusion.denoisers import EMBEDDED_MODELS, DiffusersDenoiser, embedded, embedded_folder, load_denoiser
 from fixpoint_diffusion.denoisers.checksums import verify_checksums, write_checksums
-from tests.fixpoint_diffusion.tiny import tiny_unet
+from tests.fixpoint_diffusion.tiny import tiny_pipeline, tiny_unet
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -174,6 +174,15 @@ def test_another_model_class_of_diffusers_loads_by_its_name(tmp_path: Path) -> N
     assert type(denoiser.model).__name__ == "DiTTransformer2DModel"
     labelled = DiffusersDenoiser(denoiser.model, inputs={"class_labels": torch.tensor([2])})
     assert labelled(torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 3])).shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_would_take_the_timestep_for_something_else_is_named(compiled: bool, tmp_path: Path) -> None:
+    """It was told t as the embeddings of a prompt, and said that these come twice."""
+    model = tiny_pipeline("StableDiffusion3Pipeline").transformer
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"SD3Transformer2DModel is not called as .* after hidden_states is encoder_"):
+        DiffusersDenoiser(torch.compile(model) if compiled else load_denoiser(tmp_path).model)
 
 
 def test_loading_leaves_the_global_random_state_alone(tmp_path: Path) -> None:

@@ -126,6 +126,27 @@ def test_an_interrupted_run_makes_what_is_missing(
     assert torch.equal(all_rows(tmp_path / "out"), all_rows(tmp_path / "whole"))
 
 
+def test_a_folder_that_another_run_encodes_into_is_left_to_it(
+    pictures: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run that ended before the first had a shard took the record and the labels of the first with it."""
+    original = encode_module._encode_rows
+
+    def stopped(*_: Any) -> np.ndarray:
+        raise RuntimeError
+
+    def with_another_run(*given: Any) -> np.ndarray:
+        monkeypatch.setattr(encode_module, "_encode_rows", stopped)
+        with pytest.raises(BlockingIOError, match="another run is encoding"):
+            run(pictures, vae, tmp_path / "out")
+        monkeypatch.setattr(encode_module, "_encode_rows", original)
+        return original(*given)
+
+    monkeypatch.setattr(encode_module, "_encode_rows", with_another_run)
+    run(pictures, vae, tmp_path / "out")
+    assert len(all_rows(tmp_path / "out")) == 7
+
+
 def test_other_data_or_settings_are_not_mixed_in(pictures: Path, vae: Path, tmp_path: Path) -> None:
     run(pictures, vae, tmp_path / "out")
     with pytest.raises(FileExistsError, match="posterior"):
@@ -163,7 +184,7 @@ def test_unusable_images_folders_and_autoencoders_are_refused(pictures: Path, va
     assert not (tmp_path / "out").exists()
     with pytest.raises(FileExistsError, match="choose an empty folder"):
         run(pictures, vae, pictures)
-    with pytest.raises(FileExistsError, match="is a file"):
+    with pytest.raises(NotADirectoryError, match="is a file"):
         run(pictures, vae, vae / "config.json")
     with pytest.raises(ValueError, match="seed"):
         EncodeOptions(seed=2**64)
@@ -195,6 +216,21 @@ def test_a_damaged_picture_is_named_in_one_line(pictures: Path, vae: Path, tmp_p
     picture = pictures / "dogs" / "5.png"
     picture.write_bytes(picture.read_bytes()[:-60])
     with pytest.raises(ValueError, match=r"^\S*5\.png cannot be decoded[^\n]*$"):
+        run(pictures, vae, tmp_path / "out", workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_has_gone_is_named_in_one_line(
+    pictures: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    original = encode_module._encode_rows
+
+    def without_one(*given: Any) -> np.ndarray:
+        (pictures / "dogs" / "5.png").unlink(missing_ok=True)
+        return original(*given)
+
+    monkeypatch.setattr(encode_module, "_encode_rows", without_one)
+    with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\][^\n]*5\.png'$"):
         run(pictures, vae, tmp_path / "out", workers=workers)
 
 
@@ -230,6 +266,16 @@ def test_scaling_of_one_number_and_of_channels() -> None:
             LatentScaling.of(wrong)
     with pytest.raises(ValueError, match="finite"):
         LatentScaling.of({"scaling_factor": 0.0})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scaling_of_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    """The factor of Stable Diffusion in bfloat16 is 0.3 % off, and so were all latents."""
+    scaling = LatentScaling.of({"scaling_factor": 0.18215, "shift_factor": 0.1159})
+    z = torch.randn(64, 4, 2, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    once = {"rtol": 0.51 * torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(scaling.scale(z).double(), (z.double() - 0.1159) * 0.18215, **once)
+    torch.testing.assert_close(scaling.unscale(z).double(), z.double() / 0.18215 + 0.1159, **once)
 
 
 def test_decoder_takes_back_what_the_encoder_scales() -> None:

@@ -180,6 +180,16 @@ def test_precision_and_recall_equal_brute_force(d: int) -> None:
     assert 0 < found.precision <= 1
 
 
+@pytest.mark.parametrize("d", [4, 2048])
+def test_copies_of_an_image_lie_in_the_ball_of_each_other(d: int) -> None:
+    """More copies than neighbours make a radius of 0; rounding put some of them outside."""
+    generator = torch.Generator().manual_seed(0)
+    images = 3 * torch.rand(5, d, generator=generator)
+    samples, reference = images.repeat(10, 1), images.repeat(6, 1)[torch.randperm(30, generator=generator)]
+    found = precision_recall(samples, reference)
+    assert (found.precision, found.recall) == (1, 1)
+
+
 def test_precision_and_recall_tell_what_is_wrong() -> None:
     real = draw(200, 2, seed=0)
     one_mode, far = real[:1] + 0.01 * draw(200, 2, seed=1), real + 1000

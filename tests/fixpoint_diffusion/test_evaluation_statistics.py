@@ -137,3 +137,10 @@ def test_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"cannot write to .*s\.npz: Is a directory"):
         FeatureStatistics(mean=torch.zeros(2), cov=torch.eye(2)).save(tmp_path / "s.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
+
+
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
+    """The longer name of the unfinished file was none, and what hours had made was not written."""
+    path = tmp_path / f"{'a' * 251}.npz"
+    FeatureStatistics.from_features(torch.randn(4, 2)).save(path)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]

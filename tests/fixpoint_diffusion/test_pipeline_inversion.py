@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 import fixpoint
@@ -144,6 +144,14 @@ def test_noise_is_that_of_the_generator(ddim: Any) -> None:
     torch.testing.assert_close(back.images, image, rtol=0, atol=1e-3)
     with pytest.raises(ValueError, match="pass generator="):
         ddim.invert(image, **call)
+
+
+def test_noise_that_no_generator_decides_is_refused(dit: Any) -> None:
+    """The message asked for the generator that had been given: diffusers' loop does not pass it on."""
+    pipe = silent(pipelines.ParallelDiTPipeline(dit.transformer, dit.vae, DDPMScheduler(clip_sample=False)))
+    call = {"class_labels": [3], "num_inference_steps": 2, "generator": torch.Generator().manual_seed(4)}
+    with pytest.raises(ValueError, match=r"global random state.* pipe\.scheduler = DDIM"):
+        pipe.invert(pictures(1), **call)
 
 
 def test_nothing_is_kept_and_nothing_is_drawn(stable_diffusion: Any, ddim: Any) -> None:

@@ -485,6 +485,16 @@ def test_failed_export_leaves_nothing_half_written_and_can_be_repeated(tmp_path:
     assert (out / WEIGHTS).is_file()
 
 
+def test_what_is_left_of_a_killed_export_is_deleted(tmp_path: Path) -> None:
+    """It has the size of the model."""
+    out = tmp_path / "out"
+    done(train(out, "--steps", 1))
+    (out / ".export-killed").mkdir()
+    (out / ".export-killed" / WEIGHTS).write_bytes(b"half")
+    done(CliRunner().invoke(app, ["train", "--resume", "--out", str(out)]))
+    assert not list(out.glob(".*"))
+
+
 def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_weights(tmp_path: Path) -> None:
     done(train(tmp_path / "whole", "--steps", 60))
     command = [

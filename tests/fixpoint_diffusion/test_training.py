@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from fixpoint import FixedPointLayer, StochasticJFB
@@ -261,6 +263,28 @@ def test_pieces_of_a_batch_give_what_the_whole_gives(tmp_path, images: ImageData
         config = dataclasses.replace(TINY, accumulate=accumulate)
         run(model, images, tmp_path / f"{accumulate}", config)
     torch.testing.assert_close(models[0].layers[0].weight, models[1].layers[0].weight, rtol=1e-4, atol=1e-6)
+
+
+def test_settings_of_accelerate_in_the_environment_change_nothing(
+    tmp_path, images: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With this one, accelerate took one optimiser step in four, and the run said that it had taken all."""
+    expected, _ = run(TinyModel(), images, tmp_path / "plain")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    found, _ = run(TinyModel(), images, tmp_path / "set")
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name
+
+
+def test_an_accelerator_of_the_callers_keeps_its_accumulation(tmp_path, images: ImageDataset) -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    try:
+        run(TinyModel(), images, tmp_path / "c", dataclasses.replace(TINY, steps=1))
+        assert accelerator.gradient_accumulation_steps == 3
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def test_processes_that_read_images_change_no_bit(tmp_path, images: ImageDataset) -> None:

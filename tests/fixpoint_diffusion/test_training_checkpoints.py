@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -183,6 +187,32 @@ def test_folder_is_locked_for_one_run_and_free_afterwards(tmp_path: Path) -> Non
         pass
     with locked(tmp_path / "run", work="training"):
         pass
+
+
+def test_a_lock_that_is_taken_as_another_ends_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of the lock was deleted after its release: who had it by then held what no other process could see."""
+    release, second = FileLock.release, ExitStack()
+
+    def release_to_a_second(lock: FileLock, **options: bool) -> None:
+        release(lock, **options)
+        monkeypatch.undo()
+        second.enter_context(locked(tmp_path / "run", work="training"))
+
+    monkeypatch.setattr(FileLock, "release", release_to_a_second)
+    with locked(tmp_path / "run", work="training"):
+        pass
+    with second, pytest.raises(BlockingIOError), locked(tmp_path / "run", work="training"):
+        pass
+
+
+def test_parts_of_files_that_a_killed_process_left_are_deleted(tmp_path: Path) -> None:
+    """A checkpoint that was cut short is as large as a whole one, and no run looked at it again."""
+    killed = "import os; from fixpoint_diffusion.files import written_whole\n"
+    killed += f"with written_whole({str(tmp_path / 'state')!r}) as file: os._exit(9)"
+    subprocess.run([sys.executable, "-c", killed], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    with locked(tmp_path, work="training"):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_integers_and_halves_are_kept_as_they_are(tmp_path: Path) -> None:

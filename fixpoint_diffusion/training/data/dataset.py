@@ -93,8 +93,10 @@ def batches_of(loader: DataLoader[dict[str, Any]]) -> Iterator[dict[str, Tensor]
     """The loader's batches; of an error in a worker, whose message holds a traceback, the last line."""
     try:
         yield from loader
-    except ValueError as error:
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    except (ValueError, OSError) as error:
+        kind = ValueError if isinstance(error, ValueError) else type(error)
+        last = (str(error).strip().splitlines() or [""])[-1]
+        raise kind(last.removeprefix(f"{kind.__name__}: ")) from error
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
