@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.layout import Layout, map_leaves
@@ -54,7 +55,9 @@ def jacobian_penalty(
         True
     """
     require_count("probes", probes)
-    layout, at, fz = _recorded(f, z, args, batch_dims)
+    # The penalty's gradient is a second derivative, which the fast kernels for attention do not have.
+    with sdpa_kernel(SDPBackend.MATH):
+        layout, at, fz = _recorded(f, z, args, batch_dims)
     total = at.new_zeros(layout.rows, dtype=torch.promote_types(at.dtype, torch.float32))
     for _ in range(probes):
         probe = torch.randn(at.shape, dtype=at.dtype, device=at.device, generator=generator)
