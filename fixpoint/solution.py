@@ -163,8 +163,9 @@ class Solution:
             for status in Status
             if (failed == status).any()
         )
+        evaluations = "1 evaluation" if self.nfev == 1 else f"{self.nfev} evaluations"
         return (
-            f"{failed.numel()} of {status.numel()} {what}s did not converge in {self.nfev} evaluations, "
+            f"{failed.numel()} of {status.numel()} {what}s did not converge in {evaluations}, "
             f"{self._worst()}: {causes}"
         )
 
