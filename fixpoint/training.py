@@ -145,7 +145,9 @@ def correction_loss(solution: Solution, criterion: Callable[[Any], Tensor], *, d
     """
     if not isinstance(solution, Solution):
         found = type(solution).__name__
-        raise TypeError(f"solution must be a fixpoint.Solution, as of layer(..., return_solution=True), found a {found}")
+        raise TypeError(
+            f"solution must be a fixpoint.Solution, as of layer(..., return_solution=True), found a {found}"
+        )
     if not 0 < decay <= 1:
         raise ValueError(f"decay must lie in (0, 1], found {decay}")
     if not solution.states:

@@ -209,9 +209,7 @@ def test_an_error_of_f_says_what_f_was_given(z0):
     x = torch.ones(4, 3)
     with pytest.raises(RuntimeError) as caught:
         fixpoint.solve(lambda z, options: z @ torch.eye(3) + options["x"], z0, ({"x": x},))
-    assert caught.value.__notes__ == [
-        f"f was given z {tuple(z0.shape)} {z0.dtype}, args[0]['x'] (4, 3) torch.float32"
-    ]
+    assert caught.value.__notes__ == [f"f was given z {tuple(z0.shape)} {z0.dtype}, args[0]['x'] (4, 3) torch.float32"]
 
 
 def test_one_evaluation_is_no_evaluations():

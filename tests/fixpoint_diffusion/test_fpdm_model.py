@@ -498,3 +498,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     for options in ({"depth": 0}, {"rtol": 0.0}):
         with pytest.raises(ValueError, match="must be"):
             FPDMDenoiser(model, **options)
+    for options in ({"rtol": 1e-3}, {"max_evals": 50}):
+        for call in (lambda o: model(x, t, depth=4, **o), lambda o: FPDMDenoiser(model, depth=4, **o)):
+            with pytest.raises(ValueError, match="has no effect beside depth=4, which fixes the iterations"):
+                call(options)

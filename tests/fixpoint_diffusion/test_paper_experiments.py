@@ -517,7 +517,7 @@ def test_results_of_another_command_are_not_replaced(monkeypatch, capsys, tmp_pa
     before = (tmp_path / "results.json").read_bytes()
     for command in ("run", "report"):
         assert run_command(monkeypatch, command, "fpdm/memory", "--quick", "--out", str(tmp_path)) == 2
-        assert "holds results.json of something else: choose another name" in capsys.readouterr().err
+        assert "holds results.json, which this command has not written: choose another name" in capsys.readouterr().err
     assert (tmp_path / "results.json").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 
