@@ -59,8 +59,8 @@ def model_folder(model: str) -> Path:
 
         return embedded_folder(model)
     if not model or not Path(model).is_dir():
-        near = near_miss(model, EMBEDDED_MODELS)
-        raise FileNotFoundError(f"no model folder {model!r}.{near} Embedded models: {', '.join(EMBEDDED_MODELS)}")
+        near, known = near_miss(model, EMBEDDED_MODELS), ", ".join(EMBEDDED_MODELS)
+        raise FileNotFoundError(f"no model folder {model!r}.{near} The embedded models are {known}")
     return Path(model)
 
 

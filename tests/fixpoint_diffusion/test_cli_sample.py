@@ -506,7 +506,7 @@ def test_autoencoder_in_a_pipeline_folder_is_found(vae: Path, tmp_path: Path) ->
         ("ddpm-digits", ("--vae", "unet"), "_class_name is 'UNet2DModel'; expected 'AutoencoderKL'"),
         ("dit", ("--format", "png", "--class", "0"), "PNG holds images of 1 or 3 channels"),
         ("", (), "no model folder"),
-        ("ddpm-digts", (), "no model folder 'ddpm-digts'. Did you mean 'ddpm-digits'? Embedded models: ddpm-digits, "),
+        ("ddpm-digts", (), "no model folder 'ddpm-digts'. Did you mean 'ddpm-digits'? The embedded models are ddpm"),
         ("unet/config.json", (), "no model folder"),
         ("ddpm-digits", ("--num-images", "99999999999999999999"), "--num-images"),
         ("ddpm-digits", ("--num-images", "9999999999999999"), "GB left"),
