@@ -97,6 +97,8 @@ def compare(
     """
     _check(problem)
     solvers = {spec: make_solver(spec) for spec in DEFAULT_SOLVERS} if solvers is None else solvers
+    if not isinstance(solvers, Mapping):
+        raise TypeError(f"solvers must be a dict {{label: solver}}, found a {type(solvers).__name__}")
     rows, reasons = [], []
     series, times = {}, {}
     for label, solver in solvers.items():

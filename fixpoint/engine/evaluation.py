@@ -214,7 +214,8 @@ class RowMap:
     def _given(self) -> str:
         """What f is called with, in words; of many tensors the first ones."""
         tensors = [*leaves(self.layout.example), *leaves(self._args, "args")]
-        told = [f"{path} {tuple(x.shape)} {x.dtype}" for path, x in tensors if isinstance(x, Tensor)]
+        # Without "torch.": where f is a NumPy function, it was given arrays.
+        told = [f"{at} {tuple(x.shape)} {str(x.dtype)[6:]}" for at, x in tensors if isinstance(x, Tensor)]
         return ", ".join(told[:_TOLD]) + (", ..." if len(told) > _TOLD else "")
 
     def _evaluate(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:

@@ -370,3 +370,8 @@ def test_a_comparison_says_why_rows_did_not_converge():
     assert "raise max_evals" in picard
     assert "chains" not in picard
     assert report.reasons(bench.run(["linear"], ["gmres"])) == []
+
+
+def test_solvers_without_labels_are_named():
+    with pytest.raises(TypeError, match=r"solvers must be a dict \{label: solver\}, found a list"):
+        bench.compare(fixpoint.load_problem("linear"), [fixpoint.Anderson()])

@@ -209,9 +209,22 @@ def test_an_error_of_f_says_what_f_was_given(z0):
     x = torch.ones(4, 3)
     with pytest.raises(RuntimeError) as caught:
         fixpoint.solve(lambda z, options: z @ torch.eye(3) + options["x"], z0, ({"x": x},))
-    assert caught.value.__notes__ == [f"f was given z {tuple(z0.shape)} {z0.dtype}, args[0]['x'] (4, 3) torch.float32"]
+    assert caught.value.__notes__ == [
+        f"f was given z {tuple(z0.shape)} {str(z0.dtype)[6:]}, args[0]['x'] (4, 3) float32"
+    ]
 
 
 def test_one_evaluation_is_no_evaluations():
     solution = fixpoint.solve(lambda z: z + 1, torch.zeros(2, 3), max_evals=1, on_failure="ignore")
     assert "did not converge in 1 evaluation, worst" in solution.failure_message()
+
+
+def test_an_error_of_a_numpy_function_says_what_it_was_given():
+    with pytest.raises(TypeError) as caught:
+        fixpoint.solve(torch.cos, np.zeros(3))
+    assert caught.value.__notes__[-1] == "f was given z (3,) float64"
+
+
+def test_a_tolerance_of_the_adjoint_that_is_no_number_is_named():
+    with pytest.raises(TypeError, match="rtol must be a number, found '1e-3'"):
+        IFT(rtol="1e-3")
