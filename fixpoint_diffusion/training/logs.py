@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,10 +100,12 @@ class LayerResidual:
             with torch.random.fork_rng(devices):
                 return layer.forward(*inputs, z0=z0, **{**_PLAIN, **how})
 
-        device = Layout.of(reached_state(layer, output), layer.options.get("batch_dims")).device
-        devices = [device] if device.type == "cuda" else []
+        layout = Layout.of(reached_state(layer, output), layer.options.get("batch_dims"))
+        devices = [layout.device] if layout.device.type == "cuda" else []
         z = call(options.get("z0"), depth=_ITERATIONS - 1).value
-        self.latest = float(call(z, depth=None, max_evals=1).relative_residual.mean())
+        # No solve starts where plain iteration of a layer that expands may have come to.
+        finite = bool(torch.isfinite(layout.flatten(z)).all())
+        self.latest = float(call(z, depth=None, max_evals=1).relative_residual.mean()) if finite else math.inf
 
     def remove(self) -> None:
         """Take the hook off the layer."""

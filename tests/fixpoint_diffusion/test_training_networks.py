@@ -234,6 +234,14 @@ def test_any_fixed_point_layer_can_be_trained(
     assert all(line[4] < 1e-6 for line in ends[0][1].lines)
 
 
+def test_the_logged_residual_of_a_layer_that_expands_is_infinite() -> None:
+    layer = fixpoint.FixedPointLayer(lambda z, x: 1e5 * z + x, on_failure="ignore")
+    residual = LayerResidual(nn.Sequential(layer))
+    residual.wanted = True
+    layer(torch.ones(2, 3))
+    assert residual.latest == float("inf")
+
+
 @pytest.mark.parametrize(
     ("data", "alphas", "message"),
     [
