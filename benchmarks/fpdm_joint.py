@@ -111,7 +111,8 @@ class Case:
         }
 
     def _chain(self, depth: int | None) -> DDIMChain:
-        denoiser = FPDMDenoiser(self.model, depth=depth, rtol=RTOL, prior=self.prior)
+        rtol = RTOL if depth is None else None
+        denoiser = FPDMDenoiser(self.model, depth=depth, rtol=rtol, prior=self.prior)
         return DDIMChain(denoiser, self.x_T, self.schedule, steps=self.steps, spacing="trailing")
 
 

@@ -49,10 +49,7 @@ def check_options(
     callback: object = None,
 ) -> Counts:
     """Raise for an option of ``solve`` that cannot work, whatever the problem; others are checked where they act."""
-    if not isinstance(args, tuple | list):
-        raise TypeError(
-            f"args must be a tuple or list of f's further arguments, found a {type(args).__name__}: write args=(x,)"
-        )
+    check_args(args)
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), found {solver!r}")
     if backward is not None and not isinstance(backward, Backward):
@@ -65,6 +62,8 @@ def check_options(
         require_count("batch_dims", batch_dims, 0)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be a function of a fixpoint.Progress, or None, found {callback!r}")
+    if not isinstance(keep_states, Collection):
+        raise TypeError(f"keep_states must be a tuple of numbers of evaluations, found {keep_states!r}: write (4, 8)")
     options = Counts(
         max_evals=require_count("max_evals", max_evals),
         check_every=require_count("check_every", check_every),
@@ -77,6 +76,14 @@ def check_options(
     if on_failure not in get_args(OnFailure):
         raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, found {on_failure!r}")
     return options
+
+
+def check_args(args: Any) -> None:
+    """Raise for args that are no collection of arguments, as where one stands without its parentheses."""
+    if not isinstance(args, tuple | list):
+        raise TypeError(
+            f"args must be a tuple or list of f's further arguments, found a {type(args).__name__}: write args=(x,)"
+        )
 
 
 def _check_limit(name: str, limit: Any) -> None:

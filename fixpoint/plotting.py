@@ -75,7 +75,7 @@ def plot_residuals(
     for label, item in labelled.items():
         trace = item.trace if isinstance(item, Solution) else item
         if trace is None:
-            raise ValueError(f"the solution {label!r} has no trace: solve with record=True")
+            raise ValueError(f"the solution{f' {label!r}' if label else ''} has no trace: solve with record=True")
         if trace.ndim == 0 or 0 in trace.shape:
             raise ValueError(f"the trace {label!r} must have shape (nfev, *batch), found {tuple(trace.shape)}")
         rows = as_tensor(trace).detach().to("cpu", torch.float64).reshape(trace.shape[0], -1)

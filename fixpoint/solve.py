@@ -233,7 +233,8 @@ def _hand_over_so_far(error: BaseException, layout: Layout, result: LoopResult) 
     """Give ``error`` the state so far as its attribute ``solution``."""
     with contextlib.suppress(Exception):  # the device may be lost: nothing must hide the error itself
         error.solution = Solution.of(result, layout, result.z.detach())  # type: ignore[attr-defined]
-        error.add_note(f"fixpoint.solve had made {result.nfev} evaluations: see this error's attribute 'solution'")
+        made = "1 evaluation" if result.nfev == 1 else f"{result.nfev} evaluations"
+        error.add_note(f"fixpoint.solve had made {made}: see this error's attribute 'solution'")
 
 
 def _above_autocast(start: Any) -> Any:

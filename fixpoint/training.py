@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fixpoint.engine.evaluation import RowMap
 from fixpoint.engine.layout import Layout, map_leaves
 from fixpoint.engine.norms import row_norm
+from fixpoint.options import check_args
 from fixpoint.solution import Solution
 from fixpoint.solvers.base import require_count
 
@@ -54,7 +56,9 @@ def jacobian_penalty(
         True
     """
     require_count("probes", probes)
-    layout, at, fz = _recorded(f, z, args, batch_dims)
+    # The penalty's gradient is a second derivative, which the fast kernels for attention do not have.
+    with sdpa_kernel(SDPBackend.MATH):
+        layout, at, fz = _recorded(f, z, args, batch_dims)
     total = at.new_zeros(layout.rows, dtype=torch.promote_types(at.dtype, torch.float32))
     for _ in range(probes):
         probe = torch.randn(at.shape, dtype=at.dtype, device=at.device, generator=generator)
@@ -125,6 +129,7 @@ def correction_loss(solution: Solution, criterion: Callable[[Any], Tensor], *, d
         Tensor: The weighted sum.
 
     Raises:
+        TypeError: For anything but a solution.
         ValueError: If there are no states, ``decay`` is out of range, or the criterion's value is no scalar.
 
     Source: S. Bai, Z. Geng, Y. Savani, J. Z. Kolter, Deep Equilibrium Optical Flow Estimation, CVPR 2022.
@@ -138,6 +143,11 @@ def correction_loss(solution: Solution, criterion: Callable[[Any], Tensor], *, d
         >>> sorted(sol.states)
         [1, 2]
     """
+    if not isinstance(solution, Solution):
+        found = type(solution).__name__
+        raise TypeError(
+            f"solution must be a fixpoint.Solution, as of layer(..., return_solution=True), found a {found}"
+        )
     if not 0 < decay <= 1:
         raise ValueError(f"decay must lie in (0, 1], found {decay}")
     if not solution.states:
@@ -155,6 +165,7 @@ def _recorded(
     f: Callable[..., Any], z: Any, args: Sequence[Any], batch_dims: int | None
 ) -> tuple[Layout, Tensor, Tensor]:
     """The layout, the rows of z, and f of these with a graph."""
+    check_args(args)
     layout = Layout.of(z, batch_dims)
     # In inference mode nothing would be recorded, and a Jacobian pass for zero; its tensors cannot be saved either.
     with torch.inference_mode(False), torch.enable_grad():

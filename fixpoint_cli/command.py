@@ -56,8 +56,9 @@ def bench_command(
     solver: Annotated[
         list[str] | None,
         typer.Option(
-            help="picard, anderson, broyden, acx or causal (for chains), or module:Class, or file.py:Class, "
-            "with options as in anderson:memory=10,blocks=50 (blocks: parts of a row with coefficients of their own). "
+            help="picard, anderson, broyden, acx, gmres (for affine maps) or causal (for chains), or module:Class, or "
+            "file.py:Class, with options as in anderson:memory=10,blocks=50 (blocks: parts of a row with coefficients "
+            "of their own). "
             "Repeat to compare several; without it, a problem that has a study of its own runs that.",
             show_default=False,
         ),
@@ -97,6 +98,8 @@ def bench_command(
         raise typer.Exit(1)  # what stood in the folder stays
     path = bench.write(results, out)
     typer.echo(report.main_tables(results) + "\n")
+    for reason in report.reasons(results):
+        typer.echo(reason, err=True)
     typer.echo(f"results: {path}")
     typer.echo(f"report:  {report.render(results, out)}")
     raise typer.Exit(1 if results["failures"] else 0)

@@ -16,6 +16,7 @@ SOLVERS: Mapping[str, str] = {
     "anderson": "fixpoint.solvers.anderson:Anderson",
     "broyden": "fixpoint.solvers.broyden:Broyden",
     "acx": "fixpoint.solvers.acx:ACX",
+    "gmres": "fixpoint.solvers.gmres:GMRES",
     "causal": "fixpoint.chains.causal:CausalQuasiNewton",
 }
 # The options of what this distribution registers, for a typo to be refused at once. A test holds them to signatures.
@@ -33,6 +34,7 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "anderson": ("memory", "damping", "ridge", "history_dtype", "blocks"),
         "broyden": ("memory", "history_dtype", "blocks"),
         "acx": ("blocks",),
+        "gmres": ("memory", "blocks"),
         "causal": ("memory", "window", "max_rows", "certify", "noise_rtol", "probes", "blocks"),
     },
 }
@@ -57,9 +59,9 @@ def check_names(problems: Sequence[str], solvers: Sequence[str]) -> None:
         ValueError: If the text of one has another form than ``"name:key=value,..."``.
 
     Example:
-        >>> check_names(["linear:rho=0.5"], ["andersen:memory=3"])
+        >>> check_names(["linear:rho=0.5"], ["acx:block=3"])
         Traceback (most recent call last):
-        LookupError: unknown solver 'andersen'. Did you mean 'anderson'? Legal: acx, anderson, broyden, causal, picard.
+        TypeError: solver 'acx' has no option 'block'. Did you mean 'blocks'? Legal: blocks.
     """
     known: dict[str, Mapping[str, object]] = {"problem": problem_entries(), "solver": SOLVERS}
     for kind, specs in (("problem", problems), ("solver", solvers)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -15,6 +16,9 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 
 def run_app(app: typer.Typer) -> int:
     """Run the command line and return its exit code."""
+    usual = warnings.formatwarning
+    # Whoever runs a command has no use for the line of ours at which a warning stands.
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
     try:
         code = app(standalone_mode=False)
     except _UsageError as error:
@@ -23,6 +27,8 @@ def run_app(app: typer.Typer) -> int:
         stop(error.format_message().replace("Value error, ", ""))  # so typer starts what pydantic refuses
     except typer.Abort:
         return 130
+    finally:
+        warnings.formatwarning = usual
     return code if isinstance(code, int) else 0
 
 

@@ -98,20 +98,21 @@ def check_writable(path: Path) -> None:
         raise OSError(f"cannot write to {path}: {error.strerror or error}") from error
 
 
-def check_free(folder: Path, names: Iterable[str], told: str = "something else: choose another --out") -> None:
+def check_free(folder: Path, names: Iterable[str], told: str | None = None) -> None:
     """Refuse a folder that holds a file of one of these names.
 
     Args:
         folder: where files are to be written.
         names: of these files.
-        told: the end of the message: whose file it is, and what to do.
+        told: the end of the message: whose file it is, and what to do; None: nobody knows whose it is.
 
     Raises:
         FileExistsError: "FOLDER holds NAME of TOLD", for the first that is there.
     """
     for name in names:
         if (folder / name).exists():
-            raise FileExistsError(f"{folder} holds {name} of {told}")
+            whose = f" of {told}" if told else ", which this command has not written: choose another --out"
+            raise FileExistsError(f"{folder} holds {name}{whose}")
 
 
 def check_replaceable(path: Path, is_own: Callable[[Path], bool]) -> None:
@@ -124,7 +125,9 @@ def check_replaceable(path: Path, is_own: Callable[[Path], bool]) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write")
     if path.exists() and not is_own(path):
-        raise FileExistsError(f"{path.parent} holds {path.name} of something else: choose another name")
+        raise FileExistsError(
+            f"{path.parent} holds {path.name}, which this command has not written: choose another name"
+        )
 
 
 def check_source(source: str | Path) -> None:

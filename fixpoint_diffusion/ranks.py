@@ -177,6 +177,21 @@ def _clear(error: BaseException) -> None:
             errors += [other for other in (each.__cause__, each.__context__) if other not in errors]
 
 
+def require_one_process(command: str) -> None:
+    """Refuse several processes of a command that works alone; the first of them says so.
+
+    Raises:
+        ValueError: on the first of several.
+        FailedElsewhereError: on the others.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return
+    if os.environ.get("RANK", "0") != "0":
+        raise FailedElsewhereError(f"{command} works alone")
+    raise ValueError(f"{command} works in one process, and here are {size}: start it without torchrun")
+
+
 @contextlib.contextmanager
 def others_there(what_now: str) -> Iterator[None]:
     """What a process group says in this block of a process that has ended, or does not answer, becomes one sentence.

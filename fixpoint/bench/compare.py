@@ -20,6 +20,8 @@ from fixpoint.bench import provenance
 from fixpoint.bench.problems import CLASSICAL
 from fixpoint.bench.registry import Problem, check_keywords, find_problem, is_problem, load_object
 from fixpoint.bench.results import Bars, Cell, Lines, Study, Table
+from fixpoint.chains.causal import CausalQuasiNewton
+from fixpoint.chains.recurrence import Chain
 from fixpoint.engine.layout import Layout, leaves
 from fixpoint.engine.norms import row_norm
 from fixpoint.solution import Solution
@@ -29,6 +31,7 @@ from fixpoint.solvers.blockwise import Blockwise
 from fixpoint_cli.names import SOLVERS, named, parse_spec, problem_entries
 
 DEFAULT_SOLVERS = ("picard", "anderson", "anderson:memory=10", "broyden")
+WHY_NOT = "Why rows did not converge"
 _COLUMNS = ("solver", "rtol", "evaluations", "seconds", "worst relative residual", "worst error", "converged", "rows")
 
 
@@ -77,8 +80,8 @@ def compare(
         name, title: Of the study.
 
     Returns:
-        Study: a table, the worst row's residual against evaluations, and the seconds of each solve. ``print`` shows the
-        table, ``plot`` the curves.
+        Study: a table, the worst row's residual against evaluations, the seconds of each solve, and where rows did not
+        converge a table that says why. ``print`` shows the tables, ``plot`` the curves.
 
     Raises:
         TypeError, ValueError: If the problem has no z0 or cannot be called; if z0 holds anything but tensors, or no
@@ -94,7 +97,9 @@ def compare(
     """
     _check(problem)
     solvers = {spec: make_solver(spec) for spec in DEFAULT_SOLVERS} if solvers is None else solvers
-    rows = []
+    if not isinstance(solvers, Mapping):
+        raise TypeError(f"solvers must be a dict {{label: solver}}, found a {type(solvers).__name__}")
+    rows, reasons = [], []
     series, times = {}, {}
     for label, solver in solvers.items():
         # What is imported or compiled at first use is not this solver's time, and not the first one's alone.
@@ -111,6 +116,8 @@ def compare(
             curve = label if len(rtols) == 1 else f"{label}, rtol {rtol:g}"
             series[curve] = _worst(solution, left)
             times[curve if share[0] == share[1] else f"{curve} (fails)"] = seconds
+            if share[0] < share[1]:
+                reasons.append((label, rtol, _reason(problem, solver, solution)))
     table = Table(
         "Solvers side by side",
         _COLUMNS,
@@ -127,7 +134,15 @@ def compare(
         "The causal solver measures no residual on the way: a dot shows that of its result.",
     )
     bars = Bars("Time until the last row ended", times, "seconds")
-    return Study(name, title or name, (table, lines, bars))
+    why = [Table(WHY_NOT, ("solver", "rtol", "why"), reasons)] if reasons else []
+    return Study(name, title or name, (table, lines, bars, *why))
+
+
+def _reason(problem: Problem, solver: Solver, solution: Solution) -> str:
+    """Why rows did not converge, in one sentence."""
+    if isinstance(solver, CausalQuasiNewton) and not isinstance(problem, Chain):
+        return f"{solution.failure_message()}. This solver is for chains, and the problem does not say that it is one"
+    return solution.failure_message()
 
 
 def _check(problem: Problem) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from fixpoint.bench.compare import WHY_NOT
 from fixpoint.bench.pictures import draw_bars, draw_images, draw_lines
 from fixpoint.bench.results import Bars, Block, Images, Lines, Study, Table, shown
 
@@ -80,6 +81,17 @@ def main_tables(results: Mapping[str, Any]) -> str:
     """The first table of each study as plain text, for a terminal; those that an overview sums up are left out."""
     tables = [study.main_table for study in _studies(results) if not study.detail]
     return "\n\n".join(str(table) for table in tables if table is not None)
+
+
+def reasons(results: Mapping[str, Any]) -> list[str]:
+    """One line for each solve whose rows did not all converge: which, and why."""
+    return [
+        f"{study.name}, {solver} at rtol {rtol}: {why}"
+        for study in _studies(results)
+        for block in study.blocks
+        if isinstance(block, Table) and block.title == WHY_NOT
+        for solver, rtol, why in block.rows
+    ]
 
 
 def _studies(results: Mapping[str, Any]) -> list[Study]:

@@ -211,6 +211,13 @@ class RowMap:
             return output
         return map_leaves(lambda x: x.to(self.layout.dtype) if getattr(x, "dtype", None) == lower else x, output)
 
+    def _given(self) -> str:
+        """What f is called with, in words; of many tensors the first ones."""
+        tensors = [*leaves(self.layout.example), *leaves(self._args, "args")]
+        # Without "torch.": where f is a NumPy function, it was given arrays.
+        told = [f"{at} {tuple(x.shape)} {str(x.dtype)[6:]}" for at, x in tensors if isinstance(x, Tensor)]
+        return ", ".join(told[:_TOLD]) + (", ..." if len(told) > _TOLD else "")
+
     def _evaluate(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
         if torch.compiler.is_compiling():
             return self.layout.flatten(self._output(z, inputs))
@@ -228,12 +235,13 @@ class RowMap:
         before = z.detach().clone()
         try:
             output = self._output(z, inputs)
-        except TypeError as error:
-            error.add_note(f"f is called as f(z, *args), here with {len(self._args)} further arguments from args")
-            raise
-        except RuntimeError as error:
-            if "does not require grad" in str(error):
+        except (TypeError, RuntimeError) as error:
+            if isinstance(error, TypeError):
+                error.add_note(f"f is called as f(z, *args), here with {len(self._args)} further arguments from args")
+            if isinstance(error, RuntimeError) and "does not require grad" in str(error):
                 error.add_note("z is no leaf that requires grad: an f that differentiates uses torch.func.grad")
+            if not torch.compiler.is_compiling():
+                error.add_note(f"f was given {self._given()}")
             raise
         require_same_layout(output, self.layout.example)
         # What is written through .data is not counted as a change.
@@ -246,6 +254,7 @@ class RowMap:
         return fz
 
 
+_TOLD = 8  # tensors that are named in an error
 _CHANGED = "f changed its input in place (z += ..., z.relu_()): return a new tensor instead"
 
 

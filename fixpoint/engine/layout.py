@@ -159,7 +159,8 @@ class Layout:
             if leaf.shape[:batch_dims] != batch_shape:
                 raise ValueError(
                     f"leaves must agree in their {batch_dims} batch dimension(s): "
-                    f"{first_path} has {tuple(batch_shape)}, {path} has {tuple(leaf.shape[:batch_dims])}"
+                    f"{first_path} has {tuple(batch_shape)}, {path} has {tuple(leaf.shape[:batch_dims])}; pass "
+                    "batch_dims=0 if the whole state is one problem"
                 )
             if (leaf.dtype, leaf.device) != (first.dtype, first.device):
                 raise TypeError(

@@ -87,7 +87,8 @@ class SamplingChain:
         self.x_T = x_T
         self.transitions = transitions
         self.noise = None if noise is None else self._check_noise(noise)
-        self.conditioning = check_conditioning(conditioning or {}, about, len(x_T), x_T.device)
+        given = {} if conditioning is None else conditioning
+        self.conditioning = check_conditioning(given, about, len(x_T), x_T.device)
         self.max_rows: int | None = max_rows
         self.check_evals = 0
         self._timesteps_here = transitions.timesteps, transitions.timesteps
@@ -336,7 +337,8 @@ def in_parts(function: Callable[..., Tensor], x: Tensor, *more: Tensor) -> Tenso
 def check_start(x_T: Tensor) -> None:
     """Raise a ``ValueError`` for what no chain can start from."""
     if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
-        raise ValueError("x_T must be a floating-point tensor of shape (B, *shape)")
+        found = f"{x_T.dtype} {tuple(x_T.shape)}" if isinstance(x_T, Tensor) else f"a {type(x_T).__name__}"
+        raise ValueError(f"x_T must be a floating-point tensor of shape (B, *shape), got {found}")
 
 
 def all_rows(samples: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ class DDIMChain(SamplingChain):
         transitions: the coefficients of every step.
 
     Raises:
+        TypeError: a schedule of another kind.
         ValueError: inconsistent options or shapes; at its first call, a denoiser that returns another shape, dtype or
             device than it was given.
 
@@ -69,6 +70,11 @@ class DDIMChain(SamplingChain):
         conditioning: Mapping[str, Tensor] | None = None,
         max_rows: int | None = None,
     ) -> None:
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(
+                f"schedule must be a NoiseSchedule, got a {type(schedule).__name__}: make one by "
+                "NoiseSchedule.from_betas(betas) or NoiseSchedule.from_diffusers(scheduler)"
+            )
         if timesteps is not None and (steps is not None or spacing is not None):
             raise ValueError("pass either timesteps, or steps and spacing")
         if clip_sample is not None and x0_hook is not None:

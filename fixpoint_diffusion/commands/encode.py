@@ -9,6 +9,7 @@ import typer
 
 from fixpoint_diffusion.commands.shared import ChannelsName, CropName, check_device, path_option
 from fixpoint_diffusion.files import check_source
+from fixpoint_diffusion.ranks import require_one_process
 
 
 def encode(
@@ -38,6 +39,7 @@ def encode(
 
     The same command again completes an encoding that was interrupted.
     """
+    require_one_process("encode")
     check_source(source)
     check_device(device)
 

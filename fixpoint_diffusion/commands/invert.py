@@ -11,6 +11,7 @@ import typer
 
 from fixpoint_diffusion.commands.shared import ChannelsName, open_model, path_option
 from fixpoint_diffusion.files import check_free, check_source
+from fixpoint_diffusion.ranks import require_one_process
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +53,7 @@ def invert(
     Writes x_T.npy, the images above their reconstructions (grid.png), the error against rounds (errors.png), and the
     error and status of each image (invert.json).
     """
+    require_one_process("invert")
     if not overwrite:
         check_free(out, (RECORD, NOISE, GRID, PLOT), "another run; pass --overwrite to replace it")
     check_source(images)

@@ -102,7 +102,9 @@ def _opened(
         settings |= {"vae": str(vae), "vae_sha256": sha256_of_all(autoencoder_files(vae))}
     if x_T is not None:
         settings |= {"x_T": str(x_T), "x_T_sha256": sha256_of(x_T)}
-    settings |= {name: value for name, value in asdict(options).items() if name not in ("num_images", "batch_size")}
+    # The images do not depend on these. The ordinary sampler has no tolerance; records of earlier versions name one.
+    apart = {"num_images", "batch_size"} | ({"rtol"} if options.rtol is None else set())
+    settings |= {name: value for name, value in asdict(options).items() if name not in apart}
     return job, settings | job.settings | {"classes": None if job.classes is None else list(job.classes)}
 
 

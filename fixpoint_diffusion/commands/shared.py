@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 
 import typer
 
+from fixpoint_cli.names import near_miss
 from fixpoint_diffusion.options.models import EMBEDDED_MODELS
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def model_folder(model: str) -> Path:
 
         return embedded_folder(model)
     if not model or not Path(model).is_dir():
-        raise FileNotFoundError(f"no model folder {model!r}; embedded models are {', '.join(EMBEDDED_MODELS)}")
+        near, known = near_miss(model, EMBEDDED_MODELS), ", ".join(EMBEDDED_MODELS)
+        raise FileNotFoundError(f"no model folder {model!r}.{near} The embedded models are {known}")
     return Path(model)
 
 

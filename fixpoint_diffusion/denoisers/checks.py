@@ -41,8 +41,12 @@ def check_conditioning(
     """The conditioning of a chain, on its device, with what the denoiser itself holds for each sample.
 
     Raises:
+        TypeError: If the inputs are not given by name.
         ValueError: If an input has no row for each sample, or class labels are no whole numbers or out of range.
     """
+    if not isinstance(given, Mapping):
+        found = type(given).__name__
+        raise TypeError(f"conditioning must name its inputs, as {{'class_labels': labels}}, got a {found}")
     conditioning = {**about.per_sample, **given}
     for name, rows in conditioning.items():
         if not isinstance(rows, Tensor) or rows.shape[:1] != (samples,):
@@ -102,7 +106,6 @@ def _other_shape(x: Tensor, wanted: torch.Size, found: torch.Size) -> str:
     return f"the denoiser must return the shape of its input, {wanted}; it returned {found}{hint}"
 
 
-@torch.no_grad()
 def check_fixed_function(
     denoiser: Callable[..., Tensor],
     x: Tensor,
@@ -120,7 +123,7 @@ def check_fixed_function(
     of the first row taken for all. Where it gives something else, two calls more of the same size tell whether it was
     more than rounding. If so, the last row is moved by a few roundings, alone, in four calls more: an output that moves
     about as far has rounding to blame, which differs from batch to batch. Fixed-point layers that do not converge are
-    like that.
+    like that. All calls are made in the grad mode of the first, on which a layer that draws in training may depend.
 
     Args:
         denoiser: called as ``denoiser(x, t, **conditioning)``.
@@ -142,7 +145,7 @@ def check_fixed_function(
         latents, times, sources = zip(*batch, strict=True)
         index = torch.tensor(sources, device=x.device)
         told = {name: value[index] for name, value in conditioning.items()}
-        return denoiser(torch.stack(latents), torch.stack(times), **told).clone()
+        return denoiser(torch.stack(latents), torch.stack(times), **told).detach().clone()
 
     def moved_by_rounding() -> Tensor:
         """Outputs of the last row ``(trials, ...)``, each from latents that are moved a little."""

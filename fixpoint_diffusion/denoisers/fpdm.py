@@ -10,6 +10,7 @@ import torch
 from fixpoint import Solver
 from fixpoint_diffusion.denoisers.transformer import TransformerDenoiser
 from fixpoint_diffusion.models import FPDM
+from fixpoint_diffusion.models.fpdm.model import check_iterations
 from fixpoint_diffusion.processes import GaussianPrior
 
 
@@ -24,8 +25,8 @@ class FPDMDenoiser(TransformerDenoiser):
         model: The model.
         schedule_config: Configuration of the noise schedule it was trained with, as a diffusers scheduler's.
         depth: Iterations of the layer per call; None: solve to ``rtol``.
-        rtol: Relative tolerance of the layer's solve, unused with ``depth``. A call warns of rows that miss it.
-        max_evals: Bound on evaluations of that solve.
+        rtol: Relative tolerance of the layer's solve; None: 1e-3. Not with ``depth``. Rows that miss it are warned of.
+        max_evals: Bound on evaluations of that solve; None: 50. Not with ``depth``.
         solver: Solver of the layer. None: plain iteration with ``depth``, and ``Anderson()`` to a tolerance, because
             plain iteration does not converge for every image.
         prior: What is known of the images, from which chains predict how latents move; None: a plain guess.
@@ -50,20 +51,21 @@ class FPDMDenoiser(TransformerDenoiser):
         *,
         schedule_config: Mapping[str, Any] | None = None,
         depth: int | None = None,
-        rtol: float = 1e-3,
-        max_evals: int = 50,
+        rtol: float | None = None,
+        max_evals: int | None = None,
         solver: Solver | None = None,
         prior: GaussianPrior | None = None,
         learned_variance: bool = False,
     ) -> None:
         if depth is not None and depth < 1:
             raise ValueError(f"depth must be a positive number of iterations, or None, got {depth}")
-        if not rtol > 0:
+        if rtol is not None and not rtol > 0:
             raise ValueError(f"rtol must be positive, got {rtol}")
+        check_iterations(depth, rtol=rtol, max_evals=max_evals)
         super().__init__(model, schedule_config=schedule_config, prior=prior, learned_variance=learned_variance)
         self.depth = depth
-        self.rtol = rtol
-        self.max_evals = max_evals
+        self.rtol = 1e-3 if rtol is None else rtol
+        self.max_evals = 50 if max_evals is None else max_evals
         self.solver = solver
 
     def _options(self) -> dict[str, Any]:

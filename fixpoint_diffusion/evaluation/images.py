@@ -155,7 +155,7 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
     elif path.is_dir():
         files = visible_files(path)
     else:
-        raise FileNotFoundError(f"no images at {path}; expected a folder, an array file or a statistics file")
+        raise FileNotFoundError(f"no images at {path}; expected a folder, an array file, a statistics file or digits")
     suffixes = picture_suffixes()
     pictures = [p for p in files if p.suffix.lower() in suffixes]
     arrays = [p for p in files if p.suffix.lower() in ARRAY_SUFFIXES]

@@ -51,6 +51,7 @@ def invert(
             of ``OptimisedInverse``; returning something true stops the run.
 
     Raises:
+        TypeError: a chain or a method of another kind.
         ValueError: x_0 of another shape or device than x_T, or not finite; a tolerance below 0; for the methods that
             solve steps exactly, and for all with ``backward``, a chain that clips its predicted images.
         fixpoint.ConvergenceError: with ``on_failure="raise"``.
@@ -63,6 +64,11 @@ def invert(
         >>> bool(inverse.converged), torch.allclose(inverse.x_T, chain.x_T, rtol=1e-3)
         (True, True)
     """
+    if not isinstance(chain, SamplingChain):
+        found = type(chain).__name__
+        raise TypeError(f"chain must be a chain such as DDIMChain(denoiser, x_T, schedule), got a {found}")
+    if not callable(getattr(method, "run", None)):
+        raise TypeError(f"method must be a method of inversion such as ParallelInverse(), got {method!r}")
     check_images(chain, x_0)
     if on_failure not in ("warn", "raise", "ignore"):
         raise ValueError(f"on_failure must be 'warn', 'raise' or 'ignore', got {on_failure!r}")

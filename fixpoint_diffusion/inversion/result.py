@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fixpoint_diffusion.chains import SamplingChain
@@ -116,3 +117,8 @@ class Inverse:
     evals: int
     history: Sequence[Any]
     noise: Tensor | None = None
+
+    def __repr__(self) -> str:
+        worst = float(self.error.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if len(self.error) else 0.0
+        done = f"{int(self.converged.sum())} of {len(self.converged)} samples inverted"
+        return f"Inverse({done}, worst error {worst:.1e}, rounds={self.rounds}, evals={self.evals})"

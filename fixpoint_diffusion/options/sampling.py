@@ -109,7 +109,7 @@ class SamplingOptions:
     solver: SolverName = option(  # noqa: RUF009 - it returns a field
         SolverName.sequential, "sequential: step after step; others solve all steps at once."
     )
-    rtol: float = option(1e-3, "Parallel solvers: relative tolerance.", low=1e-12, high=1.0)
+    rtol: float | None = option(None, "Parallel solvers: relative tolerance (default: 1e-3).", low=1e-12, high=1.0)
     noise_rtol: float | None = option(
         None, "causal: a latent may be off by this share of its step's noise too (with --eta).", low=0.0
     )
@@ -178,8 +178,14 @@ class SamplingOptions:
         for name in ("max_rows", "noise_rtol", "probes"):
             if getattr(self, name) and self.solver != SolverName.causal:
                 raise ValueError(f"{flag(name)} is for --solver causal, not for --solver {self.solver}")
-        if self.max_rounds is not None and self.solver == SolverName.sequential:
-            raise ValueError("--max-rounds is for parallel solvers such as --solver causal, not for sequential")
+        if self.solver == SolverName.sequential:
+            for name in ("rtol", "max_rounds"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{flag(name)} is for parallel solvers such as --solver causal, not for sequential"
+                    )
+        elif self.rtol is None:
+            object.__setattr__(self, "rtol", 1e-3)
         if self.noise_rtol and not self.eta:
             raise ValueError("--noise-rtol needs --eta: without it, no step adds noise")
         check_guidance(self.guidance, self.classes)

@@ -59,7 +59,10 @@ class NoiseSchedule:
             raise ValueError(f"alphas_cumprod must have shape (N,) with N >= 1, got {tuple(alphas.shape)}")
         in_range = bool((alphas < 1).all() and (alphas[:-1] > 0).all() and alphas[-1] >= 0)
         if not in_range or not bool((alphas.diff() < 0).all()):
-            raise ValueError("alphas_cumprod must decrease strictly within (0, 1); only its last entry may be 0")
+            raise ValueError(
+                "alphas_cumprod must decrease strictly within (0, 1); only its last entry may be 0. Found "
+                f"{float(alphas[0]):g} at first and {float(alphas[-1]):g} at last; NoiseSchedule.from_betas takes betas"
+            )
         if not float(alphas[0]) <= self.final_alpha <= 1:
             raise ValueError(
                 f"final_alpha must lie between alphas_cumprod[0] = {float(alphas[0]):g} and 1, got {self.final_alpha}"

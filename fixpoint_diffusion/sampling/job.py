@@ -190,6 +190,7 @@ class SamplingJob:
         if options.solver == SolverName.sequential:
             images, outcome = chain.sequential(trajectory=False, progress=progress), {}
         else:
+            assert options.rtol is not None  # every parallel solver has one
             began = time.perf_counter()
             result = sample(
                 chain,

@@ -45,6 +45,12 @@ class SamplingResult:
     max_rows: int | None = None
     cost: BatchCost | None = None
 
+    def __repr__(self) -> str:
+        samples, steps, *shape = self.trajectory.shape
+        each = "x".join(map(str, shape)) or "one number"
+        what = f"{samples} samples {each} in {steps} steps"
+        return f"SamplingResult({what}, rounds={self.rounds}, evals={self.evals}, solution={self.solution!r})"
+
 
 def sample(
     chain: SamplingChain,
@@ -94,6 +100,7 @@ def sample(
         callback: called with a ``fixpoint.Progress`` after every evaluation; returning something true stops the run.
 
     Raises:
+        TypeError: anything but a chain.
         ValueError: an unknown ``init``, or one of the wrong shape; a ``max_rows`` that is no budget, or beside a solver
             that has one.
         fixpoint.ConvergenceError: with ``on_failure="raise"``.
@@ -109,6 +116,9 @@ def sample(
         >>> torch.allclose(result.images, chain.sequential()[:, -1], rtol=1e-2)
         True
     """
+    if not isinstance(chain, SamplingChain):
+        found = type(chain).__name__
+        raise TypeError(f"chain must be a chain such as DDIMChain(denoiser, x_T, schedule), got a {found}")
     samples, limit, cost = len(chain.x_T), chain.steps + 1, None
     rounds, evals = chain.rounds, chain.evals
     if isinstance(solver, CausalQuasiNewton):

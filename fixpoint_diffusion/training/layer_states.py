@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fixpoint import FixedPointLayer
+from fixpoint import FixedPointLayer, Layout, Solution
 from fixpoint_diffusion.options.training import TrainingConfig
 from fixpoint_diffusion.training.objectives import DenoisingTask
 
@@ -66,17 +66,23 @@ def only_layer(model: nn.Module, what: str) -> FixedPointLayer:
     return layers[0]
 
 
+def reached_state(layer: FixedPointLayer, output: Any) -> Any:
+    """The state, of any structure, in what a call of the layer has returned; without its graph."""
+    value = output.value if isinstance(output, Solution) else output
+    layout = Layout.of(value, layer.options.get("batch_dims"))
+    return layout.unflatten(layout.flatten(value).detach())
+
+
 @contextmanager
 def _going_on(layer: FixedPointLayer) -> Iterator[None]:
     """Each call of the layer starts at the state where the one before has ended."""
-    reached: list[Tensor] = []
+    reached: list[Any] = []
 
     def start(module: nn.Module, inputs: Any, options: dict[str, Any]) -> Any:
         return inputs, {**options, "z0": reached[-1]} if reached else options
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        value = output if isinstance(output, Tensor) else output.value
-        reached.append(value.detach())
+        reached.append(reached_state(layer, output))
 
     hooks = [layer.register_forward_pre_hook(start, with_kwargs=True), layer.register_forward_hook(note)]
     try:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fixpoint import FixedPointLayer, Picard, solve
+from fixpoint import FixedPointLayer, Layout, Picard, Solution
 from fixpoint_diffusion.files import written_whole
+from fixpoint_diffusion.training.layer_states import reached_state
 
 LOG_FILE = "training_log.csv"
 _ITERATIONS = 16
+# A layer's own choice of these would change or stop the measurement.
+_PLAIN: dict[str, Any] = {
+    "solver": Picard(),
+    "backward": None,
+    "on_failure": "ignore",
+    "callback": None,
+    "keep_states": (),
+    "return_solution": True,
+}
 
 
 @dataclass
@@ -80,11 +91,21 @@ class LayerResidual:
         self._hook = layers[0].register_forward_hook(self._measure, with_kwargs=True) if len(layers) == 1 else None
 
     @torch.no_grad()
-    def _measure(self, layer: Any, inputs: tuple[Tensor, ...], options: dict[str, Any], output: Any) -> None:
-        if self.wanted:
-            z = solve(layer.f, options["z0"], inputs, solver=Picard(), backward=None, depth=_ITERATIONS - 1).value
-            fz = layer.f(z, *inputs).float().flatten(1)
-            self.latest = float(((fz - z.float().flatten(1)).norm(dim=1) / fz.norm(dim=1)).mean())
+    def _measure(self, layer: Any, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        if not self.wanted:
+            return
+
+        def call(z0: Any, **how: Any) -> Solution:
+            # Not layer(...): this hook would be called again. Both calls draw the same dropout, and training none less.
+            with torch.random.fork_rng(devices):
+                return layer.forward(*inputs, z0=z0, **{**_PLAIN, **how})
+
+        layout = Layout.of(reached_state(layer, output), layer.options.get("batch_dims"))
+        devices = [layout.device] if layout.device.type == "cuda" else []
+        z = call(options.get("z0"), depth=_ITERATIONS - 1).value
+        # No solve starts where plain iteration of a layer that expands may have come to.
+        finite = bool(torch.isfinite(layout.flatten(z)).all())
+        self.latest = float(call(z, depth=None, max_evals=1).relative_residual.mean()) if finite else math.inf
 
     def remove(self) -> None:
         """Take the hook off the layer."""

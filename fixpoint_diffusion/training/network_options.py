@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fixpoint import FixedPointLayer, StochasticJFB, jacobian_penalty
 from fixpoint_diffusion.options.training import TrainingConfig
-from fixpoint_diffusion.training.layer_states import only_layer
+from fixpoint_diffusion.training.layer_states import only_layer, reached_state
 
 
 @contextmanager
@@ -58,21 +57,19 @@ class LayerPenalty:
 
     def __init__(self, model: nn.Module) -> None:
         self._layer = only_layer(model, "jacobian_penalty")
-        self._call: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self._call: tuple[Any, tuple[Any, ...]] | None = None
         self._hook = self._layer.register_forward_hook(self._note)
 
-    def _note(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        value = output if isinstance(output, Tensor) else output.value
-        self._call = value.detach(), inputs
+    def _note(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self._call = reached_state(self._layer, output), inputs
 
     def take(self) -> Tensor:
         """The mean over the rows of the last call; a scalar with a graph."""
         assert self._call is not None
         (z, inputs), self._call = self._call, None
-        # The fast kernels for attention have no second derivative, nor has code that is compiled.
-        block: Any = self._layer.f
-        with sdpa_kernel(SDPBackend.MATH):
-            return jacobian_penalty(block.forward, z, inputs, batch_dims=1).mean()
+        # Code that is compiled has no second derivative. It stands in a module's call, and not in its forward.
+        f = getattr(self._layer.f, "forward", self._layer.f)
+        return jacobian_penalty(f, z, inputs, batch_dims=self._layer.options.get("batch_dims")).mean()
 
     def remove(self) -> None:
         """Take the hook off the layer."""

@@ -78,6 +78,7 @@ def train(
         ``(average, log)``: a copy of the model with the averaged weights in evaluation mode, and the log.
 
     Raises:
+        TypeError: data or a noise schedule of another kind.
         FileNotFoundError: resuming without a checkpoint.
         ValueError: resuming with another config or model, or from a damaged checkpoint; a config that asks of the model
             what it cannot do; an ``epsilon`` model on a
@@ -88,6 +89,11 @@ def train(
     Example:
         See :class:`fixpoint_diffusion.training.TrainingRun`, which calls it with what a folder needs.
     """
+    if not isinstance(data, ImageDataset):
+        raise TypeError(f"data must be a data set from open_dataset(...), got a {type(data).__name__}")
+    if not isinstance(alphas_cumprod, Tensor):
+        found = type(alphas_cumprod).__name__
+        raise TypeError(f"alphas_cumprod must be a tensor (steps,), as schedule.alphas_cumprod, got a {found}")
     if config.prediction_type == "epsilon" and float(alphas_cumprod.min()) <= 0:
         raise ValueError("with zero terminal SNR the noise says nothing of x_0: use prediction_type 'v_prediction'")
     state = _load(Path(checkpoint), config) if resume else None

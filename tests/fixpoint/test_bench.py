@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import fixpoint
 from fixpoint import bench
+from fixpoint.bench import report
 from fixpoint.bench.registry import find_problem
 from fixpoint_cli.command import DISTRIBUTION
 from fixpoint_cli.names import OPTIONS, SOLVERS, problem_entries
@@ -359,3 +360,18 @@ def test_the_version_of_code_is_the_last_commit_that_touched_it(tmp_path, monkey
     assert changed.startswith(f"{first}+")
     (package / "more.py").write_text("y = 1\n")
     assert len({alone, first, changed, bench.code_version("somebodys_package")}) == 4
+
+
+def test_a_comparison_says_why_rows_did_not_converge():
+    results = bench.run(["linear"], ["causal", "picard"], max_evals=20)
+    causal, picard = report.reasons(results)
+    assert causal.startswith("linear, causal at rtol 1e-05: 4 of 4 rows did not converge")
+    assert causal.endswith("This solver is for chains, and the problem does not say that it is one")
+    assert "raise max_evals" in picard
+    assert "chains" not in picard
+    assert report.reasons(bench.run(["linear"], ["gmres"])) == []
+
+
+def test_solvers_without_labels_are_named():
+    with pytest.raises(TypeError, match=r"solvers must be a dict \{label: solver\}, found a list"):
+        bench.compare(fixpoint.load_problem("linear"), [fixpoint.Anderson()])

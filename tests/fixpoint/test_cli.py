@@ -5,12 +5,15 @@ import re
 import runpy
 import subprocess
 import sys
+import warnings
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import fixpoint
 from fixpoint_cli.command import app
+from fixpoint_cli.running import run_app
 
 
 def invoke(*arguments):
@@ -246,3 +249,17 @@ def test_a_missing_extra_is_named_in_one_line(missing, tmp_path):
     assert found.stderr.strip().splitlines()[-1].endswith(f'needs {missing}: pip install "fixpoint-torch[bench]"')
     assert "Traceback" not in found.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_command_shows_warnings_without_lines_of_code(monkeypatch):
+    own, shown = typer.Typer(), []
+
+    @own.command()
+    def command():
+        shown.append(warnings.formatwarning(UserWarning("two files are left out"), UserWarning, "our.py", 3))
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    before = warnings.formatwarning
+    assert run_app(own) == 0
+    assert shown == ["Warning: two files are left out\n"]
+    assert warnings.formatwarning is before

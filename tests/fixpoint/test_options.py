@@ -192,3 +192,39 @@ def test_second_derivatives_with_several_incoming_gradients_at_once(normal):
         for vectorize in (True, False)
     )
     torch.testing.assert_close(found, expected)
+
+
+def test_a_single_number_of_evaluations_to_keep_is_named():
+    with pytest.raises(TypeError, match=r"keep_states must be a tuple of numbers of evaluations, found 3"):
+        fixpoint.solve(halve, torch.zeros(3, 2), keep_states=3)
+
+
+def test_rows_that_disagree_are_told_of_whole_states():
+    with pytest.raises(ValueError, match=r"z\[0\] has \(3,\), z\[1\] has \(5,\); pass batch_dims=0 if the whole state"):
+        fixpoint.solve(lambda z: z, [torch.zeros(3, 2), torch.zeros(5, 2)])
+
+
+@pytest.mark.parametrize("z0", [torch.zeros(2, 3), torch.zeros(4, 3, dtype=torch.float64)], ids=["rows", "dtype"])
+def test_an_error_of_f_says_what_f_was_given(z0):
+    x = torch.ones(4, 3)
+    with pytest.raises(RuntimeError) as caught:
+        fixpoint.solve(lambda z, options: z @ torch.eye(3) + options["x"], z0, ({"x": x},))
+    assert caught.value.__notes__ == [
+        f"f was given z {tuple(z0.shape)} {str(z0.dtype)[6:]}, args[0]['x'] (4, 3) float32"
+    ]
+
+
+def test_one_evaluation_is_no_evaluations():
+    solution = fixpoint.solve(lambda z: z + 1, torch.zeros(2, 3), max_evals=1, on_failure="ignore")
+    assert "did not converge in 1 evaluation, worst" in solution.failure_message()
+
+
+def test_an_error_of_a_numpy_function_says_what_it_was_given():
+    with pytest.raises(TypeError) as caught:
+        fixpoint.solve(torch.cos, np.zeros(3))
+    assert caught.value.__notes__[-1] == "f was given z (3,) float64"
+
+
+def test_a_tolerance_of_the_adjoint_that_is_no_number_is_named():
+    with pytest.raises(TypeError, match="rtol must be a number, found '1e-3'"):
+        IFT(rtol="1e-3")

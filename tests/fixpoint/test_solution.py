@@ -72,3 +72,9 @@ def test_an_error_keeps_its_solution_on_its_way_between_processes(copier):
     assert error.__notes__ == ["in the third process"]
     assert torch.equal(error.solution.status, caught.value.solution.status)
     assert error.solution.nfev == 5
+
+
+def test_an_infinite_predicted_error_is_shown_as_such():
+    problem = fixpoint.load_problem("linear")
+    solution = fixpoint.solve(problem, solver=fixpoint.CausalQuasiNewton(), on_failure="ignore")
+    assert repr(solution).endswith("worst predicted error inf)")

@@ -199,3 +199,26 @@ def test_in_inference_mode_a_jacobian_is_no_zero():
 
 def test_the_penalty_of_rows_without_entries_is_zero():
     assert fixpoint.jacobian_penalty(lambda z: z, torch.zeros(2, 0)).tolist() == [0, 0]
+
+
+def test_the_penalty_of_attention_can_be_trained():
+    """PyTorch's fast kernels have no second derivative, which the penalty's gradient is."""
+    w = torch.nn.Parameter(0.3 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+
+    def attend(z):
+        q = (z @ w).reshape(2, 5, 2, 4).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(2, 5, 8)
+
+    z = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    penalty = fixpoint.jacobian_penalty(attend, z, probes=2).mean()
+    penalty.backward()
+    assert float(w.grad.abs().sum()) > 0
+
+
+def test_helpers_name_arguments_of_another_kind():
+    z = torch.zeros(2, 3)
+    for helper in (fixpoint.jacobian_penalty, fixpoint.spectral_radius):
+        with pytest.raises(TypeError, match=r"found a Tensor: write args=\(x,\)"):
+            helper(lambda z, x: 0.5 * z + x, z, torch.ones(2, 3))
+    with pytest.raises(TypeError, match=r"return_solution=True\), found a Tensor"):
+        fixpoint.correction_loss(z, torch.mean)

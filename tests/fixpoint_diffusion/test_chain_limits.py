@@ -14,6 +14,7 @@ from fixpoint_diffusion import (
     StochasticDDIMChain,
     Transitions,
     initial_noise,
+    invert,
     sample,
 )
 from fixpoint_diffusion.processes import Clip
@@ -118,3 +119,34 @@ def test_one_step_chain_is_the_denoiser_once(mixture) -> None:
     result = sample(chain, solver=fixpoint.Picard(), rtol=1e-12)
     assert (result.rounds, result.evals) == (1, 2)
     torch.testing.assert_close(result.trajectory, chain.sequential(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: DDIMChain(torch.tanh, X_T, torch.linspace(1e-4, 0.02, 10)), "from_betas"),
+        (lambda: DDIMChain(torch.tanh, X_T, LINEAR, conditioning=X_T), "must name its inputs.*got a Tensor"),
+        (lambda: DDIMChain(X_T, torch.tanh, LINEAR), "x_T must be a floating-point tensor.*got a builtin_function"),
+        (lambda: NoiseSchedule(torch.linspace(1e-4, 0.02, 10)), "Found 0.0001 at first and 0.02 at last.*from_betas"),
+        (lambda: sample(torch.tanh), "chain must be a chain such as DDIMChain.*got a builtin_function"),
+        (lambda: invert(torch.tanh, X_T), "chain must be a chain such as DDIMChain.*got a builtin_function"),
+        (
+            lambda: invert(DDIMChain(torch.tanh, X_T, LINEAR), X_T, method="parallel"),
+            r"such as ParallelInverse\(\), got 'parallel'",
+        ),
+    ],
+)
+def test_what_is_of_another_kind_is_named(call, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+def test_results_are_shown_in_one_line() -> None:
+    chain = DDIMChain(lambda x, t: 0.5 * x, X_T, LINEAR, steps=6)
+    result = sample(chain)
+    assert repr(result).startswith(
+        f"SamplingResult(2 samples 3 in 6 steps, rounds={result.rounds}, evals={result.evals}"
+    )
+    inverse = invert(chain, result.images)
+    assert repr(inverse).startswith("Inverse(2 of 2 samples inverted, worst error ")
+    assert repr(inverse).endswith(f", rounds={inverse.rounds}, evals={inverse.evals})")

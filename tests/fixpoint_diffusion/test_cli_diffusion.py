@@ -141,6 +141,7 @@ def test_values_out_of_range_are_usage_errors(arguments: tuple[str, ...]) -> Non
         (("sample", "--noise-rtol", "1", "--solver", "causal"), "--noise-rtol needs --eta: without it, no step"),
         (("sample", "--probes", "1"), "--probes is for --solver causal, not for"),
         (("sample", "--max-rounds", "3"), "--max-rounds is for parallel solvers such as --solver causal, not for"),
+        (("sample", "--rtol", "1e-3"), "--rtol is for parallel solvers such as --solver causal, not for sequential"),
         (("sample", "--max-rows", "auto"), "--max-rows is for --solver causal, not for --solver sequential"),
         (("sample", "--max-rows", "some", "--solver", "causal"), "expected a number or auto, got 'some'"),
         (("sample", "--max-rows", "0", "--solver", "causal"), "--max-rows must be from 1 to 1000000000, got 0"),

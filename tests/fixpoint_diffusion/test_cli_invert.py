@@ -309,3 +309,19 @@ def test_latents_that_encode_wrote_are_taken_as_they_are(tmp_path: Path) -> None
     result = invoke(latents, *options)
     assert result.exit_code == 0, result.output
     assert np.load(tmp_path / "out" / "x_T.npy").shape == (1, *expected.shape)
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "invert works in one process, and here are 2"), ("1", "")])
+def test_several_processes_are_refused_by_the_first(
+    rank: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["fixpoint-diffusion", "invert", "digits", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert bool(error) == bool(said)
+    assert not (tmp_path / "out").exists()

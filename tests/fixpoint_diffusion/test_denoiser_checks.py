@@ -278,3 +278,18 @@ def test_a_timestep_that_is_taken_for_all_is_found_in_any_precision(dtype: torch
     x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype), torch.tensor([10, 20])
     with pytest.raises(ValueError, match="depends on the rows beside it"):
         check_fixed_function(denoiser, x, t, {}, denoiser(x, t), rows=3, timesteps=torch.arange(1, 1000, 50))
+
+
+def test_a_layer_of_random_depth_is_found_where_gradients_are_recorded() -> None:
+    """Such a layer solves under ``no_grad``, and draws where grad mode is on, in eval mode too."""
+    w = torch.eye(4).mul(0.9).requires_grad_()
+    rule = fixpoint.StochasticJFB(max_no_grad=3, max_grad=3, generator=torch.Generator().manual_seed(0))
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        return fixpoint.solve(lambda z: torch.tanh(z @ w + x), torch.zeros_like(x), backward=rule).value
+
+    chain = DDIMChain(denoiser, torch.ones(2, 4), LINEAR, steps=5)
+    with pytest.raises(ValueError, match="another output for the same input"):
+        chain.sequential()
+    with torch.no_grad():
+        assert torch.isfinite(DDIMChain(denoiser, torch.ones(2, 4), LINEAR, steps=5).sequential()).all()

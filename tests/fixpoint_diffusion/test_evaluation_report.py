@@ -308,7 +308,8 @@ class TestCommand:
         refused = [("--out", record), ("--out", samples), ("--save-statistics", images)]
         for option, path in refused:
             result = CliRunner().invoke(app, [*arguments, option, str(path)])
-            assert f"{tmp_path} holds {path.name} of something else: choose another name" in str(result.exception)
+            told = f"{tmp_path} holds {path.name}, which this command has not written: choose another name"
+            assert told in str(result.exception)
         # Nor is the reference that is read.
         result = CliRunner().invoke(
             app, ["evaluate", str(samples), str(statistics), "--save-statistics", str(statistics)]

@@ -277,7 +277,9 @@ def test_the_module_keeps_nothing_of_a_call() -> None:
     before = {key: value for key, value in vars(model.implicit).items() if not key.startswith("_")}
     with torch.no_grad():
         plain = model(x, t)
-        model(x, t, depth=2, solver=fixpoint.Anderson(), rtol=0.5, z0=torch.randn(3, 16, 16, dtype=torch.float64))
+        for options in ({"depth": 2}, {"rtol": 0.5}):
+            z0 = torch.randn(3, 16, 16, dtype=torch.float64)
+            model(x, t, **options, solver=fixpoint.Anderson(), z0=z0)
         assert torch.equal(model(x, t), plain)
     assert {key: value for key, value in vars(model.implicit).items() if not key.startswith("_")} == before
 
@@ -498,3 +500,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     for options in ({"depth": 0}, {"rtol": 0.0}):
         with pytest.raises(ValueError, match="must be"):
             FPDMDenoiser(model, **options)
+    for options in ({"rtol": 1e-3}, {"max_evals": 50}):
+        for call in (lambda o: model(x, t, depth=4, **o), lambda o: FPDMDenoiser(model, depth=4, **o)):
+            with pytest.raises(ValueError, match="has no effect beside depth=4, which fixes the iterations"):
+                call(options)

@@ -470,6 +470,7 @@ def test_run_computes_what_is_missing_and_report_runs_nothing(monkeypatch, capsy
     assert run_command(monkeypatch, "run", "fpdm/memory", "--quick", "--out", str(tmp_path)) == 0
     out = capsys.readouterr().out
     assert "PASS     fpdm/memory" in out
+    assert "with --quick the verdicts mean nothing" in out
     assert (tmp_path / "report.html").exists()
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "records").rglob("*.json")}
     assert len(files) == len(EXPERIMENTS["fpdm/memory"].grid["quick"])
@@ -517,7 +518,7 @@ def test_results_of_another_command_are_not_replaced(monkeypatch, capsys, tmp_pa
     before = (tmp_path / "results.json").read_bytes()
     for command in ("run", "report"):
         assert run_command(monkeypatch, command, "fpdm/memory", "--quick", "--out", str(tmp_path)) == 2
-        assert "holds results.json of something else: choose another name" in capsys.readouterr().err
+        assert "holds results.json, which this command has not written: choose another name" in capsys.readouterr().err
     assert (tmp_path / "results.json").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -110,7 +110,8 @@ def test_a_flow_is_trained_resumed_and_sampled(tmp_path: Path, kind: str) -> Non
     assert chain.transitions.prediction_type == "flow_prediction"
     command = ["sample", "--model", str(out), "--num-images", "2", "--steps", "6", "--out"]
     for solver in ("sequential", "causal"):
-        done(CliRunner().invoke(app, [*command, str(tmp_path / solver), "--solver", solver, "--rtol", "1e-5"]))
+        to = ["--rtol", "1e-5"] if solver == "causal" else []
+        done(CliRunner().invoke(app, [*command, str(tmp_path / solver), "--solver", solver, *to]))
     found, expected = (np.load(tmp_path / solver / "images.npy") for solver in ("causal", "sequential"))
     assert np.abs(found - expected).max() <= 1e-2
     assert "a flow, 1000 timesteps, shift 1.0" in done(CliRunner().invoke(app, ["info", str(out)]))

@@ -196,6 +196,66 @@ def test_the_layers_residual_is_logged_and_changes_no_weight(images: ImageDatase
     assert old.lines == [(50, 0.5, 1e-3, 2.0, None)]
 
 
+class TwoScales(nn.Module):
+    """A network of one's own: its layer has two states, takes its start for granted or not, and has dropout."""
+
+    def __init__(self, *, states: int) -> None:
+        super().__init__()
+        self.states = states
+        self.inject, self.mix, self.dropout = nn.Linear(16, 16), nn.Linear(16, 16), nn.Dropout(0.2)
+        self.layer = fixpoint.FixedPointLayer(self.f, backward=fixpoint.JFB(), rtol=1e-3, keep_states=(1,))
+
+    def f(self, z: Any, u: Tensor) -> Any:
+        if self.states == 1:
+            return 0.3 * torch.tanh(self.dropout(self.mix(z)) + u)
+        return {"a": 0.3 * torch.tanh(self.dropout(self.mix(z["b"])) + u), "b": 0.5 * z["a"]}
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        u = self.inject(x.flatten(1)) + t[:, None] / 1000
+        if self.states == 1:
+            z = self.layer(u)
+        else:
+            z = self.layer(u, z0={"a": torch.zeros_like(u), "b": torch.zeros_like(u)}, return_solution=True).value["a"]
+        return self.dropout(z).reshape(x.shape)
+
+
+@pytest.mark.parametrize("options", [{}, {"jacobian_penalty": 0.1}, {"state_loss": "supervised"}], ids=str)
+@pytest.mark.parametrize("states", [1, 2])
+def test_any_fixed_point_layer_can_be_trained(
+    states: int, options: dict[str, Any], images: ImageDataset, tmp_path: Any
+) -> None:
+    ends = []
+    for every in (1, 100):
+        torch.manual_seed(0)
+        model, chosen = TwoScales(states=states), dataclasses.replace(TINY, log_every=every, **options)
+        ends.append(train(model, images, SCHEDULE, chosen, checkpoint=tmp_path / str(every) / "c", progress=False))
+    same(ends[0][0], ends[1][0], rtol=0, atol=0)
+    # 16 iterations of a map that contracts so solve it, if one dropout mask serves all of them.
+    assert all(line[4] < 1e-6 for line in ends[0][1].lines)
+
+
+def test_the_logged_residual_of_a_layer_that_expands_is_infinite() -> None:
+    layer = fixpoint.FixedPointLayer(lambda z, x: 1e5 * z + x, on_failure="ignore")
+    residual = LayerResidual(nn.Sequential(layer))
+    residual.wanted = True
+    layer(torch.ones(2, 3))
+    assert residual.latest == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("data", "alphas", "message"),
+    [
+        (torch.zeros(8, 1, 4, 4), SCHEDULE, r"from open_dataset\(...\), got a Tensor"),
+        (None, NoiseSchedule.linear(), "as schedule.alphas_cumprod, got a NoiseSchedule"),
+    ],
+)
+def test_data_and_schedules_of_another_kind_are_refused(
+    data: Any, alphas: Any, message: str, images: ImageDataset, tmp_path: Any
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        train(nn.Linear(2, 2), images if data is None else data, alphas, TINY, checkpoint=tmp_path / "c")
+
+
 def test_gradients_are_clipped_only_on_request(images: ImageDataset, tmp_path: Any) -> None:
     """AdamW's second moment after one step is a thousandth of the gradient's square."""
 

@@ -90,8 +90,8 @@ class FPDM(PatchTransformer):
             backward: How gradients are attached when grad mode is on. None: in training mode as ``config.backward``
                 says, which also decides how the layer is solved; in evaluation mode, or with ``depth``,
                 :class:`fixpoint.Unroll`, whose value is that of the run without gradient.
-            rtol: Relative tolerance of the layer's solve; None: ``fixpoint.solve``'s default. Unused with ``depth``.
-            max_evals: Bound on evaluations of that solve; None: ``fixpoint.solve``'s default. Unused with ``depth``.
+            rtol: Relative tolerance of the layer's solve; None: ``fixpoint.solve``'s default. Not with ``depth``.
+            max_evals: Bound on evaluations of that solve; None: ``fixpoint.solve``'s default. Not with ``depth``.
             record: Keep the residual of every evaluation in ``solution.trace``.
             return_solution: Return ``(prediction, solution)``.
 
@@ -100,8 +100,10 @@ class FPDM(PatchTransformer):
             :class:`fixpoint.Solution`, whose ``value`` is ``(N, L, D)``.
 
         Raises:
-            ValueError: If a shape, or ``y`` for an unconditional model, does not fit the configuration.
+            ValueError: If a shape, or ``y`` for an unconditional model, does not fit the configuration; for options
+                that contradict each other.
         """
+        check_iterations(depth, rtol=rtol, max_evals=max_evals)
         state, inputs, condition = self._before_layer(x, t, y)
         if z0 is not None:
             if z0.shape != state.shape:
@@ -229,3 +231,21 @@ def fpdm_layer_problem(
     """
     state, (projected, modulation), _ = model._before_layer(x, t, y)
     return FPDMLayerProblem(model.implicit_block, projected, modulation, state if z0 is None else z0)
+
+
+def check_iterations(depth: int | None, *, rtol: float | None, max_evals: int | None) -> None:
+    """Refuse what says of a solve when it ends, beside a number of iterations, which says it too.
+
+    Raises:
+        ValueError: with the name of what has no effect.
+
+    >>> check_iterations(4, rtol=1e-3, max_evals=None)
+    Traceback (most recent call last):
+    ...
+    ValueError: rtol=0.001 has no effect beside depth=4, which fixes the iterations: leave one of them out
+    """
+    for name, value in (("rtol", rtol), ("max_evals", max_evals)):
+        if depth is not None and value is not None:
+            raise ValueError(
+                f"{name}={value} has no effect beside depth={depth}, which fixes the iterations: leave one of them out"
+            )

@@ -139,6 +139,7 @@ class FPDMJob:
         options = self._options
         assert isinstance(self._iterations, int)
         assert not isinstance(options.max_rows, str)
+        assert options.rtol is not None  # every parallel solver has one
         joint = follow_jointly(
             self._model,
             x_T,

@@ -121,7 +121,7 @@ class ArrayRows:
         elif not (values.min() >= -1 and values.max() <= 1):  # also true of NaN
             raise ValueError(
                 f"{file}: row {index - begin} holds values from {values.min():g} to {values.max():g}; images as floats "
-                f"must lie in [-1, 1] (latents, which need not, are opened with latents=True)"
+                f"must lie in [-1, 1]: clip what a sampler has overshot, or open latents with latents=True (--latents)"
             )
         return torch.from_numpy(values if self.channels is None else _to_channels(values, self.channels))
 
