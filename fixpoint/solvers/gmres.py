@@ -112,7 +112,7 @@ class GMRES(Solver):
                 vector = torch.where(xp.tensor(change.waits)[:, None], _vector(basis, before.vectors - 1), vector)
                 base = torch.where(xp.tensor(change.begins | change.moves)[:, None], here, state.base)
             vector = torch.where(xp.tensor(knowledge.use[:, -1] > 0)[:, None], vector, 0)
-            basis = _appended(basis, knowledge.vectors - 1, vector)
+            basis = _appended(basis, knowledge.vectors - 1, vector, most=room + 1)
             last = knowledge.vectors > room
             knowledge, point = knowledge.planned(xp, rounding=torch.finfo(z.dtype).eps, last=last)
         proposal = _combined(basis, base, xp.tensor(point).to(wide)).to(z.dtype)
@@ -147,9 +147,9 @@ def _vector(basis: tuple[State, ...], index: int) -> Tensor:
     return TORCH_STATES.place(basis[index // _BLOCK], index % _BLOCK)
 
 
-def _appended(basis: tuple[State, ...], count: int, vector: Tensor) -> tuple[State, ...]:
-    """A basis of ``count`` vectors with one more."""
+def _appended(basis: tuple[State, ...], count: int, vector: Tensor, *, most: int) -> tuple[State, ...]:
+    """A basis of ``count`` vectors with one more; the last block has no room beyond ``most`` vectors."""
     place = count % _BLOCK
     if place == 0:
-        basis = (*basis, vector.new_zeros(len(vector), _BLOCK, vector.shape[1]))
+        basis = (*basis, vector.new_zeros(len(vector), min(_BLOCK, most - count), vector.shape[1]))
     return (*basis[:-1], TORCH_STATES.put(basis[-1], place, vector, first=place == 0))
