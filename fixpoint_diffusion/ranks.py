@@ -90,12 +90,15 @@ class Ranks:
             results.append(work())
         except Exception as error:  # the others must hear of it, or they would wait
             failure = error
-        said = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
-        failed = [rank for rank, each in enumerate(said) if each is not None]
-        if failed and failed[0] == self.rank and failure is not None:
-            raise failure
+        # Work within this work may have told of another's failure already: that rank is the one to say it.
+        mine = None if failure is None else f"{type(failure).__name__}: {failure}"
+        said = enumerate(self.gather((isinstance(failure, FailedElsewhereError), mine)))
+        failed = sorted((told, rank, text) for rank, (told, text) in said if text is not None)
         if failed:
-            raise FailedElsewhereError(f"rank {failed[0]} of {self.size} failed: {said[failed[0]]}") from failure
+            _, first, text = failed[0]
+            if first == self.rank and failure is not None:
+                raise failure
+            raise FailedElsewhereError(f"rank {first} of {self.size} failed: {text}") from failure
         return results[0]
 
     def of_first(self, value: T) -> T:

@@ -95,6 +95,37 @@ def test_of_four_processes_one_is_killed_and_two_go_on_without_losing_an_image(t
     assert {**record, "seconds": 0} == {**whole, "seconds": 0}
 
 
+# The command, whose processes take three seconds to say what is wrong.
+SLOW = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from fixpoint_diffusion import cli
+stop = cli.stop
+def stop_later(message):
+    time.sleep(3)
+    stop(message)
+cli.stop = stop_later
+cli.main()
+"""
+
+
+def test_the_process_that_failed_says_why_before_torchrun_ends_it(tmp_path: Path) -> None:
+    """In work within work of all, rank 0 said that rank 1 had failed, and rank 1 that rank 0 had: nobody said why.
+
+    And the others ended at once, whereupon torchrun ended the one that had something to say.
+    """
+    images = np.linspace(-1, 1, 12 * 64, dtype=np.float32).reshape(12, 1, 8, 8)
+    images[7] = np.nan
+    np.save(tmp_path / "images.npy", images)
+    (tmp_path / "slow.py").write_text(SLOW)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    evaluate = [tmp_path / "slow.py", "evaluate", tmp_path / "images.npy", "digits", "--batch-size", "6"]
+    done = subprocess.run([*torchrun, *evaluate], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert told == [f"Error: {tmp_path / 'images.npy'}: images must be finite, got infinities or NaNs"]
+
+
 # Of the first of several commands, the second process finds no room: a limit on the size of a file fails as a full disk
 # does.
 IN_TURN = """
