@@ -360,6 +360,25 @@ def test_slopes_that_are_not_finite_are_refused():
         fixpoint.solve(chain, solver=CausalQuasiNewton())
 
 
+@pytest.mark.parametrize("seed", [178, 372])
+def test_changes_whose_squares_overflow_tell_no_slope(seed):
+    """From a far start the guesses run to 1e38; a slope that is NaN would spoil states that are exact."""
+    generator, steps = torch.Generator().manual_seed(seed), 60
+    start = (torch.rand(2, 1, generator=generator, dtype=torch.float64) * 0.8 + 0.1).float()
+    far = 10 * torch.randn(2, steps, 1, generator=generator, dtype=torch.float64).float()
+
+    def logistic(z):
+        before = torch.cat([start[:, None], z[:, :-1]], dim=1)
+        return 3.7 * before * (1 - before)
+
+    exact = start[:, None].expand(-1, steps, -1)
+    for _ in range(steps):
+        exact = logistic(exact)
+    solution = fixpoint.solve(logistic, far, solver=CausalQuasiNewton(), rtol=1e-3, max_evals=steps + 1)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, exact, rtol=1e-3, atol=0)
+
+
 def images_chain(inputs=None):
     """A chain of states ``(2, 3, 4)`` whose entries mix."""
     generator = torch.Generator().manual_seed(0)
