@@ -328,6 +328,7 @@ def test_members_of_a_vmap_have_the_figures_that_each_has_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"certify": True}, {"window": 1}, {"window": 8}], ids=str)
 @pytest.mark.parametrize("power", [-0.7, 0.55])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_states_whose_squares_leave_the_range_are_solved_as_others_are(dtype, options, power):
     unit = float(torch.finfo(dtype).max) ** power
     chain = fixpoint.Recurrence(lambda x: 0.9 * x + unit, torch.full((1, 2), unit, dtype=dtype), steps=50)
