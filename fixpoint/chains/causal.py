@@ -41,8 +41,9 @@ class CausalQuasiNewton(Solver):
 
     It serves a :class:`~fixpoint.Recurrence` and any other :class:`~fixpoint.Chain`, of which it evaluates only the
     steps that it needs. Any other f with a state ``(B, T, *shape)`` is evaluated whole in each round (``max_rows`` has
-    no effect), and is always certified. If it is strictly causal in the second dimension, T + 1 evaluations always do.
-    If it is not, it may take many more or not converge, but it does not pass for converged at a wrong state.
+    no effect), and is always certified. If it is strictly causal in the second dimension, T + 1 evaluations do, and one
+    more for each certificate that fails. If it is not, it may take many more or not converge, but it does not pass for
+    converged at a wrong state.
 
     Args:
         memory: Rounds that are remembered of each step; the older a round, the less it counts. None: 3, or 1 where

@@ -104,7 +104,8 @@ class Certificate:
         first_wrong = np.argmin(good, axis=1)
         by_inheritance = fits[number, first_wrong]
         first_wrong = np.where(by_inheritance, np.argmax(defect > sweeper.noise, axis=1), first_wrong)
-        residual = np.where(finite, np.sqrt(np.square(defect).sum(axis=1)), np.nan)
+        with np.errstate(over="ignore"):  # squares of large states may leave the range
+            residual = np.where(finite, np.sqrt(np.square(defect).sum(axis=1)), np.nan)
         return Findings(defect, scale, residual, good.all(axis=1) & finite, ~finite, first_wrong)
 
 

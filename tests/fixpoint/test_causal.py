@@ -328,6 +328,7 @@ def test_members_of_a_vmap_have_the_figures_that_each_has_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"certify": True}, {"window": 1}, {"window": 8}], ids=str)
 @pytest.mark.parametrize("power", [-0.7, 0.55])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_states_whose_squares_leave_the_range_are_solved_as_others_are(dtype, options, power):
     unit = float(torch.finfo(dtype).max) ** power
     chain = fixpoint.Recurrence(lambda x: 0.9 * x + unit, torch.full((1, 2), unit, dtype=dtype), steps=50)
@@ -358,6 +359,25 @@ def test_slopes_that_are_not_finite_are_refused():
     chain = fixpoint.Recurrence(lambda x: 0.5 * x + 1, torch.ones(1, 2), steps=30, slopes=torch.full((30,), torch.nan))
     with pytest.raises(ValueError, match="slopes must be finite"):
         fixpoint.solve(chain, solver=CausalQuasiNewton())
+
+
+@pytest.mark.parametrize("seed", [178, 372])
+def test_changes_whose_squares_overflow_tell_no_slope(seed):
+    """From a far start the guesses run to 1e38; a slope that is NaN would spoil states that are exact."""
+    generator, steps = torch.Generator().manual_seed(seed), 60
+    start = (torch.rand(2, 1, generator=generator, dtype=torch.float64) * 0.8 + 0.1).float()
+    far = 10 * torch.randn(2, steps, 1, generator=generator, dtype=torch.float64).float()
+
+    def logistic(z):
+        before = torch.cat([start[:, None], z[:, :-1]], dim=1)
+        return 3.7 * before * (1 - before)
+
+    exact = start[:, None].expand(-1, steps, -1)
+    for _ in range(steps):
+        exact = logistic(exact)
+    solution = fixpoint.solve(logistic, far, solver=CausalQuasiNewton(), rtol=1e-3, max_evals=steps + 1)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, exact, rtol=1e-3, atol=0)
 
 
 def images_chain(inputs=None):
