@@ -15,7 +15,7 @@ from fixpoint.solvers.base import require_count
 from fixpoint.solvers.picard import Picard
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Neumann(Backward):
     """Replace ``(I - J^T)^-1 v`` by its first terms, ``v + J^T v + ... + (J^T)^(terms - 1) v``.
 
@@ -36,7 +36,7 @@ class Neumann(Backward):
     Example:
         >>> import torch, fixpoint
         >>> a = torch.tensor(0.5, requires_grad=True)
-        >>> rule = fixpoint.Neumann(terms=3)
+        >>> rule = fixpoint.Neumann(3)
         >>> fixpoint.solve(lambda z: a * z + 1, torch.zeros(1), backward=rule, rtol=1e-6).value.sum().backward()
         >>> round(float(a.grad), 3)  # 2 * (1 + 0.5 + 0.25), of the exact 4
         3.5

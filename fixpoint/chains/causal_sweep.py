@@ -154,14 +154,14 @@ class CausalSweep(Solver):
     def _slopes_at(self, step: Tensor, inputs: Tensor, images: Tensor, past: Past | WindowPast) -> Tensor:
         """``(B, W, 1 or D)``: the problem's, or else what the last round showed, within [-1, 1].
 
-        A step of which nothing is known takes the mean of the others, or 1. Nothing is known where squares overflow.
+        A step of which nothing is known takes the mean of the others, or 1. So does one whose changes are too large to be multiplied.
         """
         if self.slopes is not None:
             return self.slopes[step].to(inputs.dtype)
         products = [self._products(inputs[:, part], images[:, part], past, part) for part in parts(inputs)]
         square, product = (torch.cat(each, dim=1) for each in zip(*products, strict=True))
-        known = (square > 0) & torch.isfinite(square) & torch.isfinite(product)
-        shown = (product / torch.where(known, square, 1)).clamp(-1, 1)
+        shown = (product / square).clamp(-1, 1)
+        known = shown == shown  # NaN: 0 / 0, where nothing has changed, or infinity / infinity
         count = known.sum(dim=1, keepdim=True)
         mean = torch.where(known, shown, 0).sum(dim=1, keepdim=True) / count.clamp(min=1)
         return torch.where(known, shown, torch.where(count > 0, mean, 1))

@@ -224,7 +224,7 @@ def _sweep_chunk(before: Tensor, defects: Tensor, slopes: Tensor, secants: Secan
     reach = torch.cat((torch.ones_like(growth[:, :1]), growth[:, :-1]), dim=1)
     left, right = (weights * reach[:, :, None]).flatten(1, 2), (images / growth[:, :, None]).flatten(1, 2)
     step = torch.arange(shape[1], device=before.device).repeat_interleave(shape[2])
-    coupling = torch.where(step[:, None] > step, left @ right.mT, 0)
+    coupling = (left @ right.mT).masked_fill_(step[:, None] <= step, 0)  # not times 0: it may be infinite
     unit = torch.eye(len(step), dtype=wide, device=before.device)
     solved = torch.linalg.solve_triangular(unit - coupling, target[..., None], upper=False, unitriangular=True)
     added = (solved.reshape(*shape, 1) * images).sum(dim=2)

@@ -296,3 +296,7 @@ def test_fixed_depth_attaches_at_the_last_state_and_measures_it(normal, cell_cla
     assert sol.nfev == depth
     sol.value.sum().backward()
     assert z0.grad is None, "only Unroll and S-JFB without steps let gradients into z0"
+
+
+def test_what_neumann_cannot_do_without_needs_no_name():
+    assert Neumann(5) == Neumann(terms=5)
