@@ -154,7 +154,8 @@ class CausalSweep(Solver):
     def _slopes_at(self, step: Tensor, inputs: Tensor, images: Tensor, past: Past | WindowPast) -> Tensor:
         """``(B, W, 1 or D)``: the problem's, or else what the last round showed, within [-1, 1].
 
-        A step of which nothing is known takes the mean of the others, or 1. So does one whose changes are too large to be multiplied.
+        A step of which nothing is known takes the mean of the others, or 1; so does one whose changes are too large to
+        be multiplied.
         """
         if self.slopes is not None:
             return self.slopes[step].to(inputs.dtype)
