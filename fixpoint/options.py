@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
@@ -44,7 +44,7 @@ def check_options(
     on_failure: str = "warn",
     check_every: Any = 1,
     depth: Any = None,
-    keep_states: Collection[Any] = (),
+    keep_states: Iterable[Any] = (),
     batch_dims: Any = None,
     callback: object = None,
 ) -> Counts:
@@ -62,7 +62,7 @@ def check_options(
         require_count("batch_dims", batch_dims, 0)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be a function of a fixpoint.Progress, or None, found {callback!r}")
-    if not isinstance(keep_states, Collection):
+    if not isinstance(keep_states, Iterable):
         raise TypeError(f"keep_states must be a tuple of numbers of evaluations, found {keep_states!r}: write (4, 8)")
     options = Counts(
         max_evals=require_count("max_evals", max_evals),
@@ -70,7 +70,7 @@ def check_options(
         depth=None if depth is None else require_count("depth", depth, 0),
         keep_states=frozenset(require_count("keep_states' entry", nfev) for nfev in keep_states),
     )
-    if keep_states and (options.check_every > 1 or depth is not None):
+    if options.keep_states and (options.check_every > 1 or depth is not None):
         found = f"check_every={check_every}, depth={depth}"
         raise ValueError(f"keep_states needs check_every=1 and depth=None, found {found}")
     if on_failure not in get_args(OnFailure):

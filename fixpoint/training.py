@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,16 @@ from fixpoint.engine.norms import row_norm
 from fixpoint.options import check_args
 from fixpoint.solution import Solution
 from fixpoint.solvers.base import require_count
+
+# PyTorch keeps its choice of kernels for the whole process: two threads that overlapped would restore each other's.
+_CHOOSING = threading.RLock()
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by kernels that have a second derivative."""
+    with _CHOOSING, sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def jacobian_penalty(
@@ -56,14 +68,16 @@ def jacobian_penalty(
         True
     """
     require_count("probes", probes)
-    # The penalty's gradient is a second derivative, which the fast kernels for attention do not have.
-    with sdpa_kernel(SDPBackend.MATH):
+    # The penalty's gradient is a second derivative, which the fast kernels for attention do not have. What is only
+    # measured keeps them. The choice is the process's, so it also covers what a checkpoint computes again.
+    trained = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    with _plain_attention() if trained else contextlib.nullcontext():
         layout, at, fz = _recorded(f, z, args, batch_dims)
-    total = at.new_zeros(layout.rows, dtype=torch.promote_types(at.dtype, torch.float32))
-    for _ in range(probes):
-        probe = torch.randn(at.shape, dtype=at.dtype, device=at.device, generator=generator)
-        product = _pull(fz, at, probe, create_graph=torch.is_grad_enabled())
-        total = total + product.to(total.dtype).square().sum(dim=1)
+        total = at.new_zeros(layout.rows, dtype=torch.promote_types(at.dtype, torch.float32))
+        for _ in range(probes):
+            probe = torch.randn(at.shape, dtype=at.dtype, device=at.device, generator=generator)
+            product = _pull(fz, at, probe, create_graph=torch.is_grad_enabled())
+            total = total + product.to(total.dtype).square().sum(dim=1)
     return (total / (probes * max(at.shape[1], 1))).reshape(layout.batch_shape)
 
 

@@ -18,7 +18,7 @@ def run_app(app: typer.Typer) -> int:
     """Run the command line and return its exit code."""
     usual = warnings.formatwarning
     # Whoever runs a command has no use for the line of ours at which a warning stands.
-    warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {' '.join(str(message).split())}\n"
     try:
         code = app(standalone_mode=False)
     except _UsageError as error:

@@ -48,7 +48,7 @@ app.add_typer(experiments, name="experiments")
 # What a user can put right; anything else is a fault of ours, and its traceback is wanted.
 _USER_ERRORS = (ValueError, OSError, ImportError, ArithmeticError, MemoryError, RecursionError)
 # Seconds for the process that has failed to say why: torchrun ends all others as soon as one has ended with an error.
-_TO_SPEAK = 5.0
+_SECONDS_TO_REPORT = 5.0
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     try:
         sys.exit(run_app(app))
     except FailedElsewhereError:  # that process says what it was
-        time.sleep(_TO_SPEAK)
+        time.sleep(_SECONDS_TO_REPORT)
         sys.exit(2)
     except _USER_ERRORS as error:
         missing = isinstance(error, ModuleNotFoundError)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -58,6 +59,9 @@ def map_array(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} does not open as an array: {error}") from error
+
+
+_PART = re.compile(r"\.[0-9a-f]{32}\.part$")  # as written_whole calls them
 
 
 @contextlib.contextmanager
@@ -190,10 +194,12 @@ def locked(folder: Path, *, work: str) -> Iterator[None]:
         raise OSError(f"cannot write to {folder}: {error.strerror or error}") from error
     try:
         for part in folder.glob(".*.part"):
-            part.unlink(missing_ok=True)
+            if _PART.search(part.name):  # another program may call its own unfinished files so
+                part.unlink(missing_ok=True)
         yield
     finally:
-        # While it is held: another process that gets it in between would hold a file that is no longer there.
+        # While it is held: who gets it in between would hold a file that is gone. Who has opened that by then opens
+        # another, as filelock sees to.
         with contextlib.suppress(OSError):  # something else is in there
             for path in new:
                 path.rmdir() if path.is_dir() else path.unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -71,9 +70,11 @@ class IFT(Backward):
     def __post_init__(self) -> None:
         if self.solver is not None and not isinstance(self.solver, Solver):
             raise TypeError(f"solver must be a fixpoint.Solver such as Anderson(), or None, found {self.solver!r}")
-        if not isinstance(self.rtol, Real | Tensor):
-            raise TypeError(f"rtol must be a number, found {self.rtol!r}")
-        if not self.rtol >= 0:
+        try:
+            enough = self.rtol >= 0
+        except TypeError:
+            raise TypeError(f"rtol must be a number, found {self.rtol!r}") from None
+        if not enough:
             raise ValueError(f"rtol must be at least 0, found {self.rtol}")
         require_count("max_evals", self.max_evals)
         if self.on_failure not in get_args(FailedRows):

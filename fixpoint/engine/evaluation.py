@@ -216,7 +216,7 @@ class RowMap:
         tensors = [*leaves(self.layout.example), *leaves(self._args, "args")]
         # Without "torch.": where f is a NumPy function, it was given arrays.
         told = [f"{at} {tuple(x.shape)} {str(x.dtype)[6:]}" for at, x in tensors if isinstance(x, Tensor)]
-        return ", ".join(told[:_TOLD]) + (", ..." if len(told) > _TOLD else "")
+        return ", ".join(told[:_MOST_NAMED]) + (", ..." if len(told) > _MOST_NAMED else "")
 
     def _evaluate(self, z: Tensor, inputs: Sequence[Tensor] = ()) -> Tensor:
         if torch.compiler.is_compiling():
@@ -254,7 +254,7 @@ class RowMap:
         return fz
 
 
-_TOLD = 8  # tensors that are named in an error
+_MOST_NAMED = 8  # tensors that are named in an error
 _CHANGED = "f changed its input in place (z += ..., z.relu_()): return a new tensor instead"
 
 

@@ -193,5 +193,5 @@ def _tell(
         typer.echo(f"{verdict.word:7}  {entry.name}: {entry.claim}")
         typer.echo(f"         theirs: {entry.theirs or 'pictures'}\n         ours:   {verdict.found}")
     if scale == "quick":
-        typer.echo("Note: with --quick the verdicts mean nothing; it sees that all of it runs")
+        typer.echo("Note: --quick only checks that everything runs; its verdicts mean nothing")
     typer.echo(f"report:  {report(chosen, scale, records, out, failures=failures)}")

@@ -13,7 +13,7 @@ import typer
 from fixpoint_diffusion.commands.shared import open_model, path_option, with_options
 from fixpoint_diffusion.files import locked, sha256_of, sha256_of_all
 from fixpoint_diffusion.options.models import EMBEDDED_MODELS
-from fixpoint_diffusion.options.sampling import ImageFormat, SamplingOptions
+from fixpoint_diffusion.options.sampling import ImageFormat, SamplingOptions, SolverName
 from fixpoint_diffusion.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -103,8 +103,9 @@ def _opened(
     if x_T is not None:
         settings |= {"x_T": str(x_T), "x_T_sha256": sha256_of(x_T)}
     # The images do not depend on these. The ordinary sampler has no tolerance; records of earlier versions name one.
-    apart = {"num_images", "batch_size"} | ({"rtol"} if options.rtol is None else set())
-    settings |= {name: value for name, value in asdict(options).items() if name not in apart}
+    not_recorded = {"num_images", "batch_size"} | ({"rtol"} if options.solver == SolverName.sequential else set())
+    recorded = asdict(options) | {"rtol": options.tolerance}
+    settings |= {name: value for name, value in recorded.items() if name not in not_recorded}
     return job, settings | job.settings | {"classes": None if job.classes is None else list(job.classes)}
 
 
@@ -146,7 +147,7 @@ def _finish(model: str, options: SamplingOptions, folder: RunFolder) -> None:
     missed = folder.num_images - totals.get("converged", folder.num_images)
     if missed > 0:
         layers = options.solver == "sequential"  # which has no other tolerance
-        to = f"--layer-rtol {options.layer_rtol}" if layers else f"--rtol {options.rtol}"
+        to = f"--layer-rtol {options.layer_rtol}" if layers else f"--rtol {options.tolerance}"
         typer.echo(f"Warning: {missed} of {folder.num_images} images did not converge to {to}", err=True)
 
 

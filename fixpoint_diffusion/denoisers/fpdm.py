@@ -64,8 +64,8 @@ class FPDMDenoiser(TransformerDenoiser):
         check_iterations(depth, rtol=rtol, max_evals=max_evals)
         super().__init__(model, schedule_config=schedule_config, prior=prior, learned_variance=learned_variance)
         self.depth = depth
-        self.rtol = 1e-3 if rtol is None else rtol
-        self.max_evals = 50 if max_evals is None else max_evals
+        self.rtol = 1e-3 if rtol is None and depth is None else rtol
+        self.max_evals = 50 if max_evals is None and depth is None else max_evals
         self.solver = solver
 
     def _options(self) -> dict[str, Any]:

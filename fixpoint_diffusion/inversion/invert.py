@@ -76,7 +76,7 @@ def invert(
         if not value >= 0:  # NaN fails every comparison
             raise ValueError(f"{name} must be at least 0, got {value}")
     if backward is not None:
-        refuse_clipped(chain)  # before a search that none would be attached to
+        refuse_clipped(chain, otherwise="leave backward out")  # before a search that none would be attached to
     given, x_0 = x_0, x_0.detach()
     tolerance = atol + rtol * rms(x_0)
     with torch.no_grad():

@@ -24,14 +24,14 @@ class ClippedChainError(ValueError):
     """A chain that clips its predicted images, for a method that would have to undo that."""
 
 
-def refuse_clipped(chain: SamplingChain) -> None:
-    """Raise :class:`ClippedChainError` for a chain that clips its predicted images."""
+def refuse_clipped(chain: SamplingChain, *, otherwise: str) -> None:
+    """Raise :class:`ClippedChainError` for a chain that clips; ``otherwise``: what to do where it has to."""
     hook = chain.transitions.x0_hook
     if hook is not None and not (isinstance(hook, Clip) and math.isinf(hook.limit)):
         raise ClippedChainError(
             f"a chain whose predicted images pass through {hook!r} cannot be inverted: that takes many latents to "
             'one. Build it without: DDIMChain(..., clip_sample=float("inf")) or chain_from_scheduler(..., '
-            'x0_hook=Clip(float("inf"))). Or take a method that solves no step, such as OptimisedInverse()'
+            f'x0_hook=Clip(float("inf"))). Or {otherwise}'
         )
 
 
@@ -53,7 +53,7 @@ class InverseProblem:
     """
 
     def __init__(self, chain: SamplingChain, x_0: Tensor) -> None:
-        refuse_clipped(chain)
+        refuse_clipped(chain, otherwise="take a method that solves no step, such as OptimisedInverse()")
         self.chain = chain
         self.shape = x_0.shape[1:]
         self.dtype = x_0.dtype

@@ -184,12 +184,15 @@ class SamplingOptions:
                     raise ValueError(
                         f"{flag(name)} is for parallel solvers such as --solver causal, not for sequential"
                     )
-        elif self.rtol is None:
-            object.__setattr__(self, "rtol", 1e-3)
         if self.noise_rtol and not self.eta:
             raise ValueError("--noise-rtol needs --eta: without it, no step adds noise")
         check_guidance(self.guidance, self.classes)
         self._check_layer()
+
+    @property
+    def tolerance(self) -> float:
+        """The relative tolerance of a parallel solver."""
+        return 1e-3 if self.rtol is None else self.rtol
 
     def _check_layer(self) -> None:
         """Refuse options of an FPDM's layer that contradict each other."""

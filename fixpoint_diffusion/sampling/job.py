@@ -190,12 +190,11 @@ class SamplingJob:
         if options.solver == SolverName.sequential:
             images, outcome = chain.sequential(trajectory=False, progress=progress), {}
         else:
-            assert options.rtol is not None  # every parallel solver has one
             began = time.perf_counter()
             result = sample(
                 chain,
                 solver=self._solver(),
-                rtol=options.rtol,
+                rtol=options.tolerance,
                 max_evals=options.max_rounds,
                 max_rows=options.max_rows,
                 on_failure="ignore",  # whoever runs the job sees the count

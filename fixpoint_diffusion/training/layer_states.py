@@ -66,10 +66,10 @@ def only_layer(model: nn.Module, what: str) -> FixedPointLayer:
     return layers[0]
 
 
-def reached_state(layer: FixedPointLayer, output: Any) -> Any:
+def reached_state(output: Any) -> Any:
     """The state, of any structure, in what a call of the layer has returned; without its graph."""
     value = output.value if isinstance(output, Solution) else output
-    layout = Layout.of(value, layer.options.get("batch_dims"))
+    layout = Layout.of(value, batch_dims=0)  # however many problems it is
     return layout.unflatten(layout.flatten(value).detach())
 
 
@@ -82,7 +82,7 @@ def _going_on(layer: FixedPointLayer) -> Iterator[None]:
         return inputs, {**options, "z0": reached[-1]} if reached else options
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        reached.append(reached_state(layer, output))
+        reached.append(reached_state(output))
 
     hooks = [layer.register_forward_pre_hook(start, with_kwargs=True), layer.register_forward_hook(note)]
     try:

@@ -97,15 +97,17 @@ class LayerResidual:
 
         def call(z0: Any, **how: Any) -> Solution:
             # Not layer(...): this hook would be called again. Both calls draw the same dropout, and training none less.
-            with torch.random.fork_rng(devices):
-                return layer.forward(*inputs, z0=z0, **{**_PLAIN, **how})
+            with torch.random.fork_rng(devices, device_type=kind):
+                return layer.forward(*inputs, **{**options, **_PLAIN, **how, "z0": z0})
 
-        layout = Layout.of(reached_state(layer, output), layer.options.get("batch_dims"))
-        devices = [layout.device] if layout.device.type == "cuda" else []
+        layout = Layout.of(reached_state(output), batch_dims=0)
+        kind = "cuda" if layout.device.type == "cpu" else layout.device.type  # that of no device is not asked
+        devices = [] if layout.device.type == "cpu" else [layout.device]
         z = call(options.get("z0"), depth=_ITERATIONS - 1).value
         # No solve starts where plain iteration of a layer that expands may have come to.
         finite = bool(torch.isfinite(layout.flatten(z)).all())
-        self.latest = float(call(z, depth=None, max_evals=1).relative_residual.mean()) if finite else math.inf
+        left = call(z, depth=None, max_evals=1).relative_residual.mean() if finite else math.inf
+        self.latest = math.inf if math.isnan(left) else float(left)  # not a number where f(z) is infinite
 
     def remove(self) -> None:
         """Take the hook off the layer."""

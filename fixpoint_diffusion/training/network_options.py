@@ -61,7 +61,7 @@ class LayerPenalty:
         self._hook = self._layer.register_forward_hook(self._note)
 
     def _note(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self._call = reached_state(self._layer, output), inputs
+        self._call = reached_state(output), inputs
 
     def take(self) -> Tensor:
         """The mean over the rows of the last call; a scalar with a graph."""

@@ -197,6 +197,12 @@ def test_second_derivatives_with_several_incoming_gradients_at_once(normal):
 def test_a_single_number_of_evaluations_to_keep_is_named():
     with pytest.raises(TypeError, match=r"keep_states must be a tuple of numbers of evaluations, found 3"):
         fixpoint.solve(halve, torch.zeros(3, 2), keep_states=3)
+    found = fixpoint.solve(halve, torch.zeros(3, 2), keep_states=(n for n in (1,)))
+    assert list(found.states) == [1]
+
+
+def test_a_number_of_numpys_is_a_tolerance_of_the_adjoint_too():
+    assert fixpoint.IFT(rtol=np.array(1e-3)).rtol == 1e-3
 
 
 def test_rows_that_disagree_are_told_of_whole_states():
@@ -214,7 +220,7 @@ def test_an_error_of_f_says_what_f_was_given(z0):
     ]
 
 
-def test_one_evaluation_is_no_evaluations():
+def test_one_evaluation_is_named_in_the_singular():
     solution = fixpoint.solve(lambda z: z + 1, torch.zeros(2, 3), max_evals=1, on_failure="ignore")
     assert "did not converge in 1 evaluation, worst" in solution.failure_message()
 

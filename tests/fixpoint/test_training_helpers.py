@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -201,18 +204,43 @@ def test_the_penalty_of_rows_without_entries_is_zero():
     assert fixpoint.jacobian_penalty(lambda z: z, torch.zeros(2, 0)).tolist() == [0, 0]
 
 
+W = 0.3 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def attend(z, w=W):
+    q = (z @ w).reshape(2, 5, 2, 4).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(2, 5, 8)
+
+
 def test_the_penalty_of_attention_can_be_trained():
     """PyTorch's fast kernels have no second derivative, which the penalty's gradient is."""
-    w = torch.nn.Parameter(0.3 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
-
-    def attend(z):
-        q = (z @ w).reshape(2, 5, 2, 4).transpose(1, 2)
-        return torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(2, 5, 8)
-
+    w = torch.nn.Parameter(W.clone())
     z = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
-    penalty = fixpoint.jacobian_penalty(attend, z, probes=2).mean()
-    penalty.backward()
+    fixpoint.jacobian_penalty(lambda z: attend(z, w), z, probes=2).mean().backward()
     assert float(w.grad.abs().sum()) > 0
+
+
+def test_a_penalty_of_attention_in_a_checkpoint_is_measured():
+    """With the kernels of the checkpoint's own first run; others would save other tensors."""
+    z = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    measured = []
+    for f in (attend, lambda z: torch.utils.checkpoint.checkpoint(attend, z, use_reentrant=False)):
+        with torch.no_grad():
+            measured.append(fixpoint.jacobian_penalty(f, z, probes=2, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(*measured)
+
+
+def test_penalties_in_several_threads_leave_pytorchs_choice_of_kernels_as_it_was():
+    z = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+
+    def work(_):
+        for _ in range(100):
+            fixpoint.jacobian_penalty(attend, z)
+
+    before = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()) == before
 
 
 def test_helpers_name_arguments_of_another_kind():

@@ -315,6 +315,7 @@ def test_latents_that_encode_wrote_are_taken_as_they_are(tmp_path: Path) -> None
 def test_several_processes_are_refused_by_the_first(
     rank: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("fixpoint_diffusion.cli._SECONDS_TO_REPORT", 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(sys, "argv", ["fixpoint-diffusion", "invert", "digits", "--out", str(tmp_path / "out")])

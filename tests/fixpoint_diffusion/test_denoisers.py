@@ -183,6 +183,9 @@ def test_a_model_that_would_take_the_timestep_for_something_else_is_named(compil
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"SD3Transformer2DModel is not called as .* after hidden_states is encoder_"):
         DiffusersDenoiser(torch.compile(model) if compiled else load_denoiser(tmp_path).model)
+    model.forward = lambda x, t: (0.5 * x,)  # adapted
+    x = torch.ones(2, 4, 8, 8)
+    assert torch.equal(DiffusersDenoiser(model)(x, torch.tensor([1, 2])), 0.5 * x)
 
 
 def test_loading_leaves_the_global_random_state_alone(tmp_path: Path) -> None:

@@ -504,3 +504,5 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         for call in (lambda o: model(x, t, depth=4, **o), lambda o: FPDMDenoiser(model, depth=4, **o)):
             with pytest.raises(ValueError, match="has no effect beside depth=4, which fixes the iterations"):
                 call(options)
+    denoiser = FPDMDenoiser(model, depth=4)  # can be made again from what it says of itself
+    FPDMDenoiser(model, depth=denoiser.depth, rtol=denoiser.rtol, max_evals=denoiser.max_evals)

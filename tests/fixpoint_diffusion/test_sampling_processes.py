@@ -102,7 +102,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from fixpoint_diffusion import cli
 stop = cli.stop
 def stop_later(message):
-    time.sleep(3)
+    time.sleep(1)
     stop(message)
 cli.stop = stop_later
 cli.main()

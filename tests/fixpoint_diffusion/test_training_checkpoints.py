@@ -211,8 +211,9 @@ def test_parts_of_files_that_a_killed_process_left_are_deleted(tmp_path: Path) -
     killed += f"with written_whole({str(tmp_path / 'state')!r}) as file: os._exit(9)"
     subprocess.run([sys.executable, "-c", killed], check=False)
     assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / ".video.mkv.part").touch()  # another program's
     with locked(tmp_path, work="training"):
-        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".video.mkv.part"}
 
 
 def test_integers_and_halves_are_kept_as_they_are(tmp_path: Path) -> None:

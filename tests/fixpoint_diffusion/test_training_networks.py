@@ -234,12 +234,22 @@ def test_any_fixed_point_layer_can_be_trained(
     assert all(line[4] < 1e-6 for line in ends[0][1].lines)
 
 
-def test_the_logged_residual_of_a_layer_that_expands_is_infinite() -> None:
-    layer = fixpoint.FixedPointLayer(lambda z, x: 1e5 * z + x, on_failure="ignore")
+@pytest.mark.parametrize("factor", [400.0, 1e5])  # the last image alone is infinite, or a state before it
+def test_the_logged_residual_of_a_layer_that_expands_is_infinite(factor: float) -> None:
+    layer = fixpoint.FixedPointLayer(lambda z, x: factor * z + x, on_failure="ignore")
     residual = LayerResidual(nn.Sequential(layer))
     residual.wanted = True
     layer(torch.ones(2, 3))
     assert residual.latest == float("inf")
+
+
+def test_the_logged_residual_is_that_of_the_call_with_its_options() -> None:
+    layer = fixpoint.FixedPointLayer(lambda z, x: {"a": 0.5 * z["a"] + x, "b": 0.5 * z["b"]})
+    residual = LayerResidual(nn.Sequential(layer))
+    residual.wanted = True
+    layer(torch.ones(2, 3), z0={"a": torch.zeros(2, 3), "b": torch.ones(5)}, batch_dims=0)
+    assert residual.latest is not None
+    assert 0 < residual.latest < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def fpdm_layer_problem(
 
 
 def check_iterations(depth: int | None, *, rtol: float | None, max_evals: int | None) -> None:
-    """Refuse what says of a solve when it ends, beside a number of iterations, which says it too.
+    """Refuse a tolerance or a bound on evaluations beside a fixed number of iterations.
 
     Raises:
         ValueError: with the name of what has no effect.

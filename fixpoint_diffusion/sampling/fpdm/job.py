@@ -139,7 +139,6 @@ class FPDMJob:
         options = self._options
         assert isinstance(self._iterations, int)
         assert not isinstance(options.max_rows, str)
-        assert options.rtol is not None  # every parallel solver has one
         joint = follow_jointly(
             self._model,
             x_T,
@@ -151,7 +150,7 @@ class FPDMJob:
             first_sample=first,
             prior=self._prior,
             solver=CausalQuasiNewton(max_rows=options.max_rows),
-            rtol=options.rtol,
+            rtol=options.tolerance,
             max_evals=options.max_rounds,
             on_failure="ignore",  # whoever runs the job sees the count
             progress=progress,

@@ -94,9 +94,11 @@ def batches_of(loader: DataLoader[dict[str, Any]]) -> Iterator[dict[str, Tensor]
     try:
         yield from loader
     except (ValueError, OSError) as error:
+        lines = str(error).strip().splitlines()
+        if len(lines) < 2:
+            raise
         kind = ValueError if isinstance(error, ValueError) else type(error)
-        last = (str(error).strip().splitlines() or [""])[-1]
-        raise kind(last.removeprefix(f"{kind.__name__}: ")) from error
+        raise kind(lines[-1].removeprefix(f"{kind.__name__}: ")) from error
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
