@@ -282,5 +282,5 @@ def figures_like(z: Tensor, figures: Array) -> Tensor:
     """A copy, in at least float32: float64 only where ``z`` has it. Who is shown figures may write to them."""
     dtype = torch.promote_types(z.dtype, torch.float32)
     # Not by torch.tensor: where torch.compile traces this, an array is a tensor, and a copy in that way warns.
-    copied = figures.astype(np.float64 if dtype == torch.float64 else np.float32)
-    return torch.from_numpy(copied).to(z.device, non_blocking=True)
+    # NumPy would warn of what leaves the range of float32.
+    return torch.from_numpy(figures.astype(np.float64)).to(dtype).to(z.device, non_blocking=True)

@@ -361,6 +361,7 @@ def test_slopes_that_are_not_finite_are_refused():
         fixpoint.solve(chain, solver=CausalQuasiNewton())
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("seed", [178, 372])
 def test_changes_whose_squares_overflow_tell_no_slope(seed):
     """From a far start the guesses run to 1e38; a slope that is NaN would spoil states that are exact."""
