@@ -95,7 +95,7 @@ def test_of_four_processes_one_is_killed_and_two_go_on_without_losing_an_image(t
     assert {**record, "seconds": 0} == {**whole, "seconds": 0}
 
 
-# The command, whose processes take three seconds to say what is wrong.
+# The command, whose processes take a second to say what is wrong.
 SLOW = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
