@@ -272,7 +272,7 @@ def test_deprecated_callback_may_look_at_the_end_but_not_change(pipe: Any) -> No
 def test_a_run_can_be_stopped_from_elsewhere(pipe: Any, unet: nn.Module) -> None:
     """As a button would: without a callback, by the attribute of the pipeline while the network runs."""
     hook = unet.register_forward_hook(lambda *_: setattr(pipe, "_interrupt", True))
-    with pytest.warns(fixpoint.ConvergenceWarning, match="did not converge in 1 evaluations"):
+    with pytest.warns(fixpoint.ConvergenceWarning, match="did not converge in 1 evaluation,"):
         run(pipe)
     hook.remove()
     assert run(pipe).solution.nfev > 1
