@@ -163,9 +163,9 @@ class Solution:
             for status in Status
             if (failed == status).any()
         )
-        evaluations = "1 evaluation" if self.nfev == 1 else f"{self.nfev} evaluations"
         return (
-            f"{failed.numel()} of {status.numel()} {what}s did not converge in {evaluations}, {self._worst()}: {causes}"
+            f"{failed.numel()} of {status.numel()} {what}s did not converge in {evaluations(self.nfev)}, "
+            f"{self._worst()}: {causes}"
         )
 
     def __repr__(self) -> str:
@@ -181,3 +181,8 @@ class Solution:
             name, figures = "predicted error", plain(as_tensor(self.predicted_error))
         worst = float(figures.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if figures.numel() else 0.0
         return f"worst {name} {worst:.1e}"
+
+
+def evaluations(nfev: int) -> str:
+    """So many evaluations, in words."""
+    return "1 evaluation" if nfev == 1 else f"{nfev} evaluations"

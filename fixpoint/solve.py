@@ -24,7 +24,7 @@ from fixpoint.engine.transforms import plain, transformed
 from fixpoint.engine.warning import warn
 from fixpoint.interop.numpy import accepts_arrays
 from fixpoint.options import Norm, check_options, norm_of, tolerance_of
-from fixpoint.solution import AdjointSlot, Progress, Solution
+from fixpoint.solution import AdjointSlot, Progress, Solution, evaluations
 from fixpoint.solvers.anderson import Anderson
 from fixpoint.solvers.base import Solver
 
@@ -233,7 +233,7 @@ def _hand_over_so_far(error: BaseException, layout: Layout, result: LoopResult) 
     """Give ``error`` the state so far as its attribute ``solution``."""
     with contextlib.suppress(Exception):  # the device may be lost: nothing must hide the error itself
         error.solution = Solution.of(result, layout, result.z.detach())  # type: ignore[attr-defined]
-        made = "1 evaluation" if result.nfev == 1 else f"{result.nfev} evaluations"
+        made = evaluations(result.nfev)
         error.add_note(f"fixpoint.solve had made {made}: see this error's attribute 'solution'")
 
 

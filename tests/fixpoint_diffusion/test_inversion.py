@@ -429,7 +429,7 @@ def test_bad_images_are_refused(x_0: Tensor, message: str) -> None:
 @pytest.mark.parametrize("method", [ExplicitInverse(), OptimisedInverse(epochs=2)])
 def test_gradients_of_a_chain_that_clips_are_refused_before_the_search(method: InverseMethod) -> None:
     chain = DDIMChain(gentle, torch.zeros(2, 3), SCHEDULE, steps=5, clip_sample=1.0)
-    with pytest.raises(ValueError, match="cannot be inverted"):
+    with pytest.raises(ValueError, match=r"cannot be inverted.*Or leave backward out"):
         invert(chain, torch.full((2, 3), 0.2), method=method, backward=IFT())
     assert chain.rounds == 0
 

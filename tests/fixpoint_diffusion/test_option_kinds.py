@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,3 +42,9 @@ def test_words_and_whole_numbers_may_stand_for_what_is_declared() -> None:
     assert SamplingOptions(solver="causal", guidance=1).solver == SolverName.causal  # type: ignore[arg-type]
     assert SamplingOptions(solver=SolverName.causal, max_rows="auto", iterations=3).max_rows == "auto"
     assert TrainingConfig(learning_rate=1, max_grad_norm=None).learning_rate == 1
+
+
+def test_a_tolerance_that_nobody_gave_forbids_no_other_solver() -> None:
+    causal = SamplingOptions(solver=SolverName.causal)
+    assert causal.tolerance == 1e-3
+    assert replace(causal, solver=SolverName.sequential).rtol is None
